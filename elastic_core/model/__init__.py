@@ -1,0 +1,1 @@
+from elastic_core.model.elastic import ElasticModel as ElasticModel

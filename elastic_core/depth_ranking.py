@@ -1,0 +1,136 @@
+"""Depth ranking: which layers matter, by the normalized MSE of the logits without them (eq. 5)."""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic_core.losses import chunked_cross_entropy
+from elastic_core.model import ElasticModel
+
+Progress = Callable[[str, int, int], None] | None
+
+
+def rank_layers(
+    model: ElasticModel,
+    batches: list[Tensor],
+    method: str = "iterative_nmse",
+    min_depth: int = 1,
+    progress: Progress = None,
+) -> tuple[tuple[int, ...], dict[int, float]]:
+    """Layers from the most to the least important, and the score at which each was judged.
+
+    Holds the intact model's final hidden states of all batches (tokens × hidden size), never logits.
+    """
+    num_layers = len(model.model.layers)
+    if not 1 <= min_depth <= num_layers:
+        raise ValueError(f"min_depth: got {min_depth}; allowed: 1 to {num_layers}, the parent's layers")
+    return METHODS[method](model, batches, min_depth, progress)
+
+
+class LogitError:
+    """Σ(M_full − M_without)² over all positions and logits, without the logits.
+
+    Logits are linear in the final hidden states, so the sum is Σ_t Δ_tᵀ(WᵀW)Δ_t with Δ the difference of hidden
+    states: hidden² numbers instead of vocabulary × hidden per position.
+    """
+
+    def __init__(self, model: ElasticModel, batches: list[Tensor]):
+        self.model, self.cut = model, model.cut()
+        head = model.head(self.cut).double()
+        self.gram = head.T @ head  # (hidden, hidden)
+        self.full = [model.hidden_states(input_ids, self.cut) for input_ids in batches]
+        self.denominator = sum(self._squared(full.double()) for full in self.full)
+
+    def _squared(self, hidden: Tensor) -> float:
+        return ((hidden @ self.gram) * hidden).sum().item()
+
+    def __call__(self, batch: int, x: Tensor, layers: list[int]) -> float:
+        """The sum for one batch whose residual stream x has still to pass `layers`."""
+        for layer in layers:
+            x = self.model.model.layers[layer](x, self.cut)
+        return self._squared((self.model.model.norm_f(x, self.cut) - self.full[batch]).double())
+
+
+def _sweep(error: LogitError, input_ids: Tensor, batch: int, kept: list[int], candidates) -> dict[int, float]:
+    """The error of one batch for each candidate's removal; the prefix before a candidate is computed once for all."""
+    x = error.model.model.embed(input_ids, error.cut)
+    errors = {}
+    for position, layer in enumerate(kept):
+        if layer in candidates:
+            errors[layer] = error(batch, x, kept[position + 1 :])
+        x = error.model.model.layers[layer](x, error.cut)
+    return errors
+
+
+def _least_important(error: LogitError, batches: list[Tensor], kept: list[int]) -> tuple[int, float]:
+    """The layer whose removal from `kept` changes the logits least, and its nMSE.
+
+    Errors only grow from batch to batch, so a candidate whose partial sum has passed the best complete sum is out.
+    """
+    totals = _sweep(error, batches[0], 0, kept, set(kept))
+    best = min(totals, key=totals.get)
+    for batch, input_ids in enumerate(batches[1:], 1):
+        totals[best] += _sweep(error, input_ids, batch, kept, {best})[best]
+    bound, live = totals[best], {layer for layer in kept if layer != best and totals[layer] <= totals[best]}
+    for batch, input_ids in enumerate(batches[1:], 1):
+        if not live:
+            break
+        for layer, value in _sweep(error, input_ids, batch, kept, live).items():
+            totals[layer] += value
+        live = {layer for layer in live if totals[layer] <= bound}
+    winner = min(live | {best}, key=lambda layer: (totals[layer], layer))
+    return winner, totals[winner] / error.denominator
+
+
+def _iterative_nmse(model, batches, min_depth, progress):
+    error, kept = LogitError(model, batches), list(range(len(model.model.layers)))
+    removed, scores, rounds = [], {}, len(kept) - min_depth
+    for done in range(rounds):
+        layer, scores[layer] = _least_important(error, batches, kept)
+        kept.remove(layer)
+        removed.append(layer)
+        if progress:
+            progress("depth", done + 1, rounds)
+    return tuple(kept + removed[::-1]), scores
+
+
+def _one_shot_nmse(model, batches, min_depth, progress):
+    error, layers = LogitError(model, batches), list(range(len(model.model.layers)))
+    totals = dict.fromkeys(layers, 0.0)
+    for batch, input_ids in enumerate(batches):
+        for layer, value in _sweep(error, input_ids, batch, layers, set(layers)).items():
+            totals[layer] += value
+        if progress:
+            progress("depth", batch + 1, len(batches))
+    return _by_score({layer: total / error.denominator for layer, total in totals.items()})
+
+
+def _one_shot_perplexity(model, batches, min_depth, progress):
+    """Scores are the cross-entropy (nats per token) without the layer."""
+    layers, scores = list(range(len(model.model.layers))), {}
+    for layer in layers:
+        cut = model.cut()
+        cut.kept_layers = tuple(i for i in layers if i != layer)
+        total = sum(_next_token_loss(model, ids, cut) for ids in batches)
+        scores[layer] = total / sum(ids[:, 1:].numel() for ids in batches)
+        if progress:
+            progress("depth", layer + 1, len(layers))
+    return _by_score(scores)
+
+
+def _next_token_loss(model: ElasticModel, input_ids: Tensor, cut) -> float:
+    labels = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+    hidden = model.hidden_states(input_ids, cut)
+    return chunked_cross_entropy(hidden.flatten(0, 1), model.head(cut), labels.flatten()).item()
+
+
+def _by_score(scores: dict[int, float]) -> tuple[tuple[int, ...], dict[int, float]]:
+    return tuple(sorted(scores, key=lambda layer: (-scores[layer], layer))), scores
+
+
+METHODS = {
+    "iterative_nmse": _iterative_nmse,
+    "one_shot_nmse": _one_shot_nmse,
+    "one_shot_perplexity": _one_shot_perplexity,
+}

@@ -1,0 +1,184 @@
+"""Names, configurations and tensors to and from Hugging Face directories of the `nemotron_h` family."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import NemotronHConfig
+
+from elastic_core.layout import block_pattern
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+SHARD_BYTES = 5 * 2**30
+
+
+def read_config(directory: str | os.PathLike) -> NemotronHConfig:
+    """The configuration of a `nemotron_h` directory, checked for what this library can express."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory}: no config.json; expected a Hugging Face directory of model_type nemotron_h")
+    values = json.loads(path.read_text())
+    if values.get("model_type") != "nemotron_h":
+        raise ValueError(
+            f"{directory}: model_type is {values.get('model_type')!r}; allowed: 'nemotron_h' "
+            "(hybrid Mamba-2 / attention / MLP decoders)"
+        )
+    if values.get("auto_map"):
+        if isinstance(values.get("intermediate_size"), list):
+            raise ValueError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it was cut from")
+    return check_config(NemotronHConfig.from_pretrained(directory), str(directory))
+
+
+def check_config(config, where: str = "config"):
+    """Return `config` if every part of it is supported; raise ValueError naming the first that is not."""
+    pattern = block_pattern(config)
+    checks = [
+        ("E" not in pattern, f"layer types {pattern!r}; mixture-of-experts layers (E) are not supported yet"),
+        (not config.tie_word_embeddings, "tie_word_embeddings=true; transformers keeps nemotron_h heads untied"),
+        (
+            config.mamba_num_heads % config.n_groups == 0,
+            f"mamba_num_heads={config.mamba_num_heads} is not a multiple of n_groups={config.n_groups}",
+        ),
+        (
+            config.num_attention_heads % config.num_key_value_heads == 0,
+            f"num_attention_heads={config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}",
+        ),
+        (config.mamba_hidden_act == "silu", f"mamba_hidden_act={config.mamba_hidden_act!r}; allowed: 'silu'"),
+    ]
+    for holds, problem in checks:
+        if not holds:
+            raise ValueError(f"{where}: {problem}")
+    return config
+
+
+def canonical_name(name: str) -> str:
+    """transformers' parameter name of a tensor on disk, where the trunk is called ``backbone`` or ``model``."""
+    return "model." + name.removeprefix("backbone.") if name.startswith("backbone.") else name
+
+
+def disk_name(name: str) -> str:
+    """The name that transformers and vLLM write and read."""
+    return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+
+
+class TensorReader:
+    """Lazy access to the tensors of a directory's safetensors files, by canonical name."""
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory)
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            files = json.loads(index.read_text())["weight_map"]
+        elif (self.directory / "model.safetensors").is_file():
+            with safe_open(self.directory / "model.safetensors", "pt") as file:
+                files = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise ValueError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
+        self.files = {canonical_name(name): (file, name) for name, file in files.items() if not name.startswith("mtp.")}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped from its file."""
+        file, stored = self.files[name]
+        with safe_open(self.directory / file, "pt") as handle:
+            return handle.get_tensor(stored)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless the files hold exactly the named tensors."""
+        missing, unknown = sorted(shapes.keys() - self.files.keys()), sorted(self.files.keys() - shapes.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"{self.directory}: tensors do not match config.json; missing: {missing[:5]}, not expected: {unknown[:5]}"
+            )
+        for name, shape in shapes.items():
+            file, stored = self.files[name]
+            with safe_open(self.directory / file, "pt") as handle:
+                found = tuple(handle.get_slice(stored).get_shape())
+            if found != tuple(shape):
+                raise ValueError(f"{self.directory}: {name} has shape {found}; config.json says {tuple(shape)}")
+
+
+def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write named tensors as safetensors shards of at most `shard_bytes`, taking them one at a time."""
+    shards, shard, size = [], {}, 0
+    for name, tensor in tensors:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shard and size + num_bytes > shard_bytes:
+            shards.append(_write_shard(directory, len(shards), shard))
+            shard, size = {}, 0
+        shard[disk_name(name)] = tensor.contiguous()
+        size += num_bytes
+    shards.append(_write_shard(directory, len(shards), shard))
+    if len(shards) == 1:
+        (directory / shards[0][0]).rename(directory / "model.safetensors")
+        return
+    weight_map, total = {}, 0
+    for i, (file, names, num_bytes) in enumerate(shards):
+        final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (directory / file).rename(directory / final)
+        weight_map.update(dict.fromkeys(names, final))
+        total += num_bytes
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor]) -> tuple[str, list[str], int]:
+    file = f"shard-{number}.safetensors"
+    save_file(tensors, directory / file, metadata={"format": "pt"})
+    return file, list(tensors), sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def write_config(directory: Path, config, **changes) -> None:
+    """Write config.json: the values of `config` with `changes`."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    values |= {"architectures": ["NemotronHForCausalLM"], **changes}
+    (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def copy_tokenizer(source: str | os.PathLike, directory: Path) -> None:
+    """Copy the tokenizer and generation files that `source` has."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, directory / name)
+
+
+@contextmanager
+def whole_directory(directory: str | os.PathLike) -> Iterator[Path]:
+    """A directory that appears whole or not at all: yields one to fill beside it, and renames it at the end."""
+    final = Path(directory)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def torch_dtype(config) -> torch.dtype:
+    """The element type that config.json states (float32 where it states none)."""
+    dtype = config.dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -1,0 +1,158 @@
+"""Importance: which units and layers of a parent matter, from forward passes over calibration batches (method §2).
+
+`rank` scores every width (eqs. 1–4) and every layer (eq. 5); `sort_` permutes the weights once so that every axis
+stands in decreasing importance, after which "the k best" is "the first k".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elastic_core.depth_ranking import METHODS, rank_layers
+from elastic_core.layout import Units, elastic_units, permute
+from elastic_core.model import ElasticModel
+
+AGGREGATIONS = {
+    "l1": (torch.abs, lambda total, count: total),
+    "l2": (torch.square, lambda total, count: total.sqrt()),
+    "mean": (lambda activation: activation, lambda total, count: (total / count).abs()),
+}
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Scores and orders of every unit key, and the layers from the most to the least important.
+
+    `scores[key]` and `orders[key]` have the full size of the key; an order lists units by decreasing importance,
+    group by group where the key has groups. `depth_scores[layer]` is the score at which a layer was removed.
+    """
+
+    scores: dict[str, Tensor]
+    orders: dict[str, Tensor]
+    depth: tuple[int, ...]
+    depth_scores: dict[int, float] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write as JSON."""
+        content = {
+            "depth": self.depth,
+            "depth_scores": {str(layer): score for layer, score in self.depth_scores.items()},
+            "scores": {key: value.tolist() for key, value in self.scores.items()},
+            "orders": {key: value.tolist() for key, value in self.orders.items()},
+        }
+        Path(path).write_text(json.dumps(content) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Ranking:
+        content = json.loads(Path(path).read_text())
+        return cls(
+            scores={key: torch.tensor(value) for key, value in content["scores"].items()},
+            orders={key: torch.tensor(value) for key, value in content["orders"].items()},
+            depth=tuple(content["depth"]),
+            depth_scores={int(layer): score for layer, score in content["depth_scores"].items()},
+        )
+
+
+def rank(
+    model: ElasticModel,
+    batches: Iterable[Tensor],
+    aggregation: str = "l1",
+    depth_method: str = "iterative_nmse",
+    min_depth: int = 1,
+    top_channels: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Ranking:
+    """Rank every width and the layers of `model` on `batches` of token ids, each (B, L) int64.
+
+    `aggregation` over batch and positions: l1 (Σ|a|, as the paper's equations), l2 (√Σa²) or mean (|mean a|).
+    `depth_method`: iterative_nmse, one_shot_nmse or one_shot_perplexity. `min_depth`: the smallest depth of interest,
+    below which iterative ranking need not go. `top_channels`: how many of the best Mamba channels judge the heads
+    (eq. 4; default half). `progress(what, done, total)` is called as work proceeds.
+    """
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation: got {aggregation!r}; allowed: {', '.join(AGGREGATIONS)}")
+    if depth_method not in METHODS:
+        raise ValueError(f"depth_method: got {depth_method!r}; allowed: {', '.join(METHODS)}")
+    batches = list(batches)
+    if not batches or any(ids.dim() != 2 or ids.dtype != torch.int64 or ids.shape[1] < 2 for ids in batches):
+        raise ValueError("batches: expected one or more int64 tensors (B, L) of token ids with L ≥ 2")
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        scores = score_widths(model, batches, aggregation, top_channels, progress)
+        depth, depth_scores = rank_layers(model, batches, depth_method, min_depth, progress)
+    model.train(training)
+    units = elastic_units(model.layout)
+    orders = {key: order_units(units[key], score) for key, score in scores.items()}
+    return Ranking(scores, orders, depth, depth_scores)
+
+
+def score_widths(model: ElasticModel, batches, aggregation="l1", top_channels=None, progress=None) -> dict[str, Tensor]:
+    """Importance of every unit of every width, float64, keyed by unit key."""
+    transform, finish = AGGREGATIONS[aggregation]
+    totals: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def observe(key: str, activation: Tensor) -> None:
+        if key.startswith("attention_heads"):
+            activation = activation.norm(dim=-1)  # (B, L, A, head_dim) → magnitude per head
+        total = transform(activation.double()).sum((0, 1))
+        totals[key] = totals[key] + total if key in totals else total
+        counts[key] = counts.get(key, 0) + activation.shape[0] * activation.shape[1]
+
+    cut = model.cut(observe=observe)
+    for done, input_ids in enumerate(batches, 1):
+        model.hidden_states(input_ids, cut)
+        if progress:
+            progress("widths", done, len(batches))
+    scores = {key: finish(total, counts[key]).cpu() for key, total in totals.items()}
+    for key in [key for key in scores if key.startswith("mamba.")]:
+        layer = key.removeprefix("mamba.")
+        heads, channels = score_mamba(scores.pop(key), top_channels)
+        scores |= {f"mamba_heads.{layer}": heads, f"mamba_channels.{layer}": channels}
+    return scores
+
+
+def score_mamba(s: Tensor, top_channels: int | None = None) -> tuple[Tensor, Tensor]:
+    """Head and channel scores of one Mamba layer from its aggregated activations s (heads, channels).
+
+    Channels: ‖s[:, d]‖₂ over heads (eq. 3). Heads: ‖s[h, D_top]‖₂ over the best channels only (eq. 4).
+    """
+    channels = s.norm(dim=0)
+    top = channels.topk(min(top_channels or max(1, s.shape[1] // 2), s.shape[1])).indices
+    return s[:, top].norm(dim=1), channels
+
+
+def order_units(units: Units, score: Tensor) -> Tensor:
+    """Units by decreasing score, each group's in the group's own places."""
+    grouped = score.view(units.groups, -1)
+    order = grouped.argsort(dim=1, descending=True, stable=True)
+    return (order + torch.arange(units.groups)[:, None] * grouped.shape[1]).flatten()
+
+
+@torch.no_grad()
+def sort_(model: ElasticModel, ranking: Ranking) -> ElasticModel:
+    """Permute the weights in place so that every axis stands in decreasing importance; the function stays the same.
+
+    Raises ValueError where an order is no permutation of the model's units, or moves one out of its group.
+    """
+    units = elastic_units(model.layout)
+    for key, order in ranking.orders.items():
+        if key not in units:
+            raise ValueError(
+                f"ranking: key {key!r} is not in this model; rank it again with this model's configuration"
+            )
+        groups = torch.arange(units[key].size) // (units[key].size // units[key].groups)
+        is_permutation = torch.equal(order.sort().values, torch.arange(units[key].size))
+        if not is_permutation or not torch.equal(groups[order], groups):
+            raise ValueError(f"ranking: the order of {key!r} is not a permutation within the groups of this model")
+    for name, parameter in model.named_parameters():
+        parameter.copy_(permute(parameter, model.layout[name], ranking.orders))
+    return model

@@ -1,0 +1,248 @@
+"""Named dimensions: which rows of which tensor belong to which unit of which elastic axis.
+
+Every dimension of every parameter is described once, in `parameter_layout`. Sorting, slicing, extraction, parameter
+counts and nestedness are all readings of that one table; nothing about sizes or row order is written anywhere else.
+
+A *unit key* names one elastic width: ``hidden`` for the whole model, and per parent layer i ``ffn.i``,
+``mamba_heads.i``, ``mamba_channels.i`` and ``attention_heads.i``. *Sizes* map unit keys to kept sizes; a *pick* maps
+unit keys to the kept units themselves, in the order in which they are to stand.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+AXES = ("hidden", "ffn", "mamba_heads", "mamba_channels", "attention_heads", "depth")
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Rows that no axis cuts."""
+
+    size: int
+
+    def leaves(self) -> Iterator[Units]:
+        return iter(())
+
+    def count(self, sizes: Mapping):
+        return self.size
+
+    def rows(self, pick: Mapping[str, Tensor]) -> Tensor:
+        return torch.arange(self.size)
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of one elastic width. With `groups`, units stand group by group and every group keeps as many."""
+
+    key: str
+    size: int
+    groups: int = 1
+
+    def leaves(self) -> Iterator[Units]:
+        yield self
+
+    def count(self, sizes: Mapping):
+        return sizes.get(self.key, self.size)
+
+    def rows(self, pick: Mapping[str, Tensor]) -> Tensor:
+        return pick.get(self.key, torch.arange(self.size))
+
+    def prefix(self, size: int) -> Tensor:
+        """The first `size` units: the first size/groups of every group."""
+        return torch.arange(self.size).view(self.groups, -1)[:, : size // self.groups].flatten()
+
+
+@dataclass(frozen=True)
+class Product:
+    """Rows indexed by several dimensions at once, the last one running fastest."""
+
+    parts: tuple
+
+    def leaves(self) -> Iterator[Units]:
+        for part in self.parts:
+            yield from part.leaves()
+
+    @property
+    def size(self) -> int:
+        return functools.reduce(lambda total, part: total * part.size, self.parts, 1)
+
+    def count(self, sizes: Mapping):
+        return functools.reduce(lambda total, part: total * part.count(sizes), self.parts, 1)
+
+    def rows(self, pick: Mapping[str, Tensor]) -> Tensor:
+        rows = torch.zeros(1, dtype=torch.int64)
+        for part in self.parts:
+            rows = (rows[:, None] * part.size + part.rows(pick)).flatten()
+        return rows
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Dimensions one after the other."""
+
+    parts: tuple
+
+    def leaves(self) -> Iterator[Units]:
+        for part in self.parts:
+            yield from part.leaves()
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    def count(self, sizes: Mapping):
+        return sum(part.count(sizes) for part in self.parts)
+
+    def rows(self, pick: Mapping[str, Tensor]) -> Tensor:
+        pieces, start = [], 0
+        for part in self.parts:
+            pieces.append(part.rows(pick) + start)
+            start += part.size
+        return torch.cat(pieces)
+
+
+Dim = Fixed | Units | Product | Concat
+Layout = dict[str, tuple[Dim, ...]]
+
+
+def block_pattern(config) -> str:
+    """The layer types of a `nemotron_h` configuration as pattern characters, for example ``M-M*-``."""
+    characters = {
+        "linear_attention": "M",
+        "mamba": "M",
+        "full_attention": "*",
+        "attention": "*",
+        "mlp": "-",
+        "moe": "E",
+    }
+    return "".join(characters[block_type] for block_type in config.layers_block_type)
+
+
+def layers_of(config, character: str) -> list[int]:
+    """Indices of the parent's layers of one type."""
+    return [i for i, c in enumerate(block_pattern(config)) if c == character]
+
+
+def parameter_layout(config) -> Layout:
+    """Name and dimensions of every parameter of a `nemotron_h` model with layers M, * and -, in file order.
+
+    Names are those of `transformers.NemotronHForCausalLM.named_parameters()`.
+    """
+    hidden, vocab = Units("hidden", config.hidden_size), Fixed(config.vocab_size)
+    mixers = {"M": _mamba_layout, "*": _attention_layout, "-": _mlp_layout}
+    layout: Layout = {"model.embeddings.weight": (vocab, hidden)}
+    for i, character in enumerate(block_pattern(config)):
+        layout[f"model.layers.{i}.norm.weight"] = (hidden,)
+        for name, dims in mixers[character](config, i, hidden).items():
+            layout[f"model.layers.{i}.mixer.{name}"] = dims
+    layout["model.norm_f.weight"] = (hidden,)
+    layout["lm_head.weight"] = (vocab, hidden)
+    return layout
+
+
+def _mamba_layout(config, i: int, hidden: Units) -> Layout:
+    heads = Units(f"mamba_heads.{i}", config.mamba_num_heads, groups=config.n_groups)
+    inner = Product((heads, Units(f"mamba_channels.{i}", config.mamba_head_dim)))
+    states = Fixed(config.n_groups * config.ssm_state_size)
+    conv = Concat((inner, states, states))  # x | B | C
+    projection = Concat((inner, conv, heads))  # z | x | B | C | dt
+    layout = {
+        "in_proj.weight": (projection, hidden),
+        "conv1d.weight": (conv, Fixed(1), Fixed(config.conv_kernel)),
+        "dt_bias": (heads,),
+        "A_log": (heads,),
+        "D": (heads,),
+        "norm.weight": (inner,),
+        "out_proj.weight": (hidden, inner),
+    }
+    if config.use_conv_bias:
+        layout["conv1d.bias"] = (conv,)
+    if config.use_bias:
+        layout |= {"in_proj.bias": (projection,), "out_proj.bias": (hidden,)}
+    return layout
+
+
+def _attention_layout(config, i: int, hidden: Units) -> Layout:
+    head_dim = Fixed(config.head_dim)
+    heads = Units(f"attention_heads.{i}", config.num_attention_heads, groups=config.num_key_value_heads)
+    query, key_value = Product((heads, head_dim)), Product((Fixed(config.num_key_value_heads), head_dim))
+    return {
+        "q_proj.weight": (query, hidden),
+        "k_proj.weight": (key_value, hidden),
+        "v_proj.weight": (key_value, hidden),
+        "o_proj.weight": (hidden, query),
+    }
+
+
+def _mlp_layout(config, i: int, hidden: Units) -> Layout:
+    ffn = Units(f"ffn.{i}", config.intermediate_size)
+    layout = {"up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
+    if config.mlp_bias:
+        layout |= {"up_proj.bias": (ffn,), "down_proj.bias": (hidden,)}
+    return layout
+
+
+def layer_index(name: str) -> int | None:
+    """The layer to which a parameter belongs, or None for embeddings, final norm and head."""
+    return int(name.split(".")[2]) if name.startswith("model.layers.") else None
+
+
+def elastic_units(layout: Layout) -> dict[str, Units]:
+    """Every unit key of a layout with its full size and groups, in the order of first use."""
+    return {leaf.key: leaf for dims in layout.values() for dim in dims for leaf in dim.leaves()}
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_rows(dim: Dim, sizes: tuple[int, ...]) -> int | Tensor:
+    """Kept rows as a number where they are a prefix, else as indices. `sizes` stand in the order of dim.leaves()."""
+    pick = {leaf.key: leaf.prefix(size) for leaf, size in zip(dim.leaves(), sizes, strict=True)}
+    rows = dim.rows(pick)
+    is_prefix = torch.equal(rows, torch.arange(len(rows)))
+    return len(rows) if is_prefix else rows
+
+
+def kept_rows(dim: Dim, sizes: Mapping[str, int]) -> int | Tensor:
+    """The rows of `dim` that survive at `sizes`: a number n for the prefix [:n], else an int64 index tensor."""
+    return _kept_rows(dim, tuple(sizes.get(leaf.key, leaf.size) for leaf in dim.leaves()))
+
+
+def narrow(tensor: Tensor, dims: tuple[Dim, ...], sizes: Mapping[str, int]) -> Tensor:
+    """Cut `tensor` to `sizes`: a view where the kept rows are a prefix, a gather where they are not."""
+    gathers = []
+    for axis, dim in enumerate(dims):
+        rows = kept_rows(dim, sizes)
+        if isinstance(rows, Tensor):
+            gathers.append((axis, rows))
+        elif rows != tensor.shape[axis]:
+            tensor = tensor.narrow(axis, 0, rows)
+    for axis, rows in gathers:  # after the views, so that they copy the least
+        tensor = tensor.index_select(axis, rows.to(tensor.device))
+    return tensor
+
+
+def permute(tensor: Tensor, dims: tuple[Dim, ...], orders: Mapping[str, Tensor]) -> Tensor:
+    """Reorder every dimension by the rankings of its units; `orders` maps unit keys to permutations."""
+    for axis, dim in enumerate(dims):
+        if any(leaf.key in orders for leaf in dim.leaves()):
+            tensor = tensor.index_select(axis, dim.rows(orders).to(tensor.device))
+    return tensor
+
+
+def count(layout: Layout, sizes: Mapping, keep: Callable[[int], object]):
+    """Parameters of a layout at `sizes`. `keep(i)` is 1 or 0, or the probability that layer i is kept.
+
+    With int sizes the count is exact; with tensors it is differentiable, and the expectation where the sizes are
+    independent (the count is multilinear in them).
+    """
+    total = 0
+    for name, dims in layout.items():
+        layer = layer_index(name)
+        size = functools.reduce(lambda product, dim: product * dim.count(sizes), dims, 1)
+        total = total + (size if layer is None else size * keep(layer))
+    return total

@@ -1,0 +1,63 @@
+"""Cut: which part of the model a forward pass computes with.
+
+One forward serves two modes. *Hard*: sizes below the parent's, parameters narrowed, no gates or gates of value one
+that only carry a gradient. *Soft*: full sizes, and a gate per axis that mixes prefix masks (eqs. 21–35).
+"""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from elastic_core.layout import Layout, narrow
+from elastic_core.submodel import Submodel
+
+Observer = Callable[[str, Tensor], None]
+
+
+class Cut:
+    """Sizes of every unit key, kept layers, and optional gates and observer.
+
+    `gates` maps unit keys to a multiplier per kept unit, or one for all (shape (size,) or ()), and ``depth`` to one
+    per parent layer (layers,). `observe(key, activation)` sees the activations that width importance scores.
+    """
+
+    def __init__(
+        self,
+        config,
+        submodel: Submodel,
+        gates: Mapping[str, Tensor] | None = None,
+        observe: Observer | None = None,
+    ):
+        submodel = submodel.resolve(config)
+        self.sizes = submodel.sizes(config)
+        self.kept_layers = submodel.kept_layers
+        self.gates = gates or {}
+        self._observe = observe
+
+    def weight(self, module: nn.Module, layout: Layout, name: str) -> Tensor | None:
+        """Parameter `name` of `module`, narrowed; None where the architecture has no such parameter."""
+        if name not in layout:
+            return None
+        return narrow(module.get_parameter(name), layout[name], self.sizes)
+
+    def gate(self, key: str) -> Tensor | None:
+        """The gate of a unit key, one entry per kept unit."""
+        gate = self.gates.get(key)
+        return None if gate is None else gate.expand(self.sizes[key])
+
+    def num_live(self, key: str) -> int | Tensor:
+        """How many units are live: the size, or the sum of the gate."""
+        gate = self.gate(key)
+        return self.sizes[key] if gate is None else gate.sum()
+
+    def write(self, x: Tensor, layer: int | None = None) -> Tensor:
+        """What is written to the residual stream (..., hidden): gated per channel, and by depth for a layer's."""
+        if (gate := self.gate("hidden")) is not None:
+            x = x * gate
+        if layer is not None and "depth" in self.gates:
+            x = x * self.gates["depth"][layer]
+        return x
+
+    def observe(self, key: str, activation: Tensor) -> None:
+        if self._observe is not None:
+            self._observe(key, activation)

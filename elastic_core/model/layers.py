@@ -1,0 +1,153 @@
+"""The layers of a `nemotron_h` model: norm, MLP, grouped-query attention and Mamba-2, each cut to a size.
+
+Parameters carry transformers' names and full shapes; every forward takes a `Cut` and computes with the kept part.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from elastic_core.layout import Layout
+from elastic_core.model.cut import Cut
+from elastic_core.ops.conv import causal_conv
+from elastic_core.ops.norm import group_rms_norm, rms_norm
+from elastic_core.ops.ssd import ssd
+
+
+def add_parameters(module: nn.Module, layout: Layout) -> None:
+    """Give `module` an empty parameter per entry of `layout`, in submodules where a name has a dot."""
+    for name, dims in layout.items():
+        owner = module
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_parameter(leaf, nn.Parameter(torch.empty([dim.size for dim in dims])))
+
+
+class Norm(nn.Module):
+    """RMSNorm over the live hidden channels."""
+
+    def __init__(self, config, layout: Layout):
+        super().__init__()
+        self.eps, self.layout = config.layer_norm_epsilon, layout
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        x = rms_norm(x, cut.weight(self, self.layout, "weight"), self.eps, cut.num_live("hidden"))
+        cut.observe("hidden", x)
+        return x
+
+
+class MLP(nn.Module):
+    """W2 · act(W1 x), not gated."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.layout, self.units = layout, f"ffn.{layer}"
+        self.act = ACT2FN[config.mlp_hidden_act]
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        x = F.linear(x, cut.weight(self, self.layout, "up_proj.weight"), cut.weight(self, self.layout, "up_proj.bias"))
+        cut.observe(self.units, x)
+        x = self.act(x)  # (B, L, F)
+        if (gate := cut.gate(self.units)) is not None:
+            x = x * gate
+        return F.linear(
+            x, cut.weight(self, self.layout, "down_proj.weight"), cut.weight(self, self.layout, "down_proj.bias")
+        )
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention without positional embedding; query heads are cut inside their KV group."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.layout, self.units = layout, f"attention_heads.{layer}"
+        self.head_dim, self.num_key_value_heads = config.head_dim, config.num_key_value_heads
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        num_heads, num_kv = cut.sizes[self.units], self.num_key_value_heads
+        query, key, value = (
+            F.linear(x, cut.weight(self, self.layout, f"{name}_proj.weight")).unflatten(-1, (heads, self.head_dim))
+            for name, heads in (("q", num_heads), ("k", num_kv), ("v", num_kv))
+        )
+        cut.observe(self.units, query)
+        key, value = (t.repeat_interleave(num_heads // num_kv, dim=2) for t in (key, value))
+        y = F.scaled_dot_product_attention(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True
+        ).transpose(1, 2)  # (B, L, A, head_dim)
+        if (gate := cut.gate(self.units)) is not None:
+            y = y * gate[:, None]
+        return F.linear(y.flatten(2), cut.weight(self, self.layout, "o_proj.weight"))
+
+
+class Mamba(nn.Module):
+    """Mamba-2. Heads are cut inside their group, channels alike in every head; B and C stay whole."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.layout, self.layer = layout, layer
+        self.groups, self.state_size = config.n_groups, config.ssm_state_size
+        self.chunk_size, self.eps = config.chunk_size, config.layer_norm_epsilon
+        self.time_step_min = config.time_step_min  # transformers' only limit on dt
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        heads, channels = cut.sizes[f"mamba_heads.{self.layer}"], cut.sizes[f"mamba_channels.{self.layer}"]
+        inner, states = heads * channels, self.groups * self.state_size
+
+        def weight(name: str) -> Tensor | None:
+            return cut.weight(self, self.layout, name)
+
+        projected = F.linear(x, weight("in_proj.weight"), weight("in_proj.bias"))
+        z, conv, dt = projected.split([inner, inner + 2 * states, heads], dim=-1)
+        cut.observe(f"mamba.{self.layer}", conv[..., :inner].unflatten(-1, (heads, channels)))
+        conv = F.silu(causal_conv(conv, weight("conv1d.weight"), weight("conv1d.bias")))
+        y, B, C = conv.split([inner, states, states], dim=-1)
+        # Time step, decay and scan in float32 at least, whatever the rest computes in.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + weight("dt_bias")).clamp(min=self.time_step_min)
+        y = ssd(
+            y.to(wide).unflatten(-1, (heads, channels)),
+            dt,
+            -torch.exp(weight("A_log").to(wide)),
+            B.to(wide).unflatten(-1, (self.groups, self.state_size)),
+            C.to(wide).unflatten(-1, (self.groups, self.state_size)),
+            weight("D"),
+            min(self.chunk_size, 64),
+        )
+        y, num_live = self._gate(y * F.silu(z.to(wide)).view_as(y), cut)
+        y = group_rms_norm(y.flatten(2), weight("norm.weight"), self.eps, self.groups, num_live)
+        return F.linear(y.to(x.dtype), weight("out_proj.weight"), weight("out_proj.bias"))
+
+    def _gate(self, y: Tensor, cut: Cut) -> tuple[Tensor, int | Tensor]:
+        """y (B, L, heads, channels) gated, and the live channels of one group."""
+        head_key, channel_key = f"mamba_heads.{self.layer}", f"mamba_channels.{self.layer}"
+        num_live = cut.num_live(head_key) * cut.num_live(channel_key) / self.groups
+        if (gate := cut.gate(head_key)) is not None:
+            y = y * gate[:, None]
+        if (gate := cut.gate(channel_key)) is not None:
+            y = y * gate
+        return y, num_live
+
+
+MIXERS = {"M": Mamba, "*": Attention, "-": MLP}
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), the write gated."""
+
+    def __init__(self, config, character: str, layer: int, layout: Layout):
+        super().__init__()
+        self.layer = layer
+        self.norm = Norm(config, {"weight": layout["norm.weight"]})
+        mixer = {name.removeprefix("mixer."): dims for name, dims in layout.items() if name.startswith("mixer.")}
+        self.mixer = MIXERS[character](config, layer, mixer)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return x + cut.write(self.mixer(self.norm(x, cut), cut), self.layer)
