@@ -11,7 +11,7 @@ unit keys to the kept units themselves, in the order in which they are to stand.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -113,6 +113,11 @@ Layout = dict[str, tuple[Dim, ...]]
 
 def block_pattern(config) -> str:
     """The layer types of a `nemotron_h` configuration as pattern characters, for example ``M-M*-``."""
+    return pattern_of(config.layers_block_type)
+
+
+def pattern_of(block_types: Iterable[str]) -> str:
+    """Pattern characters of a list of layer types."""
     characters = {
         "linear_attention": "M",
         "mamba": "M",
@@ -121,7 +126,7 @@ def block_pattern(config) -> str:
         "mlp": "-",
         "moe": "E",
     }
-    return "".join(characters[block_type] for block_type in config.layers_block_type)
+    return "".join(characters[block_type] for block_type in block_types)
 
 
 def layers_of(config, character: str) -> list[int]:
@@ -201,9 +206,12 @@ def elastic_units(layout: Layout) -> dict[str, Units]:
 @functools.lru_cache(maxsize=4096)
 def _kept_rows(dim: Dim, sizes: tuple[int, ...]) -> int | Tensor:
     """Kept rows as a number where they are a prefix, else as indices. `sizes` stand in the order of dim.leaves()."""
-    pick = {leaf.key: leaf.prefix(size) for leaf, size in zip(dim.leaves(), sizes, strict=True)}
-    rows = dim.rows(pick)
-    is_prefix = torch.equal(rows, torch.arange(len(rows)))
+    # The cache outlives the caller's contexts: an index made under inference mode or on a meta device would be of no
+    # use to the training step that finds it here.
+    with torch.inference_mode(False), torch.device("cpu"):
+        pick = {leaf.key: leaf.prefix(size) for leaf, size in zip(dim.leaves(), sizes, strict=True)}
+        rows = dim.rows(pick)
+        is_prefix = torch.equal(rows, torch.arange(len(rows)))
     return len(rows) if is_prefix else rows
 
 
@@ -214,9 +222,13 @@ def kept_rows(dim: Dim, sizes: Mapping[str, int]) -> int | Tensor:
 
 def narrow(tensor: Tensor, dims: tuple[Dim, ...], sizes: Mapping[str, int]) -> Tensor:
     """Cut `tensor` to `sizes`: a view where the kept rows are a prefix, a gather where they are not."""
+    return take(tensor, [kept_rows(dim, sizes) for dim in dims])
+
+
+def take(tensor: Tensor, rows_of_axes: Iterable[int | Tensor]) -> Tensor:
+    """The rows of every axis of `tensor`, each as `kept_rows` says them."""
     gathers = []
-    for axis, dim in enumerate(dims):
-        rows = kept_rows(dim, sizes)
+    for axis, rows in enumerate(rows_of_axes):
         if isinstance(rows, Tensor):
             gathers.append((axis, rows))
         elif rows != tensor.shape[axis]:

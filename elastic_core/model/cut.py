@@ -6,9 +6,10 @@ that only carry a gradient. *Soft*: full sizes, and a gate per axis that mixes p
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
-from elastic_core.layout import Layout, narrow
+from elastic_core.layout import Dim, Layout, kept_rows, take
 from elastic_core.submodel import Submodel
 
 Observer = Callable[[str, Tensor], None]
@@ -24,6 +25,8 @@ class Cut:
     def __init__(
         self,
         config,
+        layout: Layout,
+        device: torch.device,
         submodel: Submodel,
         gates: Mapping[str, Tensor] | None = None,
         observe: Observer | None = None,
@@ -32,13 +35,19 @@ class Cut:
         self.sizes = submodel.sizes(config)
         self.kept_layers = submodel.kept_layers
         self.gates = gates or {}
+        # Looked up once per cut, not in every forward: a compiled forward then finds constants, and an index is
+        # copied to the device once.
+        self._rows: dict[Dim, int | Tensor] = {}
+        for dim in {dim for dims in layout.values() for dim in dims}:
+            rows = kept_rows(dim, self.sizes)
+            self._rows[dim] = rows.to(device) if isinstance(rows, Tensor) else rows
         self._observe = observe
 
     def weight(self, module: nn.Module, layout: Layout, name: str) -> Tensor | None:
         """Parameter `name` of `module`, narrowed; None where the architecture has no such parameter."""
         if name not in layout:
             return None
-        return narrow(module.get_parameter(name), layout[name], self.sizes)
+        return take(module.get_parameter(name), [self._rows[dim] for dim in layout[name]])
 
     def gate(self, key: str) -> Tensor | None:
         """The gate of a unit key, one entry per kept unit."""
@@ -53,9 +62,9 @@ class Cut:
     def write(self, x: Tensor, layer: int | None = None) -> Tensor:
         """What is written to the residual stream (..., hidden): gated per channel, and by depth for a layer's."""
         if (gate := self.gate("hidden")) is not None:
-            x = x * gate
+            x = x * gate.to(x.dtype)  # gates are float32; the residual stream keeps its own type
         if layer is not None and "depth" in self.gates:
-            x = x * self.gates["depth"][layer]
+            x = x * self.gates["depth"][layer].to(x.dtype)
         return x
 
     def observe(self, key: str, activation: Tensor) -> None:

@@ -88,7 +88,8 @@ class ElasticModel(nn.Module):
         observe: Observer | None = None,
     ) -> Cut:
         """What `hidden_states` and `head` compute with; make it once for several calls."""
-        return Cut(self.config, submodel or self.full, gates, observe)
+        device = self.lm_head.weight.device
+        return Cut(self.config, self.layout, device, submodel or self.full, gates, observe)
 
     def hidden_states(self, input_ids: Tensor, cut: Cut) -> Tensor:
         """Final normed hidden states (B, L, kept hidden) of token ids (B, L)."""

@@ -55,7 +55,7 @@ class MLP(nn.Module):
         cut.observe(self.units, x)
         x = self.act(x)  # (B, L, F)
         if (gate := cut.gate(self.units)) is not None:
-            x = x * gate
+            x = x * gate.to(x.dtype)
         return F.linear(
             x, cut.weight(self, self.layout, "down_proj.weight"), cut.weight(self, self.layout, "down_proj.bias")
         )
@@ -82,7 +82,7 @@ class Attention(nn.Module):
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True
         ).transpose(1, 2)  # (B, L, A, head_dim)
         if (gate := cut.gate(self.units)) is not None:
-            y = y * gate[:, None]
+            y = y * gate[:, None].to(y.dtype)
         return F.linear(y.flatten(2), cut.weight(self, self.layout, "o_proj.weight"))
 
 
@@ -130,9 +130,9 @@ class Mamba(nn.Module):
         head_key, channel_key = f"mamba_heads.{self.layer}", f"mamba_channels.{self.layer}"
         num_live = cut.num_live(head_key) * cut.num_live(channel_key) / self.groups
         if (gate := cut.gate(head_key)) is not None:
-            y = y * gate[:, None]
+            y = y * gate[:, None].to(y.dtype)
         if (gate := cut.gate(channel_key)) is not None:
-            y = y * gate
+            y = y * gate.to(y.dtype)
         return y, num_live
 
 
