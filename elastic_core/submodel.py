@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from dataclasses import dataclass
 
 from elastic_core.layout import block_pattern, elastic_units, layers_of, parameter_layout
@@ -38,13 +39,17 @@ class Submodel:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and not isinstance(value, int):
-                object.__setattr__(self, field.name, tuple(int(item) for item in value))
+            try:
+                plain = value if value is None else _as_ints(value)
+            except TypeError:
+                raise ValueError(f"{field.name}: got {value!r}; allowed: an integer, or a list of integers") from None
+            object.__setattr__(self, field.name, plain)
 
     def resolve(self, config) -> Submodel:
         """The same submodel with every size said and checked against the parent's `config`.
 
-        Per-layer widths that are equal in all kept layers become one int, so that equal models compare equal.
+        Per-layer widths that are equal in all kept layers become one int, and entries of dropped layers the parent's
+        size, so that equal models compare equal.
         Raises ValueError for a size that the parent cannot give.
         """
         kept = self._checked_layers(config)
@@ -115,7 +120,18 @@ class Submodel:
                 f"{character!r}, of which there are {len(layers)}"
             )
         live = {size for i, size in zip(layers, value, strict=True) if i in kept}
-        return live.pop() if len(live) == 1 else value
+        full = getattr(config, name)
+        if len(live) <= 1:
+            return live.pop() if live else full
+        return tuple(size if i in kept else full for i, size in zip(layers, value, strict=True))
+
+
+def _as_ints(value) -> int | tuple[int, ...]:
+    """An int for an int of any make, a tuple for a sequence of them; TypeError for what would have to be rounded."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return tuple(operator.index(item) for item in value)
 
 
 def _check_size(config, name: str, axis: str, size: int, full: int) -> None:
