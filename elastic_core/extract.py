@@ -33,8 +33,10 @@ def extract(
     """
     if heterogeneous not in ("remote_code", "pad"):
         raise ValueError(f"heterogeneous: got {heterogeneous!r}; allowed: 'remote_code', 'pad'")
-    if Path(out_directory).resolve() == Path(elastic_directory).resolve():
-        raise ValueError(f"out_directory: got {out_directory}, which is the checkpoint itself; name another directory")
+    if Path(elastic_directory).resolve().is_relative_to(Path(out_directory).resolve()):  # which would be replaced
+        raise ValueError(
+            f"out_directory: got {out_directory}, which is the checkpoint itself or holds it; name another directory"
+        )
     config = hf.read_config(elastic_directory)
     if not isinstance(submodel_or_budget, Submodel):
         submodel_or_budget = elastic_checkpoint.find_submodel(elastic_directory, submodel_or_budget)
@@ -109,7 +111,6 @@ def _config_changes(config, submodel: Submodel, pad: bool) -> dict:
     if any(isinstance(changes[field], list) for field in PER_LAYER):
         module = MODELING_FILE.removesuffix(".py")
         changes |= {
-            "architectures": ["ElasticNemotronHForCausalLM"],
             "auto_map": {
                 "AutoConfig": f"{module}.ElasticNemotronHConfig",
                 "AutoModelForCausalLM": f"{module}.ElasticNemotronHForCausalLM",

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import NemotronHConfig
 
-from elastic_core.layout import block_pattern
+from elastic_core.layout import block_pattern, pattern_of
+from elastic_core.submodel import PER_LAYER
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -39,9 +40,8 @@ def read_config(directory: str | os.PathLike) -> NemotronHConfig:
             f"{directory}: model_type is {values.get('model_type')!r}; allowed: 'nemotron_h' "
             "(hybrid Mamba-2 / attention / MLP decoders)"
         )
-    if values.get("auto_map"):
-        if isinstance(values.get("intermediate_size"), list):
-            raise ValueError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it was cut from")
+    if any(isinstance(values.get(field), list) for field in PER_LAYER):
+        raise ValueError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it was cut from")
     return check_config(NemotronHConfig.from_pretrained(directory), str(directory))
 
 
@@ -87,7 +87,7 @@ class TensorReader:
         if index.is_file():
             files = json.loads(index.read_text())["weight_map"]
         elif (self.directory / "model.safetensors").is_file():
-            with safe_open(self.directory / "model.safetensors", "pt") as file:
+            with _open(self.directory / "model.safetensors") as file:
                 files = dict.fromkeys(file.keys(), "model.safetensors")
         else:
             raise ValueError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
@@ -99,7 +99,7 @@ class TensorReader:
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from its file."""
         file, stored = self.files[name]
-        with safe_open(self.directory / file, "pt") as handle:
+        with _open(self.directory / file) as handle:
             return handle.get_tensor(stored)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -107,14 +107,23 @@ class TensorReader:
         missing, unknown = sorted(shapes.keys() - self.files.keys()), sorted(self.files.keys() - shapes.keys())
         if missing or unknown:
             raise ValueError(
-                f"{self.directory}: tensors do not match config.json; missing: {missing[:5]}, not expected: {unknown[:5]}"
+                f"{self.directory}: tensors do not match config.json; "
+                f"missing: {missing[:5]}, not expected: {unknown[:5]}"
             )
         for name, shape in shapes.items():
             file, stored = self.files[name]
-            with safe_open(self.directory / file, "pt") as handle:
+            with _open(self.directory / file) as handle:
                 found = tuple(handle.get_slice(stored).get_shape())
             if found != tuple(shape):
                 raise ValueError(f"{self.directory}: {name} has shape {found}; config.json says {tuple(shape)}")
+
+
+def _open(path: Path):
+    """A safetensors file, or a ValueError that names the one which is missing or broken."""
+    try:
+        return safe_open(path, "pt")
+    except (FileNotFoundError, SafetensorError) as error:
+        raise ValueError(f"{path}: missing, truncated or no safetensors file ({error}); copy it again") from error
 
 
 def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
@@ -150,7 +159,11 @@ def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor]) -> tu
 def write_config(directory: Path, config, **changes) -> None:
     """Write config.json: the values of `config` with `changes`."""
     values = json.loads(config.to_json_string(use_diff=False))
+    values.pop("auto_map", None)  # names modeling files that are not copied
     values |= {"architectures": ["NemotronHForCausalLM"], **changes}
+    # vLLM and SGLang read the layers from these two, and fall back to another model's where they are missing.
+    values["hybrid_override_pattern"] = pattern_of(values["layers_block_type"])
+    values["num_hidden_layers"] = len(values["layers_block_type"])
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
@@ -163,8 +176,13 @@ def copy_tokenizer(source: str | os.PathLike, directory: Path) -> None:
 
 @contextmanager
 def whole_directory(directory: str | os.PathLike) -> Iterator[Path]:
-    """A directory that appears whole or not at all: yields one to fill beside it, and renames it at the end."""
+    """A directory that appears whole or not at all: yields one to fill beside it, and renames it at the end.
+
+    Replaces an earlier model of the same name, and refuses to replace anything else.
+    """
     final = Path(directory)
+    if final.exists() and not (final / "config.json").is_file() and not (final.is_dir() and not any(final.iterdir())):
+        raise ValueError(f"{final}: exists and is no model directory; name another directory, or remove it")
     final.parent.mkdir(parents=True, exist_ok=True)
     partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
