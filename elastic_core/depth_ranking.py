@@ -59,6 +59,8 @@ def _sweep(error: LogitError, input_ids: Tensor, batch: int, kept: list[int], ca
     for position, layer in enumerate(kept):
         if layer in candidates:
             errors[layer] = error(batch, x, kept[position + 1 :])
+            if len(errors) == len(candidates):
+                break
         x = error.model.model.layers[layer](x, error.cut)
     return errors
 

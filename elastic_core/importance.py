@@ -53,7 +53,7 @@ class Ranking:
     def load(cls, path: str | os.PathLike) -> Ranking:
         content = json.loads(Path(path).read_text())
         return cls(
-            scores={key: torch.tensor(value) for key, value in content["scores"].items()},
+            scores={key: torch.tensor(value, dtype=torch.float64) for key, value in content["scores"].items()},
             orders={key: torch.tensor(value) for key, value in content["orders"].items()},
             depth=tuple(content["depth"]),
             depth_scores={int(layer): score for layer, score in content["depth_scores"].items()},
@@ -67,6 +67,7 @@ def rank(
     depth_method: str = "iterative_nmse",
     min_depth: int = 1,
     top_channels: int | None = None,
+    depth_batches: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Ranking:
     """Rank every width and the layers of `model` on `batches` of token ids, each (B, L) int64.
@@ -74,7 +75,7 @@ def rank(
     `aggregation` over batch and positions: l1 (Σ|a|, as the paper's equations), l2 (√Σa²) or mean (|mean a|).
     `depth_method`: iterative_nmse, one_shot_nmse or one_shot_perplexity. `min_depth`: the smallest depth of interest,
     below which iterative ranking need not go. `top_channels`: how many of the best Mamba channels judge the heads
-    (eq. 4; default half). `progress(what, done, total)` is called as work proceeds.
+    (eq. 4; default half). `depth_batches`: how many of the batches judge the layers (default all). `progress(what, done, total)` is called as work proceeds.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation: got {aggregation!r}; allowed: {', '.join(AGGREGATIONS)}")
@@ -87,7 +88,7 @@ def rank(
     model.eval()
     with torch.no_grad():
         scores = score_widths(model, batches, aggregation, top_channels, progress)
-        depth, depth_scores = rank_layers(model, batches, depth_method, min_depth, progress)
+        depth, depth_scores = rank_layers(model, batches[:depth_batches], depth_method, min_depth, progress)
     model.train(training)
     units = elastic_units(model.layout)
     orders = {key: order_units(units[key], score) for key, score in scores.items()}
