@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = 1024  # tokens whose logits exist at a time
 IGNORED = -100  # label of a position that takes no part
@@ -12,7 +13,9 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, chunk: i
     """Summed next-token cross-entropy in nats, forward only. hidden (T, H), head (V, H), labels (T,) → ()."""
     total = hidden.new_zeros((), dtype=torch.float64)
     for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        total += F.cross_entropy(F.linear(h, head).float(), y, ignore_index=IGNORED, reduction="sum")
+        logits = F.linear(h, head)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total += F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum")
     return total
 
 
@@ -26,24 +29,26 @@ class DistillationLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, labels, teacher, ce_weight, kl_weight, temperature, chunk):
         num_live = (labels != IGNORED).sum().clamp(min=1)
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=torch.float32)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=wide)
         sums = hidden.new_zeros(2, dtype=torch.float64)  # CE, KL
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            teacher_logits = None if teacher is None else F.linear(teacher[0][part], teacher[1]).float()
-            logits = F.linear(hidden[part], head).float()
+            teacher_logits = None if teacher is None else F.linear(teacher[0][part], teacher[1]).to(wide)
+            logits = F.linear(hidden[part], head).to(wide)
             grad, ce, kl = _chunk_loss(logits, labels[part], teacher_logits, ce_weight, kl_weight, temperature)
             grad = (grad / num_live).to(hidden.dtype)
             grad_hidden[part] = grad @ head
-            grad_head += (grad.T @ hidden[part]).float()
+            grad_head += (grad.T @ hidden[part]).to(wide)
             sums += torch.stack([ce, kl]).double()
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
-        ce, kl = (sums / num_live).to(torch.float32)
+        ce, kl = (sums / num_live).to(wide)
         loss = ce_weight * ce + kl_weight * temperature**2 * kl
         ctx.mark_non_differentiable(ce, kl)
         return loss, ce, kl
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss, *_):
         grad_hidden, grad_head = ctx.saved_tensors
         return grad_hidden * grad_loss, grad_head * grad_loss, None, None, None, None, None, None
