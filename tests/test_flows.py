@@ -1,0 +1,272 @@
+"""The flow, the guard and the dashboard, on the tiny pipeline of tests/flows_fixture/pipeline."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+import uuid
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("prefect")
+pytest.importorskip("dvc")
+
+from flows_fixture.driver import MARK, Dashboard, marked, set_params, wait_for
+
+from flows import elastic
+from flows.guard import guarded
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_checkout(path: Path) -> Path:
+    """A checkout with the real flows and the pipeline of tests/flows_fixture/pipeline."""
+    shutil.copytree(ROOT / "tests/flows_fixture/pipeline", path, dirs_exist_ok=True)
+    for name in ("flows", ".dvc"):
+        shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("cache", "tmp", "__pycache__"))
+    for name in ("prefect.toml", ".dvcignore"):
+        shutil.copy(ROOT / name, path)
+    subprocess.run(["git", "init", "-q", path], check=True)
+    return path
+
+
+@pytest.fixture
+def mark():
+    """A mark for what this test starts; nothing that carries it may be left at the end."""
+    value = uuid.uuid4().hex
+    yield value
+    wait_for(lambda: not marked(value), 30, "all processes of the test to end")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    return make_checkout(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory):
+    """A running dashboard; whoever stops it starts it again. At the end it has to leave nothing."""
+    dashboard = Dashboard(make_checkout(tmp_path_factory.mktemp("dashboard")))
+    try:
+        dashboard.start()
+        yield dashboard
+        dashboard.process.terminate()
+        assert dashboard.process.wait(30) == 0
+        assert not marked(dashboard.mark)
+    finally:
+        dashboard.kill()
+
+
+# --- the guard -------------------------------------------------------------------------------------------------------
+
+# Three generations, one in a session of its own, one deaf to TERM.
+TREE = ["sh", "-c", "setsid sh -c 'trap \"\" TERM; while :; do sleep 1; done' & setsid sleep 600 & sleep 600"]
+
+
+def start_tree(mark: str) -> subprocess.Popen:
+    """A parent that holds a guarded tree."""
+    code = f"import time; from flows.guard import guarded\nwith guarded({TREE!r}, grace=0.5): time.sleep(600)"
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, MARK: mark})
+    wait_for(lambda: sum("sleep 600" in line for line in marked(mark)) >= 4, 20, "the tree to start")
+    return parent
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_dead_parent_leaves_nothing(mark, number):
+    parent = start_tree(mark)
+    parent.send_signal(number)
+    parent.wait(10)
+    wait_for(lambda: not marked(mark), 5, "the tree to end")
+
+
+def test_a_guard_told_to_stop_ends_its_tree(mark):
+    with guarded(TREE, grace=0.5, env={**os.environ, MARK: mark}) as process:
+        wait_for(lambda: sum("sleep 600" in line for line in marked(mark)) >= 3, 20, "the tree to start")
+        process.terminate()
+        assert process.wait(5) == 128 + signal.SIGTERM
+        assert not marked(mark)
+
+
+def test_guard_passes_the_status_on_and_ends_what_the_command_left(mark):
+    command = ["sh", "-c", "setsid sleep 600 & exit 3"]
+    with guarded(command, grace=5, env={**os.environ, MARK: mark}) as process:
+        assert process.wait(5) == 3
+        assert not marked(mark)
+
+
+# --- a stage's output ------------------------------------------------------------------------------------------------
+
+
+def test_lines_survive_any_cut_into_chunks():
+    output = "eins\r\nzwei ü\n\n\x1b[31mrot\x1b[0m\nlast".encode()
+    expected = ["eins", "zwei ü", "rot", "last"]
+    for size in (1, 2, 3, len(output)):
+        chunks = [output[i : i + size] for i in range(0, len(output), size)]
+        assert list(elastic.read_lines(chunks)) == expected
+
+
+def test_progress_is_thinned_out_and_its_end_is_shown():
+    bar = [f"\r{percent} %".encode() for percent in range(101)]
+    assert list(elastic.read_lines([*bar, b"\ndone\n"], every=3600)) == ["0 %", "100 %", "done"]
+    assert list(elastic.read_lines([b"1 %\r", b"2 %\r", b"3 %\r"], every=3600)) == ["1 %", "3 %"]
+    assert len(list(elastic.read_lines([*bar, b"\n"], every=0))) == 101
+
+
+def test_lines_come_while_the_command_runs(tmp_path):
+    times = []
+    code = "import time; print('a'); time.sleep(1); print('b'); raise SystemExit(4)"
+    status, tail = elastic.follow([sys.executable, "-c", code], tmp_path, lambda line: times.append(time.monotonic()))
+    assert (status, tail) == (4, ["a", "b"])
+    assert times[1] - times[0] > 0.5
+
+
+def test_a_killed_guard_does_not_hang_the_run(mark, tmp_path, monkeypatch):
+    monkeypatch.setenv(MARK, mark)
+    code = "import os, signal, time; print('x'); os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)"
+    status, tail = elastic.follow([sys.executable, "-c", code], tmp_path, print)
+    assert (status, tail) == (-signal.SIGKILL, ["x"])
+
+
+# --- the flow in this process ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline(dashboard, checkout, monkeypatch):
+    """The flow runs here, on a temporary checkout, and reports to the temporary server."""
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_HOME,
+        PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW,
+        temporary_settings,
+    )
+
+    def prepare(profile: str) -> Path:
+        set_params(checkout, seconds=0, fail=profile == "failing")
+        return checkout
+
+    workspace = types.SimpleNamespace(prepare=prepare)
+    monkeypatch.setattr(elastic, "ROOT", checkout)
+    monkeypatch.setitem(sys.modules, "tasks.workspace", workspace)
+    monkeypatch.setattr("tasks.workspace", workspace, raising=False)
+    settings = {
+        PREFECT_API_URL: dashboard.url,
+        PREFECT_HOME: checkout / ".prefect",
+        PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW: "ignore",  # some tests call a task without its flow
+    }
+    with temporary_settings(settings):
+        yield checkout
+
+
+def test_an_unchanged_stage_says_so(pipeline, caplog):
+    elastic.run_stage("prepare_data", pipeline)
+    assert "Completed('Ran prepare_data')" in caplog.text
+    caplog.clear()
+    elastic.run_stage("prepare_data", pipeline)
+    assert "Stage 'prepare_data' didn't change, skipping" in caplog.text
+    assert "Unchanged(" in caplog.text
+    caplog.clear()
+    elastic.run_stage("prepare_data", pipeline, force=True)
+    assert "Completed('Ran prepare_data')" in caplog.text
+
+
+def test_a_failed_stage_shows_its_last_lines_and_is_not_tried_again(pipeline, caplog):
+    with pytest.raises(elastic.StageFailed, match=r"(?s)'train' ended with exit status 255.*train was told to fail"):
+        elastic.elastic(profile="failing")
+    assert [record.message for record in caplog.records].count("Running stage 'train':") == 1
+
+
+def test_a_busy_stage_is_tried_again(pipeline, caplog):
+    lock = pipeline / ".dvc/tmp/rwlock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    blocker = {"pid": os.getpid(), "cmd": "dvc repro"}
+    lock.write_text(json.dumps({"write": {str(pipeline / "artifacts/prepare_data"): blocker}, "read": {}}))
+
+    def release(task, run, state) -> bool:
+        lock.unlink(missing_ok=True)
+        return elastic.is_busy(task, run, state)
+
+    elastic.run_stage.with_options(retry_delay_seconds=0, retry_condition_fn=release)("prepare_data", pipeline)
+    assert "StageBusy" in caplog.text
+    assert (pipeline / "artifacts/prepare_data").exists()
+
+
+def test_wrong_parameters_stop_the_flow_before_any_stage(pipeline, caplog, monkeypatch):
+    with pytest.raises(ValueError, match="profile: got 'nonsense'; allowed: default, failing"):
+        elastic.elastic(profile="nonsense")
+    monkeypatch.setattr(sys.modules["tasks.workspace"], "prepare", lambda profile: pipeline)
+    set_params(pipeline, seconds="soon")
+    with pytest.raises(ValueError, match=r"(?s)profile 'default' are not valid.*train.seconds: expected an integer"):
+        elastic.elastic()
+    assert "Running stage" not in caplog.text
+
+
+def test_results_need_the_same_keys_in_every_row(tmp_path):
+    (tmp_path / "reports").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"results\.json is not there"):
+        elastic.publish("default", tmp_path)
+    (tmp_path / elastic.REPORT).write_text("")
+    (tmp_path / elastic.RESULTS).write_text('[{"a": 1}, {"b": 2}]')
+    with pytest.raises(ValueError, match="the same keys"):
+        elastic.publish("default", tmp_path)
+
+
+# --- the dashboard, from outside -------------------------------------------------------------------------------------
+
+
+def test_dashboard_refuses_a_taken_port_and_a_wrong_url(checkout):
+    dashboard = Dashboard(checkout)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", int(dashboard.environment["PREFECT_SERVER_API_PORT"])))
+        other.listen()
+        output = dashboard.refused()
+    assert "cannot listen on 127.0.0.1" in output and "choose another port" in output
+    dashboard.environment["PREFECT_API_URL"] = "https://example.org/api"
+    assert "api.url is 'https://example.org/api' but the server" in dashboard.refused()
+
+
+def test_a_run_by_command_line_shows_log_and_artifacts(dashboard):
+    assert "already runs" in dashboard.refused()
+    set_params(dashboard.checkout, seconds=0)
+    watched = dashboard.watch_run()
+    assert watched.returncode == 0, watched.stdout + watched.stderr
+    assert "train begins" in watched.stdout
+    run = dashboard.post("flow_runs/filter", sort="START_TIME_DESC")[0]
+    assert run["state_name"] == "Completed"
+    tasks = dashboard.post("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}}, sort="EXPECTED_START_TIME_ASC")
+    assert [task["name"] for task in tasks] == ["prepare_data", "train", "evaluate", "report"]
+    wait_for(lambda: "train begins" in dashboard.logs(run["id"]), 10, "the log to arrive")
+    found = dashboard.post("artifacts/filter", artifacts={"flow_run_id": {"any_": [run["id"]]}})
+    artifacts = {artifact["key"]: artifact["data"] for artifact in found}
+    assert json.loads(artifacts["results"]) == json.loads((dashboard.checkout / elastic.RESULTS).read_text())
+    assert "All is well" in artifacts["report"]
+
+
+def test_cancelled_or_killed_leaves_nothing_and_the_next_start_tidies_up(dashboard):
+    def stage_runs() -> bool:
+        return "sleep 600" in marked(dashboard.mark)
+
+    set_params(dashboard.checkout, seconds=600)
+    cancelled = dashboard.start_run()
+    wait_for(stage_runs, 30, "the long stage to start")
+    queued = dashboard.start_run()
+    wait_for(lambda: dashboard.state(queued) == "AwaitingConcurrencySlot", 20, "the second run to queue")
+    dashboard.post(f"flow_runs/{queued}/set_state", state={"type": "CANCELLED"})
+    dashboard.post(f"flow_runs/{cancelled}/set_state", state={"type": "CANCELLING"})
+    wait_for(lambda: not stage_runs(), 20, "the cancelled stage to end")
+    wait_for(lambda: dashboard.state(cancelled) == "Cancelled", 20, "the run to be cancelled")
+
+    lost = dashboard.start_run()
+    wait_for(stage_runs, 30, "the long stage to start again")
+    dashboard.process.kill()
+    dashboard.process.wait()
+    dashboard.start()  # waits for what the killed one left
+    assert not stage_runs()
+    assert dashboard.state(lost) == "Crashed"
+    dashboard.start_run()  # its slot is free again
+    wait_for(stage_runs, 40, "a stage after the restart")  # and the fixture stops the dashboard in the middle of it
