@@ -93,7 +93,7 @@ class Mamba(nn.Module):
         super().__init__()
         self.layout, self.layer = layout, layer
         self.groups, self.state_size = config.n_groups, config.ssm_state_size
-        self.chunk_size, self.eps = config.chunk_size, config.layer_norm_epsilon
+        self.eps = config.layer_norm_epsilon
         self.time_step_min = config.time_step_min  # transformers' only limit on dt
         add_parameters(self, layout)
 
@@ -119,7 +119,6 @@ class Mamba(nn.Module):
             B.to(wide).unflatten(-1, (self.groups, self.state_size)),
             C.to(wide).unflatten(-1, (self.groups, self.state_size)),
             weight("D"),
-            min(self.chunk_size, 64),
         )
         y, num_live = self._gate(y * F.silu(z.to(wide)).view_as(y), cut)
         y = group_rms_norm(y.flatten(2), weight("norm.weight"), self.eps, self.groups, num_live)

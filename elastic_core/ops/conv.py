@@ -1,14 +1,40 @@
 """Causal depthwise convolution over positions."""
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y_t = bias + Σ_k weight[:, k]·x_{t−K+1+k}, per channel. x (B, L, C), weight (C, 1, K), bias (C,) → (B, L, C)."""
-    kernel_size, length = weight.shape[-1], x.shape[1]
-    padded = F.pad(x, (0, 0, kernel_size - 1, 0))
-    y = padded[:, :length] * weight[:, 0, 0]
-    for k in range(1, kernel_size):  # a few shifted products; no transpose to (B, C, L) and back
-        y = y + padded[:, k : k + length] * weight[:, 0, k]
+    """y_t = bias + Σ_k weight[:, k]·x_{t−K+1+k}, per channel. x (B, L, C), weight (C, 1, K), bias (C,) → (B, L, C).
+
+    As a few shifted products in place, without the transposes to (B, C, L) and back that a convolution call needs.
+    """
+    y = _CausalConv.apply(x, weight)
     return y if bias is None else y + bias
+
+
+class _CausalConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        taps, length = _taps(weight), x.shape[1]
+        y = x * taps[0]
+        for lag in range(1, min(len(taps), length)):
+            y[:, lag:].addcmul_(x[:, : length - lag], taps[lag])
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        taps, length = _taps(weight), x.shape[1]
+        grad_x, grad_taps = grad * taps[0], torch.zeros_like(taps)
+        grad_taps[0] = (grad * x).sum((0, 1))
+        for lag in range(1, min(len(taps), length)):
+            grad_x[:, : length - lag].addcmul_(grad[:, lag:], taps[lag])
+            grad_taps[lag] = (grad[:, lag:] * x[:, : length - lag]).sum((0, 1))
+        return grad_x, grad_taps.flip(0).T.unsqueeze(1)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """(C, 1, K) → (K, C), the tap of the present position first."""
+    return weight.squeeze(1).T.flip(0).contiguous()

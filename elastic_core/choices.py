@@ -1,0 +1,160 @@
+"""The elastic space: which sizes each axis may take, and what every combination of them costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elastic_core.config import ConfigError, require
+from elastic_core.cost import expected_num_parameters
+from elastic_core.layout import AXES, elastic_units, layers_of, parameter_layout
+from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel
+
+FIELDS = {**{axis: name for name, (_, axis) in WIDTHS.items()}, "depth": "depth"}  # axis → name in the configuration
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Kept sizes per axis, largest first, the first being the parent's own; None keeps the parent's size.
+
+    `depth` holds numbers of layers, taken from the depth ranking. Axes named in `heterogeneous` (intermediate_size,
+    mamba_num_heads, num_attention_heads) choose per layer, all others once for the whole model.
+    """
+
+    hidden_size: tuple[int, ...] | None = None
+    intermediate_size: tuple[int, ...] | None = None
+    mamba_num_heads: tuple[int, ...] | None = None
+    mamba_head_dim: tuple[int, ...] | None = None
+    num_attention_heads: tuple[int, ...] | None = None
+    depth: tuple[int, ...] | None = None
+    heterogeneous: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        for name in self.heterogeneous:
+            require(name in PER_LAYER, "heterogeneous", name, ", ".join(PER_LAYER))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One decision: an axis, the unit keys it sets, and the sizes to choose from, largest first."""
+
+    axis: str
+    keys: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+
+class ElasticSpace:
+    """All decisions of a parent's family, and their translation to sizes, masks, costs and submodels.
+
+    A combination is a list of choice indices, one per slot; a distribution is a list of probability vectors, one per
+    slot, each (number of choices,). `depth_ranking` lists layers from the most to the least important.
+    """
+
+    def __init__(self, config, choices: Choices, depth_ranking: tuple[int, ...], where: str = "choices"):
+        self.config, self.depth_ranking = config, tuple(depth_ranking)
+        num_layers = len(config.layers_block_type)
+        if sorted(self.depth_ranking) != list(range(num_layers)):
+            raise ValueError(f"depth_ranking: got {self.depth_ranking}; expected every layer 0..{num_layers - 1} once")
+        self.units = elastic_units(parameter_layout(config))
+        self.slots = [slot for axis in AXES for slot in self._slots(axis, choices, where)]
+        self.keep = torch.zeros(len(self.slots[-1].sizes), num_layers)  # (depth choices, layers)
+        for row, depth in zip(self.keep, self.slots[-1].sizes, strict=True):
+            row[list(self.depth_ranking[:depth])] = 1
+
+    def _slots(self, axis: str, choices: Choices, where: str) -> list[Slot]:
+        field = FIELDS[axis]
+        if axis == "depth":
+            full, keys, groups = len(self.config.layers_block_type), ("depth",), 1
+        else:
+            keys = tuple(key for key in self.units if key.split(".")[0] == axis)
+            if not keys:  # the parent has no such layers
+                return []
+            full, groups = getattr(self.config, field), self.units[keys[0]].groups
+        sizes = getattr(choices, field) or (full,)
+        multiples = f", in multiples of {groups}" if groups > 1 else ""
+        valid = all(1 <= size <= full and size % groups == 0 for size in sizes)
+        if sizes[0] != full or list(sizes) != sorted(set(sizes), reverse=True) or not valid:
+            raise ConfigError(
+                f"{where}.{field}: got {list(sizes)}; allowed: different sizes, largest first, "
+                f"starting with the parent's own {full}{multiples}"
+            )
+        per_layer = field in choices.heterogeneous
+        return [Slot(axis, (key,), sizes) for key in keys] if per_layer else [Slot(axis, keys, sizes)]
+
+    def cost(self, probs: list[Tensor]) -> Tensor:
+        """Expected number of parameters under independent distributions, differentiable (eq. 12)."""
+        sizes = {}
+        for slot, prob in zip(self.slots, probs, strict=True):
+            expected = prob @ torch.tensor(slot.sizes, dtype=prob.dtype)
+            sizes.update(dict.fromkeys(slot.keys, expected))
+        return expected_num_parameters(self.config, sizes, probs[-1] @ self.keep.to(probs[-1].dtype))
+
+    def num_parameters(self, indices: list[int]) -> int:
+        """Exact number of parameters of one combination."""
+        one_hots = [
+            torch.nn.functional.one_hot(torch.tensor(index), len(slot.sizes)).double()
+            for slot, index in zip(self.slots, indices, strict=True)
+        ]
+        return round(self.cost(one_hots).item())
+
+    def grid_costs(self, slots: list[Slot] | None = None) -> Tensor:
+        """Number of parameters of every combination (float64), one dimension per slot (heterogeneous axes: per axis)."""
+        slots = slots or self.axis_slots()
+        sizes = {}
+        for dim, slot in enumerate(slots):
+            shape = [1] * len(slots)
+            shape[dim] = len(slot.sizes)
+            sizes.update(dict.fromkeys(slot.keys, torch.tensor(slot.sizes, dtype=torch.float64).view(shape)))
+        keep = self.keep.double().T.reshape(self.keep.shape[1], *[1] * (len(slots) - 1), -1)
+        costs = expected_num_parameters(self.config, sizes, keep)
+        return costs.expand([len(slot.sizes) for slot in slots])
+
+    def axis_slots(self) -> list[Slot]:
+        """One slot per axis, as if every axis chose once for the whole model."""
+        merged: dict[str, Slot] = {}
+        for slot in self.slots:
+            keys = merged[slot.axis].keys if slot.axis in merged else ()
+            merged[slot.axis] = Slot(slot.axis, keys + slot.keys, slot.sizes)
+        return list(merged.values())
+
+    def masks(self, slot: Slot) -> Tensor:
+        """Prefix masks of a slot's choices (choices, full size): row i keeps the first sizes[i] (in every group)."""
+        units = self.units[slot.keys[0]]
+        masks = torch.zeros(len(slot.sizes), units.size)
+        for row, size in zip(masks, slot.sizes, strict=True):
+            row[units.prefix(size)] = 1
+        return masks
+
+    def soft_gates(self, probs: list[Tensor]) -> dict[str, Tensor]:
+        """Gates of the soft mode: Σ_i π_i·I_i per unit key, and the probability to be kept per layer (``depth``)."""
+        gates = {}
+        for slot, prob in zip(self.slots, probs, strict=True):
+            mask = self.keep if slot.axis == "depth" else self.masks(slot)
+            gates.update(dict.fromkeys(slot.keys, prob @ mask))
+        return gates
+
+    def hard_gates(self, probs: list[Tensor], indices: list[int]) -> dict[str, Tensor]:
+        """Straight-through gates of the hard mode: π_i / stop_gradient(π_i), of value one."""
+        gates = {}
+        for slot, prob, index in zip(self.slots, probs, indices, strict=True):
+            gate = prob[index] / prob[index].detach()
+            if slot.axis == "depth":
+                gate = gate.expand(self.keep.shape[1])
+            gates.update(dict.fromkeys(slot.keys, gate))
+        return gates
+
+    def submodel(self, indices: list[int]) -> Submodel:
+        """The submodel of one combination."""
+        sizes = {
+            key: slot.sizes[index] for slot, index in zip(self.slots, indices, strict=True) for key in slot.keys
+        }
+        fields = {"kept_layers": self.depth_ranking[: sizes["depth"]]}
+        for name, (character, axis) in WIDTHS.items():
+            if axis == "hidden":
+                fields[name] = sizes[axis]
+            elif layers := layers_of(self.config, character):
+                values = tuple(sizes[f"{axis}.{i}"] for i in layers)
+                fields[name] = values if name in PER_LAYER else values[0]
+        return Submodel(**fields).resolve(self.config)

@@ -1,0 +1,148 @@
+"""The curriculum: what a training stage is, which budget a microbatch is dealt to, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from elastic_core.config import require
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Weights of one budget's task loss: ce_weight·CE + kl_weight·T²·KL(teacher ‖ student)."""
+
+    ce_weight: float = 0.0
+    kl_weight: float = 1.0
+    temperature: float = 1.0
+
+    def check(self) -> None:
+        require(self.ce_weight >= 0, "ce_weight", self.ce_weight, "0 or more")
+        require(self.kl_weight >= 0, "kl_weight", self.kl_weight, "0 or more")
+        require(self.ce_weight + self.kl_weight > 0, "kl_weight", self.kl_weight, "one weight above 0")
+        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How the router learns: soft masks until its choice settles, or at the latest until `share` of the stage.
+
+    τ falls from temperatures[0] to [1] and the logit scale grows from scales[0] to [1] over that share. `weight` is
+    λ of the total loss, `dead_zone` the deviation from the budget that costs nothing. The choice has settled when it
+    has stayed the same, within the dead zone of every budget, for `settle_steps` steps.
+    """
+
+    learning_rate: float = 1e-2
+    weight: float = 1.0
+    share: float = 0.3
+    mode: Literal["soft", "hard"] = "soft"
+    temperatures: tuple[float, ...] = (1.0, 0.05)
+    scales: tuple[float, ...] = (1.0, 10.0)
+    dead_zone: float = 0.01
+    settle_steps: int = 50
+
+    def check(self) -> None:
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(0 < self.share <= 1, "share", self.share, "above 0, up to 1")
+        require(len(self.temperatures) == 2 and min(self.temperatures) > 0, "temperatures", self.temperatures, "[from, to]")
+        require(len(self.scales) == 2 and min(self.scales) > 0, "scales", self.scales, "[from, to], above 0")
+        require(0 <= self.dead_zone < 1, "dead_zone", self.dead_zone, "0 or more, below 1")
+        require(self.settle_steps > 0, "settle_steps", self.settle_steps, "1 or more")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage; a section of params.yaml.
+
+    A step takes `batch_size` sequences in `microbatches` equal parts, each dealt to one budget in the proportions of
+    `budget_shares`. `mixture`: share of the sequences drawn from each data source. The learning rate warms up
+    linearly and falls by `schedule` to `final_learning_rate` of its peak.
+    """
+
+    sequence_length: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    mixture: dict[str, float]
+    budget_shares: dict[str, float] = field(default_factory=dict)
+    microbatches: int = 1
+    warmup_steps: int = 60
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    final_learning_rate: float = 0.1
+    weight_decay: float = 0.01
+    betas: tuple[float, ...] = (0.9, 0.95)
+    gradient_clip: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    teacher: Literal["frozen", "trainable", "mixed"] = "frozen"
+    loss: Loss = Loss()
+    loss_by_budget: dict[str, Loss] = field(default_factory=dict)
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+
+    def check(self) -> None:
+        for name in ("sequence_length", "batch_size", "steps", "microbatches", "checkpoint_every", "keep_checkpoints"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(
+            self.batch_size % self.microbatches == 0,
+            "batch_size",
+            self.batch_size,
+            f"a multiple of microbatches ({self.microbatches})",
+        )
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        require(0 <= self.final_learning_rate <= 1, "final_learning_rate", self.final_learning_rate, "0 to 1 of the peak")
+        require(self.gradient_clip > 0, "gradient_clip", self.gradient_clip, "above 0")
+        require(len(self.betas) == 2, "betas", self.betas, "two numbers")
+        for name in ("mixture", "budget_shares"):
+            shares = getattr(self, name)
+            valid = all(share >= 0 for share in shares.values()) and (not shares or sum(shares.values()) > 0)
+            require(valid, name, shares, "shares of 0 or more, not all 0")
+        require(bool(self.mixture), "mixture", self.mixture, "a share for at least one data source")
+
+    def loss_of(self, budget: str) -> Loss:
+        return self.loss_by_budget.get(budget, self.loss)
+
+    def num_tokens(self, steps: int | None = None) -> int:
+        """Tokens of `steps` steps (None: all)."""
+        return (self.steps if steps is None else steps) * self.batch_size * self.sequence_length
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of step 0, 1, …"""
+        return self.learning_rate * self.learning_rate_factor(step)
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Warm-up and schedule as a multiple of the peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        fall = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[self.schedule]
+        return 1 - fall * (1 - self.final_learning_rate)
+
+
+def deal(shares: dict[str, float], microbatches: int, seed: int, step: int) -> list[str]:
+    """The budget of each microbatch of a step, stratified: a function of its arguments alone, so all ranks agree.
+
+    Evenly spaced points, shifted from step to step by the golden ratio, are looked up in the cumulative shares: in
+    any run of steps every budget gets its share to within a few microbatches.
+    """
+    names = [name for name in shares if shares[name] > 0]
+    cumulative = list(itertools.accumulate(shares[name] for name in names))
+    offset = (GOLDEN * (seed + step + 1)) % 1
+    points = [(i + offset) / microbatches * cumulative[-1] for i in range(microbatches)]
+    dealt = [names[min(bisect.bisect_right(cumulative, point), len(names) - 1)] for point in points]
+    np.random.default_rng([seed, step]).shuffle(dealt)
+    return dealt
+
+
+def uses_trainable_teacher(stage: Stage, step: int, microbatch: int) -> bool:
+    """Whether this microbatch learns from the family's own full budget; `mixed` moves there linearly over the stage."""
+    if stage.teacher != "mixed":
+        return stage.teacher == "trainable"
+    return (GOLDEN * (step * stage.microbatches + microbatch + 1)) % 1 < step / stage.steps

@@ -1,0 +1,119 @@
+"""Stage `evaluate`: what an extracted directory is worth, loaded as any user would load it.
+
+Held-out text gives bits per byte, loss and KL to the parent; the reasoning tasks run through lm-eval.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from elastic_core.data import TokenData, held_out_batches
+from elastic_core.losses import IGNORED
+from tasks import params
+
+DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
+VERSIONS = ("zero_shot", "short", "extended")
+
+
+def load_model(directory: Path):
+    """The directory as transformers loads it; heterogeneous exports bring their modeling file."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=True).eval()
+
+
+@torch.no_grad()
+def text_scores(model, parent, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
+    """Summed cross-entropy and summed KL(parent ‖ model) in nats, and the number of predicted tokens."""
+    loss, kl, tokens = 0.0, 0.0, 0
+    for input_ids, labels in batches:
+        logprobs = model(input_ids, use_cache=False).logits.log_softmax(-1)
+        loss += F.nll_loss(logprobs.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
+        if parent is not None:
+            parent_logprobs = parent(input_ids, use_cache=False).logits.log_softmax(-1)
+            divergence = (parent_logprobs.exp() * (parent_logprobs - logprobs)).sum(-1)
+            kl += divergence[labels != IGNORED].sum().item()
+        tokens += int((labels != IGNORED).sum())
+    return loss, kl, tokens
+
+
+def held_out_scores(section: "params.Evaluate", data: TokenData, model, parent) -> dict:
+    """Loss and KL in nats per token and bits per byte on every held-out source, and their token-weighted means."""
+    scores, totals = {}, [0.0, 0.0, 0]
+    for source in section.held_out:
+        batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
+        loss, kl, tokens = text_scores(model, parent, batches)
+        totals = [total + value for total, value in zip(totals, (loss, kl, tokens), strict=True)]
+        num_bytes = tokens * data.bytes_per_token(source, "held_out")
+        scores[f"loss_{source}"] = loss / tokens
+        scores[f"bits_per_byte_{source}"] = loss / math.log(2) / num_bytes
+    scores["loss"], scores["kl_to_parent"] = totals[0] / totals[2], totals[1] / totals[2]
+    return scores
+
+
+def task_scores(section: "params.Evaluate", data: TokenData, model) -> dict:
+    """Exact match and its standard error of every reasoning task, through lm-eval; chance comes along."""
+    if not section.tasks:
+        return {}
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(data.directory / "tokenizer")
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=section.task_batch_size, device="cpu"),
+        tasks=list(section.tasks),
+        task_manager=TaskManager(include_path=str(data.directory / "lm_eval"), include_defaults=False),
+        limit=section.limit,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    scores = {}
+    for task in section.tasks:
+        value = float(results["results"][task]["exact_match,answer"])
+        num_items = results["n-samples"][task]["effective"]
+        scores[task] = {
+            "exact_match": value,
+            "standard_error": math.sqrt(value * (1 - value) / num_items),
+            "chance": results["configs"][task]["metadata"]["chance"],
+            "items": num_items,
+        }
+    return scores
+
+
+def evaluate(section: "params.Evaluate", data: TokenData, directory: Path, parent) -> dict:
+    """All scores of one directory."""
+    model = load_model(directory)
+    return {
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        **held_out_scores(section, data, model, parent),
+        "tasks": task_scores(section, data, model),
+    }
+
+
+def main() -> None:
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("budget", help="a budget's name in params.yaml, or parent")
+    budget = parser.parse_args().budget
+    section, data = params.load().evaluate, TokenData(DATA)
+    parent = None if budget == "parent" else load_model(PARENT)
+    directories = {"parent": PARENT} if budget == "parent" else {v: MODELS / budget / v for v in VERSIONS}
+    rows = {}
+    for version, directory in tqdm(directories.items(), desc=f"evaluate {budget}", unit="model"):
+        rows[version] = evaluate(section, data, directory, parent)
+    OUT.mkdir(parents=True, exist_ok=True)
+    (OUT / f"{budget}.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

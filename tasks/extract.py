@@ -1,0 +1,29 @@
+"""Stage `extract`: one budget's models as Hugging Face directories, before training, after stage 1 and after stage 2."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from elastic_core import elastic_checkpoint, extract
+from tasks import params
+
+OUT = Path("artifacts/models")
+FAMILY = Path("artifacts/train_extended/model")
+SOURCES = {"zero_shot": Path("artifacts/rank/model"), "short": Path("artifacts/train_short/model"), "extended": FAMILY}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("budget", help="a budget's name in params.yaml")
+    budget = parser.parse_args().budget
+    section = params.load().extract
+    submodel = elastic_checkpoint.find_submodel(FAMILY, budget)
+    for version, source in SOURCES.items():
+        out = OUT / budget / version
+        extract(source, submodel, out, section.heterogeneous, getattr(torch, section.dtype))
+        print(f"{out}: {submodel}")
+
+
+if __name__ == "__main__":
+    main()

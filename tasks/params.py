@@ -1,0 +1,228 @@
+"""params.yaml, read strictly: `python -m tasks.params` checks it and says what is wrong before anything runs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from elastic_core.choices import Choices
+from elastic_core.config import ConfigError, load as load_section, require
+from elastic_core.curriculum import Routing, Stage
+from elastic_core.depth_ranking import METHODS
+from elastic_core.importance import AGGREGATIONS
+from tasks.prepare_data import PrepareData
+
+FILE = "params.yaml"
+
+
+@dataclass(frozen=True)
+class ParentModel:
+    """Architecture of a parent that is trained here, in transformers' names; `pattern` has M, * and -."""
+
+    pattern: str
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    n_groups: int
+    ssm_state_size: int
+    conv_kernel: int = 4
+
+    def check(self) -> None:
+        require(bool(self.pattern) and set(self.pattern) <= set("M*-"), "pattern", self.pattern, "characters M, * and -")
+        for heads, groups in (("mamba_num_heads", "n_groups"), ("num_attention_heads", "num_key_value_heads")):
+            divides = getattr(self, groups) > 0 and getattr(self, heads) % getattr(self, groups) == 0
+            require(divides, heads, getattr(self, heads), f"a multiple of {groups} ({getattr(self, groups)})")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The parent: a Hugging Face directory, or (path null) a model trained here."""
+
+    path: str | None = None
+    model: ParentModel | None = None
+    training: Stage | None = None
+
+    def check(self) -> None:
+        if self.path is None:
+            for name in ("model", "training"):
+                require(getattr(self, name) is not None, name, None, "a section, as long as parent.path is null")
+            weights = self.training.loss
+            require(weights.kl_weight == 0, "training.loss.kl_weight", weights.kl_weight, "0: a parent has no teacher")
+        else:
+            there = (Path(self.path) / "config.json").is_file()
+            require(there, "path", self.path, "a Hugging Face directory with a config.json, or null")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Calibration: how much data, and how importance is aggregated."""
+
+    mixture: dict[str, float]
+    batches: int = 16
+    batch_size: int = 16
+    sequence_length: int = 256
+    aggregation: str = "l1"
+    depth_method: str = "iterative_nmse"
+    depth_batches: int = 4
+    top_channels: int | None = None
+
+    def check(self) -> None:
+        for name in ("batches", "batch_size", "sequence_length"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(1 <= self.depth_batches <= self.batches, "depth_batches", self.depth_batches, f"1 to {self.batches}")
+        require(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, ", ".join(AGGREGATIONS))
+        require(self.depth_method in METHODS, "depth_method", self.depth_method, ", ".join(METHODS))
+
+
+@dataclass(frozen=True)
+class Extract:
+    """How submodels are exported."""
+
+    heterogeneous: Literal["remote_code", "pad"] = "remote_code"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What the extracted models are measured on."""
+
+    held_out: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    max_tokens: int = 16384
+    sequence_length: int = 256
+    batch_size: int = 16
+    limit: int = 200
+    task_batch_size: int = 64
+
+    def check(self) -> None:
+        for name in ("max_tokens", "sequence_length", "batch_size", "limit", "task_batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The report's wording."""
+
+    title: str = "A family of nested language models"
+
+
+@dataclass(frozen=True)
+class Params:
+    """The whole of params.yaml."""
+
+    budgets: dict[str, float]
+    prepare_data: PrepareData
+    parent: Parent
+    rank: Rank
+    train_short: Stage
+    train_extended: Stage
+    evaluate: Evaluate
+    choices: Choices = Choices()
+    routing: Routing = Routing()
+    extract: Extract = Extract()
+    report: Report = field(default_factory=Report)
+    seed: int = 0
+
+    def check(self) -> None:
+        require(bool(self.budgets), "budgets", self.budgets, "one or more")
+        for name, target in self.budgets.items():
+            require(name.isidentifier(), "budgets", name, "names of letters, digits and _")
+            require(0 < target <= 1, f"budgets.{name}", target, "a share of the parent's parameters, above 0 and up to 1")
+        targets = list(self.budgets.values())
+        require(len(set(targets)) == len(targets), "budgets", targets, "different targets")
+        stages = {"train_short": self.train_short, "train_extended": self.train_extended}
+        for name, stage in stages.items():
+            for key in (*stage.budget_shares, *stage.loss_by_budget):
+                require(key in self.budgets, f"{name}.budget_shares", key, ", ".join(self.budgets))
+            for budget in self.budgets:
+                if stage.teacher != "frozen" and self.budgets[budget] == 1.0:
+                    weight = stage.loss_of(budget).ce_weight
+                    allowed = f"above 0: a {stage.teacher} teacher must itself learn from text"
+                    require(weight > 0, f"{name}.loss_by_budget.{budget}.ce_weight", weight, allowed)
+        if self.parent.training is not None:
+            stages["parent.training"] = self.parent.training
+        for name, section in {**stages, "rank": self.rank}.items():
+            for source in section.mixture:
+                known = source in self.prepare_data.sources
+                require(known, f"{name}.mixture", source, ", ".join(self.prepare_data.sources))
+        for source in self.evaluate.held_out:
+            known = source in self.prepare_data.sources
+            require(known, "evaluate.held_out", source, ", ".join(self.prepare_data.sources))
+        written = task_names(self.prepare_data)
+        for task in self.evaluate.tasks:
+            require(task in written, "evaluate.tasks", task, ", ".join(written))
+
+
+def task_names(section: PrepareData) -> list[str]:
+    """The lm-eval tasks that prepare_data writes."""
+    lengths = section.evaluation
+    kinds = {"chains": lengths.chains, "chains_direct": lengths.chains_direct, "recall": lengths.recall}
+    return [f"{kind}_{length}" for kind, values in kinds.items() for length in values]
+
+
+def load(path: str | Path = FILE) -> Params:
+    """Read and check a parameter file; raises ConfigError naming what to change and where."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path.resolve()}: not there; run from the top of a checkout or of a workspace")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    params = load_section(Params, values, str(path))
+    check_family(params, str(path))
+    return params
+
+
+def check_family(params: Params, where: str) -> None:
+    """Check budgets and choices against the parent's architecture, before the depth ranking is known.
+
+    Which layers depth drops is still open, so a budget is refused here only where it cannot be met whether the
+    largest or the smallest layers go first; the rank stage checks again with the real order.
+    """
+    from elastic_core import hf
+    from elastic_core.choices import ElasticSpace
+    from elastic_core.layout import count, layer_index, parameter_layout
+    from elastic_core.selection import check_budgets
+    from tasks.parent import model_config
+
+    parent = params.parent
+    try:
+        config = hf.read_config(parent.path) if parent.path else model_config(parent.model, params.prepare_data.vocab_size)
+        layers: dict[int, int] = {}
+        for name, dims in parameter_layout(config).items():
+            if (layer := layer_index(name)) is not None:
+                layers[layer] = layers.get(layer, 0) + count({name: dims}, {}, keep=lambda _: 1)
+        problems = []
+        for order in (sorted(layers, key=layers.get), sorted(layers, key=layers.get, reverse=True)):
+            space = ElasticSpace(config, params.choices, tuple(order), f"{where}: choices")
+            try:
+                check_budgets(space, params.budgets)
+            except ConfigError as error:
+                problems.append(error)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}: parent: {error}") from None
+    if len(problems) == 2:
+        raise ConfigError(f"{where}: {problems[0]}")
+
+
+def main() -> None:
+    try:
+        load()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    print(f"{FILE} is valid")
+
+
+if __name__ == "__main__":
+    main()

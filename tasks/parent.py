@@ -1,0 +1,76 @@
+"""Stage `parent`: the model to make a family of, imported from a directory or trained here from scratch."""
+
+from pathlib import Path
+
+import torch
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from elastic_core import ElasticModel, hf
+from elastic_core.data import PackedSequences, TokenData, check_tokenizer
+from elastic_core.elastic_checkpoint import Member
+from elastic_core.layout import block_pattern
+from elastic_core.training import Run
+from tasks import params, train
+
+DATA, OUT = Path("artifacts/data"), Path("artifacts/parent")
+
+
+def model_config(model: "params.ParentModel", vocab_size: int, **special_tokens: int) -> NemotronHConfig:
+    """The transformers configuration of a parent to be trained."""
+    values = vars(model).copy()
+    pattern = values.pop("pattern")
+    config = NemotronHConfig(
+        vocab_size=vocab_size, layers_block_type=NemotronHConfig._pattern_to_list(pattern), **values, **special_tokens
+    )
+    return hf.check_config(config, "params.yaml: parent.model")
+
+
+def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
+    """A model with transformers' own initial weights."""
+    torch.manual_seed(seed)
+    reference = NemotronHForCausalLM(config)
+    model = ElasticModel(config)
+    model.load_state_dict(reference.state_dict())
+    return model
+
+
+def import_parent(path: str, data: TokenData) -> None:
+    """Check a parent's directory against the data and copy it, as float32 master weights."""
+    config = hf.read_config(path)
+    check_tokenizer(data, path, config.vocab_size, "parent.path")
+    ElasticModel.from_pretrained(path).save_pretrained(OUT, tokenizer_from=path)
+
+
+def train_parent(settings: "params.Params", data: TokenData) -> None:
+    """Train `parent.model` on text, with the same loop as every later stage: a family of one, and no teacher."""
+    manifest = data.manifest
+    eos = manifest.eos_token_id
+    tokens = {"eos_token_id": eos, "bos_token_id": manifest.bos_token_id, "pad_token_id": eos}
+    config = model_config(settings.parent.model, manifest.vocab_size, **tokens)
+    model = initialise(config, settings.seed)
+    stage = settings.parent.training
+    run = Run(
+        model,
+        stage,
+        PackedSequences(data, stage.mixture, stage.sequence_length, settings.seed),
+        budgets={"full": 1.0},
+        members={"full": Member(1.0, model.full)},
+        seed=settings.seed,
+        checkpoints=train.checkpoint_directory("parent", vars(settings.parent), settings.seed, [DATA]),
+    )
+    print(f"parent: {sum(p.numel() for p in model.parameters()):,} parameters, layers {block_pattern(config)}")
+    train.run_to_end(run, "parent", OUT.parent / "parent_metrics.jsonl")
+    model.save_pretrained(OUT, tokenizer_from=DATA / "tokenizer")
+
+
+def main() -> None:
+    settings, data = params.load(), TokenData(DATA)
+    if settings.parent.path is not None:
+        import_parent(settings.parent.path, data)
+        (OUT.parent / "parent_metrics.jsonl").write_text("")
+    else:
+        train_parent(settings, data)
+
+
+if __name__ == "__main__":
+    main()

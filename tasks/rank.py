@@ -1,0 +1,51 @@
+"""Stage `rank`: score the parent's widths and layers, and sort its weights by importance."""
+
+import json
+from pathlib import Path
+
+from tqdm import tqdm
+
+from elastic_core import ElasticModel, rank, sort_
+from elastic_core.choices import ElasticSpace
+from elastic_core.data import PackedSequences, TokenData
+from elastic_core.selection import check_budgets
+from tasks import params
+
+PARENT, DATA, OUT = Path("artifacts/parent"), Path("artifacts/data"), Path("artifacts/rank")
+
+
+def main() -> None:
+    settings = params.load()
+    section = settings.rank
+    model = ElasticModel.from_pretrained(PARENT)
+    sequences = PackedSequences(TokenData(DATA), section.mixture, section.sequence_length, settings.seed + 1)
+    batches = [sequences.batch(i * section.batch_size, section.batch_size)[0] for i in range(section.batches)]
+    min_depth = min(settings.choices.depth or (len(model.config.layers_block_type),))
+    bars: dict[str, tqdm] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        bar = bars.setdefault(what, tqdm(total=total, desc=f"rank {what}"))
+        bar.update(done - bar.n)
+
+    ranking = rank(
+        model,
+        batches,
+        section.aggregation,
+        section.depth_method,
+        min_depth,
+        section.top_channels,
+        section.depth_batches,
+        progress,
+    )
+    for bar in bars.values():
+        bar.close()
+    check_budgets(ElasticSpace(model.config, settings.choices, ranking.depth), settings.budgets)
+    sort_(model, ranking)
+    OUT.mkdir(parents=True, exist_ok=True)
+    ranking.save(OUT / "ranking.json")
+    model.save_pretrained(OUT / "model", tokenizer_from=PARENT)
+    print(json.dumps({"depth": ranking.depth}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,6 @@
+"""Stage `train_short`; see tasks/train.py."""
+
+from tasks import train
+
+if __name__ == "__main__":
+    train.main("train_short")
