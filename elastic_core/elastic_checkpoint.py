@@ -67,8 +67,8 @@ def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel
     best = min(costs, key=lambda submodel: abs(costs[submodel] - target))
     if target > full or abs(costs[best] / target - 1) > TOLERANCE:
         raise ValueError(
-            f"budget: got {budget!r} ({target:,.0f} parameters); allowed: {smallest:,} to {full:,} parameters, or one of "
-            f"{', '.join(content['budgets'])}; the nearest submodel has {costs[best]:,}"
+            f"budget: got {budget!r} ({target:,.0f} parameters); allowed: {smallest:,} to {full:,} parameters, or one "
+            f"of {', '.join(content['budgets'])}; the nearest submodel has {costs[best]:,}"
         )
     return best
 

@@ -7,6 +7,7 @@ Q positions of a chunk. Heads [j·R, (j+1)·R) share group j's B and C.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = 32  # on a CPU: long enough to fill matrix products, short enough for (Q, Q) to stay in the cache
 
@@ -44,7 +45,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """y_i = Σ_{j≤i} (C_i·B_j) exp(Σ_{j<k≤i} a_k) x_j for x (B, L, H, P), a (B, L, H), B and C (B, L, G, N); Q divides L."""
+    """y_i = Σ_{j≤i} (C_i·B_j) exp(Σ_{j<k≤i} a_k) x_j: x (B, L, H, P), a (B, L, H), B and C (B, L, G, N); Q divides L."""
 
     @staticmethod
     def forward(ctx, x, a, B, C, chunk):
@@ -57,24 +58,29 @@ class _ChunkedScan(torch.autograd.Function):
         to_end, from_start = (total[..., -1:] - total).exp().to(x.dtype), total.exp().to(x.dtype)
         states = _carry(B.mT @ _side_by_side(x * to_end[..., None]), from_start[..., -1], forward=True)
         across = _apart(C @ states, y.shape) * from_start[..., None]
-        ctx.save_for_backward(x, total, B, C, states, y)
-        ctx.shape, ctx.across = shape, across
+        ctx.save_for_backward(x, total, B, C, states, across)
+        ctx.shape = shape
         return _by_position(y + across, shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        x, total, B, C, states, within = ctx.saved_tensors
+        x, total, B, C, states, across = ctx.saved_tensors
         grad = _by_group(grad, ctx.shape)
         to_end, from_start = (total[..., -1:] - total).exp().to(x.dtype), total.exp().to(x.dtype)
         last = from_start[..., -1]  # (B, c, G, R)
 
         decay = _decay(total, x.dtype)
-        grad_x = (decay * (C @ B.mT).unsqueeze(3)).mT @ grad
-        grad_scores = (decay.mul_(grad @ x.mT)).sum(3)  # (B, c, G, Q, Q)
-        # The derivative with respect to total_i is a row sum minus a column sum of weights ⊙ grad_weights, which are
-        # products of what is at hand anyway.
-        grad_total = (grad * (within + ctx.across)).sum(-1, dtype=torch.float64)
-        grad_total -= (x * grad_x).sum(-1, dtype=torch.float64)
+        scores = (C @ B.mT).unsqueeze(3)
+        grad_x = (decay * scores).mT @ grad
+        grad_scores = decay.mul_(grad @ x.mT)  # (B, c, G, R, Q, Q), summed over R below
+        # With respect to total_i: a row sum minus a column sum of weights ⊙ grad_weights. Both must be sums of the very
+        # same numbers, in double: where the decay is strong, nearly all of them cancel in the sum over i that makes
+        # grad_a, and what is left of rounding would be multiplied by dt, or by A.
+        product = grad_scores * scores
+        grad_total = product.sum(-1, dtype=torch.float64) - product.sum(-2, dtype=torch.float64)
+        grad_total += (grad * across).sum(-1, dtype=torch.float64)
+        grad_scores = grad_scores.sum(3)  # (B, c, G, Q, Q)
 
         grad_across = _side_by_side(grad * from_start[..., None])  # (B, c, G, Q, R·P)
         grad_C = grad_scores @ B + grad_across @ states.mT
