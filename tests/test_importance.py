@@ -1,0 +1,293 @@
+"""Importance against naive computations: activations hooked out of transformers, layers removed one by one."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parents import random_config, random_elastic, random_ids, randomise, relative_error, save_random_parent
+from test_layout import in_groups
+from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
+
+from elastic_core import ElasticModel, Submodel, rank, sort_
+from elastic_core.depth_ranking import rank_layers
+from elastic_core.importance import Ranking
+
+AGGREGATE = {  # over samples (B·L, units)
+    "l1": lambda a: a.abs().sum(0),
+    "l2": lambda a: a.square().sum(0).sqrt(),
+    "mean": lambda a: a.mean(0).abs(),
+}
+
+
+def batches_of(config, seed, count=3, length=11):
+    return [random_ids(config, seed + i, (2, length)) for i in range(count)]
+
+
+# Widths
+
+
+def naive_width_scores(reference, batches, aggregation, top=None):
+    """Eqs. 1–4 from the activations of transformers' own modules."""
+    config, seen = reference.config, {}
+
+    def keep(key):
+        return lambda _, __, out: seen.setdefault(key, []).append(out.detach().double().flatten(0, 1))
+
+    kinds = dict(enumerate(config.layers_block_type))
+    for i, layer in enumerate(reference.model.layers):
+        layer.norm.register_forward_hook(keep("hidden"))
+        part = {"mlp": "up_proj", "full_attention": "q_proj", "linear_attention": "in_proj"}[kinds[i]]
+        getattr(layer.mixer, part).register_forward_hook(keep(i))
+    reference.model.norm_f.register_forward_hook(keep("hidden"))
+    with torch.no_grad():
+        for ids in batches:
+            reference(ids, use_cache=False)
+    seen = {key: torch.cat(values) for key, values in seen.items()}
+    scores = {"hidden": AGGREGATE[aggregation](seen.pop("hidden"))}
+    for i, activation in seen.items():
+        if kinds[i] == "mlp":
+            scores[f"ffn.{i}"] = AGGREGATE[aggregation](activation)
+        elif kinds[i] == "full_attention":
+            heads = [head.square().sum(-1).sqrt() for head in activation.split(config.head_dim, -1)]
+            scores[f"attention_heads.{i}"] = AGGREGATE[aggregation](torch.stack(heads, -1))
+        else:
+            H, P = config.mamba_num_heads, config.mamba_head_dim
+            s = AGGREGATE[aggregation](activation[:, H * P : 2 * H * P]).view(H, P)
+            channels = torch.stack([s[:, d].square().sum().sqrt() for d in range(P)])
+            best = sorted(range(P), key=lambda d: -channels[d])[: top or max(1, P // 2)]
+            scores[f"mamba_channels.{i}"] = channels
+            scores[f"mamba_heads.{i}"] = torch.stack([s[h, best].square().sum().sqrt() for h in range(H)])
+    return scores
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATE)
+@pytest.mark.parametrize("seed", range(5))
+def test_width_scores_equal_the_naive_ones(seed, aggregation):
+    reference = randomise(NemotronHForCausalLM(random_config(seed)), seed).eval()
+    model = ElasticModel(reference.config)
+    model.load_state_dict(reference.state_dict())
+    batches, top = batches_of(reference.config, seed), [None, 2][seed % 2]
+    ranking = rank(model, batches, aggregation, "one_shot_nmse", top_channels=top)
+    naive = naive_width_scores(reference, batches, aggregation, top)
+    assert ranking.scores.keys() == naive.keys() == ranking.orders.keys()
+    for key, scores in naive.items():
+        assert relative_error(ranking.scores[key], scores) < 1e-5, key
+
+
+# Sorting
+
+
+def groups_of(config, key):
+    return {"mamba_heads": config.n_groups, "attention_heads": config.num_key_value_heads}.get(key.split(".")[0], 1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sorting_changes_order_and_nothing_else(tmp_path, seed):
+    save_random_parent(tmp_path / "parent", seed)
+    model = ElasticModel.from_pretrained(tmp_path / "parent")
+    config, batches = model.config, batches_of(model.config, seed)
+    with torch.no_grad():
+        before = model(batches[0])
+        ranking = rank(model, batches, depth_method="one_shot_nmse")
+        assert sort_(model, ranking) is model
+        assert relative_error(model(batches[0]), before) < 1e-5
+        model.save_pretrained(tmp_path / "sorted")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sorted")
+        assert relative_error(loaded(batches[0], use_cache=False).logits, before) < 1e-5
+    again = rank(model, batches, depth_method="one_shot_nmse")
+    assert again.depth == ranking.depth  # layers do not move
+    moved = 0
+    for key, scores in again.scores.items():
+        assert relative_error(scores, ranking.scores[key][ranking.orders[key]]) < 1e-5, key
+        assert torch.equal(again.orders[key], torch.arange(len(scores))), key
+        for group in scores.view(groups_of(config, key), -1):
+            assert (group.diff() <= 0).all(), key
+        moved += not torch.equal(ranking.orders[key], again.orders[key])
+    assert moved > len(again.scores) / 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_slice_of_the_sorted_model_keeps_the_best_units(seed):
+    """Cutting after sorting is masking the highest scores before it."""
+    model = random_elastic(seed).double()
+    config, batches = model.config, batches_of(model.config, seed)
+    ranking = rank(model, batches, depth_method="one_shot_nmse")
+    submodel = Submodel(
+        hidden_size=config.hidden_size // 2,
+        intermediate_size=config.intermediate_size // 3,
+        mamba_num_heads=config.n_groups,
+        mamba_head_dim=config.mamba_head_dim // 2,
+        num_attention_heads=config.num_key_value_heads,
+    )
+    gates = {}
+    for key, size in submodel.sizes(config).items():
+        groups, scores = groups_of(config, key), ranking.scores[key]
+        gates[key] = torch.zeros_like(scores)
+        for j in range(groups):
+            members = [i for i in range(len(scores)) if i // (len(scores) // groups) == j]
+            gates[key][sorted(members, key=lambda i, s=scores: -s[i])[: size // groups]] = 1
+    with torch.no_grad():
+        masked = model(batches[0], gates=gates)
+        assert relative_error(sort_(model, ranking)(batches[0], submodel), masked) < 1e-12
+
+
+def test_rankings_are_saved_and_loaded_exactly(tmp_path):
+    model = random_elastic(1)
+    ranking = rank(model, batches_of(model.config, 1))
+    ranking.save(tmp_path / "ranking.json")
+    loaded = Ranking.load(tmp_path / "ranking.json")
+    assert loaded.depth == ranking.depth and loaded.depth_scores == ranking.depth_scores
+    for name in ("scores", "orders"):
+        ours, theirs = getattr(ranking, name), getattr(loaded, name)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key])
+
+
+def test_impossible_orders_are_refused():
+    model = random_elastic(5)
+    config, kinds = model.config, model.config.layers_block_type
+    heads = f"mamba_heads.{kinds.index('linear_attention')}"
+    assert config.n_groups > 1
+    before = [p.clone() for p in model.parameters()]
+    for orders, words in [
+        ({"hidden": torch.zeros(config.hidden_size, dtype=torch.int64)}, "'hidden' is not a permutation"),
+        ({"hidden": torch.arange(config.hidden_size - 1)}, "'hidden' is not a permutation"),
+        ({heads: torch.arange(config.mamba_num_heads).flip(0)}, "within the groups"),
+        ({"ffn.99": torch.arange(3)}, "'ffn.99' is not in this model"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            sort_(model, Ranking({}, orders, ()))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_arguments_are_checked_and_the_mode_is_restored():
+    model = random_elastic(0)
+    batches, layers = batches_of(model.config, 0), len(model.config.layers_block_type)
+    for options, words in [
+        ({"aggregation": "max"}, "aggregation: got 'max'.*l1"),
+        ({"depth_method": "magic"}, "depth_method: got 'magic'.*iterative_nmse"),
+        ({"min_depth": 0}, f"min_depth: got 0.*1 to {layers}"),
+        ({"min_depth": layers + 1}, "min_depth"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            rank(model, batches, **options)
+    for bad in ([], [torch.zeros(2, 5)], [torch.zeros(5, dtype=torch.int64)], [torch.zeros(2, 1, dtype=torch.int64)]):
+        with pytest.raises(ValueError, match="batches"):
+            rank(model, bad)
+    model.train()
+    rank(model, iter(batches))
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+# Depth
+
+
+def naive_nmse(model, batches, kept, layer):
+    """Eq. 5 from whole logits; M_full is always the intact model's."""
+    error = scale = 0.0
+    for ids in batches:
+        full, without = model(ids), model(ids, Submodel(kept_layers=tuple(i for i in kept if i != layer)))
+        error, scale = error + (full - without).square().sum().item(), scale + full.square().sum().item()
+    return error / scale
+
+
+def deep(seed, layers=7):
+    pattern = "".join(itertools.islice(itertools.cycle("M-*-"), layers))
+    values = random_config(seed).to_dict() | {"layers_block_type": NemotronHConfig._pattern_to_list(pattern)}
+    return random_elastic(seed, NemotronHConfig(**values)).double()
+
+
+def count_layer_calls(model, function):
+    calls, handles = [], []
+    for layer in model.model.layers:
+        handles.append(layer.register_forward_hook(lambda *_: calls.append(1)))
+    result = function()
+    for handle in handles:
+        handle.remove()
+    return result, len(calls)
+
+
+@pytest.mark.parametrize(("seed", "min_depth"), [(0, 1), (1, 1), (2, 3), (3, 1), (4, 6)])
+@torch.no_grad()
+def test_iterative_ranking_is_the_naive_loop(seed, min_depth):
+    model = deep(seed)
+    batches = batches_of(model.config, seed, count=4, length=7)
+    kept, removed, scores, naive_calls = list(range(7)), [], {}, 0
+    for _ in range(7 - min_depth):
+        # With one layer left there is nothing to cut down to; the library's floor is min_depth ≥ 1.
+        errors = {layer: naive_nmse(model, batches, kept, layer) for layer in kept}
+        naive_calls += len(batches) * len(kept) * (len(kept) - 1)
+        worst = min(errors, key=errors.get)
+        kept.remove(worst)
+        removed.append(worst)
+        scores[worst] = errors[worst]
+    (order, ours), calls = count_layer_calls(model, lambda: rank_layers(model, batches, "iterative_nmse", min_depth))
+    assert order == (*kept, *removed[::-1])
+    assert ours.keys() == scores.keys()
+    for layer, score in scores.items():
+        assert abs(ours[layer] / score - 1) < 1e-9
+    # Prefix caching alone: every batch walks the stack once and every candidate its suffix.
+    cached = len(batches) * (7 + sum(n + n * (n - 1) // 2 for n in range(min_depth + 1, 8)))
+    assert calls < cached  # so candidates were given up before the last batch
+    if min_depth < 6:
+        assert calls < naive_calls
+
+
+@torch.no_grad()
+def test_a_candidate_that_looks_best_at_first_can_lose():
+    """The first batch's winner is not the winner over all of them: giving up early must still find the right one."""
+    found = 0
+    for seed in range(12):
+        model = deep(seed, layers=5)
+        batches = [random_ids(model.config, seed, (1, 2)), *batches_of(model.config, seed + 20, count=2)]
+        first = {layer: naive_nmse(model, batches[:1], range(5), layer) for layer in range(5)}
+        every = {layer: naive_nmse(model, batches, range(5), layer) for layer in range(5)}
+        order, scores = rank_layers(model, batches, "iterative_nmse", 4)
+        best = min(every, key=every.get)
+        assert order[-1] == best and abs(scores[best] / every[best] - 1) < 1e-9
+        found += best != min(first, key=first.get)
+    assert found > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+@torch.no_grad()
+def test_one_shot_rankings(seed):
+    model = deep(seed)
+    batches = batches_of(model.config, seed)
+    order, scores = rank_layers(model, batches, "one_shot_nmse")
+    naive = {layer: naive_nmse(model, batches, range(7), layer) for layer in range(7)}
+    assert order == tuple(sorted(naive, key=lambda layer: -naive[layer]))
+    assert all(abs(scores[layer] / naive[layer] - 1) < 1e-9 for layer in naive)
+    order, scores = rank_layers(model, batches, "one_shot_perplexity")
+    for layer in range(7):
+        losses = [
+            F.cross_entropy(
+                model(ids, Submodel(kept_layers=tuple(i for i in range(7) if i != layer)))[:, :-1].flatten(0, 1),
+                ids[:, 1:].flatten(),
+                reduction="sum",
+            )
+            for ids in batches
+        ]
+        assert abs(scores[layer] / (sum(losses).item() / (3 * 2 * 10)) - 1) < 1e-9
+    assert order == tuple(sorted(scores, key=lambda layer: -scores[layer]))
+
+
+def test_progress_is_told():
+    model, told = random_elastic(0), []
+    layers = len(model.config.layers_block_type)
+    rank(model, batches_of(model.config, 0), progress=lambda *event: told.append(event))
+    assert [event for event in told if event[0] == "widths"] == [("widths", i, 3) for i in (1, 2, 3)]
+    depth = [event for event in told if event[0] == "depth"]
+    assert depth == [("depth", i, layers - 1) for i in range(1, layers)]
+
+
+def test_units_stay_inside_their_groups():
+    model = random_elastic(5)
+    ranking = rank(model, batches_of(model.config, 5), depth_method="one_shot_nmse")
+    for key, order in ranking.orders.items():
+        groups = groups_of(model.config, key)
+        for kept in range(groups, len(order) + 1, groups):  # any prefix holds as many of every group
+            chosen = order[in_groups(len(order), kept, groups)]
+            assert (torch.bincount(chosen // (len(order) // groups), minlength=groups) == kept // groups).all()
