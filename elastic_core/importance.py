@@ -75,7 +75,8 @@ def rank(
     `aggregation` over batch and positions: l1 (Σ|a|, as the paper's equations), l2 (√Σa²) or mean (|mean a|).
     `depth_method`: iterative_nmse, one_shot_nmse or one_shot_perplexity. `min_depth`: the smallest depth of interest,
     below which iterative ranking need not go. `top_channels`: how many of the best Mamba channels judge the heads
-    (eq. 4; default half). `depth_batches`: how many of the batches judge the layers (default all). `progress(what, done, total)` is called as work proceeds.
+    (eq. 4; default half). `depth_batches`: how many of the batches judge the layers (default all).
+    `progress(what, done, total)` is called as work proceeds.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation: got {aggregation!r}; allowed: {', '.join(AGGREGATIONS)}")

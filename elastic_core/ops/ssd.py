@@ -45,7 +45,7 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """y_i = Σ_{j≤i} (C_i·B_j) exp(Σ_{j<k≤i} a_k) x_j: x (B, L, H, P), a (B, L, H), B and C (B, L, G, N); Q divides L."""
+    """y_i = Σ_{j≤i} (C_i·B_j) exp(Σ_{j<k≤i} a_k) x_j. x (B, L, H, P), a (B, L, H), B, C (B, L, G, N); Q divides L."""
 
     @staticmethod
     def forward(ctx, x, a, B, C, chunk):
