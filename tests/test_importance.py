@@ -10,7 +10,7 @@ from test_layout import in_groups
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from elastic_core import ElasticModel, Submodel, rank, sort_
-from elastic_core.depth_ranking import rank_layers
+from elastic_core.depth_ranking import LogitError, rank_layers
 from elastic_core.importance import Ranking
 
 AGGREGATE = {  # over samples (B·L, units)
@@ -233,6 +233,27 @@ def test_iterative_ranking_is_the_naive_loop(seed, min_depth):
     assert calls < cached  # so candidates were given up before the last batch
     if min_depth < 6:
         assert calls < naive_calls
+
+
+@torch.no_grad()
+def test_candidates_are_given_up_as_soon_as_they_have_lost(monkeypatch):
+    """No candidate sees another batch once its partial error has passed the complete error of the first's winner."""
+    evaluate, evaluated, needed, whole = LogitError.__call__, [], 0, 0
+    monkeypatch.setattr(LogitError, "__call__", lambda *args: evaluated.append(1) or evaluate(*args))
+    for seed in range(4):
+        model, kept = deep(seed, layers=6), list(range(6))
+        batches = batches_of(model.config, seed, count=5, length=3)
+        order, _ = rank_layers(model, batches, "iterative_nmse", 1)
+        for removed in order[:0:-1]:
+            errors = {layer: [naive_nmse(model, [ids], kept, layer) for ids in batches] for layer in kept}
+            scales = [model(ids).square().sum().item() for ids in batches]
+            sums = {layer: [e * s for e, s in zip(row, scales, strict=True)] for layer, row in errors.items()}
+            first = min(sums, key=lambda layer: sums[layer][0])
+            for layer, row in sums.items():
+                alive = [layer == first or sum(row[:b]) <= sum(sums[first]) for b in range(len(row))]
+                needed, whole = needed + sum(alive), whole + len(row)
+            kept.remove(removed)
+    assert len(evaluated) == needed < 0.8 * whole
 
 
 @torch.no_grad()
