@@ -1,0 +1,37 @@
+# make run [PROFILE=smoke]   the whole pipeline, from a parent to an evaluated family
+# make test                  the test suite
+# make dashboard             Prefect server, worker and deployment in the foreground; then
+#                            .venv/bin/prefect deployment run elastic/full --watch
+# make lint                  ruff
+PROFILE ?= default
+PYTHON ?= python3
+VENV := .venv
+SETUP := $(VENV)/.ready
+
+export OMP_NUM_THREADS ?= $(shell nproc)
+export TOKENIZERS_PARALLELISM ?= true
+# glibc gives large freed blocks back to the kernel at once, and a training step then pays for the page faults.
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
+
+.PHONY: run test dashboard lint
+run: $(SETUP)
+	@workspace=$$($(VENV)/bin/python -m tasks.workspace $(PROFILE)) && cd "$$workspace" && \
+	  export PATH="$(abspath $(VENV))/bin:$$PATH" && python -m tasks.params && dvc repro && \
+	  echo "report: $$workspace/reports/report.html" && cat reports/report.md
+
+test: $(SETUP)
+	$(VENV)/bin/python -m pytest
+
+dashboard: $(SETUP)
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m flows.dashboard
+
+lint: $(SETUP)
+	$(VENV)/bin/ruff check && $(VENV)/bin/ruff format --check
+
+# torch first and by its exact version: a range would let another package choose a build.
+$(SETUP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --requirement requirements.lock
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
