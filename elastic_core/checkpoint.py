@@ -36,9 +36,16 @@ def run_key(configuration: dict, inputs: list[str | os.PathLike]) -> str:
 
 
 def save(directory: str | os.PathLike, step: int, state: dict, keep: int = 2) -> None:
-    """Write `state` as the checkpoint of `step` beside the others, then drop all but the newest `keep`."""
+    """Write `state` as the checkpoint of `step` beside the others, then drop all but the newest `keep`.
+
+    Those of this step or later ones were passed over as damaged, or the run would stand there: they are dropped.
+    """
     directory = Path(directory)
-    with hf.whole_directory(directory / f"step-{step:08d}") as partial:
+    name = f"step-{step:08d}"
+    for damaged in directory.glob("step-*"):
+        if damaged.name >= name:
+            shutil.rmtree(damaged)
+    with hf.whole_directory(directory / name) as partial:
         torch.save(state, partial / "state.pt")
         manifest = {"step": step, "bytes": (partial / "state.pt").stat().st_size}
         manifest["sha256"] = file_digest(partial / "state.pt")

@@ -100,7 +100,7 @@ class ElasticSpace:
         return round(self.cost(one_hots).item())
 
     def grid_costs(self, slots: list[Slot] | None = None) -> Tensor:
-        """Number of parameters of every combination (float64), one dimension per slot (heterogeneous axes: per axis)."""
+        """Number of parameters of every combination (float64), one dimension per slot (per-layer choices: per axis)."""
         slots = slots or self.axis_slots()
         sizes = {}
         for dim, slot in enumerate(slots):
@@ -147,9 +147,7 @@ class ElasticSpace:
 
     def submodel(self, indices: list[int]) -> Submodel:
         """The submodel of one combination."""
-        sizes = {
-            key: slot.sizes[index] for slot, index in zip(self.slots, indices, strict=True) for key in slot.keys
-        }
+        sizes = {key: slot.sizes[index] for slot, index in zip(self.slots, indices, strict=True) for key in slot.keys}
         fields = {"kept_layers": self.depth_ranking[: sizes["depth"]]}
         for name, (character, axis) in WIDTHS.items():
             if axis == "hidden":

@@ -51,8 +51,9 @@ class Routing:
     def check(self) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         require(0 < self.share <= 1, "share", self.share, "above 0, up to 1")
-        require(len(self.temperatures) == 2 and min(self.temperatures) > 0, "temperatures", self.temperatures, "[from, to]")
-        require(len(self.scales) == 2 and min(self.scales) > 0, "scales", self.scales, "[from, to], above 0")
+        for name in ("temperatures", "scales"):
+            pair = getattr(self, name)
+            require(len(pair) == 2 and min(pair) > 0, name, pair, "[from, to], both above 0")
         require(0 <= self.dead_zone < 1, "dead_zone", self.dead_zone, "0 or more, below 1")
         require(self.settle_steps > 0, "settle_steps", self.settle_steps, "1 or more")
 
@@ -97,7 +98,8 @@ class Stage:
         )
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
-        require(0 <= self.final_learning_rate <= 1, "final_learning_rate", self.final_learning_rate, "0 to 1 of the peak")
+        final = self.final_learning_rate
+        require(0 <= final <= 1, "final_learning_rate", final, "0 to 1 of the peak")
         require(self.gradient_clip > 0, "gradient_clip", self.gradient_clip, "above 0")
         require(len(self.betas) == 2, "betas", self.betas, "two numbers")
         for name in ("mixture", "budget_shares"):

@@ -178,22 +178,33 @@ def copy_tokenizer(source: str | os.PathLike, directory: Path) -> None:
 def whole_directory(directory: str | os.PathLike) -> Iterator[Path]:
     """A directory that appears whole or not at all: yields one to fill beside it, and renames it at the end.
 
-    Replaces an earlier model of the same name, and refuses to replace anything else.
+    Replaces an earlier model of the same name, and refuses to replace anything else. The earlier one steps aside and
+    is dropped last; where a killed process left it aside, it comes back first.
     """
     final = Path(directory)
+    partial, earlier = (final.with_name(f".{final.name}.{kind}") for kind in ("partial", "earlier"))
+    _settle(final, partial, earlier)
     if final.exists() and not (final / "config.json").is_file() and not (final.is_dir() and not any(final.iterdir())):
         raise ValueError(f"{final}: exists and is no model directory; name another directory, or remove it")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.with_name(f".{final.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
         yield partial
         if final.exists():
-            shutil.rmtree(final)
+            os.replace(final, earlier)
         os.replace(partial, final)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _settle(final, partial, earlier)
+
+
+def _settle(final: Path, partial: Path, earlier: Path) -> None:
+    """Drop what is not whole; of two whole directories the new one stays."""
+    shutil.rmtree(partial, ignore_errors=True)
+    if earlier.exists():
+        if final.exists():
+            os.replace(earlier, partial)  # so that one which is half deleted is never taken for whole
+            shutil.rmtree(partial)
+        else:
+            os.replace(earlier, final)
 
 
 def torch_dtype(config) -> torch.dtype:

@@ -30,9 +30,10 @@ class Router(nn.Module):
         outputs: dict[str, int] = {}
         for slot in space.slots:
             outputs[slot.axis] = outputs.get(slot.axis, 0) + len(slot.sizes)
+        num = len(targets)
         self.networks = nn.ModuleDict(
             {
-                axis: nn.Sequential(nn.Linear(len(targets), hidden_width), nn.LeakyReLU(), nn.Linear(hidden_width, size))
+                axis: nn.Sequential(nn.Linear(num, hidden_width), nn.LeakyReLU(), nn.Linear(hidden_width, size))
                 for axis, size in outputs.items()
             }
         )

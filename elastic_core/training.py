@@ -7,6 +7,7 @@ distribution gates the full model; as soon as its choice has settled, a step com
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -24,11 +25,11 @@ from elastic_core.model import ElasticModel
 from elastic_core.router import Router, anneal, noise_generator
 from elastic_core.selection import select_family
 
-STATE_SPACE_PARAMETERS = ("A_log", "D", "dt_bias")
+ADVICE = "lower learning_rate, or start from the last checkpoint with other data"
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not a finite number; the model is left as the last checkpoint has it."""
+    """A loss or gradient that is not a finite number; no step was taken with it, and the last checkpoint stays."""
 
 
 @dataclass
@@ -57,11 +58,44 @@ class Run:
     def __post_init__(self):
         if (self.members is None) == (self.router is None):
             raise ValueError("Run: give either the members of the family or a router that chooses them")
-        unknown = set(self.stage.budget_shares) - set(self.budgets)
-        if unknown:
-            raise ValueError(f"budget_shares: got {sorted(unknown)}; allowed: the budgets {', '.join(self.budgets)}")
+        assert self.router is None or self.router.targets == tuple(self.budgets.values())
+        check_budgets(self)
+        check_teacher(self)
         self.optimizer = make_optimizer(self.model, self.router, self.stage, self.routing)
         self.frozen_teacher = None if self.teacher is None else self.teacher.requires_grad_(False).eval()
+
+
+def check_budgets(run: Run) -> None:
+    """Raise ValueError for a budget that the stage names and the family does not have."""
+    for name in ("budget_shares", "loss_by_budget"):
+        if unknown := sorted(set(getattr(run.stage, name)) - set(run.budgets)):
+            raise ValueError(f"{name}: got {', '.join(unknown)}; allowed: the budgets {', '.join(run.budgets)}")
+
+
+def check_teacher(run: Run) -> None:
+    """Raise ValueError, before any work, where a budget would have no teacher, or a teacher nothing to learn from."""
+    stage, shares = run.stage, run.stage.budget_shares or dict.fromkeys(run.budgets, 1.0)
+    if run.teacher is run.model:
+        raise ValueError("teacher: got the model itself, which would be frozen; load it twice, or use trainable")
+    if run.teacher is not None and run.teacher.config.vocab_size != run.model.config.vocab_size:
+        raise ValueError(
+            f"teacher: has a vocabulary of {run.teacher.config.vocab_size}, the model one of "
+            f"{run.model.config.vocab_size}; distillation needs a teacher with the model's own tokenizer"
+        )
+    for name in run.budgets:
+        weights, share = stage.loss_of(name), shares.get(name, 0.0)
+        if stage.teacher != "trainable" and run.teacher is None and share > 0 and weights.kl_weight > 0:
+            raise ValueError(
+                f"loss.kl_weight: got {weights.kl_weight} for budget {name}, but the {stage.teacher} teacher's model "
+                "is not there; give one, or set kl_weight to 0 (and ce_weight above 0)"
+            )
+        if stage.teacher != "frozen" and run.budgets[name] == 1.0 and not (weights.ce_weight > 0 and share > 0):
+            raise ValueError(
+                f"teacher: got {stage.teacher}, but its own budget {name} has ce_weight {weights.ce_weight} and a "
+                f"share of {share}; set both above 0 (loss_by_budget, budget_shares): it must itself learn from text"
+            )
+    if stage.teacher != "frozen" and 1.0 not in run.budgets.values():
+        raise ValueError(f"teacher: got {stage.teacher}, which is the full budget; give budgets a 1.0, or use frozen")
 
 
 def make_optimizer(model: ElasticModel, router: Router | None, stage: Stage, routing: Routing) -> torch.optim.AdamW:
@@ -98,9 +132,10 @@ def train(run: Run) -> Iterator[dict]:
         for microbatch, budget in enumerate(dealt):
             result = microbatch_loss(run, microbatch, budget)
             (result["total"] / len(dealt)).backward()
-            results.append({"budget": budget} | {k: v.item() if isinstance(v, Tensor) else v for k, v in result.items()})
-        grad_norm = clip_gradients(run)
-        check_finite(run, results, grad_norm)
+            numbers = {key: value.item() if isinstance(value, Tensor) else value for key, value in result.items()}
+            results.append({"budget": budget} | numbers)
+        check_losses(run, results)
+        grad_norm = clip_gradients(run, dealt)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         mode = "hard" if run.members else "soft"
@@ -127,7 +162,7 @@ def microbatch_loss(run: Run, microbatch: int, budget: str) -> dict:
     input_ids, labels = run.data.batch(first, size)  # (size, L) each
     cut, router_loss, num_parameters = choose_cut(run, microbatch, budget)
     weights = stage.loss_of(budget)
-    with precision(stage):
+    with precision(stage, input_ids.device):
         teacher, kl_weight = teacher_states(run, microbatch, budget, input_ids), weights.kl_weight
         hidden = run.model.hidden_states(input_ids, cut)
         loss, ce, kl = distillation_loss(
@@ -180,33 +215,38 @@ def teacher_states(run: Run, microbatch: int, budget: str, input_ids: Tensor) ->
     return run.model.hidden_states(input_ids, cut), run.model.head(cut)
 
 
-def precision(stage: Stage):
+def precision(stage: Stage, device: torch.device):
     """Autocast to the stage's compute type; weights, norms and the state space scan stay in float32."""
     if stage.precision == "float32":
         return contextlib.nullcontext()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def clip_gradients(run: Run) -> float:
-    """Clip the model's gradient norm, and the router's by itself; returns the model's norm before."""
-    if run.router is not None and run.members is None:
-        nn.utils.clip_grad_norm_(run.router.parameters(), run.stage.gradient_clip)
-    return nn.utils.clip_grad_norm_(run.model.parameters(), run.stage.gradient_clip).item()
-
-
-def check_finite(run: Run, results: list[dict], grad_norm: float) -> None:
-    """Stop before a non-finite loss or gradient reaches the weights."""
+def check_losses(run: Run, results: list[dict]) -> None:
+    """Stop before a non-finite loss reaches the weights."""
     for result in results:
-        if not abs(result["total"]) < float("inf"):
-            raise NonFiniteError(f"step {run.step}, budget {result['budget']}: the loss is {result['total']}")
-    if not grad_norm < float("inf"):
-        budgets = ", ".join(sorted({result["budget"] for result in results}))
-        bad = [n for n, p in run.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        raise NonFiniteError(
-            f"step {run.step}, budgets {budgets}: the gradient is not finite, first in {bad[0] if bad else 'its norm'}; "
-            "lower learning_rate, or start from the last checkpoint with other data"
-        )
+        if not math.isfinite(result["total"]):
+            raise NonFiniteError(f"step {run.step}, budget {result['budget']}: the loss is {result['total']}; {ADVICE}")
+
+
+def clip_gradients(run: Run, dealt: list[str]) -> float:
+    """Clip the model's gradient norm, and the router's by itself; returns the model's norm before.
+
+    Stops where one is not finite, before clipping spreads it over every parameter.
+    """
+    norms = []
+    for module in (run.model, run.router) if run.router is not None else (run.model,):
+        gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        norm = nn.utils.get_total_norm(list(gradients.values()))
+        if not norm.isfinite():
+            bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+            raise NonFiniteError(
+                f"step {run.step}, budgets {', '.join(sorted(set(dealt)))}: the gradient is not finite, "
+                f"first in {bad[0] if bad else 'its norm'}; {ADVICE}"
+            )
+        nn.utils.clip_grads_with_norm_(module.parameters(), run.stage.gradient_clip, norm)
+        norms.append(norm.item())
+    return norms[0]
 
 
 def settle(run: Run) -> None:

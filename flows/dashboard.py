@@ -183,7 +183,7 @@ def deploy() -> None:
 
 
 def mark_dead_runs(client) -> None:
-    """Close runs, and their tasks, that look alive although no worker has been started yet."""
+    """Close runs that look alive although no worker has been started yet."""
     from prefect.client.schemas import filters
     from prefect.client.schemas.objects import StateType
     from prefect.states import Cancelled, Crashed

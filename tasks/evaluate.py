@@ -5,6 +5,7 @@ Held-out text gives bits per byte, loss and KL to the parent; the reasoning task
 
 import argparse
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -100,8 +101,18 @@ def evaluate(section: "params.Evaluate", data: TokenData, directory: Path, paren
     }
 
 
+def quiet() -> None:
+    """One progress bar of our own instead of the libraries' many, and their errors only."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lm_eval", "transformers", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    quiet()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("budget", help="a budget's name in params.yaml, or parent")
     budget = parser.parse_args().budget

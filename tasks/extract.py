@@ -1,4 +1,4 @@
-"""Stage `extract`: one budget's models as Hugging Face directories, before training, after stage 1 and after stage 2."""
+"""Stage `extract`: one budget's models as Hugging Face directories: untrained, after stage 1 and after stage 2."""
 
 import argparse
 from pathlib import Path

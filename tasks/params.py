@@ -10,13 +10,15 @@ from typing import Literal
 import yaml
 
 from elastic_core.choices import Choices
-from elastic_core.config import ConfigError, load as load_section, require
+from elastic_core.config import ConfigError, require
+from elastic_core.config import load as load_section
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.depth_ranking import METHODS
 from elastic_core.importance import AGGREGATIONS
 from tasks.prepare_data import PrepareData
 
 FILE = "params.yaml"
+TOKENIZERS = ("tokenizer.json", "vocab.json")  # either of them makes a fast tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,15 @@ class ParentModel:
     n_groups: int
     ssm_state_size: int
     conv_kernel: int = 4
+    initializer_range: float = 0.02
 
     def check(self) -> None:
-        require(bool(self.pattern) and set(self.pattern) <= set("M*-"), "pattern", self.pattern, "characters M, * and -")
+        known = bool(self.pattern) and set(self.pattern) <= set("M*-")
+        require(known, "pattern", self.pattern, "characters M, * and -")
+        for name, size in vars(self).items():
+            require(name == "pattern" or size > 0, name, size, "above 0")
         for heads, groups in (("mamba_num_heads", "n_groups"), ("num_attention_heads", "num_key_value_heads")):
-            divides = getattr(self, groups) > 0 and getattr(self, heads) % getattr(self, groups) == 0
+            divides = getattr(self, heads) % getattr(self, groups) == 0
             require(divides, heads, getattr(self, heads), f"a multiple of {groups} ({getattr(self, groups)})")
 
 
@@ -59,6 +65,8 @@ class Parent:
         else:
             there = (Path(self.path) / "config.json").is_file()
             require(there, "path", self.path, "a Hugging Face directory with a config.json, or null")
+            there = any((Path(self.path) / name).is_file() for name in TOKENIZERS)
+            require(there, "path", self.path, f"a directory with its tokenizer too ({' or '.join(TOKENIZERS)})")
 
 
 @dataclass(frozen=True)
@@ -125,23 +133,27 @@ class Params:
     train_short: Stage
     train_extended: Stage
     evaluate: Evaluate
-    choices: Choices = Choices()
-    routing: Routing = Routing()
-    extract: Extract = Extract()
+    choices: Choices = field(default_factory=Choices)
+    routing: Routing = field(default_factory=Routing)
+    extract: Extract = field(default_factory=Extract)
     report: Report = field(default_factory=Report)
     seed: int = 0
 
     def check(self) -> None:
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(bool(self.budgets), "budgets", self.budgets, "one or more")
         for name, target in self.budgets.items():
             require(name.isidentifier(), "budgets", name, "names of letters, digits and _")
-            require(0 < target <= 1, f"budgets.{name}", target, "a share of the parent's parameters, above 0 and up to 1")
+            require(0 < target <= 1, f"budgets.{name}", target, "a share of the parent's parameters, up to 1")
         targets = list(self.budgets.values())
         require(len(set(targets)) == len(targets), "budgets", targets, "different targets")
         stages = {"train_short": self.train_short, "train_extended": self.train_extended}
         for name, stage in stages.items():
-            for key in (*stage.budget_shares, *stage.loss_by_budget):
-                require(key in self.budgets, f"{name}.budget_shares", key, ", ".join(self.budgets))
+            for field_name in ("budget_shares", "loss_by_budget"):
+                for key in getattr(stage, field_name):
+                    require(key in self.budgets, f"{name}.{field_name}", key, ", ".join(self.budgets))
+            if stage.teacher != "frozen":
+                require(1.0 in targets, f"{name}.teacher", stage.teacher, "frozen, as long as no budget is 1.0")
             for budget in self.budgets:
                 if stage.teacher != "frozen" and self.budgets[budget] == 1.0:
                     weight = stage.loss_of(budget).ce_weight
@@ -196,7 +208,10 @@ def check_family(params: Params, where: str) -> None:
 
     parent = params.parent
     try:
-        config = hf.read_config(parent.path) if parent.path else model_config(parent.model, params.prepare_data.vocab_size)
+        if parent.path:
+            config = hf.read_config(parent.path)
+        else:
+            config = model_config(parent.model, params.prepare_data.vocab_size)
         layers: dict[int, int] = {}
         for name, dims in parameter_layout(config).items():
             if (layer := layer_index(name)) is not None:

@@ -1,6 +1,5 @@
 """The training stages: `train_short` lets the router choose the family, `train_extended` trains what it chose."""
 
-import dataclasses
 import json
 import os
 import sys
@@ -61,7 +60,9 @@ def train_extended(settings: "params.Params") -> None:
     save_family(run, "train_extended", source, [Submodel(**values) for values in content["path"]])
 
 
-def make_run(settings, name: str, stage: Stage, model, budgets, configuration, inputs, members=None, router=None) -> Run:
+def make_run(
+    settings, name: str, stage: Stage, model, budgets, configuration, inputs, members=None, router=None
+) -> Run:
     """The run of one stage, with the sorted parent as frozen teacher where the stage wants one."""
     data = TokenData(DATA)
     check_tokenizer(data, RANK / "model", model.config.vocab_size, "the parent")

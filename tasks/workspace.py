@@ -30,7 +30,7 @@ def prepare(profile: str = "default", root: Path = ROOT) -> Path:
     _mirror(root, workspace, files)
     yaml = YAML()  # keeps the comments
     parameters = yaml.load(root / "params.yaml")
-    _merge(parameters, yaml.load(overrides) or {}, f"profiles/{profile}.yaml")
+    _merge(parameters, yaml.load(overrides) or {})
     yaml.dump(parameters, workspace / "params.yaml")
     (workspace / ".dvc" / "config.local").write_text(
         f"[core]\n    no_scm = true\n[cache]\n    dir = {root / '.dvc' / 'cache'}\n"
@@ -62,13 +62,15 @@ def _mirror(root: Path, workspace: Path, files: list[str]) -> None:
     listing.write_text("".join(name + "\n" for name in files))
 
 
-def _merge(values, overrides, where: str) -> None:
-    """Override nested values in place; a key that params.yaml does not have is an error. Names of budgets, sources
-    and the like are data: sections that only hold them are replaced whole."""
+def _merge(values, overrides) -> None:
+    """Override nested values in place (tasks.params refuses keys that nobody knows).
+
+    Names of budgets, sources and the like are data: sections that only hold them are replaced whole.
+    """
     replaced = {"budgets", "budget_shares", "mixture", "sources", "loss_by_budget", "path"}
     for key, value in overrides.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict) and key not in replaced:
-            _merge(values[key], value, f"{where}: {key}")
+            _merge(values[key], value)
         else:
             values[key] = value
 

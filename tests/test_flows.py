@@ -230,6 +230,7 @@ def test_dashboard_refuses_a_taken_port_and_a_wrong_url(checkout):
     assert "api.url is 'https://example.org/api' but the server" in dashboard.refused()
 
 
+@pytest.mark.slow
 def test_a_run_by_command_line_shows_log_and_artifacts(dashboard):
     assert "already runs" in dashboard.refused()
     set_params(dashboard.checkout, seconds=0)
@@ -247,6 +248,7 @@ def test_a_run_by_command_line_shows_log_and_artifacts(dashboard):
     assert "All is well" in artifacts["report"]
 
 
+@pytest.mark.slow
 def test_cancelled_or_killed_leaves_nothing_and_the_next_start_tidies_up(dashboard):
     def stage_runs() -> bool:
         return "sleep 600" in marked(dashboard.mark)
