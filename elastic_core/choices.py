@@ -99,6 +99,13 @@ class ElasticSpace:
         ]
         return round(self.cost(one_hots).item())
 
+    def costs(self, indices: Tensor) -> Tensor:
+        """Number of parameters (float64) of many combinations at once: (N, slots) int64 → (N,)."""
+        sizes = {}
+        for slot, column in zip(self.slots, indices.T, strict=True):
+            sizes.update(dict.fromkeys(slot.keys, torch.tensor(slot.sizes, dtype=torch.float64)[column]))
+        return expected_num_parameters(self.config, sizes, self.keep.double()[indices[:, -1]].T)
+
     def grid_costs(self, slots: list[Slot] | None = None) -> Tensor:
         """Number of parameters of every combination (float64), one dimension per slot (per-layer choices: per axis)."""
         slots = slots or self.axis_slots()

@@ -1,6 +1,7 @@
 """From the router's distribution to submodels: within their budgets, nested, and everything in between."""
 
 import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from elastic_core.config import ConfigError
 from elastic_core.elastic_checkpoint import TOLERANCE
 from elastic_core.router import Router
 from elastic_core.submodel import Submodel
+
+LARGEST_GRID = 100_000  # combinations that are all looked at
 
 
 def check_budgets(space: ElasticSpace, budgets: dict[str, float], tolerance: float = TOLERANCE) -> None:
@@ -37,17 +40,18 @@ def select(
 ) -> list[int] | None:
     """The most probable combination whose cost is within `tolerance` of `target`, nested in the combination `bound`.
 
-    Exact over the grid where every axis chooses once; with per-layer choices a descent from the most probable one.
-    None where nothing is found.
+    Exact where every axis chooses once, or the combinations are few enough to look at all of them; with many
+    per-layer choices a descent from the most probable one. None where nothing is found.
     """
-    if len(space.slots) == len(space.axis_slots()):
+    num_combinations = math.prod(len(slot.sizes) for slot in space.slots)
+    if len(space.slots) == len(space.axis_slots()) or num_combinations <= LARGEST_GRID:
         return _select_on_grid(space, log_probs, target, bound, tolerance)
     return _select_by_descent(space, log_probs, target, bound, tolerance)
 
 
 def _select_on_grid(space, log_probs, target, bound, tolerance) -> list[int] | None:
     corner = tuple(slice(low, None) for low in bound)
-    costs = space.grid_costs()[corner]
+    costs = space.grid_costs(space.slots)[corner]
     scores = torch.zeros((), dtype=torch.float64)
     for log_prob, low in zip(log_probs, bound, strict=True):
         scores = scores[..., None] + log_prob[low:].double()
@@ -61,25 +65,45 @@ def _select_on_grid(space, log_probs, target, bound, tolerance) -> list[int] | N
 
 
 def _select_by_descent(space, log_probs, target, bound, tolerance) -> list[int] | None:
-    """Single moves, each the one that loses the least probability per parameter of deviation it mends."""
-    indices = [max(int(z.argmax()), low) for z, low in zip(log_probs, bound, strict=True)]
-    deviation = abs(space.num_parameters(indices) - target)
-    while deviation > tolerance * target:
-        best = None
-        for slot, (now, low) in enumerate(zip(indices, bound, strict=True)):
-            for index in range(low, len(space.slots[slot].sizes)):
-                moved = [*indices[:slot], index, *indices[slot + 1 :]]
-                remaining = abs(space.num_parameters(moved) - target)
-                if remaining >= deviation:
-                    continue
-                loss = float(log_probs[slot][now] - log_probs[slot][index])
-                key = (max(loss, 0.0) / (deviation - remaining), remaining)
-                if best is None or key < best[0]:
-                    best = (key, moved, remaining)
-        if best is None:
+    """From the most probable combination; where that ends in a dead end, from the largest or the smallest allowed."""
+    moves = torch.tensor(
+        [(slot, i) for slot, low in enumerate(bound) for i in range(low, len(space.slots[slot].sizes))]
+    )
+    pairs = moves[torch.combinations(torch.arange(len(moves)))]  # (pairs, 2, 2): two moves, each a slot and an index
+    pairs = pairs[pairs[:, 0, 0] != pairs[:, 1, 0]]
+    table = torch.nn.utils.rnn.pad_sequence([z.double() for z in log_probs], batch_first=True)  # (slots, choices)
+    probable = [max(int(z.argmax()), low) for z, low in zip(log_probs, bound, strict=True)]
+    for start in (probable, bound, [len(slot.sizes) - 1 for slot in space.slots]):
+        found = _descend(space, table, target, torch.tensor(start), (moves[:, None], pairs), tolerance)
+        if found is not None:
+            return found.tolist()
+    return None
+
+
+def _descend(space, table, target, indices, neighbourhoods, tolerance) -> Tensor | None:
+    """Steps towards the target, each the one that loses the least probability per parameter of deviation it mends.
+
+    A step moves one slot, or two where no single move helps (one down and another back up, for instance).
+    """
+    while (space.costs(indices[None]) - target).abs() > tolerance * target:
+        found = (_best_step(space, table, target, indices, steps) for steps in neighbourhoods)
+        indices = next((moved for moved in found if moved is not None), None)
+        if indices is None:
             return None
-        _, indices, deviation = best
     return indices
+
+
+def _best_step(space, table, target, indices, steps) -> Tensor | None:
+    """`indices` (slots,) after the best of `steps` (N, moves, 2); None where none comes nearer to the target."""
+    moved = indices.repeat(len(steps), 1).scatter(1, steps[..., 0], steps[..., 1])  # (N, slots)
+    remaining = (space.costs(moved) - target).abs()
+    mended = (space.costs(indices[None]) - target).abs() - remaining
+    slots = torch.arange(len(indices))
+    lost = (table[slots, indices] - table[slots, moved]).sum(-1).clamp(min=0)
+    price = (lost / mended).masked_fill(mended <= 0, torch.inf)
+    if price.min() == torch.inf:
+        return None
+    return moved[remaining.masked_fill(price > price.min(), torch.inf).argmin()]
 
 
 def select_family(router: Router, scale: float = 1.0, tolerance: float = TOLERANCE) -> list[list[int]]:

@@ -61,9 +61,7 @@ def space(request):
 
 
 def one_hots(space, indices):
-    return [
-        F.one_hot(torch.tensor(i), len(slot.sizes)).double() for i, slot in zip(indices, space.slots, strict=True)
-    ]
+    return [F.one_hot(torch.tensor(i), len(slot.sizes)).double() for i, slot in zip(indices, space.slots, strict=True)]
 
 
 def random_indices(space, generator):
