@@ -32,7 +32,7 @@ def load(cls, values: Mapping, where: str):
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ConfigError(f"{where}.{key}: unknown parameter{hint} Allowed: {', '.join(fields)}")
     arguments = {}
     for name, field in fields.items():

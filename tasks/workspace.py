@@ -21,10 +21,10 @@ def prepare(profile: str = "default", root: Path = ROOT) -> Path:
     """The directory in which `profile` runs, brought up to date with the checkout's tracked and new files."""
     if profile == "default":
         return root
+    names = sorted(path.stem for path in (root / "profiles").glob("*.yaml"))
+    if profile not in names:
+        raise ConfigError(f"profile: got {profile!r}; allowed: {', '.join(['default', *names])} (files in profiles/)")
     overrides = root / "profiles" / f"{profile}.yaml"
-    if not overrides.is_file():
-        names = ", ".join(["default", *sorted(path.stem for path in (root / "profiles").glob("*.yaml"))])
-        raise ConfigError(f"profile: got {profile!r}; allowed: {names} (files in profiles/)")
     workspace = root / ".runs" / profile
     files = [name for name in _source_files(root) if (root / name).is_file()]
     _mirror(root, workspace, files)
