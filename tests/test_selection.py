@@ -72,6 +72,14 @@ def test_select_finds_nothing_where_there_is_nothing():
     assert select(space, log_probs, FULL * 1.0, start, 0.0) == start
 
 
+def test_of_equally_probable_combinations_the_nearest_is_taken(costs):
+    space, counts = costs[()]
+    uniform = [torch.zeros(len(slot.sizes)) for slot in space.slots]
+    for target in (0.8 * FULL, 0.5 * FULL):
+        found = select(space, uniform, target, [0] * len(space.slots), 0.02)
+        assert abs(counts[tuple(found)] - target) == min(abs(count - target) for count in counts.values())
+
+
 def test_descent_in_a_large_space_reaches_the_tolerance():
     space = large_space()
     full = num_parameters(LARGE)

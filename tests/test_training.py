@@ -488,6 +488,18 @@ def test_resume_is_bit_identical(data, straight, tmp_path, killed_after):
     assert_same(third.model.state_dict(), reference.model.state_dict())
 
 
+def test_a_resumed_run_settles_when_it_would_have(data, tmp_path):
+    stage, routing = make_stage(checkpoint_every=1), Routing(1e-9, share=1.0, settle_steps=5, dead_zone=0.9)
+
+    def start(directory):
+        return make_run(data, stage, routed=True, routing=routing, checkpoints=directory)
+
+    modes = [row["mode"] for row in train(start(tmp_path / "straight"))]
+    assert modes == ["soft"] * 6 + ["hard"] * 6
+    list(itertools.islice(train(start(tmp_path / "killed")), 3))
+    assert [row["mode"] for row in train(start(tmp_path / "killed"))] == modes[3:]
+
+
 def damage(path, kind):
     state = path / "state.pt"
     content = bytearray(state.read_bytes())
