@@ -81,11 +81,12 @@ def task_scores(section: "params.Evaluate", data: TokenData, model) -> dict:
     scores = {}
     for task in section.tasks:
         value = float(results["results"][task]["exact_match,answer"])
+        metadata = results["configs"][task]["metadata"]
         num_items = results["n-samples"][task]["effective"]
         scores[task] = {
             "exact_match": value,
             "standard_error": math.sqrt(value * (1 - value) / num_items),
-            "chance": results["configs"][task]["metadata"]["chance"],
+            "chance": metadata.get("chance_in_context", metadata["chance"]),
             "items": num_items,
         }
     return scores

@@ -6,6 +6,7 @@ import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from elastic_core import ElasticModel, hf
+from elastic_core.config import ConfigError
 from elastic_core.data import PackedSequences, TokenData, check_tokenizer
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.layout import block_pattern
@@ -63,8 +64,19 @@ def train_parent(settings: "params.Params", data: TokenData) -> None:
     model.save_pretrained(OUT, tokenizer_from=DATA / "tokenizer")
 
 
+def check_stages(settings: "params.Params", data: TokenData) -> None:
+    """Whether the data can fill every later stage's sequences: said now, not when the stage comes."""
+    sections = {"rank": settings.rank, "train_short": settings.train_short, "train_extended": settings.train_extended}
+    for name, section in sections.items():
+        try:
+            PackedSequences(data, section.mixture, section.sequence_length, settings.seed)
+        except ValueError as error:
+            raise ConfigError(f"{params.FILE}: {name}: {error}") from None
+
+
 def main() -> None:
     settings, data = params.load(), TokenData(DATA)
+    check_stages(settings, data)
     if settings.parent.path is not None:
         import_parent(settings.parent.path, data)
         (OUT.parent / "parent_metrics.jsonl").write_text("")

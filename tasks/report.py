@@ -10,6 +10,7 @@ import jinja2
 import pandas as pd
 import vl_convert
 
+from elastic_core.submodel import WIDTHS
 from tasks import params
 
 ARTIFACTS, OUT = Path("artifacts"), Path("reports")
@@ -29,7 +30,8 @@ def read_results(budgets: dict[str, float]) -> list[dict]:
                 continue  # the parent itself
             zero_shot = versions["zero_shot"]["loss"]
             rows.append(_row(budget, LABELS[version], scores, parent, zero_shot if target < 1.0 else None))
-    return rows
+    chance = {task: round(result["chance"], 3) for task, result in parent["tasks"].items()}
+    return [*rows, dict.fromkeys(rows[0]) | {"budget": "–", "model": "guessing"} | chance] if chance else rows
 
 
 def _row(budget: str, version: str, scores: dict, parent: dict, zero_shot: float | None = None) -> dict:
@@ -47,7 +49,7 @@ def _row(budget: str, version: str, scores: dict, parent: dict, zero_shot: float
     return row | {task: round(result["exact_match"], 3) for task, result in scores["tasks"].items()}
 
 
-def training_curves(budgets: list[str]) -> pd.DataFrame:
+def training_curves() -> pd.DataFrame:
     """Smoothed training loss per budget against the tokens of each stage."""
     rows = []
     for stage in STAGES:
@@ -66,19 +68,27 @@ def training_curves(budgets: list[str]) -> pd.DataFrame:
 
 def charts(results: list[dict], budgets: list[str], tasks: list[str]) -> dict[str, alt.Chart]:
     """The plots by title."""
-    curves, frame = training_curves(budgets), pd.DataFrame(results)
+    curves, frame = training_curves(), pd.DataFrame([row for row in results if row["parameters"]])
     order = ["parent", *budgets]
     color = alt.Color("budget:N", sort=order, scale=alt.Scale(scheme="tableau10", domain=order))
-    line = alt.Chart(curves).mark_line().encode(
-        x=alt.X("tokens:Q", title="tokens of the stage"),
-        y=alt.Y("loss:Q", title="training loss (nats per token)", scale=alt.Scale(zero=False)),
-        color=color,
+    line = (
+        alt.Chart(curves)
+        .mark_line()
+        .encode(
+            x=alt.X("tokens:Q", title="tokens of the stage"),
+            y=alt.Y("loss:Q", title="training loss, nats per token (stages: KL)", scale=alt.Scale(zero=False)),
+            color=color,
+        )
     )
-    size = alt.Chart(frame).mark_point(filled=True, size=90).encode(
-        x=alt.X("parameters:Q", title="parameters", scale=alt.Scale(zero=False)),
-        y=alt.Y("loss:Q", title="held-out loss (nats per token)", scale=alt.Scale(zero=False)),
-        color=color,
-        shape=alt.Shape("model:N", sort=["parent", *LABELS.values()]),
+    size = (
+        alt.Chart(frame)
+        .mark_point(filled=True, size=90)
+        .encode(
+            x=alt.X("parameters:Q", title="parameters", scale=alt.Scale(zero=False)),
+            y=alt.Y("loss:Q", title="held-out loss (nats per token)", scale=alt.Scale(zero=False)),
+            color=color,
+            shape=alt.Shape("model:N", sort=["parent", *LABELS.values()]),
+        )
     )
     plots = {
         "Training loss by budget": line.properties(width=230, height=220)
@@ -87,6 +97,7 @@ def charts(results: list[dict], budgets: list[str], tasks: list[str]) -> dict[st
         "Quality against size": size.properties(width=420, height=260),
         "What the router chose": _router_chart(color),
         "Importance, by layer and axis": _importance_chart(),
+        "Importance of the layers": _depth_chart(),
     }
     if tasks:
         plots["Reasoning tasks"] = _task_chart(frame, tasks, order)
@@ -115,7 +126,7 @@ def _router_chart(color: alt.Color) -> alt.Chart:
     rows = []
     for budget, values in summary.items():
         values = values | {"depth": len(values["kept_layers"])}
-        for axis in ("hidden_size", "intermediate_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", "depth"):
+        for axis in (*WIDTHS, "depth"):
             entries = values[axis] if isinstance(values[axis], list) else [values[axis]]
             rows.append({"budget": budget, "axis": axis, "kept size (mean over layers)": sum(entries) / len(entries)})
     return (
@@ -151,7 +162,22 @@ def _importance_chart() -> alt.Chart:
     )
 
 
-def findings(results: list[dict], tasks: list[str]) -> list[str]:
+def _depth_chart() -> alt.Chart:
+    """The score at which each layer was judged, least important first."""
+    scores = json.loads((ARTIFACTS / "rank" / "ranking.json").read_text())["depth_scores"]
+    frame = pd.DataFrame({"layer": list(scores), "score": list(scores.values())})
+    bars = (
+        alt.Chart(frame)
+        .mark_bar()
+        .encode(
+            x=alt.X("layer:N", sort=list(scores), title="layer of the parent, in the order of judgement"),
+            y=alt.Y("score:Q", title="error of the logits without it"),
+        )
+    )
+    return bars.properties(width=260, height=160)
+
+
+def findings(results: list[dict]) -> list[str]:
     """What a reader wants to know first, computed from the table."""
     sentences = []
     parent = results[0]
@@ -169,7 +195,7 @@ def findings(results: list[dict], tasks: list[str]) -> list[str]:
 def as_markdown(results: list[dict]) -> str:
     """The table, numbers aligned; a dash where a column does not apply."""
     frame = pd.DataFrame(results).astype(object)
-    frame["parameters"] = frame["parameters"].map("{:,}".format)
+    frame["parameters"] = frame["parameters"].map("{:,.0f}".format, na_action="ignore")
     lines = ["| " + " | ".join(frame.columns) + " |", "|" + "---|" * len(frame.columns)]
     for row in frame.itertuples(index=False):
         lines.append("| " + " | ".join("–" if pd.isna(value) else str(value) for value in row) + " |")
@@ -187,7 +213,7 @@ def main() -> None:
         pictures[title] = "data:image/png;base64," + base64.b64encode(png).decode()
     content = {
         "title": settings.report.title,
-        "findings": findings(results, tasks),
+        "findings": findings(results),
         "columns": list(results[0]),
         "rows": results,
         "pictures": pictures,

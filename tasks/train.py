@@ -112,6 +112,8 @@ def run_to_end(run: Run, name: str, metrics: Path) -> None:
     """
     rows_file = Path(run.checkpoints) / "metrics.jsonl"
     rows_file.parent.mkdir(parents=True, exist_ok=True)
+    if rows_file.exists():  # a kill may have cut the last line short
+        rows_file.write_bytes(b"".join(line for line in rows_file.open("rb") if line.endswith(b"\n")))
     progress = Progress(run, name)
     with open(rows_file, "a", buffering=1) as file:
         for row in train(run):

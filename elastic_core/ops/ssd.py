@@ -40,7 +40,8 @@ def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk
     if padding := -length % chunk:  # no input and no decay: states pass through, outputs are cut off below
         x_dt, B, C = (F.pad(t, (0, 0, 0, 0, 0, padding)) for t in (x_dt, B, C))
         decay = F.pad(decay, (0, 0, 0, padding))
-    y = _ChunkedScan.apply(x_dt, decay, B, C, chunk)
+    with torch.autocast(x.device.type, enabled=False):  # float32 products, whatever the layers around compute in
+        y = _ChunkedScan.apply(x_dt, decay, B, C, chunk)
     return y[:, :length] + D[:, None] * x
 
 
