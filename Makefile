@@ -18,7 +18,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 run: $(SETUP)
 	@workspace=$$($(VENV)/bin/python -m tasks.workspace $(PROFILE)) && cd "$$workspace" && \
 	  export PATH="$(abspath $(VENV))/bin:$$PATH" && python -m tasks.params && dvc repro && \
-	  echo "report: $$workspace/reports/report.html" && cat reports/report.md
+	  sed '/^## Plots/,$$d' reports/report.md && echo "report: $$workspace/reports/report.html"
 
 test: $(SETUP)
 	$(VENV)/bin/python -m pytest

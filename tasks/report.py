@@ -16,6 +16,13 @@ from tasks import params
 ARTIFACTS, OUT = Path("artifacts"), Path("reports")
 LABELS = {"zero_shot": "zero-shot slice", "short": "after stage 1", "extended": "after stage 2"}
 STAGES = ("parent", "train_short", "train_extended")
+LEGEND = (
+    "Loss and KL(parent ‖ model) in nats per token and bits per byte (bpb) on held-out text. Gap closed: the "
+    "share of the loss between zero-shot slice and parent that training won back. Tasks: exact match through lm- "
+    "eval on the extracted directories, greedy decoding; the number is steps or pairs; chains_direct is the "
+    "control that answers without worked steps. Guessing: 0.1 for chains, the commonest value of the prompt for "
+    "recall."
+)
 SMOOTHING = 40  # plotted points per curve, each the mean of the steps around it
 
 
@@ -215,15 +222,18 @@ def main() -> None:
         "title": settings.report.title,
         "findings": findings(results),
         "columns": list(results[0]),
+        "legend": LEGEND,
         "rows": results,
         "pictures": pictures,
         "params": Path(params.FILE).read_text(),
     }
     template = jinja2.Template((Path(__file__).parent / "report.html").read_text(), autoescape=True)
-    markdown = f"# {content['title']}\n\n" + "".join(f"- {line}\n" for line in content["findings"])
+    plots = "".join(f"\n### {title}\n\n![{title}]({picture})\n" for title, picture in pictures.items())
+    findings_list = "".join(f"- {line}\n" for line in content["findings"])
+    markdown = f"# {content['title']}\n\n{findings_list}\n{as_markdown(results)}\n\n{LEGEND}\n\n## Plots\n{plots}"
     OUT.mkdir(exist_ok=True)
     _write(OUT / "report.html", template.render(content))
-    _write(OUT / "report.md", f"{markdown}\n{as_markdown(results)}\n")
+    _write(OUT / "report.md", markdown)
     _write(OUT / "results.json", json.dumps(results, indent=1) + "\n")
 
 
