@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 SETUP := $(VENV)/.ready
 
-export OMP_NUM_THREADS ?= $(shell nproc)
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export TOKENIZERS_PARALLELISM ?= true
 # glibc gives large freed blocks back to the kernel at once, and a training step then pays for the page faults.
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
