@@ -18,8 +18,8 @@ LABELS = {"zero_shot": "zero-shot slice", "short": "after stage 1", "extended": 
 STAGES = ("parent", "train_short", "train_extended")
 LEGEND = (
     "Loss and KL(parent ‖ model) in nats per token and bits per byte (bpb) on held-out text. Gap closed: the "
-    "share of the loss between zero-shot slice and parent that training won back. Tasks: exact match through lm- "
-    "eval on the extracted directories, greedy decoding; the number is steps or pairs; chains_direct is the "
+    "share of the loss between zero-shot slice and parent that training won back. Tasks: exact match through "
+    "lm-eval on the extracted directories, greedy decoding; the number is steps or pairs; chains_direct is the "
     "control that answers without worked steps. Guessing: 0.1 for chains, the commonest value of the prompt for "
     "recall."
 )
