@@ -1,8 +1,9 @@
 """Text sources: held-out text is never trained on, bad files are named by their line, memory stays bounded."""
 
 import json
-import os
 import signal
+import subprocess
+import sys
 import tracemalloc
 from itertools import islice, pairwise
 
@@ -212,13 +213,16 @@ def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", texts(300))
     section = {"kind": "files", "path": str(tmp_path / "a.jsonl"), "held_out": 0.1}
     out = tmp_path / "data"
-    child = os.fork()
-    if child == 0:
-        prepare_data.write_evaluation = lambda *_: os.kill(
-            os.getpid(), signal.SIGKILL
-        )  # all tokens are written by then
-        prepare(configure({"mine": section}), None, out, seed=0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    script = f"""
+import os, signal
+from tasks import prepare_data
+from elastic_core.config import load
+prepare_data.write_evaluation = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all tokens are written by then
+config = load(prepare_data.PrepareData, {{"sources": {{"mine": {section!r}}}, "vocab_size": 300}}, "test")
+prepare_data.prepare(config, None, {str(out)!r}, seed=0)
+"""
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True)  # a fork would inherit locked threads
+    assert killed.returncode == -signal.SIGKILL
     assert not out.exists() and (tmp_path / "data.partial").exists()
     prepare(configure({"mine": section}), None, out, seed=0)
     first = TokenData(out).manifest
