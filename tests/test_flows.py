@@ -71,7 +71,12 @@ TREE = ["sh", "-c", "setsid sh -c 'trap \"\" TERM; while :; do sleep 1; done' & 
 
 def start_tree(mark: str) -> subprocess.Popen:
     """A parent that holds a guarded tree."""
-    code = f"import time; from flows.guard import guarded\nwith guarded({TREE!r}, grace=0.5): time.sleep(600)"
+    code = f"""
+import signal, time
+from flows.guard import guarded
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits that it is ignored
+with guarded({TREE!r}, grace=0.5): time.sleep(600)
+"""
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, MARK: mark})
     wait_for(lambda: sum("sleep 600" in line for line in marked(mark)) >= 4, 20, "the tree to start")
     return parent
