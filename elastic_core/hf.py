@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -205,9 +204,3 @@ def _settle(final: Path, partial: Path, earlier: Path) -> None:
             shutil.rmtree(partial)
         else:
             os.replace(earlier, final)
-
-
-def torch_dtype(config) -> torch.dtype:
-    """The element type that config.json states (float32 where it states none)."""
-    dtype = config.dtype or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
