@@ -62,6 +62,7 @@ class ElasticSpace:
         self.keep = torch.zeros(len(self.slots[-1].sizes), num_layers)  # (depth choices, layers)
         for row, depth in zip(self.keep, self.slots[-1].sizes, strict=True):
             row[list(self.depth_ranking[:depth])] = 1
+        self.slot_masks = [self.keep if slot.axis == "depth" else self.masks(slot) for slot in self.slots]
 
     def _slots(self, axis: str, choices: Choices, where: str) -> list[Slot]:
         field = FIELDS[axis]
@@ -93,11 +94,7 @@ class ElasticSpace:
 
     def num_parameters(self, indices: list[int]) -> int:
         """Exact number of parameters of one combination."""
-        one_hots = [
-            torch.nn.functional.one_hot(torch.tensor(index), len(slot.sizes)).double()
-            for slot, index in zip(self.slots, indices, strict=True)
-        ]
-        return round(self.cost(one_hots).item())
+        return round(self.costs(torch.tensor([indices])).item())
 
     def costs(self, indices: Tensor) -> Tensor:
         """Number of parameters (float64) of many combinations at once: (N, slots) int64 → (N,)."""
@@ -137,9 +134,8 @@ class ElasticSpace:
     def soft_gates(self, probs: list[Tensor]) -> dict[str, Tensor]:
         """Gates of the soft mode: Σ_i π_i·I_i per unit key, and the probability to be kept per layer (``depth``)."""
         gates = {}
-        for slot, prob in zip(self.slots, probs, strict=True):
-            mask = self.keep if slot.axis == "depth" else self.masks(slot)
-            gates.update(dict.fromkeys(slot.keys, prob @ mask))
+        for slot, prob, masks in zip(self.slots, probs, self.slot_masks, strict=True):
+            gates.update(dict.fromkeys(slot.keys, prob @ masks))
         return gates
 
     def hard_gates(self, probs: list[Tensor], indices: list[int]) -> dict[str, Tensor]:

@@ -59,14 +59,18 @@ class Units:
 
 
 @dataclass(frozen=True)
-class Product:
-    """Rows indexed by several dimensions at once, the last one running fastest."""
+class Compound:
+    """A dimension made of others."""
 
     parts: tuple
 
     def leaves(self) -> Iterator[Units]:
         for part in self.parts:
             yield from part.leaves()
+
+
+class Product(Compound):
+    """Rows indexed by several dimensions at once, the last one running fastest."""
 
     @property
     def size(self) -> int:
@@ -82,15 +86,8 @@ class Product:
         return rows
 
 
-@dataclass(frozen=True)
-class Concat:
+class Concat(Compound):
     """Dimensions one after the other."""
-
-    parts: tuple
-
-    def leaves(self) -> Iterator[Units]:
-        for part in self.parts:
-            yield from part.leaves()
 
     @property
     def size(self) -> int:

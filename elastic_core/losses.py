@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from elastic_core.data import IGNORED_LABEL as IGNORED  # the label of a position that takes no part
+
 CHUNK = 1024  # tokens whose logits exist at a time
-IGNORED = -100  # label of a position that takes no part
 
 
 def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
