@@ -64,7 +64,8 @@ class Stage:
 
     A step takes `batch_size` sequences in `microbatches` equal parts, each dealt to one budget in the proportions of
     `budget_shares`. `mixture`: share of the sequences drawn from each data source. The learning rate warms up
-    linearly and falls by `schedule` to `final_learning_rate` of its peak.
+    linearly and falls by `schedule` to `final_learning_rate` of its peak. A step whose loss or gradient is not finite
+    is skipped; more than `max_skipped_steps` in a row end the run.
     """
 
     sequence_length: int
@@ -86,6 +87,7 @@ class Stage:
     loss_by_budget: dict[str, Loss] = field(default_factory=dict)
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    max_skipped_steps: int = 3
 
     def check(self) -> None:
         for name in ("sequence_length", "batch_size", "steps", "microbatches", "checkpoint_every", "keep_checkpoints"):
@@ -96,6 +98,7 @@ class Stage:
             self.batch_size,
             f"a multiple of microbatches ({self.microbatches})",
         )
+        require(self.max_skipped_steps >= 0, "max_skipped_steps", self.max_skipped_steps, "0 or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
         final = self.final_learning_rate

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from elastic_core.losses import chunked_cross_entropy
 from elastic_core.model import ElasticModel
 
 Progress = Callable[[str, int, int], None] | None
+Reduce = Callable[[Tensor], Tensor]
 
 
 def rank_layers(
@@ -17,15 +19,17 @@ def rank_layers(
     method: str = "iterative_nmse",
     min_depth: int = 1,
     progress: Progress = None,
+    reduce: Reduce = lambda sums: sums,
 ) -> tuple[tuple[int, ...], dict[int, float]]:
     """Layers from the most to the least important, and the score at which each was judged.
 
-    Holds the intact model's final hidden states of all batches (tokens × hidden size), never logits.
+    Holds the intact model's final hidden states of all batches (tokens × hidden size), never logits. `reduce` adds a
+    tensor up over all processes that hold sequences of each batch.
     """
     num_layers = len(model.model.layers)
     if not 1 <= min_depth <= num_layers:
         raise ValueError(f"min_depth: got {min_depth}; allowed: 1 to {num_layers}, the parent's layers")
-    return METHODS[method](model, batches, min_depth, progress)
+    return METHODS[method](model, batches, min_depth, progress, reduce)
 
 
 class LogitError:
@@ -35,17 +39,17 @@ class LogitError:
     states: hidden² numbers instead of vocabulary × hidden per position.
     """
 
-    def __init__(self, model: ElasticModel, batches: list[Tensor]):
-        self.model, self.cut = model, model.cut()
+    def __init__(self, model: ElasticModel, batches: list[Tensor], reduce: Reduce):
+        self.model, self.cut, self.reduce = model, model.cut(), reduce
         head = model.head(self.cut).double()
         self.gram = head.T @ head  # (hidden, hidden)
         self.full = [model.hidden_states(input_ids, self.cut) for input_ids in batches]
-        self.denominator = sum(self._squared(full.double()) for full in self.full)
+        self.denominator = reduce(sum(self._squared(full.double()) for full in self.full)).item()
 
-    def _squared(self, hidden: Tensor) -> float:
-        return ((hidden @ self.gram) * hidden).sum().item()
+    def _squared(self, hidden: Tensor) -> Tensor:
+        return ((hidden @ self.gram) * hidden).sum()
 
-    def __call__(self, batch: int, x: Tensor, layers: list[int]) -> float:
+    def __call__(self, batch: int, x: Tensor, layers: list[int]) -> Tensor:
         """The sum for one batch whose residual stream x has still to pass `layers`."""
         for layer in layers:
             x = self.model.model.layers[layer](x, self.cut)
@@ -53,7 +57,10 @@ class LogitError:
 
 
 def _sweep(error: LogitError, input_ids: Tensor, batch: int, kept: list[int], candidates) -> dict[int, float]:
-    """The error of one batch for each candidate's removal; the prefix before a candidate is computed once for all."""
+    """The error of one batch for each candidate's removal, over all processes.
+
+    The prefix before a candidate is computed once for all.
+    """
     x = error.model.model.embed(input_ids, error.cut)
     errors = {}
     for position, layer in enumerate(kept):
@@ -62,7 +69,7 @@ def _sweep(error: LogitError, input_ids: Tensor, batch: int, kept: list[int], ca
             if len(errors) == len(candidates):
                 break
         x = error.model.model.layers[layer](x, error.cut)
-    return errors
+    return dict(zip(errors, error.reduce(torch.stack(list(errors.values()))).tolist(), strict=True))
 
 
 def _least_important(error: LogitError, batches: list[Tensor], kept: list[int]) -> tuple[int, float]:
@@ -85,8 +92,8 @@ def _least_important(error: LogitError, batches: list[Tensor], kept: list[int]) 
     return winner, totals[winner] / error.denominator
 
 
-def _iterative_nmse(model, batches, min_depth, progress):
-    error, kept = LogitError(model, batches), list(range(len(model.model.layers)))
+def _iterative_nmse(model, batches, min_depth, progress, reduce):
+    error, kept = LogitError(model, batches, reduce), list(range(len(model.model.layers)))
     removed, scores, rounds = [], {}, len(kept) - min_depth
     for done in range(rounds):
         layer, scores[layer] = _least_important(error, batches, kept)
@@ -97,8 +104,8 @@ def _iterative_nmse(model, batches, min_depth, progress):
     return tuple(kept + removed[::-1]), scores
 
 
-def _one_shot_nmse(model, batches, min_depth, progress):
-    error, layers = LogitError(model, batches), list(range(len(model.model.layers)))
+def _one_shot_nmse(model, batches, min_depth, progress, reduce):
+    error, layers = LogitError(model, batches, reduce), list(range(len(model.model.layers)))
     totals = dict.fromkeys(layers, 0.0)
     for batch, input_ids in enumerate(batches):
         for layer, value in _sweep(error, input_ids, batch, layers, set(layers)).items():
@@ -108,14 +115,17 @@ def _one_shot_nmse(model, batches, min_depth, progress):
     return _by_score({layer: total / error.denominator for layer, total in totals.items()})
 
 
-def _one_shot_perplexity(model, batches, min_depth, progress):
+def _one_shot_perplexity(model, batches, min_depth, progress, reduce):
     """Scores are the cross-entropy (nats per token) without the layer."""
     layers, scores = list(range(len(model.model.layers))), {}
     for layer in layers:
         cut = model.cut()
         cut.kept_layers = tuple(i for i in layers if i != layer)
         total = sum(_next_token_loss(model, ids, cut) for ids in batches)
-        scores[layer] = total / sum(ids[:, 1:].numel() for ids in batches)
+        total, tokens = reduce(
+            torch.tensor([total, sum(ids[:, 1:].numel() for ids in batches)], dtype=torch.float64)
+        ).tolist()
+        scores[layer] = total / tokens
         if progress:
             progress("depth", layer + 1, len(layers))
     return _by_score(scores)

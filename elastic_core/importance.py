@@ -69,6 +69,7 @@ def rank(
     top_channels: int | None = None,
     depth_batches: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Ranking:
     """Rank every width and the layers of `model` on `batches` of token ids, each (B, L) int64.
 
@@ -76,7 +77,8 @@ def rank(
     `depth_method`: iterative_nmse, one_shot_nmse or one_shot_perplexity. `min_depth`: the smallest depth of interest,
     below which iterative ranking need not go. `top_channels`: how many of the best Mamba channels judge the heads
     (eq. 4; default half). `depth_batches`: how many of the batches judge the layers (default all).
-    `progress(what, done, total)` is called as work proceeds.
+    `progress(what, done, total)` is called as work proceeds. Where several processes hold different sequences of every
+    batch, `reduce` adds a tensor up over all of them; they all end with the same ranking.
     """
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation: got {aggregation!r}; allowed: {', '.join(AGGREGATIONS)}")
@@ -88,15 +90,17 @@ def rank(
     training = model.training
     model.eval()
     with torch.no_grad():
-        scores = score_widths(model, batches, aggregation, top_channels, progress)
-        depth, depth_scores = rank_layers(model, batches[:depth_batches], depth_method, min_depth, progress)
+        scores = score_widths(model, batches, aggregation, top_channels, progress, reduce)
+        depth, depth_scores = rank_layers(model, batches[:depth_batches], depth_method, min_depth, progress, reduce)
     model.train(training)
     units = elastic_units(model.layout)
     orders = {key: order_units(units[key], score) for key, score in scores.items()}
     return Ranking(scores, orders, depth, depth_scores)
 
 
-def score_widths(model: ElasticModel, batches, aggregation="l1", top_channels=None, progress=None) -> dict[str, Tensor]:
+def score_widths(
+    model: ElasticModel, batches, aggregation="l1", top_channels=None, progress=None, reduce=lambda sums: sums
+) -> dict[str, Tensor]:
     """Importance of every unit of every width, float64, keyed by unit key."""
     transform, finish = AGGREGATIONS[aggregation]
     totals: dict[str, Tensor] = {}
@@ -114,7 +118,16 @@ def score_widths(model: ElasticModel, batches, aggregation="l1", top_channels=No
         model.hidden_states(input_ids, cut)
         if progress:
             progress("widths", done, len(batches))
-    scores = {key: finish(total, counts[key]).cpu() for key, total in totals.items()}
+    # One message for all: unit keys come in the same order everywhere.
+    everything = reduce(
+        torch.cat(
+            [*(total.flatten() for total in totals.values()), torch.tensor(list(counts.values())).to(totals["hidden"])]
+        )
+    )
+    *sums, numbers = everything.cpu().split([*(total.numel() for total in totals.values()), len(counts)])
+    scores = {
+        key: finish(flat.view_as(totals[key]), number) for key, flat, number in zip(totals, sums, numbers, strict=True)
+    }
     for key in [key for key in scores if key.startswith("mamba.")]:
         layer = key.removeprefix("mamba.")
         heads, channels = score_mamba(scores.pop(key), top_channels)

@@ -28,8 +28,9 @@ class DistillationLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, head, labels, teacher, ce_weight, kl_weight, temperature, chunk):
-        num_live = (labels != IGNORED).sum().clamp(min=1)
+    def forward(ctx, hidden, head, labels, teacher, ce_weight, kl_weight, temperature, chunk, num_live):
+        if num_live is None:
+            num_live = (labels != IGNORED).sum().clamp(min=1)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head, dtype=wide)
         sums = hidden.new_zeros(2, dtype=torch.float64)  # CE, KL
@@ -52,7 +53,7 @@ class DistillationLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_head * grad_loss, None, None, None, None, None, None
+        return grad_hidden * grad_loss, grad_head * grad_loss, *(None,) * 7
 
 
 def _chunk_loss(logits, labels, teacher_logits, ce_weight, kl_weight, temperature):
@@ -86,19 +87,21 @@ def distillation_loss(
     kl_weight: float = 1.0,
     temperature: float = 1.0,
     chunk: int = CHUNK,
+    num_live: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ce_weight·CE + kl_weight·T²·KL(p_teacher ‖ p_student) per position (eqs. 13–15); returns (loss, CE, KL).
 
     hidden (..., H) and head (V, H) of the student; labels (...), IGNORED where a position takes no part; `teacher` its
     hidden states (..., H') and head (V, H'), never differentiated; CE at temperature 1, KL at `temperature`, in nats,
-    both detached.
+    both detached. `num_live` () is what to divide by instead of the number of positions that take part: where other
+    processes hold more of them.
     """
     if teacher is not None:
         teacher = teacher[0].detach().flatten(0, -2), teacher[1].detach()
     elif kl_weight:
         raise ValueError("kl_weight: distillation needs a teacher; pass one, or set kl_weight to 0")
     return DistillationLoss.apply(
-        hidden.flatten(0, -2), head, labels.flatten(), teacher, ce_weight, kl_weight, temperature, chunk
+        hidden.flatten(0, -2), head, labels.flatten(), teacher, ce_weight, kl_weight, temperature, chunk, num_live
     )
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import yaml
 
+from elastic_core import storage
 from elastic_core.choices import Choices
 from elastic_core.config import ConfigError, require
 from elastic_core.config import load as load_section
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.depth_ranking import METHODS
 from elastic_core.importance import AGGREGATIONS
+from tasks.launch import Compute, StageError
 from tasks.prepare_data import PrepareData
 
 FILE = "params.yaml"
@@ -137,6 +141,7 @@ class Params:
     routing: Routing = field(default_factory=Routing)
     extract: Extract = field(default_factory=Extract)
     report: Report = field(default_factory=Report)
+    compute: Compute = field(default_factory=Compute)
     seed: int = 0
 
     def check(self) -> None:
@@ -162,6 +167,9 @@ class Params:
         if self.parent.training is not None:
             stages["parent.training"] = self.parent.training
         for name, section in {**stages, "rank": self.rank}.items():
+            size, workers = section.batch_size // getattr(section, "microbatches", 1), max(1, self.compute.workers)
+            allowed = f"as many sequences in a batch (or microbatch) as divide by compute.workers ({workers})"
+            require(size % workers == 0, f"{name}.batch_size", section.batch_size, allowed)
             for source in section.mixture:
                 known = source in self.prepare_data.sources
                 require(known, f"{name}.mixture", source, ", ".join(self.prepare_data.sources))
@@ -231,11 +239,18 @@ def check_family(params: Params, where: str) -> None:
         raise ConfigError(f"{where}: {problems[0]}")
 
 
-def main() -> None:
+@contextlib.contextmanager
+def errors_as_text() -> Iterator[None]:
+    """End the process with the text of an error that its user can mend, and without a traceback."""
     try:
-        load()
-    except ConfigError as error:
+        yield
+    except (ConfigError, StageError, storage.StorageError) as error:
         sys.exit(f"error: {error}")
+
+
+def main() -> None:
+    with errors_as_text():
+        load()
     print(f"{FILE} is valid")
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, hf
+from elastic_core import ElasticModel, distributed, hf
 from elastic_core.config import ConfigError
 from elastic_core.data import PackedSequences, TokenData, check_tokenizer
+from elastic_core.distributed import Ranks
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.layout import block_pattern
-from elastic_core.training import Run
+from elastic_core.run import Run
 from tasks import params, train
 
 DATA, OUT = Path("artifacts/data"), Path("artifacts/parent")
@@ -42,26 +43,33 @@ def import_parent(path: str, data: TokenData) -> None:
     ElasticModel.from_pretrained(path).save_pretrained(OUT, tokenizer_from=path)
 
 
-def train_parent(settings: "params.Params", data: TokenData) -> None:
+def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> None:
     """Train `parent.model` on text, with the same loop as every later stage: a family of one, and no teacher."""
+    data, stage = TokenData(DATA), settings.parent.training
     manifest = data.manifest
     eos = manifest.eos_token_id
     tokens = {"eos_token_id": eos, "bos_token_id": manifest.bos_token_id, "pad_token_id": eos}
     config = model_config(settings.parent.model, manifest.vocab_size, **tokens)
     model = initialise(config, settings.seed)
-    stage = settings.parent.training
+    if ranks.rank == 0:
+        print(f"parent: {sum(p.numel() for p in model.parameters()):,} parameters, layers {block_pattern(config)}")
     run = Run(
-        model,
+        distributed.place(model, ranks, settings.compute.execution, stage.precision),
         stage,
         PackedSequences(data, stage.mixture, stage.sequence_length, settings.seed),
         budgets={"full": 1.0},
         members={"full": Member(1.0, model.full)},
         seed=settings.seed,
-        checkpoints=train.checkpoint_directory("parent", vars(settings.parent), settings.seed, [DATA]),
+        checkpoints=job.checkpoints(settings),
+        ranks=ranks,
     )
-    print(f"parent: {sum(p.numel() for p in model.parameters()):,} parameters, layers {block_pattern(config)}")
-    train.run_to_end(run, "parent", OUT.parent / "parent_metrics.jsonl")
-    model.save_pretrained(OUT, tokenizer_from=DATA / "tokenizer")
+    train.run_to_end(run, settings, job, OUT.parent / "parent_metrics.jsonl")
+    distributed.save_pretrained(model, OUT, ranks, tokenizer_from=DATA / "tokenizer")
+
+
+def work(arguments: dict, ranks: Ranks) -> None:
+    """What every worker does."""
+    train_parent(params.load(), train.Job(arguments["name"], arguments["key"]), ranks)
 
 
 def check_stages(settings: "params.Params", data: TokenData) -> None:
@@ -75,13 +83,14 @@ def check_stages(settings: "params.Params", data: TokenData) -> None:
 
 
 def main() -> None:
-    settings, data = params.load(), TokenData(DATA)
-    check_stages(settings, data)
-    if settings.parent.path is not None:
-        import_parent(settings.parent.path, data)
-        (OUT.parent / "parent_metrics.jsonl").write_text("")
-    else:
-        train_parent(settings, data)
+    with params.errors_as_text():
+        settings, data = params.load(), TokenData(DATA)
+        check_stages(settings, data)
+        if settings.parent.path is not None:
+            import_parent(settings.parent.path, data)
+            (OUT.parent / "parent_metrics.jsonl").write_text("")
+        else:
+            train.run_stage(work, settings, train.make_job(settings, "parent", vars(settings.parent), []))
 
 
 if __name__ == "__main__":

@@ -8,43 +8,57 @@ from tqdm import tqdm
 from elastic_core import ElasticModel, rank, sort_
 from elastic_core.choices import ElasticSpace
 from elastic_core.data import PackedSequences, TokenData
+from elastic_core.distributed import Ranks
 from elastic_core.selection import check_budgets
 from tasks import params
+from tasks.launch import launch
 
 PARENT, DATA, OUT = Path("artifacts/parent"), Path("artifacts/data"), Path("artifacts/rank")
 
 
-def main() -> None:
+def work(arguments: dict, ranks: Ranks) -> None:
+    """What every worker does: score its own sequences of every batch; all end with the same ranking."""
     settings = params.load()
     section = settings.rank
-    model = ElasticModel.from_pretrained(PARENT)
+    model = ElasticModel.from_pretrained(PARENT).to(ranks.device)
     sequences = PackedSequences(TokenData(DATA), section.mixture, section.sequence_length, settings.seed + 1)
-    batches = [sequences.batch(i * section.batch_size, section.batch_size)[0] for i in range(section.batches)]
+    part = ranks.part(section.batch_size, "rank.batch_size")
+    size = part.stop - part.start
+    batches = [sequences.batch(i * section.batch_size + part.start, size)[0] for i in range(section.batches)]
     min_depth = min(settings.choices.depth or (len(model.config.layers_block_type),))
     bars: dict[str, tqdm] = {}
 
     def progress(what: str, done: int, total: int) -> None:
-        bar = bars.setdefault(what, tqdm(total=total, desc=f"rank {what}"))
-        bar.update(done - bar.n)
+        if ranks.rank == 0:
+            bar = bars.setdefault(what, tqdm(total=total, desc=f"rank {what}"))
+            bar.update(done - bar.n)
 
     ranking = rank(
         model,
-        batches,
+        [batch.to(ranks.device) for batch in batches],
         section.aggregation,
         section.depth_method,
         min_depth,
         section.top_channels,
         section.depth_batches,
         progress,
+        ranks.sum,
     )
     for bar in bars.values():
         bar.close()
     check_budgets(ElasticSpace(model.config, settings.choices, ranking.depth), settings.budgets)
-    sort_(model, ranking)
-    OUT.mkdir(parents=True, exist_ok=True)
-    ranking.save(OUT / "ranking.json")
-    model.save_pretrained(OUT / "model", tokenizer_from=PARENT)
-    print(json.dumps({"depth": ranking.depth}))
+    if ranks.rank == 0:
+        sort_(model, ranking)
+        OUT.mkdir(parents=True, exist_ok=True)
+        ranking.save(OUT / "ranking.json")
+        model.save_pretrained(OUT / "model", tokenizer_from=PARENT)
+        print(json.dumps({"depth": ranking.depth}))
+
+
+def main() -> None:
+    with params.errors_as_text():
+        settings = params.load()
+        launch(work, {}, settings.compute, "rank")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ class Cut:
         submodel = submodel.resolve(config)
         self.sizes = submodel.sizes(config)
         self.kept_layers = submodel.kept_layers
-        self.gates = gates or {}
+        shared = {id(gate): gate.to(device) for gate in (gates or {}).values()}  # the router stays in CPU memory
+        self.gates = {key: shared[id(gate)] for key, gate in (gates or {}).items()}
         # Looked up once per cut, not in every forward: a compiled forward then finds constants, and an index is
         # copied to the device once.
         self._rows: dict[Dim, int | Tensor] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,10 @@ class Trunk(nn.Module):
         self.norm_f = Norm(config, {"weight": layout["model.norm_f.weight"]})
 
     def embed(self, input_ids: Tensor, cut: Cut) -> Tensor:
-        return cut.write(F.embedding(input_ids, cut.weight(self, self.layout, "embeddings.weight")))
+        x = F.embedding(input_ids, cut.weight(self, self.layout, "embeddings.weight"))
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as where weights are gathered so
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return cut.write(x)
 
     def forward(self, input_ids: Tensor, cut: Cut) -> Tensor:
         x = self.embed(input_ids, cut)  # (B, L, hidden)
@@ -60,24 +63,38 @@ class ElasticModel(nn.Module):
 
         Raises ValueError for another family, unsupported layers, or tensors that do not match the configuration.
         """
-        config = hf.read_config(directory)
-        reader = hf.TensorReader(directory)
-        with torch.device("meta"):
-            model = cls(config)
-        reader.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+        model, reader = cls.empty(directory)
         model = model.to_empty(device="cpu").to(dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(reader.read(name))
         return model
 
+    @classmethod
+    def empty(cls, directory: str | os.PathLike) -> tuple[ElasticModel, hf.TensorReader]:
+        """The model of a directory without storage (on the meta device), and the checked reader of its tensors."""
+        config = hf.read_config(directory)
+        reader = hf.TensorReader(directory)
+        with torch.device("meta"):
+            model = cls(config)
+        reader.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+        return model, reader
+
     def save_pretrained(self, directory: str | os.PathLike, tokenizer_from: str | os.PathLike | None = None) -> None:
         """Write a plain `nemotron_h` directory, whole or not at all, with the tokenizer of another directory."""
         parameters = dict(self.named_parameters())
-        dtype = parameters["lm_head.weight"].dtype
+        self.write(directory, ((name, parameters[name].detach().cpu()) for name in self.layout), tokenizer_from)
+
+    def write(
+        self,
+        directory: str | os.PathLike,
+        tensors: Iterable[tuple[str, Tensor]],
+        tokenizer_from: str | os.PathLike | None = None,
+    ) -> None:
+        """`save_pretrained` with the parameters given one by one, all of the layout's and in its order."""
         with hf.whole_directory(directory) as partial:
-            hf.write_config(partial, self.config, dtype=str(dtype).removeprefix("torch."))
-            hf.write_tensors(partial, ((name, parameters[name].detach().cpu()) for name in self.layout))
+            hf.write_config(partial, self.config, dtype=str(self.lm_head.weight.dtype).removeprefix("torch."))
+            hf.write_tensors(partial, tensors)
             if tokenizer_from is not None:
                 hf.copy_tokenizer(tokenizer_from, partial)
 

@@ -1,0 +1,192 @@
+"""Ray Train runs a stage's work: in this process, on this machine's cores or GPUs, or on a cluster.
+
+The work is a plain function of (arguments, ranks), which a single process can call directly as well. Ray starts the
+workers, joins them to one torch process group, and starts all of them again when one is lost; where the work goes on
+from is the work's own business (elastic_core/checkpoint.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from elastic_core import storage
+from elastic_core.checkpoint import CheckpointError
+from elastic_core.config import ConfigError, require
+from elastic_core.diagnosis import NonFiniteError
+from elastic_core.distributed import Execution, Ranks
+
+Work = Callable[[dict, Ranks], None]
+
+ANSWER_SECONDS = 8  # for a cluster to show that it is there
+# Every rank raises these at the same point, and starting again would only repeat them.
+FINAL = (NonFiniteError, CheckpointError, ConfigError, storage.StorageError)
+ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+class StageError(RuntimeError):
+    """A stage's work ended for a reason that trying again does not mend."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how the training stages and the calibration run. Changes no result beyond rounding, and re-runs none.
+
+    `workers` 0 works in this process. `retries`: how often all workers are started again after one was lost.
+    `storage`: where checkpoints go, a directory or a URL, which every worker must reach.
+    """
+
+    workers: int = 0
+    cpus_per_worker: int = 1
+    gpus_per_worker: int = 0
+    retries: int = 2
+    storage: str = "checkpoints"
+    execution: Execution = field(default_factory=Execution)
+
+    def check(self) -> None:
+        require(self.workers >= 0, "workers", self.workers, "0 (in this process), or more")
+        require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "1 or more")
+        require(self.gpus_per_worker in (0, 1), "gpus_per_worker", self.gpus_per_worker, "0 or 1: a worker has one GPU")
+        require(self.retries >= 0, "retries", self.retries, "0 or more")
+        shards = self.execution.shard_over
+        divides = shards is None or max(self.workers, 1) % shards == 0
+        require(divides, "execution.shard_over", shards, f"null, or a divisor of workers ({self.workers})")
+
+
+def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
+    """Run `work(arguments, ranks)` on every worker, in this directory; returns when all have ended.
+
+    `name` is the run's in Ray. Raises StageError for what would only happen again, Ray's TrainingFailedError where
+    workers were lost more often than `compute.retries`, and ConfigError for a cluster that is not there.
+    """
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    address = os.environ.get("RAY_ADDRESS")
+    if compute.workers and address not in (None, "", "local"):
+        check_cluster(address)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    call = {"work": work, "arguments": arguments, "directory": os.getcwd(), "use_gpu": compute.gpus_per_worker > 0}
+    resources = {"CPU": compute.cpus_per_worker} | ({"GPU": 1} if compute.gpus_per_worker else {})
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=call,
+        torch_config=TorchConfig(backend="nccl" if compute.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=compute.workers,
+            use_gpu=compute.gpus_per_worker > 0,
+            resources_per_worker=resources if compute.workers else None,
+        ),
+        run_config=RunConfig(
+            name=name, storage_path=ray_storage(compute), failure_config=FailureConfig(max_failures=compute.retries)
+        ),
+    )
+    with cluster(compute, address) if compute.workers else contextlib.nullcontext():
+        problem = trainer.fit().return_value
+    if problem is not None:
+        raise StageError(problem)
+
+
+def _worker(call: dict) -> str | None:
+    """What every worker does; returns why the work cannot be done, if so."""
+    os.chdir(call["directory"])
+    ranks = Ranks.current(call["use_gpu"])
+    try:
+        call["work"](call["arguments"], ranks)
+    except FINAL as error:
+        return str(error)
+    return None
+
+
+def ray_storage(compute: Compute) -> str:
+    """Where Ray keeps its own notes about runs, beside the checkpoints."""
+    place = storage.join(compute.storage, "ray")
+    return place if storage.is_url(place) else str(Path(place).absolute())
+
+
+@contextlib.contextmanager
+def cluster(compute: Compute, address: str | None) -> Iterator[None]:
+    """The cluster at `address`, or one on this machine for as long as the block runs."""
+    import ray
+
+    options = {"logging_level": "ERROR", "runtime_env": {"env_vars": {**ENVIRONMENT, "PYTHONPATH": python_path()}}}
+    if address in (None, "", "local"):
+        cores = max(os.cpu_count() or 1, compute.workers * compute.cpus_per_worker)
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": cores}
+    else:
+        options["address"] = address
+    ray.init(**options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def python_path() -> str:
+    """Workers import this checkout, whichever one is installed there."""
+    return os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def check_cluster(address: str) -> None:
+    """ConfigError unless a Ray cluster answers at `address` within ten seconds: Ray itself would wait for minutes."""
+    advice = "start it, correct RAY_ADDRESS, or unset it to use this machine"
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return  # Ray itself says at once where there is none on this machine
+    if not host or not port.isdigit():
+        raise ConfigError(f"RAY_ADDRESS: got {address!r}; allowed: HOST:PORT, ray://HOST:PORT, auto or local")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS / 2).close()
+    except OSError as error:
+        raise ConfigError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}); {advice}") from None
+    if address.startswith("ray://"):
+        return
+    check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", f"{host}:{port}"]
+    try:
+        result = subprocess.run(check, capture_output=True, timeout=ANSWER_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"RAY_ADDRESS: what listens at {address} does not answer as a Ray cluster; {advice}"
+        ) from None
+    if result.returncode != 0:
+        raise ConfigError(f"RAY_ADDRESS: {address} is no healthy Ray cluster of this version; {advice}")
+
+
+@contextlib.contextmanager
+def only_one(directory: Path, what: str) -> Iterator[None]:
+    """Hold `directory` for this process; ConfigError where another one holds it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"{what} already runs with these parameters and inputs (process {file.read().strip()}, which holds "
+                f"{file.name}); wait for it, or stop it"
+            ) from None
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        yield
