@@ -10,9 +10,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -204,8 +203,8 @@ def upload_directory(source: Path, url: Place, last: str = "config.json") -> Non
     upload(source / last, join(url, last))
 
 
-def download_directory(url: Place, target: Path, last: str = "config.json", only: tuple[str, ...] = ("*",)) -> None:
-    """Copy the files below `url` whose names match one of `only` to a new local directory, whole or not at all.
+def download_directory(url: Place, target: Path, last: str = "config.json", only: Set[str] | None = None) -> None:
+    """Copy the files below `url` (of the relative names `only`; None: all) to a new directory, whole or not at all.
 
     Refuses a place without the file named `last` (see `upload_directory`) and a `target` that is there already. One
     that was cut off goes on where it stood, as long as nothing has changed at `url`.
@@ -222,7 +221,7 @@ def download_directory(url: Place, target: Path, last: str = "config.json", only
         if outdated != partial:
             shutil.rmtree(outdated)
     for name in listing:
-        if any(fnmatch(name, pattern) for pattern in only) and not (partial / name).exists():
+        if (only is None or name in only) and not (partial / name).exists():
             download(join(url, name), partial / name)
     if _listing(url) != listing:
         raise StorageError(f"{url}: changed while it was read; try again when nothing writes to it")
