@@ -113,9 +113,9 @@ def remove(url: Place) -> None:
         filesystem, path = open_filesystem(url)
         if is_url(url) and "/" not in path.strip("/"):
             raise StorageError(f"{url}: names a whole bucket, which is not removed; name a place inside it")
-        if files := filesystem.find(path):
-            filesystem.rm(files)
-            if filesystem.find(path):  # s3fs says nothing of what the server did not remove
+        if files := _files(filesystem, path):
+            filesystem.rm(list(files))
+            if _files(filesystem, path):  # s3fs says nothing of what the server did not remove
                 raise StorageError(f"{url}: not all of it could be removed; the credentials may not allow it")
         if not is_url(url) and Path(url).is_dir():
             shutil.rmtree(url)
@@ -260,11 +260,17 @@ def check_access(url: Place, writing: bool) -> None:
             filesystem.rm_file(probe)
 
 
+def _files(filesystem, path: str) -> dict[str, dict]:
+    """All files at or below a path, by their own paths, with what the file system says of each."""
+    found = filesystem.find(path, detail=True)
+    return {name: entry for name, entry in found.items() if entry["type"] == "file"}  # an empty directory lists itself
+
+
 def _listing(url: Place) -> dict[str, tuple]:
     """Every file below `url` by its relative name, with what changes when it does."""
     with explained(url, "list"):
         filesystem, path = open_filesystem(url)
-        found = filesystem.find(path, detail=True)
+        found = _files(filesystem, path)
     marks = ("size", "ETag", "mtime", "created")
     prefix = path.rstrip("/") + "/"
     return {

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import secrets
 import shutil
 import socket
 import subprocess
@@ -19,10 +20,14 @@ _GRPC = 10_000
 
 
 class S3Server:
-    """A running server: `url`, `bucket`, and `environment`, the variables with which a client finds it."""
+    """A running server: `url`, `bucket`, and `environment`, the variables with which a client finds it.
+
+    `place` is a URL in the bucket below which nothing is yet.
+    """
 
     def __init__(self, directory: Path):
         self.directory, self.bucket, self.process = directory, BUCKET, None
+        self.place = ""
         self._ports: list[int] = []
 
     @property
@@ -56,6 +61,13 @@ class S3Server:
         """Come back with the same data on the same ports."""
         if not self._launch():
             raise RuntimeError(f"the S3 server does not come back; its log ends:\n{self._log_end()}")
+
+    def ensure_running(self) -> None:
+        if self.process.poll() is not None:
+            self.restart()
+
+    def new_place(self) -> None:
+        self.place = f"s3://{self.bucket}/{secrets.token_hex(6)}"
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
