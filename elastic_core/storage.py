@@ -45,7 +45,7 @@ __all__ = [
     "write_bytes",
 ]
 
-_BLOCK_BYTES = 4 << 20  # asked for at once when reading
+BLOCK_BYTES = 4 << 20  # asked for at once when reading
 _PART_BYTES = 16 << 20  # of a multipart upload; S3 takes up to 10,000 parts
 _WILDCARD = re.compile(r"[*?\[]")
 
@@ -122,16 +122,19 @@ def remove(url: Place) -> None:
 
 
 @contextmanager
-def open_binary(place: Place) -> Iterator[io.BufferedReader]:
-    """A file to read from, seekable and never whole in memory; a URL's is asked for in blocks as they are needed."""
+def open_binary(place: Place, block_bytes: int = BLOCK_BYTES) -> Iterator[io.BufferedReader]:
+    """A file to read from, seekable and never whole in memory; a URL's is asked for in blocks as they are needed.
+
+    Smaller blocks are for readers that jump and know how much they want: a longer read is one request in any case.
+    """
     if not is_url(place):
         with open(place, "rb") as file:
             yield file
         return
     with explained(place, "read"):
         filesystem, path = open_filesystem(place)
-        file = filesystem.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="none")
-    with file, io.BufferedReader(_Blocks(file, place), _BLOCK_BYTES) as reader:
+        file = filesystem.open(path, "rb", block_size=block_bytes, cache_type="none")
+    with file, io.BufferedReader(_Blocks(file, place), block_bytes) as reader:
         yield reader
 
 
@@ -180,7 +183,7 @@ def download(url: Place, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     try:
         with open_binary(url) as file, open(partial, "wb") as copy:
-            shutil.copyfileobj(file, copy, _BLOCK_BYTES)
+            shutil.copyfileobj(file, copy, BLOCK_BYTES)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ _HELD_OUT_SUBPACKAGES = ("geometry", "ntheory")  # 3.9 % of sympy's sources
 _SKIPPED_FOLDERS = {"tests", "benchmarks", "_antlr"}  # the last holds generated tables
 _HELD_OUT_PART = 20  # under max_characters, held-out text is at most one part in 20 of it
 _TEXT_FILE_DOCUMENT = 16_384  # characters
+_PARQUET_BLOCK = 1 << 16  # bytes; a row group's column is one read, and what lies around it is not wanted
 _LONGEST_READ = 1 << 20  # bytes; a text file need not have line ends
 
 
@@ -221,7 +222,7 @@ def _read_parquet(path: str, text_field: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
-    with storage.open_binary(path) as file:
+    with storage.open_binary(path, _PARQUET_BLOCK) as file:
         try:
             table = pyarrow.parquet.ParquetFile(file)
         except pyarrow.ArrowInvalid as error:
