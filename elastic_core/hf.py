@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import NemotronHConfig
 
+from elastic_core import storage
 from elastic_core.layout import block_pattern, pattern_of
 from elastic_core.submodel import PER_LAYER
 
@@ -29,8 +30,13 @@ SHARD_BYTES = 5 * 2**30
 
 
 def read_config(directory: str | os.PathLike) -> NemotronHConfig:
-    """The configuration of a `nemotron_h` directory, checked for what this library can express."""
-    path = Path(directory) / "config.json"
+    """The configuration of a `nemotron_h` directory or URL, checked for what this library can express."""
+    with storage.local_files(directory, ("config.json",)) as local:
+        return _read_config(local, str(directory))
+
+
+def _read_config(local: Path, directory: str) -> NemotronHConfig:
+    path = local / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory}: no config.json; expected a Hugging Face directory of model_type nemotron_h")
     values = json.loads(path.read_text())
@@ -41,7 +47,7 @@ def read_config(directory: str | os.PathLike) -> NemotronHConfig:
         )
     if any(isinstance(values.get(field), list) for field in PER_LAYER):
         raise ValueError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it was cut from")
-    return check_config(NemotronHConfig.from_pretrained(directory), str(directory))
+    return check_config(NemotronHConfig.from_pretrained(local), directory)
 
 
 def check_config(config, where: str = "config"):

@@ -6,16 +6,16 @@ Each kind of source is a dataclass, the section `prepare_data.sources.<name>` of
 
 import ast
 import codecs
-import glob
 import hashlib
 import importlib.util
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
+from elastic_core import storage
 from elastic_core.config import require
 
 Document = tuple[str, str]  # (split, text)
@@ -25,6 +25,7 @@ _HELD_OUT_SUBPACKAGES = ("geometry", "ntheory")  # 3.9 % of sympy's sources
 _SKIPPED_FOLDERS = {"tests", "benchmarks", "_antlr"}  # the last holds generated tables
 _HELD_OUT_PART = 20  # under max_characters, held-out text is at most one part in 20 of it
 _TEXT_FILE_DOCUMENT = 16_384  # characters
+_PARQUET_BLOCK = 1 << 16  # bytes; a row group's column is one read, and what lies around it is not wanted
 _LONGEST_READ = 1 << 20  # bytes; a text file need not have line ends
 
 
@@ -75,10 +76,10 @@ class Files:
     """The user's own text.
 
     A `.jsonl` line or a `.parquet` row is a document (its `text_field`); a `.txt` file is cut at line ends into
-    documents of about 16,384 characters. All text is UTF-8.
+    documents of about 16,384 characters. All text is UTF-8. Files behind a URL are streamed, never copied whole.
     """
 
-    path: str  # a glob such as "corpus/**/*.jsonl", seen from the working directory
+    path: str  # a glob such as "corpus/**/*.jsonl", seen from the working directory, or "s3://bucket/corpus/*.jsonl"
     kind: str = "files"
     text_field: str = "text"
     held_out: float = 0.02  # share of documents, chosen by a hash of the text: duplicates stay together
@@ -99,24 +100,24 @@ class Files:
 
     def expected_characters(self) -> int:
         """Roughly how much `texts` will yield, for a progress bar."""
-        return _expected(sum(path.stat().st_size for path in self._paths()), self.max_characters)
+        return _expected(sum(self._paths().values()), self.max_characters)
 
-    def _paths(self) -> list[Path]:
-        paths = sorted(path for path in map(Path, glob.glob(self.path, recursive=True)) if path.is_file())
+    def _paths(self) -> dict[str, int]:
+        """The files, in order, and their sizes in bytes."""
+        paths = storage.glob(self.path)
         if not paths:
-            raise ValueError(f"path {self.path!r}: no file matches it (seen from {Path.cwd()})")
+            seen_from = "" if storage.is_url(self.path) else f" (seen from {Path.cwd()})"
+            raise ValueError(f"path {self.path!r}: no file matches it{seen_from}")
         for path in paths:
-            if path.suffix not in (".txt", ".jsonl", ".parquet"):
-                raise ValueError(
-                    f"{path}: cannot read {path.suffix or 'this'!r} files; allowed: .txt, .jsonl, .parquet"
-                )
+            suffix = PurePosixPath(path).suffix
+            if suffix not in _READERS:
+                raise ValueError(f"{path}: cannot read {suffix or 'this'!r} files; allowed: {', '.join(_READERS)}")
         return paths
 
     def _read(self) -> Iterator[Document]:
-        readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
         limit, found = int(self.held_out * 2**64), False
         for path in self._paths():
-            for text in readers[path.suffix](path, self.text_field):
+            for text in _READERS[PurePosixPath(path).suffix](path, self.text_field):
                 if not text.strip():
                     continue
                 found = True
@@ -181,10 +182,10 @@ def _read_sympy() -> Iterator[Document]:
             yield ("held_out" if name.parts[0] in _HELD_OUT_SUBPACKAGES else "train"), text
 
 
-def _read_txt(path: Path, text_field: str) -> Iterator[str]:
+def _read_txt(path: str, text_field: str) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     line, parts, size = 1, [], 0
-    with path.open("rb") as file:
+    with storage.open_binary(path) as file:
         while True:
             raw = file.readline(_LONGEST_READ)
             try:
@@ -200,8 +201,8 @@ def _read_txt(path: Path, text_field: str) -> Iterator[str]:
                 return
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
-    with path.open("rb") as file:
+def _read_jsonl(path: str, text_field: str) -> Iterator[str]:
+    with storage.open_binary(path) as file:
         for number, raw in enumerate(file, start=1):
             where = f"{path}, line {number}"
             try:
@@ -217,28 +218,32 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             yield _as_text(record[text_field], where, text_field)
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+def _read_parquet(path: str, text_field: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error})") from None
-    if text_field not in table.schema_arrow.names:
-        raise ValueError(
-            f"{path}: no column {text_field!r} (there are {_listed(table.schema_arrow.names)}); set text_field"
-        )
-    row = 0
-    for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-        for value in batch.column(0):
-            row += 1
-            where = f"{path}, row {row}"
-            try:
-                text = value.as_py()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
-            yield _as_text(text, where, text_field)
+    with storage.open_binary(path, _PARQUET_BLOCK) as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a readable parquet file ({error})") from None
+        if text_field not in table.schema_arrow.names:
+            raise ValueError(
+                f"{path}: no column {text_field!r} (there are {_listed(table.schema_arrow.names)}); set text_field"
+            )
+        row = 0
+        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
+            for value in batch.column(0):
+                row += 1
+                where = f"{path}, row {row}"
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{where}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
+                yield _as_text(text, where, text_field)
+
+
+_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
 def _as_text(value, where: str, text_field: str) -> str:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import elastic_checkpoint, extract
-from tasks import params
+from elastic_core import elastic_checkpoint, extract, storage
+from tasks import params, places
 
 OUT = Path("artifacts/models")
 FAMILY = Path("artifacts/train_extended/model")
@@ -17,12 +17,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("budget", help="a budget's name in params.yaml")
     budget = parser.parse_args().budget
-    section = params.load().extract
+    settings = params.load()
+    places.check(settings, "extract")
+    section = settings.extract
     submodel = elastic_checkpoint.find_submodel(FAMILY, budget)
     for version, source in SOURCES.items():
         out = OUT / budget / version
         extract(source, submodel, out, section.heterogeneous, getattr(torch, section.dtype))
         print(f"{out}: {submodel}")
+        if section.destination is not None:
+            copy = storage.join(section.destination, budget, version)
+            storage.upload_directory(out, copy)
+            print(f"{out}: copied to {copy}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class ParentModel:
 
 @dataclass(frozen=True)
 class Parent:
-    """The parent: a Hugging Face directory, or (path null) a model trained here."""
+    """The parent: a Hugging Face directory or its URL (see tasks.places), or (path null) a model trained here."""
 
     path: str | None = None
     model: ParentModel | None = None
@@ -66,7 +66,7 @@ class Parent:
                 require(getattr(self, name) is not None, name, None, "a section, as long as parent.path is null")
             weights = self.training.loss
             require(weights.kl_weight == 0, "training.loss.kl_weight", weights.kl_weight, "0: a parent has no teacher")
-        else:
+        elif not storage.is_url(self.path):
             there = (Path(self.path) / "config.json").is_file()
             require(there, "path", self.path, "a Hugging Face directory with a config.json, or null")
             there = any((Path(self.path) / name).is_file() for name in TOKENIZERS)
@@ -100,6 +100,10 @@ class Extract:
 
     heterogeneous: Literal["remote_code", "pad"] = "remote_code"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    destination: str | None = None  # where the models are copied to, as <destination>/<budget>/<version>
+
+    def check(self) -> None:
+        require(self.destination != "", "destination", self.destination, "a URL such as s3://bucket/exports, or null")
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,10 @@ def task_names(section: PrepareData) -> list[str]:
 
 
 def load(path: str | Path = FILE) -> Params:
-    """Read and check a parameter file; raises ConfigError naming what to change and where."""
+    """Read and check a parameter file; raises ConfigError naming what to change and where.
+
+    What lies behind URLs is left to tasks.places: reading params.yaml asks no server.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path.resolve()}: not there; run from the top of a checkout or of a workspace")
@@ -198,7 +205,8 @@ def load(path: str | Path = FILE) -> Params:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     params = load_section(Params, values, str(path))
-    check_family(params, str(path))
+    if not storage.is_url(params.parent.path):
+        check_family(params, str(path))
     return params
 
 
@@ -249,8 +257,10 @@ def errors_as_text() -> Iterator[None]:
 
 
 def main() -> None:
+    from tasks import places
+
     with errors_as_text():
-        load()
+        places.check(load())
     print(f"{FILE} is valid")
 
 

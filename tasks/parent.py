@@ -1,18 +1,23 @@
 """Stage `parent`: the model to make a family of, imported from a directory or trained here from scratch."""
 
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, distributed, hf
+from elastic_core import ElasticModel, distributed, hf, storage
 from elastic_core.config import ConfigError
 from elastic_core.data import PackedSequences, TokenData, check_tokenizer
 from elastic_core.distributed import Ranks
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.layout import block_pattern
 from elastic_core.run import Run
-from tasks import params, train
+from tasks import params, places, train
+from tasks.prepare_data import load_tokenizer
 
 DATA, OUT = Path("artifacts/data"), Path("artifacts/parent")
 
@@ -37,10 +42,34 @@ def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
 
 
 def import_parent(path: str, data: TokenData) -> None:
-    """Check a parent's directory against the data and copy it, as float32 master weights."""
+    """Check a parent's directory or URL against the data and copy it, as float32 master weights."""
     config = hf.read_config(path)
-    check_tokenizer(data, path, config.vocab_size, "parent.path")
-    ElasticModel.from_pretrained(path).save_pretrained(OUT, tokenizer_from=path)
+    check_tokenizer(data, load_tokenizer(path), config.vocab_size, f"parent.path ({path})")
+    with local_parent(path) as directory:
+        ElasticModel.from_pretrained(directory).save_pretrained(OUT, tokenizer_from=directory)
+
+
+@contextmanager
+def local_parent(path: str) -> Iterator[Path]:
+    """The parent's directory; of a URL a copy, which is gone at the end.
+
+    It lies beside the checkpoints: their disk is made for such sizes, which a temporary directory's may not be, and
+    a killed download goes on there, file by file.
+    """
+    if not storage.is_url(path):
+        yield Path(path)
+        return
+    with storage.local_files(path, ("model.safetensors.index.json",)) as small:
+        index, weights = small / "model.safetensors.index.json", {"model.safetensors"}
+        if index.is_file():
+            weights = {index.name, *json.loads(index.read_text())["weight_map"].values()}
+    copy = train.LOCAL / "parent-download"
+    shutil.rmtree(copy, ignore_errors=True)
+    storage.download_directory(path, copy, only={"config.json", *hf.TOKENIZER_FILES, *weights})
+    try:
+        yield copy
+    finally:
+        shutil.rmtree(copy)
 
 
 def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> None:
@@ -85,6 +114,7 @@ def check_stages(settings: "params.Params", data: TokenData) -> None:
 def main() -> None:
     with params.errors_as_text():
         settings, data = params.load(), TokenData(DATA)
+        places.check(settings, "parent")
         check_stages(settings, data)
         if settings.parent.path is not None:
             import_parent(settings.parent.path, data)

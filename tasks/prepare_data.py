@@ -12,6 +12,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from elastic_core import config as configuration
+from elastic_core import hf, storage
 from elastic_core.config import ConfigError, require
 from elastic_core.data import vocabulary_sha256
 from elastic_core.token_files import SPLITS, Manifest, Source, SplitWriter
@@ -56,8 +57,9 @@ class PrepareData:
 def prepare(config: PrepareData, tokenizer_source: str | Path | None, out_dir: str | Path, seed: int) -> Manifest:
     """Write the data directory `out_dir` (see elastic_core.token_files) with `tokenizer/` and `lm_eval/` in it.
 
-    `tokenizer_source` is the directory of a tokenizer to use, or None to train one on the training splits. All is
-    written beside and renamed at the end, so `out_dir` is complete or not there; what it held before is replaced.
+    `tokenizer_source` is the directory (or URL) of a tokenizer to use, or None to train one on the training splits.
+    All is written beside and renamed at the end, so `out_dir` is complete or not there; what it held before is
+    replaced.
     Raises ValueError that names the source, file or tokenizer that cannot be used.
     """
     out_dir = Path(out_dir)
@@ -112,13 +114,14 @@ def train_tokenizer(sources: dict, vocab_size: int, num_characters: int, seed: i
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in `directory`; ValueError where there is none, or it cannot write documents."""
-    if not Path(directory).is_dir():
+    """The tokenizer in a directory or behind a URL; ValueError where there is none, or it cannot write documents."""
+    if not storage.is_url(directory) and not Path(directory).is_dir():
         raise ValueError(
             f"tokenizer {str(directory)!r}: no such directory; parent.path is a model's directory, or null"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        with storage.local_files(directory, ("config.json", *hf.TOKENIZER_FILES)) as local:
+            tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer {str(directory)!r}: cannot be loaded ({error})") from None
     if not tokenizer.is_fast:
@@ -215,9 +218,10 @@ def _replace(partial: Path, out_dir: Path) -> None:
 
 
 def main() -> None:
-    from tasks import params
+    from tasks import params, places
 
     parameters = params.load()
+    places.check(parameters, "prepare_data", "parent")
     manifest = prepare(parameters.prepare_data, parameters.parent.path, "artifacts/data", parameters.seed)
     for name, source in manifest.sources.items():
         sizes = ", ".join(f"{entry.num_tokens:,} {split}" for split, entry in source.splits.items())

@@ -24,7 +24,7 @@ from elastic_core.run import Run
 from elastic_core.selection import path_between
 from elastic_core.submodel import Submodel
 from elastic_core.training import train
-from tasks import params
+from tasks import params, places
 from tasks.launch import launch, only_one
 from tasks.progress import Recorder
 
@@ -175,8 +175,7 @@ def work(arguments: dict, ranks: Ranks) -> None:
 
 def run_stage(function: Callable[[dict, Ranks], None], settings: "params.Params", job: Job) -> None:
     """Launch a job's work, alone; exits with what is wrong where it cannot be done."""
-    if storage.is_url(settings.compute.storage):
-        storage.check_access(settings.compute.storage, writing=True)
+    places.check(settings, "compute")
     with only_one(job.directory, job.name):
         launch(function, {"name": job.name, "key": job.key}, settings.compute, f"{job.name}-{job.key}")
 

@@ -1,5 +1,32 @@
-"""Shared fixtures: random hybrid configurations and models with every parameter randomised."""
+"""Shared fixtures, and what holds for every test: nothing is looked up outside of this machine."""
 
 import os
 
+import pytest
+
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DO_NOT_TRACK="1")
+
+
+@pytest.fixture(scope="session")
+def s3_session():
+    """One S3 server for all tests."""
+    from s3_server import s3_server
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_session, monkeypatch):
+    """The running server, to which the environment points for one test; `s3.place` is a URL of the test's own."""
+    import s3fs
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_session.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_session.new_place()
+    s3fs.S3FileSystem.clear_instance_cache()  # they remember the environment that they were made in
+    yield s3_session
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3_session.ensure_running()

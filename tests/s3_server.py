@@ -1,0 +1,136 @@
+"""A real S3 server (SeaweedFS, one process) on free loopback ports, which a test can kill and bring back."""
+
+import contextlib
+import os
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+KEY, SECRET, BUCKET = "test-key", "a-secret-that-nobody-may-see", "test"
+_COMPONENTS = ("master", "volume", "filer", "s3", "admin")  # each takes a port, and port + 10000 for gRPC
+_GRPC = 10_000
+
+
+class S3Server:
+    """A running server: `url`, `bucket`, and `environment`, the variables with which a client finds it.
+
+    `place` is a URL in the bucket below which nothing is yet.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory, self.bucket, self.process = directory, BUCKET, None
+        self.place = ""
+        self._ports: list[int] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._ports[_COMPONENTS.index('s3')]}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def start(self) -> None:
+        """Start on free ports; another process may take one in between, so a start that fails is tried again."""
+        for _ in range(5):
+            self._ports = _free_ports(len(_COMPONENTS))
+            if self._launch():
+                return
+        raise RuntimeError(f"the S3 server does not start; its log ends:\n{self._log_end()}")
+
+    def kill(self) -> None:
+        """SIGKILL, as when the machine goes down."""
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self) -> None:
+        """Come back with the same data on the same ports."""
+        if not self._launch():
+            raise RuntimeError(f"the S3 server does not come back; its log ends:\n{self._log_end()}")
+
+    def ensure_running(self) -> None:
+        if self.process.poll() is not None:
+            self.restart()
+
+    def new_place(self) -> None:
+        self.place = f"s3://{self.bucket}/{secrets.token_hex(6)}"
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+
+    def _launch(self) -> bool:
+        weed = Path(sysconfig.get_path("scripts")) / "weed"
+        command = [str(weed), "mini", f"-dir={self.directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+        command += ["-master.telemetry=false", "-admin.ui=false", "-webdav=false", f"-bucket={self.bucket}"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
+        command += [f"-{name}.port={port}" for name, port in zip(_COMPONENTS, self._ports, strict=True)]
+        environment = os.environ | {"AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+        with open(self.directory / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if self._is_up():
+                return True
+            time.sleep(0.05)
+        self.stop()
+        return False
+
+    def _is_up(self) -> bool:
+        try:
+            urllib.request.urlopen(self.url, timeout=1)
+        except urllib.error.HTTPError:  # 403, since nothing is signed here: it answers
+            return True
+        except OSError:
+            return False
+        return True
+
+    def _log_end(self) -> str:
+        return (self.directory / "log").read_text(errors="replace")[-2000:]
+
+
+def _free_ports(count: int) -> list[int]:
+    """Neighbouring ports, free together with their gRPC twins; far below the ones that a system hands out itself."""
+    for _ in range(200):
+        base = random.randrange(12_000, 21_000, 10)
+        if all(_is_free(port) and _is_free(port + _GRPC) for port in range(base, base + count)):
+            return list(range(base, base + count))
+    raise RuntimeError("no free ports for an S3 server between 12000 and 21000")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def s3_server():
+    """A server with an empty bucket, gone with all its data at the end."""
+    directory = Path(tempfile.mkdtemp(prefix="weed-"))
+    server = S3Server(directory)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(directory, ignore_errors=True)
