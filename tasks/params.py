@@ -16,6 +16,7 @@ from elastic_core.curriculum import Routing, Stage
 from elastic_core.depth_ranking import METHODS
 from elastic_core.importance import AGGREGATIONS
 from tasks.prepare_data import PrepareData
+from tasks.tracking import Tracking
 
 FILE = "params.yaml"
 TOKENIZERS = ("tokenizer.json", "vocab.json")  # either of them makes a fast tokenizer
@@ -137,6 +138,7 @@ class Params:
     routing: Routing = field(default_factory=Routing)
     extract: Extract = field(default_factory=Extract)
     report: Report = field(default_factory=Report)
+    tracking: Tracking = field(default_factory=Tracking)
     seed: int = 0
 
     def check(self) -> None:
