@@ -20,6 +20,7 @@ from elastic_core.depth_ranking import METHODS
 from elastic_core.importance import AGGREGATIONS
 from tasks.launch import Compute, StageError
 from tasks.prepare_data import PrepareData
+from tasks.tracking import Tracking
 
 FILE = "params.yaml"
 TOKENIZERS = ("tokenizer.json", "vocab.json")  # either of them makes a fast tokenizer
@@ -146,6 +147,7 @@ class Params:
     extract: Extract = field(default_factory=Extract)
     report: Report = field(default_factory=Report)
     compute: Compute = field(default_factory=Compute)
+    tracking: Tracking = field(default_factory=Tracking)
     seed: int = 0
 
     def check(self) -> None:

@@ -66,7 +66,7 @@ def training_curves() -> pd.DataFrame:
             for result in step["microbatches"]:
                 budget = "parent" if stage == "parent" else result["budget"]
                 rows.append({"stage": stage, "tokens": step["tokens"], "budget": budget, "loss": result["loss"]})
-    frame = pd.DataFrame(rows, columns=["stage", "tokens", "budget", "loss"])
+    frame = pd.DataFrame(rows, columns=["stage", "tokens", "budget", "loss"]).astype({"loss": float})  # null: skipped
     if frame.empty:
         return frame
     bins = frame.groupby("stage")["tokens"].transform(lambda tokens: pd.cut(tokens, SMOOTHING, labels=False))

@@ -27,7 +27,9 @@ OPTIONAL = {
     "ray",
     "s3fs",
     "sympy",
+    "tensorboard",
     "vl_convert",
+    "wandb",
     "yaml",
 }
 
@@ -51,7 +53,9 @@ def files(package: str) -> list[Path]:
 
 
 def tops(path: Path) -> set[str]:
-    return {name.split(".")[0] for name in imports(path)}
+    """Packages that a file imports; torch's own module for TensorBoard stands for that package."""
+    found = {name.split(".")[0] for name in imports(path)}
+    return found | ({"tensorboard"} if "torch.utils.tensorboard" in imports(path) else set())
 
 
 def name_of(path: Path) -> str:
@@ -84,6 +88,7 @@ def test_optional_packages_are_imported_in_one_file_each():
                 users.setdefault(name, set()).add(name_of(path))
     assert {name: paths for name, paths in users.items() if len(paths) > 1} == {}
     assert users["lm_eval"] == {"tasks/evaluate.py"} and users["altair"] == {"tasks/report.py"}
+    assert users["tensorboard"] == users["wandb"] == {"tasks/tracking.py"}
 
 
 def reachable(start: str) -> set[str]:

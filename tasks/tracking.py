@@ -1,0 +1,126 @@
+"""Optional dashboards for the training stages: TensorBoard and Weights & Biases, each through its own library."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from elastic_core.config import ConfigError, require
+
+INSTALL = "pip install --editable '.[tracking]'"
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Where training is shown besides the terminal; section `tracking` of params.yaml, all off by default.
+
+    `tensorboard` is a directory, in which every run gets one of its own; `wandb` a project of Weights & Biases.
+    """
+
+    tensorboard: str | None = None
+    wandb: str | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+
+    def check(self) -> None:
+        for name in ("tensorboard", "wandb"):
+            if (value := getattr(self, name)) is not None:
+                require(value.strip() != "", name, value, "a directory" if name == "tensorboard" else "a project name")
+                allowed = f"null, as long as the package {name} is not installed (to install it: {INSTALL})"
+                require(is_installed(name), name, value, allowed)
+        if self.tensorboard is not None:
+            require(not Path(self.tensorboard).is_file(), "tensorboard", self.tensorboard, "a directory, not a file")
+        if self.wandb is not None:
+            valid = len(self.wandb) <= 128 and not set(self.wandb) & set("/\\#?%:")
+            require(valid, "wandb", self.wandb, "a project name of up to 128 characters without / \\ # ? % :")
+
+
+OFF = Tracking()
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a mere directory of that name, such as one of logs, does not count."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def scalars(row: dict) -> dict[str, float]:
+    """What is tracked of a row of metrics: the numbers that are there, by the names that dashboards group them by."""
+    values = {name: row.get(name) for name in ("tokens_per_second", "learning_rate", "grad_norm", "skipped")}
+    values["memory_gib"] = None if row.get("memory_bytes") is None else row["memory_bytes"] / 2**30
+    for budget, numbers in row.get("budgets", {}).items():
+        values |= {f"train/{name}/{budget}": numbers.get(name) for name in ("loss", "kl", "budget_error")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+class TensorBoard:
+    """Event files in one directory per run, over tokens: stages and batch sizes then share one axis."""
+
+    def __init__(self, directory: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.make_writer, self.directory, self.writer = SummaryWriter, directory, None
+
+    def write(self, row: dict) -> None:
+        if self.writer is None:
+            # What a killed run wrote behind its checkpoint is written again: purge_step hides the first writing.
+            self.writer = self.make_writer(str(self.directory), purge_step=row["tokens"], flush_secs=10)
+        for name, value in scalars(row).items():
+            self.writer.add_scalar(name, value, row["tokens"])
+
+    def close(self, failed: bool) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, over tokens; a resumed run has the same id and goes on.
+
+    W&B never takes a step twice. A resumed run trains the steps behind its checkpoint again, to the same numbers;
+    those that the server has are left out. Offline, nobody knows what it has: they are written to the new part again.
+    """
+
+    def __init__(self, tracking: Tracking, key: str, directory: Path, configuration: dict):
+        import wandb
+
+        try:
+            self.run = wandb.init(
+                project=tracking.wandb,
+                id=key,
+                name=key,
+                resume="allow",
+                mode="offline" if tracking.wandb_mode == "offline" else None,  # None: or as WANDB_MODE says
+                dir=str(directory),
+                config=configuration,
+                settings=wandb.Settings(console="off"),  # its capture of the terminal would break up the progress bar
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"tracking.wandb: {tracking.wandb!r} could not be started: {error} Or set tracking.wandb_mode to "
+                "offline, or tracking.wandb to null, in params.yaml"
+            ) from error
+        self.run.define_metric("tokens")
+        self.run.define_metric("*", step_metric="tokens")
+
+    def write(self, row: dict) -> None:
+        if row["step"] >= self.run.starting_step:
+            self.run.log(scalars(row) | {"tokens": row["tokens"]}, step=row["step"])
+
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
+
+
+def open_writers(tracking: Tracking, key: str, directory: Path, configuration: dict) -> list[TensorBoard | WandB]:
+    """The writers that are on, for the run named `key`; `directory` is where W&B keeps its own files.
+
+    Raises ConfigError, before any work, where one cannot be used.
+    """
+    tracking.check()
+    writers = []
+    if tracking.tensorboard is not None:
+        writers.append(TensorBoard(Path(tracking.tensorboard) / key))
+    if tracking.wandb is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        writers.append(WandB(tracking, key, directory, configuration))
+    return writers
