@@ -1,4 +1,4 @@
-"""What params.yaml names outside of this machine: corpora, the parent, where checkpoints and exports go. Asked before it is used.
+"""What params.yaml names outside of this machine: corpora, the parent, where checkpoints and exports go.
 
 Reading params.yaml touches no server, so that a stage which needs none runs also while one is away;
 `python -m tasks.params` and the stages that use a place check it here, within seconds.

@@ -1,4 +1,4 @@
-"""What several ranks and one process both do, to be compared: `torchrun … distributed_cases.py DATA OUT` runs all cases.
+"""What several ranks and one process both do; `torchrun … distributed_cases.py DATA OUT` runs all cases.
 
 Each case is a function of (ranks, data, directory) and returns plain numbers and whole tensors.
 """
@@ -23,10 +23,11 @@ from elastic_core.training import train, train_step
 
 # FFN and attention widths differ by layer; layer 3 is gone in one budget, layers 3 and 4 in another.
 UNEVEN = Submodel(14, (0, 1, 2, 4), (16, 24), 4, 6, 4).resolve(CONFIG)
+PLAIN = Execution()
 FAMILY = MEMBERS | {"medium": Member(0.7, UNEVEN)}
 
 
-def start(ranks, data, execution=Execution(), routed=False, teacher=True, members=None, stage=None, **values):
+def start(ranks, data, execution=PLAIN, routed=False, teacher=True, members=None, stage=None, **values):
     """A run like test_training's, placed on these ranks."""
     stage = make_stage(batch_size=12, microbatches=3, **(stage or {}))
     members = None if routed else members or FAMILY

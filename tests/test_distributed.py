@@ -1,4 +1,4 @@
-"""Two gloo ranks against one process: the same losses and weights, whatever is sharded, recomputed, skipped or killed."""
+"""Two gloo ranks against one process: the same losses and weights, whatever is sharded, skipped or killed."""
 
 import math
 import os
