@@ -231,9 +231,11 @@ def _partial(location: str, step: int) -> Path:
 
 
 def _names(location: str) -> list[str]:
-    """The checkpoints at a location, whole or damaged."""
+    """The checkpoints at a location, whole or damaged; under a URL one without a manifest is none."""
     if storage.is_url(location):
-        return [name for name in storage.list_names(location) if name.startswith("step-")]
+        # S3 servers may go on listing a directory for a while after its last file is gone.
+        names = [name for name in storage.list_names(location) if name.startswith("step-")]
+        return [name for name in names if storage.exists(storage.join(location, name, MANIFEST))]
     return [path.name for path in Path(location).glob("step-*")]
 
 

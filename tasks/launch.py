@@ -131,7 +131,11 @@ def cluster(compute: Compute, address: str | None) -> Iterator[None]:
     """The cluster at `address`, or one on this machine for as long as the block runs."""
     import ray
 
-    options = {"logging_level": "ERROR", "runtime_env": {"env_vars": {**ENVIRONMENT, "PYTHONPATH": python_path()}}}
+    environment = {
+        "env_vars": {**ENVIRONMENT, "PYTHONPATH": python_path()},
+        "worker_process_setup_hook": "tasks.ray_logging.quiet",
+    }
+    options = {"logging_level": "ERROR", "runtime_env": environment}
     if address in (None, "", "local"):
         cores = max(os.cpu_count() or 1, compute.workers * compute.cpus_per_worker)
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cores}
