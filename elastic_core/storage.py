@@ -224,13 +224,15 @@ def download_directory(url: Place, target: Path, last: str = "config.json", only
     listing = _listing(url)
     if last not in listing:
         raise StorageError(f"{url}: no {last} there; it is no such directory, or not completely written")
-    key = sha256(repr(sorted(listing.items())).encode()).hexdigest()[:12]
+    wanted = {name: mark for name, mark in sorted(listing.items()) if only is None or name in only}
+    key = sha256(repr(wanted).encode()).hexdigest()[:12]
     partial = target.with_name(f".{target.name}.{key}.partial")
     for outdated in target.parent.glob(f".{local_glob.escape(target.name)}.*.partial"):
         if outdated != partial:
             shutil.rmtree(outdated)
-    for name in listing:
-        if (only is None or name in only) and not (partial / name).exists():
+    partial.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        if not (partial / name).exists():
             download(join(url, name), partial / name)
     if _listing(url) != listing:
         raise StorageError(f"{url}: changed while it was read; try again when nothing writes to it")
