@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_training import TEXT, assert_same, data, make_run, make_stage, routed_run, rows_without_time, straight  # noqa: F401
 
-from elastic_core import checkpoint
+from elastic_core import checkpoint, storage
 from elastic_core.checkpoint import CheckpointError, Checkpoints
 from elastic_core.digests import file_digest, run_key
 from elastic_core.training import train
@@ -226,3 +226,60 @@ def test_another_configuration_starts_anew(data, tmp_path, monkeypatch):  # noqa
 
     stage, other = make_stage(loss=TEXT, steps=3), make_stage(loss=TEXT, steps=3, learning_rate=2e-3)
     assert [steps(stage), steps(stage), steps(other)] == [3, 0, 3]
+
+
+# Under a URL
+
+
+def test_checkpoints_on_s3_are_whole_verified_and_few(s3, caplog):
+    place = storage.join(s3.place, "run")
+    assert load(place)[0] is None
+    for step in (1, 2, 3):
+        save(place, step)
+    progress, tensors = load(place)
+    assert progress == {"step": 3}
+    assert_same(tensors, TENSORS)
+    assert sorted(checkpoint._names(place)) == ["step-00000002", "step-00000003"]
+    shard = storage.join(place, "step-00000003", "__0_0.distcp")
+    content = bytearray(storage.read_bytes(shard))
+    content[len(content) // 2] ^= 4
+    storage.write_bytes(shard, bytes(content))
+    with caplog.at_level(logging.WARNING):
+        assert load(place)[0] == {"step": 2}
+    assert "step-00000003 is damaged (the checksum of __0_0.distcp does not match)" in caplog.text
+    storage.remove(storage.join(place, "step-00000002", "manifest.json"))  # one that was never finished
+    assert load(place)[0] is None
+    save(place, 2)
+    assert load(place)[0] == {"step": 2} and checkpoint._names(place) == ["step-00000002"]
+    assert not list(checkpoint._staging(place, "save").parent.glob("*/*"))  # nothing stays on the local disk
+
+
+def test_a_run_with_checkpoints_on_s3_survives_the_server_and_its_own_death(s3, data, straight, tmp_path):  # noqa: F811
+    """The server is away while a checkpoint is written, and when the run is killed and started again."""
+    place = storage.join(s3.place, "run")
+    rows = train(routed_run(data, place))
+    for _ in range(4):
+        next(rows)
+    back = threading.Timer(3, s3.restart)
+    s3.kill()
+    back.start()
+    for _ in range(4):
+        next(rows)  # step 6 is saved meanwhile; step 9 would wait for it
+    rows.close()
+    back.join()
+    again = routed_run(data, place)
+    assert rows_without_time(train(again)) == straight[1][6:]
+    assert_same(again.model.state_dict(), straight[0].model.state_dict())
+
+
+def test_a_newest_checkpoint_that_cannot_be_read_is_no_reason_to_take_an_older_one(s3, monkeypatch):
+    place = storage.join(s3.place, "run")
+    for step in (1, 2):
+        save(place, step)
+
+    def away(url, target):
+        raise storage.StorageError(f"{url}: no answer")
+
+    monkeypatch.setattr(checkpoint.storage, "download", away)
+    with pytest.raises(CheckpointError, match=r"step-00000002 could not be read: .*no answer"):
+        load(place)
