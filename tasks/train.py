@@ -3,6 +3,7 @@
 `run_stage` reads its parameters on the machine where the stage was started, and launches `work` on every worker.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,15 +157,16 @@ def run_to_end(run: Run, settings: "params.Params", job: Job, metrics: Path) -> 
 
     Rows are collected beside the run's lock, so that those of a killed run are there when it is resumed.
     """
-    if run.ranks.rank != 0:
-        for _ in train(run):
-            pass
-        return
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    with Recorder(job.name, run.stage, job.directory / "metrics.jsonl", settings.tracking) as recorder:
+    recorder = Recorder(job.name, run.stage, job.directory / "metrics.jsonl", settings.tracking)
+    with contextlib.ExitStack() as stack:
+        with run.ranks.first_alone() as is_first:
+            if is_first:
+                stack.enter_context(recorder)
         for row in train(run):
-            recorder.show(row)
-        recorder.finish(metrics)
+            if is_first:
+                recorder.show(row)
+        if is_first:
+            recorder.finish(metrics)
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
