@@ -219,7 +219,8 @@ def run(device: str, small: bool) -> tuple[dict, list[Row]]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # bit-equal steps; read when CUDA starts
     if is_gpu:
         torch.cuda.set_device(0)
-    dist.init_process_group("nccl" if is_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)  # on a free port
+    dist.init_process_group("nccl" if is_gpu else "gloo", store=store, rank=0, world_size=1)
     ranks, shape, rows = Ranks.current(use_gpu=is_gpu), TINY if small else CHECKED, []
     try:
         with tempfile.TemporaryDirectory() as directory:
