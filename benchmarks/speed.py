@@ -1,0 +1,139 @@
+"""How long steps take, on the full model and on a slice of it, and what they hold at most."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from benchmarks.report import FAIL, PASS, Row, measured, not_measured
+from benchmarks.shapes import RandomTokens, Shape, random_model, scan_inputs
+from elastic_core import Submodel, distributed
+from elastic_core.cost import num_parameters
+from elastic_core.curriculum import Loss, Stage
+from elastic_core.distributed import Execution, Ranks
+from elastic_core.elastic_checkpoint import Member
+from elastic_core.ops.ssd import ssd
+from elastic_core.run import Run
+from elastic_core.training import train_step
+
+WARM_UP, REPEATS = 2, 9
+BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
+
+
+def measure(ranks: Ranks, shapes: tuple[Shape, ...]) -> Iterator[Row]:
+    """All times: steps of every shape, eager and compiled, and the scan at several chunk lengths."""
+    is_gpu = ranks.device.type == "cuda"
+    for shape in shapes:
+        needed = BYTES_PER_PARAMETER * num_parameters(shape.config())
+        if is_gpu and needed > 0.6 * torch.cuda.get_device_properties(ranks.device).total_memory:
+            yield not_measured("step", shape.name, f"needs {needed / 1e9:.0f} GB for its state alone")
+            continue
+        must_gain = is_gpu and shape is shapes[-1]  # smaller ones may be bound by launching kernels
+        yield from step_rows(ranks, shape, Execution(activation_checkpointing=True), must_gain)
+        compiled = Execution(activation_checkpointing=True, compile=True)
+        if is_gpu:
+            yield from step_rows(ranks, shape, compiled, must_gain)
+        else:
+            yield not_measured("step, compiled", shape.name, "on GPUs only")
+    if not is_gpu:
+        yield not_measured("scan", "forward and backward", "on GPUs only")
+        return
+    for chunk in (32, 64, 128, 256):
+        yield scan_row(ranks.device, chunk)
+
+
+def half_of(config) -> Submodel:
+    """About half of the parameters: three quarters of every width, half of the FFN."""
+
+    def most(size: int, groups: int) -> int:
+        return 3 * size // 4 // groups * groups
+
+    return Submodel(
+        hidden_size=most(config.hidden_size, 1),
+        intermediate_size=config.intermediate_size // 2,
+        mamba_num_heads=most(config.mamba_num_heads, config.n_groups),
+        num_attention_heads=most(config.num_attention_heads, config.num_key_value_heads),
+    ).resolve(config)
+
+
+def step_rows(ranks: Ranks, shape: Shape, execution: Execution, must_gain: bool) -> Iterator[Row]:
+    """Steps from text alone, without a teacher: of the full model and of half of it in turn, in bfloat16."""
+    release()
+    config = shape.config()
+    budgets = {"full": Submodel().resolve(config), "half": half_of(config)}
+    shares = {name: num_parameters(config, s) / num_parameters(config) for name, s in budgets.items()}
+    stage = Stage(
+        shape.length, shape.sequences, steps=1000, learning_rate=1e-4, mixture={"random": 1.0}, loss=Loss(1.0, 0.0),
+        precision="bfloat16",
+    )  # fmt: skip
+    chosen = {name: Member(shares[name], submodel) for name, submodel in budgets.items()}
+    model = distributed.place(random_model(config, 0), ranks, execution, "bfloat16")
+    run = Run(model, stage, RandomTokens(config.vocab_size, shape.length), shares, chosen, ranks=ranks)
+
+    def step(budget: str) -> Callable[[], object]:
+        def take() -> None:
+            run.stage = replace(stage, budget_shares={budget: 1.0})
+            train_step(run)
+
+        return take
+
+    kind = "step, compiled" if execution.compile else "step"
+    try:
+        times, memory = interleaved({name: step(name) for name in budgets}, ranks.device)
+    except torch.cuda.OutOfMemoryError:
+        yield not_measured(kind, shape.name, "out of memory")
+        return
+    for name in budgets:
+        rate = shape.length * shape.sequences / times[name]
+        held = f", at most {memory[name] / 1e9:.1f} GB" if memory[name] else ""
+        what = f"{shape.name}, {name} ({shares[name]:.2f} of the parameters)"
+        yield measured(kind, what, f"{times[name] * 1e3:.1f} ms, {rate:,.0f} tokens/s{held}")
+    ratio, what = times["half"] / times["full"], f"{shape.name}, half / full"
+    if must_gain:
+        yield Row(kind, what, f"{ratio:.2f}", "< 1", PASS if ratio < 1 else FAIL)
+    else:
+        yield measured(kind, what, f"{ratio:.2f}")
+
+
+def release() -> None:
+    """Let go of what an earlier measurement held: sharded models are in cycles of references."""
+    gc.collect()
+    torch._dynamo.reset()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def interleaved(steps: dict[str, Callable[[], object]], device: torch.device) -> tuple[dict, dict]:
+    """Median seconds and peak bytes (None on a CPU) of several things done in turn, so that drifts hit all alike."""
+    times, memory = {name: [] for name in steps}, dict.fromkeys(steps)
+    is_gpu = device.type == "cuda"
+    for repeat in range(WARM_UP + REPEATS):
+        for name, take in steps.items():
+            if is_gpu:
+                torch.cuda.reset_peak_memory_stats(device)
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            take()
+            if is_gpu:
+                torch.cuda.synchronize(device)
+                memory[name] = torch.cuda.max_memory_allocated(device)
+            if repeat >= WARM_UP:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in times.items()}, memory
+
+
+def scan_row(device: torch.device, chunk: int) -> Row:
+    """The scan of one layer of Nemotron-Nano-12B-v2, forward and backward, over one sequence of 8,192 tokens."""
+    release()
+    inputs = scan_inputs(device, 8192, heads=128, channels=80, groups=8, states=128)
+    inputs = tuple(value.requires_grad_() for value in inputs)
+
+    def both() -> None:
+        torch.autograd.grad(ssd(*inputs, chunk_size=chunk).sum(), inputs)
+
+    times, memory = interleaved({"scan": both}, device)
+    result = f"{times['scan'] * 1e3:.1f} ms, at most {memory['scan'] / 1e9:.1f} GB"
+    return measured("scan", f"12B's layer, 8,192 tokens, forward and backward, chunk {chunk}", result)
