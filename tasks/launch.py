@@ -24,6 +24,7 @@ from elastic_core.checkpoint import CheckpointError
 from elastic_core.config import ConfigError, require
 from elastic_core.diagnosis import NonFiniteError
 from elastic_core.distributed import Execution, Ranks
+from tasks.leftovers import nothing_left
 
 Work = Callable[[dict, Ranks], None]
 
@@ -137,11 +138,12 @@ def cluster(compute: Compute, address: str | None) -> Iterator[None]:
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cores}
     else:
         options["address"] = address
-    ray.init(**options)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with nothing_left() if "num_cpus" in options else contextlib.nullcontext():
+        ray.init(**options)
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def python_path() -> str:
