@@ -1,5 +1,6 @@
 """A trial: the stage is started, something of it is killed, started again, and in the end compared bit for bit."""
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -75,7 +76,8 @@ class Result:
             for kill, (seconds, rows) in zip(self.trial.kills, self.moments, strict=False)
         )
         verdict = "; ".join(self.problems) if self.problems else "equal"
-        return f"{self.trial.kind:8} {moments or 'not killed':50} {self.restarts} restarts {self.seconds:6.1f} s  {verdict}"
+        kills = f"{self.trial.kind:8} {moments or 'not killed':48} {self.restarts} restarts"
+        return f"{kills} {self.seconds:6.1f} s  {verdict}"
 
 
 def random_trial(kind: str, seed: int, seconds: float) -> Trial:
@@ -122,10 +124,8 @@ class Stage:
             time.sleep(0.02)
         if self.kind != "worker" or not kill.rows:
             begin = self.started if self.kind != "worker" else self.workers_since()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(max(0.0, begin + kill.seconds - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                pass
         return not self.has_ended()
 
     def workers_since(self) -> float:
