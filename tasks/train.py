@@ -3,6 +3,7 @@
 `run_stage` reads its parameters on the machine where the stage was started, and launches `work` on every worker.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -161,8 +162,11 @@ def run_to_end(run: Run, settings: "params.Params", job: Job, metrics: Path) -> 
             pass
         return
     metrics.parent.mkdir(parents=True, exist_ok=True)
-    with Recorder(job.name, run.stage, job.directory / "metrics.jsonl", settings.tracking) as recorder:
-        for row in train(run):
+    with (
+        Recorder(job.name, run.stage, job.directory / "metrics.jsonl", settings.tracking) as recorder,
+        contextlib.closing(train(run)) as rows,
+    ):
+        for row in rows:
             recorder.show(row)
         recorder.finish(metrics)
 
