@@ -8,6 +8,7 @@ from is the work's own business (elastic_core/checkpoint.py).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -118,6 +119,10 @@ def _worker(call: dict) -> str | None:
         call["work"](call["arguments"], ranks)
     except FINAL as error:
         return str(error)
+    except OSError as error:
+        if ranks.is_distributed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # to Ray: the other ranks know nothing of it
+        return f"{error}; make space and start again: the run goes on from its last checkpoint"
     return None
 
 
