@@ -32,7 +32,9 @@ def prefect_server(directory: Path) -> Iterator[dict[str, str]]:
         deadline = time.monotonic() + 90
         while not _answers(url):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the Prefect server did not start: {(directory / 'server.log').read_text()[-2000:]}")
+                raise RuntimeError(
+                    f"the Prefect server did not start: {(directory / 'server.log').read_text()[-2000:]}"
+                )
             time.sleep(0.2)
         yield {"PREFECT_API_URL": url}
 
