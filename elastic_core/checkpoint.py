@@ -135,7 +135,7 @@ class _Writer(dcp.FileSystemWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         if is_coordinator:  # before any other rank writes: it waits for the coordinator's plan
-            for name in _names(self.location):
+            for name in _listed(self.location):
                 if name >= _name(self.step):
                     _remove(self.location, name)
             if not self.is_remote:
@@ -235,7 +235,14 @@ def _partial(location: str, step: int) -> Path:
 
 
 def _names(location: str) -> list[str]:
-    """The checkpoints at a location, whole or damaged."""
+    """The checkpoints at a location, whole or damaged; under a URL one without a manifest is none."""
+    if storage.is_url(location):
+        return [name for name in _listed(location) if storage.exists(storage.join(location, name, MANIFEST))]
+    return _listed(location)
+
+
+def _listed(location: str) -> list[str]:
+    """Everything of that kind; S3 servers may go on listing a directory for a while after its last file is gone."""
     if storage.is_url(location):
         return [name for name in storage.list_names(location) if name.startswith("step-")]
     return [path.name for path in Path(location).glob("step-*")]

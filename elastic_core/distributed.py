@@ -7,9 +7,10 @@ skips is neither gathered nor reduced, and all ranks skip the same ones, because
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -105,6 +106,21 @@ class Ranks:
         values = [None] * self.world
         dist.all_gather_object(values, value, group=self.host_group)
         return values
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[bool]:
+        """A block of which only rank 0 does the work (it is given True); all wait, and its ConfigError is everybody's.
+
+        An error of one rank alone would leave the others waiting for it in their next message.
+        """
+        problem = None
+        try:
+            yield self.rank == 0
+        except ConfigError as error:
+            problem = str(error)
+        problem = self.gather(problem)[0]
+        if problem is not None:
+            raise ConfigError(problem)
 
     def from_first(self, make: Callable[[], object]):
         """What `make()` returns on rank 0, on every rank."""

@@ -46,7 +46,8 @@ __all__ = [
 ]
 
 BLOCK_BYTES = 4 << 20  # asked for at once when reading
-_PART_BYTES = 16 << 20  # of a multipart upload; S3 takes up to 10,000 parts
+_PART_BYTES = 16 << 20  # of a multipart upload
+_MOST_PARTS = 10_000  # that S3 takes
 _WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -160,13 +161,18 @@ class _Blocks(io.RawIOBase):
         with explained(self.place, "read"):
             return self.file.readinto(buffer)
 
+    def readall(self) -> bytes:
+        with explained(self.place, "read"):  # Python's own asks for 8 KiB at a time
+            return self.file.read()
+
 
 def upload(source: Path, url: Place) -> None:
     """Copy a local file to `url`, large ones in parts; on S3 it appears whole or not at all."""
     size = Path(source).stat().st_size
     with explained(url, "write"):
         filesystem, path = open_filesystem(url)
-        parts = {"chunksize": _PART_BYTES} if scheme_of(url) in S3_SCHEMES else {}
+        part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        parts = {"chunksize": part_bytes} if scheme_of(url) in S3_SCHEMES else {}
         try:
             filesystem.put_file(str(source), path, **parts)
         except FileNotFoundError:
@@ -218,13 +224,15 @@ def download_directory(url: Place, target: Path, last: str = "config.json", only
     listing = _listing(url)
     if last not in listing:
         raise StorageError(f"{url}: no {last} there; it is no such directory, or not completely written")
-    key = sha256(repr(sorted(listing.items())).encode()).hexdigest()[:12]
+    wanted = {name: mark for name, mark in sorted(listing.items()) if only is None or name in only}
+    key = sha256(repr(wanted).encode()).hexdigest()[:12]
     partial = target.with_name(f".{target.name}.{key}.partial")
     for outdated in target.parent.glob(f".{local_glob.escape(target.name)}.*.partial"):
         if outdated != partial:
             shutil.rmtree(outdated)
-    for name in listing:
-        if (only is None or name in only) and not (partial / name).exists():
+    partial.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        if not (partial / name).exists():
             download(join(url, name), partial / name)
     if _listing(url) != listing:
         raise StorageError(f"{url}: changed while it was read; try again when nothing writes to it")

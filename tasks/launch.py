@@ -13,8 +13,6 @@ import fcntl
 import logging
 import os
 import socket
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +28,8 @@ from tasks.leftovers import nothing_left
 Work = Callable[[dict, Ranks], None]
 
 ANSWER_SECONDS = 8  # for a cluster to show that it is there
+HTTP2_SETTINGS = 4  # the type of a frame, its fourth byte (RFC 9113)
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, HTTP2_SETTINGS, 0, 0, 0, 0, 0])
 # Every rank raises these at the same point, and starting again would only repeat them.
 FINAL = (NonFiniteError, CheckpointError, ConfigError, storage.StorageError)
 ENVIRONMENT = {
@@ -84,6 +84,8 @@ def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if compute.workers and address not in (None, "", "local"):
         check_cluster(address)
+        if has_token():  # Ray's clusters ask for one by default; a client has to be told, before it is imported
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -137,18 +139,34 @@ def cluster(compute: Compute, address: str | None) -> Iterator[None]:
     """The cluster at `address`, or one on this machine for as long as the block runs."""
     import ray
 
-    options = {"logging_level": "ERROR", "runtime_env": {"env_vars": {**ENVIRONMENT, "PYTHONPATH": python_path()}}}
+    environment = {
+        "env_vars": {**ENVIRONMENT, "PYTHONPATH": python_path()},
+        "worker_process_setup_hook": "tasks.ray_logging.quiet",
+    }
+    options = {"logging_level": "ERROR", "runtime_env": environment}
     if address in (None, "", "local"):
         cores = max(os.cpu_count() or 1, compute.workers * compute.cpus_per_worker)
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cores}
     else:
         options["address"] = address
     with nothing_left() if "num_cpus" in options else contextlib.nullcontext():
-        ray.init(**options)
+        try:
+            ray.init(**options)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise ConfigError(
+                f"RAY_ADDRESS: {address} does not let this process in ({error}); it needs the cluster's Ray version "
+                "and token (~/.ray/auth_token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
+            ) from None
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def has_token() -> bool:
+    """Whether a token for a Ray cluster is where Ray looks for one."""
+    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return named or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def python_path() -> str:
@@ -157,28 +175,27 @@ def python_path() -> str:
 
 
 def check_cluster(address: str) -> None:
-    """ConfigError unless a Ray cluster answers at `address` within ten seconds: Ray itself would wait for minutes."""
+    """ConfigError unless something that may be Ray answers at `address` within ten seconds: Ray would wait for minutes.
+
+    Ray speaks gRPC, and so HTTP/2, whose servers greet with a SETTINGS frame. Whether it is Ray, of this version, and
+    lets us in, Ray says at once itself.
+    """
     advice = "start it, correct RAY_ADDRESS, or unset it to use this machine"
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return  # Ray itself says at once where there is none on this machine
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"RAY_ADDRESS: got {address!r}; allowed: HOST:PORT, ray://HOST:PORT, auto or local")
     try:
-        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS / 2).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS / 2) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return
+            connection.sendall(HTTP2_GREETING)
+            answer = connection.recv(9)
     except OSError as error:
         raise ConfigError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}); {advice}") from None
-    if address.startswith("ray://"):
-        return
-    check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", f"{host}:{port}"]
-    try:
-        result = subprocess.run(check, capture_output=True, timeout=ANSWER_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise ConfigError(
-            f"RAY_ADDRESS: what listens at {address} does not answer as a Ray cluster; {advice}"
-        ) from None
-    if result.returncode != 0:
-        raise ConfigError(f"RAY_ADDRESS: {address} is no healthy Ray cluster of this version; {advice}")
+    if len(answer) < 9 or answer[3] != HTTP2_SETTINGS:
+        raise ConfigError(f"RAY_ADDRESS: what listens at {address} is no Ray cluster; {advice}")
 
 
 @contextlib.contextmanager

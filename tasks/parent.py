@@ -98,7 +98,7 @@ def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> Non
 
 def work(arguments: dict, ranks: Ranks) -> None:
     """What every worker does."""
-    train_parent(params.load(), train.Job(arguments["name"], arguments["key"]), ranks)
+    train_parent(params.load(), train.Job(**arguments), ranks)
 
 
 def check_stages(settings: "params.Params", data: TokenData) -> None:
@@ -120,7 +120,8 @@ def main() -> None:
             import_parent(settings.parent.path, data)
             (OUT.parent / "parent_metrics.jsonl").write_text("")
         else:
-            train.run_stage(work, settings, train.make_job(settings, "parent", vars(settings.parent), []))
+            job = train.make_job(settings, "parent", vars(settings.parent), [])
+            train.run_stage(work, settings, job, settings.parent.training)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Training as it is seen: a progress bar or lines, a file with a row per step, and the optional dashboards."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,16 +17,18 @@ from tqdm import tqdm
 from elastic_core.curriculum import Stage
 from tasks.tracking import OFF, Tracking, open_writers
 
+FOLLOW_SECONDS = 0.5  # between looks at rows that another process writes
 LOG_SECONDS = 5.0  # between lines where there is no terminal for a progress bar
 RATE_SECONDS, RATE_STEPS = 60.0, 20  # the rate is that of the last minute, or of 20 steps where those take longer
 SMOOTHING = 0.1  # weight of the newest loss in the mean that is shown
 
 
 class Recorder:
-    """Shows the rows that `train` yields and writes them to the file `metrics`, beside the run's checkpoints.
+    """Takes the rows that `train` yields to a display and to the file `metrics`, beside the run's checkpoints.
 
     Used as a context manager, by one process of a run. `metrics` is in a directory that is named by the run's key,
-    and goes on where a killed run left it. `clock` counts seconds.
+    and goes on where a killed run left it. Without `display`, somebody else shows the file's rows (see `followed`).
+    `clock` counts seconds.
     """
 
     def __init__(
@@ -34,19 +38,16 @@ class Recorder:
         metrics: Path,
         tracking: Tracking = OFF,
         clock: Callable[[], float] = time.monotonic,
+        display: bool = True,
     ):
-        self.name, self.stage, self.metrics, self.tracking, self.clock = name, stage, Path(metrics), tracking, clock
+        self.name, self.stage, self.metrics, self.tracking = name, stage, Path(metrics), tracking
         self.speed = Speed(clock)
-        # Budget → smoothed loss and KL, last budget error; in the order of the stage, so that nothing jumps about.
-        self.means: dict[str, dict[str, float]] = {name: {} for name, share in stage.budget_shares.items() if share}
-        self.bars: list[tqdm] = []  # on a terminal: the bar, and the line of numbers below it
-        self.last_time, self.waiting_line = -math.inf, None
+        self.display = Display(name, stage, clock) if display else None
 
     def __enter__(self) -> "Recorder":
         configuration = {"name": self.name, **dataclasses.asdict(self.stage)}
         directory = self.metrics.parent
         self.writers = open_writers(self.tracking, directory.name, directory, configuration)
-        self.on_terminal = sys.stderr.isatty()
         directory.mkdir(parents=True, exist_ok=True)
         drop_cut_off_line(self.metrics)
         self.file = open(self.metrics, "a", buffering=1)
@@ -57,10 +58,8 @@ class Recorder:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        for bar in reversed(self.bars):
-            bar.close()
-        if self.waiting_line is not None:
-            print(self.waiting_line, flush=True)
+        if self.display is not None:
+            self.display.close()
         self.file.close()
         for writer in self.writers:
             writer.close(failed=kind is not None)
@@ -74,12 +73,8 @@ class Recorder:
         self.file.write(json.dumps(row, allow_nan=False) + "\n")
         for writer in self.writers:
             writer.write(row)
-        for budget, numbers in row["budgets"].items():
-            smooth(self.means.setdefault(budget, {}), numbers)
-        if self.on_terminal:
-            self._move_bar(row)
-        else:
-            self._print_line(row)
+        if self.display is not None:
+            self.display.show(row)
 
     def finish(self, out: Path) -> None:
         """Write the rows of the whole run to `out`, each step once; whole or not at all."""
@@ -87,6 +82,34 @@ class Recorder:
         partial = out.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in read_rows(self.metrics)))
         os.replace(partial, out)
+
+
+class Display:
+    """Rows of metrics on the terminal: a progress bar, or a line every few seconds where there is none."""
+
+    def __init__(self, name: str, stage: Stage, clock: Callable[[], float] = time.monotonic):
+        self.name, self.stage, self.clock = name, stage, clock
+        # Budget → smoothed loss and KL, last budget error; in the order of the stage, so that nothing jumps about.
+        self.means: dict[str, dict[str, float]] = {name: {} for name, share in stage.budget_shares.items() if share}
+        self.on_terminal = sys.stderr.isatty()
+        self.bars: list[tqdm] = []  # on a terminal: the bar, and the line of numbers below it
+        self.last_time, self.waiting_line = -math.inf, None
+
+    def show(self, row: dict) -> None:
+        """Show a row of the metrics file."""
+        for budget, numbers in row["budgets"].items():
+            smooth(self.means.setdefault(budget, {}), numbers)
+        if self.on_terminal:
+            self._move_bar(row)
+        else:
+            self._print_line(row)
+
+    def close(self) -> None:
+        """Leave the last state on the terminal."""
+        for bar in reversed(self.bars):
+            bar.close()
+        if self.waiting_line is not None:
+            print(self.waiting_line, flush=True)
 
     def _move_bar(self, row: dict) -> None:
         text = describe(row, self.means)
@@ -119,6 +142,37 @@ class Recorder:
         if now - self.last_time >= LOG_SECONDS:
             print(self.waiting_line, flush=True)
             self.last_time, self.waiting_line = now, None
+
+
+@contextlib.contextmanager
+def followed(name: str, stage: Stage, metrics: Path) -> Iterator[None]:
+    """Show the rows that other processes add to `metrics` as long as the block runs: a bar for work done elsewhere."""
+    display, ended = Display(name, stage), threading.Event()
+    seen = metrics.stat().st_size if metrics.exists() else 0
+
+    def follow() -> None:
+        position, last_look = seen, False
+        while not last_look:
+            last_look = ended.wait(FOLLOW_SECONDS)
+            if not metrics.exists():
+                continue
+            with open(metrics, "rb") as file:
+                position = min(position, file.seek(0, os.SEEK_END))  # a line that was cut off is gone
+                file.seek(position)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    position += len(line)
+                    display.show(json.loads(line))
+
+    follower = threading.Thread(target=follow, name="progress", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+        display.close()
 
 
 class Speed:

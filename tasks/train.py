@@ -4,9 +4,10 @@
 """
 
 import contextlib
+import dataclasses
 import json
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,23 +28,29 @@ from elastic_core.submodel import Submodel
 from elastic_core.training import train
 from tasks import params, places
 from tasks.launch import launch, only_one
-from tasks.progress import Recorder
+from tasks.progress import Recorder, followed
 
 DATA, RANK, SHORT = Path("artifacts/data"), Path("artifacts/rank"), Path("artifacts/train_short/model")
 LOCAL = Path("checkpoints")  # what only this machine needs: locks, metrics of runs that are under way, digests
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """A stage's run by name: what decides its result is hashed into `key`."""
 
     name: str
     key: str
+    followed: bool = False  # on a terminal, by the process that launched it
 
     @property
     def directory(self) -> Path:
         """Where the run's metrics and its lock are."""
         return LOCAL / f"{self.name}-{self.key}"
+
+    @property
+    def metrics(self) -> Path:
+        """The rows of the run so far, one a step."""
+        return self.directory / "metrics.jsonl"
 
     def checkpoints(self, settings: "params.Params") -> str:
         """Where its checkpoints are: outside DVC's outputs, so that a killed stage finds them again."""
@@ -157,35 +164,41 @@ def run_to_end(run: Run, settings: "params.Params", job: Job, metrics: Path) -> 
 
     Rows are collected beside the run's lock, so that those of a killed run are there when it is resumed.
     """
-    if run.ranks.rank != 0:
-        for _ in train(run):
-            pass
-        return
-    metrics.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        Recorder(job.name, run.stage, job.directory / "metrics.jsonl", settings.tracking) as recorder,
-        contextlib.closing(train(run)) as rows,
-    ):
-        for row in rows:
-            recorder.show(row)
-        recorder.finish(metrics)
+    recorder = Recorder(job.name, run.stage, job.metrics, settings.tracking, display=not job.followed)
+    with contextlib.ExitStack() as stack:
+        with run.ranks.first_alone() as is_first:
+            if is_first:
+                stack.enter_context(recorder)
+        for row in stack.enter_context(contextlib.closing(train(run))):
+            if is_first:
+                recorder.show(row)
+        if is_first:
+            recorder.finish(metrics)
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
     """What every worker does."""
-    job = Job(arguments["name"], arguments["key"])
+    job = Job(**arguments)
     {"train_short": train_short, "train_extended": train_extended}[job.name](params.load(), job, ranks)
 
 
-def run_stage(function: Callable[[dict, Ranks], None], settings: "params.Params", job: Job) -> None:
-    """Launch a job's work, alone; exits with what is wrong where it cannot be done."""
+def run_stage(function: Callable[[dict, Ranks], None], settings: "params.Params", job: Job, stage: Stage) -> None:
+    """Launch a job's work, alone; exits with what is wrong where it cannot be done.
+
+    Workers elsewhere have no terminal: where there is one here, their rows are shown by this process.
+    """
     places.check(settings, "compute")
-    with only_one(job.directory, job.name):
-        launch(function, {"name": job.name, "key": job.key}, settings.compute, f"{job.name}-{job.key}")
+    job = dataclasses.replace(job, followed=settings.compute.workers > 0 and sys.stderr.isatty())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(only_one(job.directory, job.name))
+        if job.followed:
+            stack.enter_context(followed(job.name, stage, job.metrics))
+        launch(function, dataclasses.asdict(job), settings.compute, f"{job.name}-{job.key}")
 
 
 def main(stage: str) -> None:
     """Run one of the two stages; configuration errors end it before any work."""
     with params.errors_as_text():
         settings = params.load()
-        run_stage(work, settings, {"train_short": short_job, "train_extended": extended_job}[stage](settings))
+        make = {"train_short": short_job, "train_extended": extended_job}[stage]
+        run_stage(work, settings, make(settings), getattr(settings, stage))

@@ -3,6 +3,7 @@
 Each case is a function of (ranks, data, directory) and returns plain numbers and whole tensors.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -129,6 +130,17 @@ def resumed(ranks, data, directory):
     return {"straight": outcome(straight, rows), "killed": outcome(last, list(train(last)))}
 
 
+def remote(ranks, data, directory):
+    """Like `resumed`, with checkpoints on S3."""
+    place = f"{os.environ['TEST_PLACE']}/remote"
+    killed = train(start(ranks, data, checkpoints=place))
+    for _ in range(4):
+        next(killed)
+    killed.close()
+    run = start(ranks, data, checkpoints=place)
+    return outcome(run, list(train(run)))
+
+
 def from_other_ranks(ranks, data, directory):
     """The second half of a run whose first half another number of ranks has computed (in `directory`/first)."""
     run = start(ranks, data, checkpoints=directory / "first")
@@ -217,6 +229,7 @@ CASES = (
     half_recomputed,
     budgets_of_ranks,
     resumed,
+    remote,
     from_other_ranks,
     poisoned,
     explained,

@@ -23,7 +23,7 @@ ALONE = Ranks()
 
 
 @pytest.fixture(scope="module")
-def pair(data, tmp_path_factory):  # noqa: F811
+def pair(data, tmp_path_factory, s3_session):  # noqa: F811
     """Results of all cases on two ranks. What a single process has to prepare for them lies there first."""
     out = tmp_path_factory.mktemp("pair")
     first = cases.start(ALONE, data, checkpoints=out / "from_other_ranks" / "first")
@@ -33,6 +33,7 @@ def pair(data, tmp_path_factory):  # noqa: F811
     rows.close()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    environment |= {**s3_session.environment, "TEST_PLACE": f"s3://{s3_session.bucket}/pair"}
     arguments = [str(TESTS / "distributed_cases.py"), str(data.directory), str(out)]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -84,6 +85,12 @@ def test_a_killed_run_of_two_ranks_ends_at_the_same_bits(pair):
     assert_same(killed["weights"], straight["weights"])
     assert killed["rows"] == straight["rows"][6:]
     assert [row["mode"] for row in straight["rows"]] == ["soft"] * 6 + ["hard"] * 6
+
+
+def test_two_ranks_resume_from_s3_to_the_same_bits(pair):
+    straight, resumed = pair[0]["hard"], pair[0]["remote"]
+    assert resumed["rows"] == straight["rows"][3:]
+    assert_same(resumed["weights"], straight["weights"])
 
 
 def test_another_number_of_ranks_goes_on(pair, data):  # noqa: F811

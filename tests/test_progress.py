@@ -16,7 +16,7 @@ import pytest
 
 from elastic_core.curriculum import Stage
 from tasks import report
-from tasks.progress import Recorder, drop_cut_off_line, duration, read_rows
+from tasks.progress import Recorder, drop_cut_off_line, duration, followed, read_rows
 
 GIB = 2**30
 NAN = math.nan
@@ -238,6 +238,27 @@ def test_a_narrow_terminal_is_kept_to(run):
             recorder.show(row(step, budget=budget))
     assert all(len(frame) <= 60 for frame in terminal.frames)
     assert terminal.frames[-2].startswith("soft, loss/KL full 2.000/0.500, medium") and "100%" in terminal.frames[-1]
+
+
+def test_rows_of_another_process_move_the_bar_here(run, capsys):
+    """What a killed run left is not shown again; a line that is still being written waits for its end."""
+    with Recorder("train_short", stage(steps=8), run, display=False) as recorder:
+        recorder.show(row(1))
+        recorder.show(row(2))
+    terminal = Terminal(100)
+    with terminal, followed("train_short", stage(steps=8), run):
+        with Recorder("train_short", stage(steps=8), run, display=False) as recorder:
+            for step in range(3, 8):
+                recorder.show(row(step, loss=float(step)))
+                time.sleep(0.3)
+        line = json.dumps(row(8, loss=8.0) | {"tokens_per_second": 100.0, "seconds_left": 0.0}) + "\n"
+        for part in (line[:40], line[40:]):
+            with open(run, "a") as file:
+                file.write(part)
+            time.sleep(0.8)
+    assert lines_of(capsys) == []
+    assert "loss/KL full 3.000" in terminal.frames[1]  # the first row of this process
+    assert "100%" in terminal.frames[-1] and "320/320" in terminal.frames[-1]
 
 
 # --- the file --------------------------------------------------------------------------------------------------------

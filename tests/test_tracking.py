@@ -170,6 +170,7 @@ def test_wandb_offline_goes_on_under_the_same_id(run, wandb):
     record(run, tracking, range(1, 4))
     time.sleep(1)  # its directories are named by the second
     record(run, tracking, range(3, 5), loss=1.0)
+    wandb.teardown()  # its service may write the end of a file after the run's own end, and always before its own
     first, second = sorted((run.parent / "wandb").glob("offline-run-*/*.wandb"))
     for path in (first, second):
         records = wandb_records(path)
@@ -194,6 +195,7 @@ def test_a_run_that_broke_off_is_told_to_wandb(run, wandb):
     ):
         recorder.show(row(1))
         raise FloatingPointError
+    wandb.teardown()
     (path,) = (run.parent / "wandb").glob("offline-run-*/*.wandb")
     codes = [r.exit.exit_code for r in wandb_records(path) if r.WhichOneof("record_type") == "exit"]
     assert codes == [1] and len(history(wandb_records(path))) == 1

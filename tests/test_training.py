@@ -4,8 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-import json
-import logging
 import math
 import re
 
@@ -16,15 +14,17 @@ import torch.nn.functional as F
 from parents import random_elastic
 from test_router import CONFIG, RANKING, SIZES
 
-from elastic_core import ElasticModel, Submodel, checkpoint
+from elastic_core import ElasticModel, Submodel
+from elastic_core.checkpoint import Checkpoints
 from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.cost import num_parameters
 from elastic_core.curriculum import Loss, Routing, Stage
 from elastic_core.data import IGNORED_LABEL, PackedSequences, TokenData
+from elastic_core.distributed import Ranks
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.layout import layer_index, narrow
 from elastic_core.router import Router
-from elastic_core.run import Run
+from elastic_core.run import Run, resume
 from elastic_core.token_files import Manifest, Source, SplitWriter
 from elastic_core.training import NonFiniteError, train
 
@@ -510,138 +510,84 @@ def test_a_resumed_run_settles_when_it_would_have(data, tmp_path):
     assert [row["mode"] for row in train(start(tmp_path / "killed"))] == modes[3:]
 
 
-def damage(path, kind):
-    state = path / "state.pt"
-    content = bytearray(state.read_bytes())
-    if kind == "truncated":
-        state.write_bytes(content[: len(content) // 2])
-    elif kind == "bit flipped":
-        content[len(content) // 2] ^= 4
-        state.write_bytes(content)
-    elif kind == "no manifest":
-        (path / "manifest.json").unlink()
-    elif kind == "empty manifest":
-        (path / "manifest.json").write_text("")
-    elif kind == "no state":
-        state.unlink()
-
-
-@pytest.mark.parametrize("kind", ["truncated", "bit flipped", "no manifest", "empty manifest", "no state"])
-def test_a_damaged_checkpoint_is_passed_over_and_replaced(data, straight, tmp_path, caplog, kind):
-    list(itertools.islice(train(routed_run(data, tmp_path)), 6))
-    damage(tmp_path / "step-00000006", kind)
-    run = routed_run(data, tmp_path)
-    with caplog.at_level(logging.WARNING):
-        rows = rows_without_time(train(run))
-    assert re.search(r"checkpoint .*step-00000006 is damaged \(.+\); trying the one before", caplog.text)
-    assert rows == straight[1][3:]
-    assert_same(run.model.state_dict(), straight[0].model.state_dict())
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000009", "step-00000012"]
-
-
-def test_only_damaged_checkpoints_are_none(tmp_path):
-    assert checkpoint.load_newest(tmp_path / "nowhere") is None
-    checkpoint.save(tmp_path, 3, {"step": 3})
-    damage(tmp_path / "step-00000003", "truncated")
-    assert checkpoint.load_newest(tmp_path) is None
-
-
-@pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_last_few_checkpoints_are_kept(tmp_path, keep):
-    for step in range(5, 30, 5):
-        checkpoint.save(tmp_path, step, {"step": step}, keep)
-        steps = [json.loads((p / "manifest.json").read_text())["step"] for p in sorted(tmp_path.glob("step-*"))]
-        assert steps == list(range(5, step + 5, 5))[-keep:]
-    assert checkpoint.load_newest(tmp_path) == {"step": 25}
-    assert {p.name for p in tmp_path.iterdir()} == {f"step-{step:08d}" for step in steps}  # nothing else is left
-
-
-def test_a_killed_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path, 1, {"step": 1})
-
-    def dies(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(checkpoint, "file_digest", dies)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.save(tmp_path, 2, {"step": 2})
-    monkeypatch.undo()
-    assert checkpoint.load_newest(tmp_path) == {"step": 1} and [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
-
-
-def test_runs_are_keyed_by_configuration_and_inputs(data, tmp_path):
-    file, directory = tmp_path / "a.txt", tmp_path / "inputs"
-    (directory / "deep").mkdir(parents=True)
-    file.write_text("one")
-    (directory / "deep" / "b.txt").write_text("two")
-    configuration = {"stage": make_stage(), "seed": 1}
-    key = checkpoint.run_key(configuration, [file, directory])
-    assert checkpoint.run_key({"seed": 1, "stage": make_stage()}, [file, directory]) == key
-    others = {
-        checkpoint.run_key({**configuration, "seed": 2}, [file, directory]),
-        checkpoint.run_key({**configuration, "stage": make_stage(loss=Loss(0.1, 1.0))}, [file, directory]),
-        checkpoint.run_key(configuration, [directory]),
-    }
-    file.write_text("1")
-    others.add(checkpoint.run_key(configuration, [file, directory]))
-    file.write_text("one")
-    assert checkpoint.run_key(configuration, [file, directory]) == key
-    (directory / "deep" / "b.txt").rename(directory / "deep" / "c.txt")
-    others.add(checkpoint.run_key(configuration, [file, directory]))
-    assert len(others) == 5 and key not in others
-    with pytest.raises(ValueError, match=r"missing: not there; run the stage that makes it first"):
-        checkpoint.run_key(configuration, [tmp_path / "missing"])
-
-
-def test_another_configuration_starts_anew(data, tmp_path, monkeypatch):
-    from tasks import train as stage_module
-
-    monkeypatch.setattr(stage_module, "CHECKPOINTS", tmp_path / "checkpoints")
-    (tmp_path / "input").write_text("x")
-
-    def directory(stage):
-        return stage_module.checkpoint_directory("train_short", {"stage": stage}, 0, [tmp_path / "input"])
-
-    stage, other = make_stage(loss=TEXT, steps=3), make_stage(loss=TEXT, steps=3, learning_rate=2e-3)
-    assert len(list(train(make_run(data, stage, checkpoints=directory(stage))))) == 3
-    assert len(list(train(make_run(data, stage, checkpoints=directory(stage))))) == 0
-    assert len(list(train(make_run(data, other, checkpoints=directory(other))))) == 3
-
-
 # Numbers that are none
 
 
-@pytest.mark.parametrize("routed", [False, True], ids=["hard", "soft"])
-def test_a_poisoned_weight_stops_the_run_and_leaves_the_last_checkpoint(data, tmp_path, routed):
-    run = make_run(data, make_stage(), routed, routing=Routing(share=1.0, settle_steps=100), checkpoints=tmp_path)
-    rows = train(run)
-    for _ in range(4):
-        next(rows)
-    good = checkpoint.load_newest(tmp_path)
+def poison(model, name="model.norm_f.weight"):
+    """Make a weight NaN; returns what heals it."""
+    parameter = model.get_parameter(name)
+    before = parameter.detach().clone()
     with torch.no_grad():
-        run.model.get_parameter("model.norm_f.weight")[0] = float("nan")
-    before = snapshot(run.model)
-    with pytest.raises(
-        NonFiniteError, match=r"^step 4, budget (full|medium|small): the loss is nan; lower learning_rate"
-    ):
+        parameter[0] = float("nan")
+
+    def heal():
+        with torch.no_grad():
+            parameter.copy_(before)
+
+    return heal
+
+
+@pytest.mark.parametrize("routed", [False, True], ids=["hard", "soft"])
+def test_a_step_with_a_bad_loss_changes_nothing_and_is_counted(data, routed):
+    run = make_run(data, make_stage(), routed, routing=Routing(share=1.0, settle_steps=100))
+    rows = train(run)
+    next(rows)
+    heal = poison(run.model)
+    before = snapshot(run.model), copy.deepcopy(run.optimizer.state_dict()["state"])
+    bad = [next(rows), next(rows)]
+    assert [row["skipped"] for row in bad] == [1, 2] and [row["step"] for row in bad] == [2, 3]
+    assert all(math.isnan(budget["loss"]) for budget in bad[0]["budgets"].values())
+    after = snapshot(run.model), run.optimizer.state_dict()["state"]
+    assert all(torch.equal(after[0][name].nan_to_num(7), value.nan_to_num(7)) for name, value in before[0].items())
+    assert_same(after[1], before[1])
+    heal()
+    good = next(rows)
+    assert good["skipped"] == 2 and run.skipped_in_a_row == 0
+    assert any(not torch.equal(p, before[0][name]) for name, p in run.model.named_parameters())
+
+
+@pytest.mark.parametrize("routed", [False, True], ids=["hard", "soft"])
+def test_too_many_bad_losses_in_a_row_stop_the_run_and_leave_the_last_checkpoint(data, tmp_path, routed):
+    stage = make_stage(max_skipped_steps=2, checkpoint_every=4)
+    run = make_run(data, stage, routed, routing=Routing(share=1.0, settle_steps=100), checkpoints=tmp_path)
+    rows = train(run)
+    for _ in range(5):
         next(rows)
-    assert all(torch.equal(p.nan_to_num(7), before[name].nan_to_num(7)) for name, p in run.model.named_parameters())
-    left = checkpoint.load_newest(tmp_path)
-    assert left["step"] == 3 and all(tensor.isfinite().all() for tensor in left["model"].values())
-    assert_same(left, good)
+    poison(run.model, "model.layers.2.norm.weight")
+    assert [next(rows)["skipped"] for _ in range(2)] == [1, 2]
+    with pytest.raises(NonFiniteError) as caught:
+        next(rows)
+    message = str(caught.value)
+    assert re.match(r"step 7, budget (full|medium|small): the loss is nan, first in layer 2 \(\*\): largest", message)
+    assert "before it layer 1 (-): largest magnitude" in message
+    first = 7 * 6 + 2 * [r["budget"] for r in rows_of(run, 7)].index(message.split("budget ")[1].split(":")[0])
+    assert f"Data: samples {first} to {first + 1} (" in message
+    assert "Skipped 3 steps in a row, 3 of 8 in all; lower learning_rate" in message
+    left = make_run(data, stage, routed, routing=Routing(share=1.0, settle_steps=100), checkpoints=tmp_path)
+    resume(left, Checkpoints(tmp_path))
+    assert left.step == 4 and all(p.isfinite().all() for p in left.model.parameters())
+
+
+def rows_of(run, step):
+    """The budgets that a step deals."""
+    from elastic_core.curriculum import deal
+
+    dealt = deal(dict.fromkeys(run.budgets, 1.0), run.stage.microbatches, run.seed, step)
+    return [{"budget": budget} for budget in dealt]
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("name", ["model.layers.2.mixer.q_proj.weight", "router.networks.ffn.2.bias"])
 def test_a_gradient_that_is_not_finite_is_found_where_it_is(data, name, value):
-    run = make_run(data, make_stage(), routed=True)
+    run = make_run(data, make_stage(max_skipped_steps=0), routed=True)
     model, rows = (run.router if name.startswith("router.") else run.model), train(run)
     next(rows)
     model.get_parameter(name.removeprefix("router.")).register_hook(lambda grad: torch.full_like(grad, value))
     before = snapshot(run.model) | snapshot(run.router)
     place = re.escape(name.removeprefix("router."))
     with pytest.raises(
-        NonFiniteError, match=rf"^step 1, budgets .*small: the gradient is not finite, first in {place};"
+        NonFiniteError,
+        match=rf"^step 1, budgets .*small: the gradient is not finite, first in {place}; its norm by layer: 0: \d",
     ):
         next(rows)
     assert all(torch.equal(p, before[n]) for m in (run.model, run.router) for n, p in m.named_parameters())
@@ -656,6 +602,7 @@ def test_sequences_longer_than_the_data_and_foreign_tokenizers(data, tmp_path, m
     from transformers import PreTrainedTokenizerFast
 
     from tasks import train as stage_module
+    from tasks.launch import Compute
 
     parent = random_elastic(0, CONFIG)
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))).save_pretrained(tmp_path / "t")
@@ -666,10 +613,11 @@ def test_sequences_longer_than_the_data_and_foreign_tokenizers(data, tmp_path, m
 
     class Settings:
         seed = 0
+        compute = Compute(storage=str(tmp_path))
 
     def begin(stage):
-        members = {"full": MEMBERS["full"]}
-        return stage_module.make_run(Settings, "train_short", stage, parent, {"full": 1.0}, {}, [], members=members)
+        members, job = {"full": MEMBERS["full"]}, stage_module.Job("train_short", "key")
+        return stage_module.make_run(Settings, job, stage, parent, {"full": 1.0}, Ranks(), members=members)
 
     with pytest.raises(ValueError, match=r"tokenised with another vocabulary .* than that of the parent"):
         begin(make_stage())

@@ -1,0 +1,183 @@
+"""Where the work runs: in this process, on Ray workers, or nowhere, and then it says so soon."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+
+from elastic_core.config import ConfigError
+from elastic_core.diagnosis import NonFiniteError
+from tasks.launch import Compute, StageError, launch, only_one
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_no_workers_is_this_process(tmp_path, no_cluster):
+    seen = []
+
+    def work(arguments, ranks):
+        seen.append((arguments, ranks.rank, ranks.world, ranks.is_distributed, os.getpid()))
+
+    launch(work, {"name": "x"}, Compute(storage=str(tmp_path)), "test")
+    assert seen == [({"name": "x"}, 0, 1, False, os.getpid())]
+
+
+@pytest.mark.parametrize("error", [NonFiniteError("the loss is nan"), ConfigError("seed: got -1")])
+def test_what_trying_again_does_not_mend_ends_the_stage_with_its_text(tmp_path, no_cluster, error):
+    def work(arguments, ranks):
+        raise error
+
+    with pytest.raises(StageError, match=f"^{error}$"):
+        launch(work, {}, Compute(storage=str(tmp_path)), "test")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def other_server(answer: bytes = b""):
+    """A port that accepts connections and answers something else, or never."""
+    server = socket.create_server(("127.0.0.1", 0))
+    open_connections = []
+
+    def serve():
+        while True:
+            connection, _ = server.accept()
+            connection.sendall(answer)
+            open_connections.append(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "address, words",
+    [
+        (
+            lambda: f"127.0.0.1:{free_port()}",
+            r"no Ray cluster answers at 127\.0\.0\.1:\d+ \(.*refused\); start it, corr",
+        ),
+        (lambda: f"ray://127.0.0.1:{free_port()}", r"no Ray cluster answers at ray://127\.0\.0\.1"),
+        (lambda: f"127.0.0.1:{other_server()}", r"no Ray cluster answers at 127\.0\.0\.1:\d+ \(timed out\)"),
+        (lambda: f"127.0.0.1:{other_server(b'HTTP/1.1 400 Bad Request')}", r"what listens at .* is no Ray cluster"),
+        (lambda: "somewhere", r"got 'somewhere'; allowed: HOST:PORT, ray://HOST:PORT, auto or local"),
+    ],
+    ids=["dead", "dead client", "deaf", "other", "no address"],
+)
+def test_a_dead_address_is_reported_within_ten_seconds(monkeypatch, tmp_path, address, words):
+    monkeypatch.setenv("RAY_ADDRESS", address())
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match="RAY_ADDRESS: " + words):
+        launch(lambda *_: None, {}, Compute(workers=1, storage=str(tmp_path)), "test")
+    assert time.monotonic() - start < 10
+
+
+def test_an_address_does_not_matter_without_workers(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    launch(lambda *_: None, {}, Compute(storage=str(tmp_path)), "test")
+
+
+# Ray reads its environment when it is imported, so a process of its own.
+ATTACH = """
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from elastic_core.diagnosis import NonFiniteError
+from tasks.launch import Compute, StageError, launch
+
+
+def record(arguments, ranks):
+    # What a worker is; adds up over all of them.
+    total = ranks.sum(torch.tensor(ranks.rank + 1.0))
+    path = Path(arguments["out"]) / f"{ranks.rank}-{os.getpid()}"
+    path.write_text(f"{ranks.world} {total.item()} {os.getcwd()}")
+    if arguments["fail"]:
+        raise NonFiniteError("the loss is nan")
+
+
+out, compute = Path(sys.argv[1]), Compute(workers=2, storage=sys.argv[1] + "/storage")
+launch(record, {"out": str(out / "good"), "fail": False}, compute, "good")
+try:
+    launch(record, {"out": str(out / "bad"), "fail": True}, compute, "bad")
+except StageError as error:
+    print("StageError:", error)
+"""
+
+
+@pytest.mark.slow
+def test_workers_attach_to_a_running_cluster(tmp_path):
+    """Two workers of a cluster that was there before, in the driver's directory; a final error is not tried again."""
+    ray, port = [sys.executable, "-m", "ray.scripts.scripts"], free_port()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = [*ray, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+    subprocess.run([*start, "--disable-usage-stats"], env=environment, check=True, capture_output=True, timeout=60)
+    try:
+        environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+        command = [sys.executable, "-c", ATTACH, str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    finally:
+        subprocess.run([*ray, "stop", "--force"], env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "StageError: the loss is nan\n" in done.stdout
+    for name in ("good", "bad"):
+        files = sorted((tmp_path / name).iterdir())
+        assert [path.name[0] for path in files] == ["0", "1"]  # once, by two processes
+        assert {path.read_text() for path in files} == {f"2 3.0 {ROOT}"}
+
+
+def test_two_runs_of_one_stage_at_once(tmp_path):
+    """The second is told which process it would have disturbed; a dead one disturbs nobody."""
+    code = f"""
+import time
+from pathlib import Path
+from tasks.launch import only_one
+with only_one(Path({str(tmp_path)!r}), "train_short"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ConfigError, match=rf"^train_short already runs .*\(process {first.pid}, which holds"),
+            only_one(tmp_path, "train_short"),
+        ):
+            pytest.fail("held twice")
+    finally:
+        first.kill()
+        first.wait()
+    with only_one(tmp_path, "train_short"):
+        pass
+
+
+def test_wrong_settings_are_refused():
+    for values, words in [
+        ({"workers": -1}, "workers: got -1; allowed: 0"),
+        ({"gpus_per_worker": 2}, "gpus_per_worker: got 2; allowed: 0 or 1"),
+        ({"workers": 4, "execution": {"shard_over": 3}}, r"execution.shard_over: got 3; allowed: null, or a divisor"),
+        ({"execution": {"shard_over": 0}}, "shard_over: got 0"),
+        ({"workres": 1}, "workres: unknown parameter; did you mean 'workers'"),
+    ]:
+        from elastic_core.config import load
+
+        with pytest.raises(ConfigError, match=words):
+            load(Compute, values, "params.yaml: compute")
