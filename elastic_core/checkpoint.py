@@ -143,7 +143,11 @@ class _Writer(dcp.FileSystemWriter):
                     shutil.rmtree(left, ignore_errors=True)
 
     def write_data(self, plan, planner):
-        result = super().write_data(plan, planner)
+        try:
+            result = super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch's zip writer, closing what a full disk cut short, raises a riddle while it handles the disk's error.
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         directory, prefix = Path(self.path), plan.storage_data.prefix
         sums = {path.name: _entry(path) for path in directory.glob(f"{prefix}*.distcp")}
         (directory / f"{prefix}{SUMS}").write_text(json.dumps(sums))

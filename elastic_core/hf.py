@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -157,7 +158,12 @@ def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_
 
 def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor]) -> tuple[str, list[str], int]:
     file = f"shard-{number}.safetensors"
-    save_file(tensors, directory / file, metadata={"format": "pt"})
+    try:
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if system := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk, for instance
+            raise OSError(int(system[1]), os.strerror(int(system[1])), str(directory / file)) from None
+        raise
     return file, list(tensors), sum(t.numel() * t.element_size() for t in tensors.values())
 
 

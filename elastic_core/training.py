@@ -46,9 +46,10 @@ def train(run: Run) -> Iterator[dict]:
             row = train_step(run)
             if run.members is None:
                 settle(run)
+            yield row | {"memory_bytes": peak_memory(run.ranks.device), "seconds": time.perf_counter() - start}
+            # Not before its row has been taken: a run that goes on from here will not yield it again.
             if checkpoints and (run.step % stage.checkpoint_every == 0 or run.step == stage.steps):
                 save(run, checkpoints)
-            yield row | {"memory_bytes": peak_memory(run.ranks.device), "seconds": time.perf_counter() - start}
     finally:
         if checkpoints:
             checkpoints.wait()

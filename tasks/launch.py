@@ -8,6 +8,7 @@ from is the work's own business (elastic_core/checkpoint.py).
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -22,6 +23,7 @@ from elastic_core.checkpoint import CheckpointError
 from elastic_core.config import ConfigError, require
 from elastic_core.diagnosis import NonFiniteError
 from elastic_core.distributed import Execution, Ranks
+from tasks.leftovers import nothing_left
 
 Work = Callable[[dict, Ranks], None]
 
@@ -119,6 +121,10 @@ def _worker(call: dict) -> str | None:
         call["work"](call["arguments"], ranks)
     except FINAL as error:
         return str(error)
+    except OSError as error:
+        if ranks.is_distributed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise  # to Ray: the other ranks know nothing of it
+        return f"{error}; make space and start again: the run goes on from its last checkpoint"
     return None
 
 
@@ -143,17 +149,18 @@ def cluster(compute: Compute, address: str | None) -> Iterator[None]:
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cores}
     else:
         options["address"] = address
-    try:
-        ray.init(**options)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-        raise ConfigError(
-            f"RAY_ADDRESS: {address} does not let this process in ({error}); it needs the cluster's Ray version and "
-            "token (~/.ray/auth_token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with nothing_left() if "num_cpus" in options else contextlib.nullcontext():
+        try:
+            ray.init(**options)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise ConfigError(
+                f"RAY_ADDRESS: {address} does not let this process in ({error}); it needs the cluster's Ray version "
+                "and token (~/.ray/auth_token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
+            ) from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def has_token() -> bool:

@@ -169,7 +169,7 @@ def run_to_end(run: Run, settings: "params.Params", job: Job, metrics: Path) -> 
         with run.ranks.first_alone() as is_first:
             if is_first:
                 stack.enter_context(recorder)
-        for row in train(run):
+        for row in stack.enter_context(contextlib.closing(train(run))):
             if is_first:
                 recorder.show(row)
         if is_first:

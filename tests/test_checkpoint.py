@@ -60,7 +60,7 @@ KINDS = ("truncated", "bit flipped", "no manifest", "empty manifest", "another m
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_checkpoint_is_passed_over_and_replaced(data, straight, tmp_path, caplog, kind):  # noqa: F811
-    list(itertools.islice(train(routed_run(data, tmp_path)), 6))
+    list(itertools.islice(train(routed_run(data, tmp_path)), 7))
     damage(tmp_path / "step-00000006", kind)
     run = routed_run(data, tmp_path)
     with caplog.at_level(logging.WARNING):

@@ -1,0 +1,96 @@
+"""What is not left to chance: a damaged checkpoint, a full disk, two runs of one stage at once.
+
+Each check carries a stage on from where it finds it and returns what is wrong.
+"""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from elastic_core.checkpoint import MANIFEST, read_manifest
+from elastic_core.digests import file_digest
+
+from . import workspace as spaces
+from .trials import Stage
+
+TOO_SMALL, ENOUGH = "4500k", "64m"  # of a disk; a checkpoint has 1.9 MB, two are kept, a third is being written
+
+
+def newest(checkpoints: Path) -> Path:
+    return max(checkpoints.glob("step-*"))
+
+
+def truncate(checkpoint: Path) -> str:
+    """Cut the largest file of a checkpoint to half; what the warning has to say."""
+    path = max(checkpoint.iterdir(), key=lambda path: path.stat().st_size)
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size // 2)
+    return f"checkpoint {checkpoint} is damaged ({path.name} has {size // 2} bytes, should have {size}); trying the"
+
+
+def flip_bit(checkpoint: Path) -> str:
+    """Turn one bit in the middle of a checkpoint's largest file; what the warning has to say."""
+    path = max(checkpoint.iterdir(), key=lambda path: path.stat().st_size)
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 0x10]))
+    return f"checkpoint {checkpoint} is damaged (the checksum of {path.name} does not match); trying the one before"
+
+
+def intact(checkpoint: Path) -> bool:
+    """Whether every file of a checkpoint is as its manifest says, without the code that resumes from it."""
+    files = read_manifest(checkpoint)["files"]
+    names = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    return names == files.keys() and all(file_digest(checkpoint / name) == files[name]["sha256"] for name in names)
+
+
+def second_run_is_refused(stage: Stage) -> list[str]:
+    """Start the stage beside the one that runs; what is wrong with how it is told so."""
+    command = [sys.executable, "-m", f"tasks.{spaces.STAGE}"]
+    second = subprocess.run(
+        command, cwd=stage.directory, env=stage.variables, capture_output=True, text=True, timeout=60
+    )
+    last = second.stderr.strip().splitlines()[-1] if second.stderr.strip() else ""
+    expected = f"error: {spaces.STAGE} already runs with these parameters and inputs (process {stage.process.pid}, "
+    problems = [] if second.returncode == 1 else [f"the second run ended with {second.returncode}"]
+    if not last.startswith(expected) or "Traceback" in second.stderr:
+        problems.append(f"the second run said: {second.stderr[-300:]!r}")
+    return problems + (["the first run ended beside the second"] if stage.has_ended() else [])
+
+
+@contextlib.contextmanager
+def small_disk(directory: Path) -> Iterator[Path]:
+    """A file system of its own at `directory`, too small for the run; PermissionError where mounting is refused."""
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={TOO_SMALL}", "soak", str(directory)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode != 0:
+        raise PermissionError("mounting a small tmpfs is refused here: it needs Linux and root")
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def make_space(directory: Path) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={ENOUGH}", str(directory)], check=True)
+
+
+def ends_for_want_of_space(stage: Stage, disk: Path) -> list[str]:
+    """Start the stage on a disk that is too small; what is wrong with how it ends and with what it leaves."""
+    stage.start()
+    status, output = stage.process.wait(120), stage.output()
+    problems = [] if status not in (0, None) else [f"exit status {status} on a full disk"]
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    if len(errors) != 1 or "No space left on device" not in errors[0] or "Traceback" in output:
+        problems.append(f"said: {output[-1500:]}")
+    left = spaces.checkpoint_directory(stage.directory, disk)
+    if left is None:
+        return [*problems, "no checkpoint is left"]
+    problems += [f"{path} is damaged" for path in left.glob("step-*") if not intact(path)]
+    return problems

@@ -1,0 +1,45 @@
+"""A Prefect server of our own, to which the flows of trials report."""
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+from flows.guard import guarded
+
+from .processes import environment, new_mark
+
+
+@contextlib.contextmanager
+def prefect_server(directory: Path) -> Iterator[dict[str, str]]:
+    """Run a server in `directory` for as long as the block runs; yields the settings by which flows find it."""
+    directory.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    variables = environment(new_mark(), PREFECT_HOME=str(directory), PREFECT_SERVER_ANALYTICS_ENABLED="false")
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (
+        open(directory / "server.log", "w") as log,
+        guarded(command, cwd=directory, env=variables, stdout=log, stderr=subprocess.STDOUT) as process,
+    ):
+        deadline = time.monotonic() + 90
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"the Prefect server did not start: {(directory / 'server.log').read_text()[-2000:]}"
+                )
+            time.sleep(0.2)
+        yield {"PREFECT_API_URL": url}
+
+
+def _answers(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+    return False
