@@ -119,7 +119,7 @@ class Stage:
         return self.process.poll() is not None
 
     def reaches(self, kill: Kill) -> bool:
-        """Wait for a kill's moment; False where the run has ended before."""
+        """Wait for a kill's moment; False where there is nothing left to kill then."""
         deadline = time.monotonic() + LIMIT_SECONDS
         while kill.rows and spaces.num_rows(self.directory) < kill.rows and time.monotonic() < deadline:
             if self.has_ended():
@@ -129,7 +129,7 @@ class Stage:
             begin = self.started if self.kind != "worker" else self.workers_since()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(max(0.0, begin + kill.seconds - time.monotonic()))
-        return not self.has_ended()
+        return not self.has_ended() and (self.kind != "worker" or bool(living(self.mark, WORKER)))
 
     def workers_since(self) -> float:
         """Wait for all of Ray's workers; the moment at which they were there."""
@@ -140,9 +140,7 @@ class Stage:
     def kill(self, number: str, rng: random.Random | None = None) -> list[str]:
         """Send the signal to what this kind is about; what is wrong after it."""
         if self.kind == "worker":
-            victims = living(self.mark, WORKER)
-            if victims:
-                rng.choice(victims).send_signal(getattr(signal, number))
+            rng.choice(living(self.mark, WORKER)).send_signal(getattr(signal, number))
             return []
         self.process.send_signal(getattr(signal, number))
         return [f"left behind: {line}" for line in left_after(self.mark, GONE_SECONDS)]
