@@ -1,9 +1,11 @@
 # make run [PROFILE=smoke]   the whole pipeline, from a parent to an evaluated family
 # make test                  the test suite
+# make soak [TRIALS=50]      kill runs at random moments, many times, and compare what they end at (an hour)
 # make dashboard             Prefect server, worker and deployment in the foreground; then
 #                            .venv/bin/prefect deployment run elastic/full --watch
 # make lint                  ruff
 PROFILE ?= default
+TRIALS ?= 50
 PYTHON ?= python3
 VENV := .venv
 SETUP := $(VENV)/.ready
@@ -14,7 +16,7 @@ export TOKENIZERS_PARALLELISM ?= true
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 
-.PHONY: run test dashboard lint
+.PHONY: run test soak dashboard lint
 run: $(SETUP)
 	@workspace=$$($(VENV)/bin/python -m tasks.workspace $(PROFILE)) && cd "$$workspace" && \
 	  export PATH="$(abspath $(VENV))/bin:$$PATH" && python -m tasks.params && dvc repro && \
@@ -22,6 +24,9 @@ run: $(SETUP)
 
 test: $(SETUP)
 	$(VENV)/bin/python -m pytest
+
+soak: $(SETUP)
+	$(VENV)/bin/python -m tests.soak --trials $(TRIALS)
 
 dashboard: $(SETUP)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m flows.dashboard

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from elastic_core import storage
 from elastic_core.checkpoint import CheckpointError
 from elastic_core.config import ConfigError, require
@@ -69,9 +71,10 @@ class Compute:
         require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "1 or more")
         require(self.gpus_per_worker in (0, 1), "gpus_per_worker", self.gpus_per_worker, "0 or 1: a worker has one GPU")
         require(self.retries >= 0, "retries", self.retries, "0 or more")
-        shards = self.execution.shard_over
-        divides = shards is None or max(self.workers, 1) % shards == 0
-        require(divides, "execution.shard_over", shards, f"null, or a divisor of workers ({self.workers})")
+        # torchrun may have started this process among others, which then are the workers.
+        shards, workers = self.execution.shard_over, self.workers or int(os.environ.get("WORLD_SIZE", 1))
+        divides = shards is None or workers % shards == 0
+        require(divides, "execution.shard_over", shards, f"null, or a divisor of the number of workers ({workers})")
 
 
 def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
@@ -80,6 +83,10 @@ def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
     `name` is the run's in Ray. Raises StageError for what would only happen again, Ray's TrainingFailedError where
     workers were lost more often than `compute.retries`, and ConfigError for a cluster that is not there.
     """
+    if compute.gpus_per_worker and not compute.workers and not torch.cuda.is_available():
+        raise ConfigError(
+            "compute.gpus_per_worker: got 1, but torch sees no CUDA device here; set it to 0, or workers above 0"
+        )
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     address = os.environ.get("RAY_ADDRESS")
     if compute.workers and address not in (None, "", "local"):
@@ -201,6 +208,9 @@ def check_cluster(address: str) -> None:
 @contextlib.contextmanager
 def only_one(directory: Path, what: str) -> Iterator[None]:
     """Hold `directory` for this process; ConfigError where another one holds it."""
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one holds it for all
+        yield
+        return
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "a+") as file:
         try:

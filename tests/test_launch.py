@@ -173,7 +173,10 @@ def test_wrong_settings_are_refused():
     for values, words in [
         ({"workers": -1}, "workers: got -1; allowed: 0"),
         ({"gpus_per_worker": 2}, "gpus_per_worker: got 2; allowed: 0 or 1"),
-        ({"workers": 4, "execution": {"shard_over": 3}}, r"execution.shard_over: got 3; allowed: null, or a divisor"),
+        (
+            {"workers": 4, "execution": {"shard_over": 3}},
+            r"execution.shard_over: got 3; allowed: null, or a divisor of the number of workers \(4\)",
+        ),
         ({"execution": {"shard_over": 0}}, "shard_over: got 0"),
         ({"workres": 1}, "workres: unknown parameter; did you mean 'workers'"),
     ]:

@@ -5,6 +5,7 @@ Each check carries a stage on from where it finds it and returns what is wrong.
 
 import contextlib
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from elastic_core.checkpoint import MANIFEST, read_manifest
 from elastic_core.digests import file_digest
 
 from . import workspace as spaces
-from .trials import Stage
+from .trials import Kill, Stage
 
 TOO_SMALL, ENOUGH = "4500k", "64m"  # of a disk; a checkpoint has 1.9 MB, two are kept, a third is being written
 
@@ -51,11 +52,16 @@ def intact(checkpoint: Path) -> bool:
 
 
 def second_run_is_refused(stage: Stage) -> list[str]:
-    """Start the stage beside the one that runs; what is wrong with how it is told so."""
+    """Start the stage beside the one that runs; what is wrong with how it is told so.
+
+    The first run stands still meanwhile: it shall not end before the second one has come so far.
+    """
     command = [sys.executable, "-m", f"tasks.{spaces.STAGE}"]
+    stage.process.send_signal(signal.SIGSTOP)
     second = subprocess.run(
-        command, cwd=stage.directory, env=stage.variables, capture_output=True, text=True, timeout=60
+        command, cwd=stage.directory, env=stage.variables, capture_output=True, text=True, timeout=100
     )
+    stage.process.send_signal(signal.SIGCONT)
     last = second.stderr.strip().splitlines()[-1] if second.stderr.strip() else ""
     expected = f"error: {spaces.STAGE} already runs with these parameters and inputs (process {stage.process.pid}, "
     problems = [] if second.returncode == 1 else [f"the second run ended with {second.returncode}"]
@@ -94,3 +100,38 @@ def ends_for_want_of_space(stage: Stage, disk: Path) -> list[str]:
         return [*problems, "no checkpoint is left"]
     problems += [f"{path} is damaged" for path in left.glob("step-*") if not intact(path)]
     return problems
+
+
+def two_runs_and_damage(prepared: spaces.Prepared, directory: Path, mark: str) -> list[str]:
+    """One run: a second beside it is refused; killed twice, each time with a newest checkpoint that is damaged then."""
+    stage = Stage(spaces.copy(prepared, directory), "driver", mark)
+    stage.start()
+    problems = [] if stage.reaches(Kill("SIGKILL", rows=1)) else ["the first run ended too early"]
+    problems += second_run_is_refused(stage)
+    for number, damage, rows in (("SIGKILL", truncate, 14), ("SIGTERM", flip_bit, 20)):
+        if not stage.reaches(Kill(number, rows=rows)):
+            return [*problems, "the run ended before it could be killed"]
+        problems += stage.kill(number)
+        checkpoint = newest(spaces.checkpoint_directory(directory))
+        warning = damage(checkpoint)
+        stage.start()
+        stage.reaches(Kill(number, rows=spaces.num_rows(directory) + 6))
+        if warning not in stage.output():
+            problems.append(f"no warning of {checkpoint}: {stage.output()[-500:]}")
+    problems += stage.finish()
+    return problems + spaces.differences(spaces.outcome(directory), prepared.references[0])
+
+
+def full_disk(prepared: spaces.Prepared, directory: Path, mark: str, kills: tuple[Kill, ...] = ()) -> list[str]:
+    """`dvc repro` on a full disk, and again when there is space; PermissionError where mounting is refused."""
+    with small_disk(directory.with_name(f"{directory.name}-disk")) as disk:
+        stage = Stage(spaces.copy(prepared, directory, storage=disk), "dvc", mark)
+        problems = ends_for_want_of_space(stage, disk)
+        make_space(disk)
+        stage.start()
+        for kill in kills:
+            if stage.reaches(kill):
+                problems += stage.kill(kill.signal)
+                stage.start()
+        problems += stage.finish()
+        return problems + spaces.differences(spaces.outcome(directory), prepared.references[0])

@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Kill:
-    """A signal, and its moment: `seconds` after the start (of the workers), or after so many rows of metrics."""
+    """A signal, and its moment: `seconds` after the start (of the workers), or so many rows of metrics."""
 
     signal: str
     seconds: float = 0.0
@@ -65,6 +65,7 @@ class Result:
     restarts: int = 0
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    life: float = 0.0  # of the last run; of a worker: from when there were workers
     workspace: str | None = None  # kept where there is a problem
 
     def to_dict(self) -> dict:
@@ -99,9 +100,11 @@ class Stage:
 
     def __init__(self, directory: Path, kind: str, mark: str, **variables: str):
         self.directory, self.kind, self.mark = directory, kind, mark
-        self.variables = environment(mark, RAY_TMPDIR=os.environ.get("SOAK_RAY", "/tmp/soak-ray"), **variables)
+        # Ray's sockets lie in there, and the name of a socket is short.
+        self.ray = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+        self.variables = environment(mark, RAY_TMPDIR=self.ray.name, **variables)
         self.log = self.process = None
-        self.starts, self.started = 0, 0.0
+        self.starts, self.started, self.ended = 0, 0.0, 0.0
 
     def start(self) -> None:
         self.starts += 1
@@ -116,17 +119,17 @@ class Stage:
         return self.process.poll() is not None
 
     def reaches(self, kill: Kill) -> bool:
-        """Wait for a kill's moment; False where the run has ended before."""
+        """Wait for a kill's moment; False where there is nothing left to kill then."""
         deadline = time.monotonic() + LIMIT_SECONDS
         while kill.rows and spaces.num_rows(self.directory) < kill.rows and time.monotonic() < deadline:
             if self.has_ended():
                 return False
             time.sleep(0.02)
-        if self.kind != "worker" or not kill.rows:
+        if kill.seconds:
             begin = self.started if self.kind != "worker" else self.workers_since()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(max(0.0, begin + kill.seconds - time.monotonic()))
-        return not self.has_ended()
+        return not self.has_ended() and (self.kind != "worker" or bool(living(self.mark, WORKER)))
 
     def workers_since(self) -> float:
         """Wait for all of Ray's workers; the moment at which they were there."""
@@ -134,12 +137,10 @@ class Stage:
             time.sleep(0.1)
         return time.monotonic()
 
-    def kill(self, number: str, rng: random.Random) -> list[str]:
+    def kill(self, number: str, rng: random.Random | None = None) -> list[str]:
         """Send the signal to what this kind is about; what is wrong after it."""
         if self.kind == "worker":
-            victims = living(self.mark, WORKER)
-            if victims:
-                rng.choice(victims).send_signal(getattr(signal, number))
+            rng.choice(living(self.mark, WORKER)).send_signal(getattr(signal, number))
             return []
         self.process.send_signal(getattr(signal, number))
         return [f"left behind: {line}" for line in left_after(self.mark, GONE_SECONDS)]
@@ -148,6 +149,7 @@ class Stage:
         """Wait for the end of a run that nobody kills; what is wrong with it."""
         try:
             status = self.process.wait(LIMIT_SECONDS)
+            self.ended = time.monotonic()
         except subprocess.TimeoutExpired:
             return [f"not ended after {LIMIT_SECONDS} s: {self.output()[-300:]}"]
         problems = [] if status == 0 else [f"exit status {status}: {self.output()[-300:]}"]
@@ -162,7 +164,9 @@ def run_trial(prepared: spaces.Prepared, trial: Trial, name: str, storage: Path 
         stage = Stage(directory, trial.kind, mark, **variables)
         kill_all(stage, trial, result)
         if not result.problems:
+            begin_of_life = stage.workers_since() if trial.kind == "worker" else stage.started
             result.problems += stage.finish()
+            result.life = stage.ended - begin_of_life
     if not result.problems:
         result.problems += spaces.differences(spaces.outcome(directory), prepared.references[kind.workers])
     result.seconds = time.monotonic() - begin
