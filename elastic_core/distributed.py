@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from elastic_core.config import ConfigError, require
 from elastic_core.model import ElasticModel
@@ -227,22 +227,23 @@ def compile_blocks(model: ElasticModel) -> None:
 def from_pretrained(
     directory: str | os.PathLike, ranks: Ranks, execution: Execution, precision: str = "float32", frozen: bool = False
 ) -> ElasticModel:
-    """`ElasticModel.from_pretrained`, placed: no rank holds more than one whole tensor besides its own shards."""
+    """`ElasticModel.from_pretrained`, placed: each rank reads its own shards' rows and no others."""
     model, reader = ElasticModel.empty(directory)
     place(model, ranks, execution, precision, frozen)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            fill_(parameter, reader.read(name))
+            if not isinstance(parameter, DTensor):
+                parameter.copy_(reader.read(name))
+            elif parameter.to_local().numel():  # with many ranks the last ones may have none
+                parameter.to_local().copy_(reader.read(name, own_rows(parameter)))
     return model
 
 
-def fill_(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a parameter: a shard takes its own rows of it."""
-    if isinstance(parameter, DTensor):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        value = distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None).to_local()
-        parameter = parameter.to_local()
-    parameter.copy_(value)
+def own_rows(parameter: DTensor) -> slice:
+    """Which rows of a sharded matrix are here: FSDP cuts the first dimension as torch.chunk does."""
+    mesh, rows = parameter.device_mesh["shard"], parameter.shape[0]
+    start = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+    return slice(start, start + parameter.to_local().shape[0])
 
 
 def whole(parameter: Tensor) -> Tensor:

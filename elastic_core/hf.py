@@ -102,11 +102,11 @@ class TensorReader:
     def __contains__(self, name: str) -> bool:
         return name in self.files
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, mapped from its file."""
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, mapped from its file, or some of its first dimension's rows: no others are read."""
         file, stored = self.files[name]
         with _open(self.directory / file) as handle:
-            return handle.get_tensor(stored)
+            return handle.get_tensor(stored) if rows is None else handle.get_slice(stored)[rows]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold exactly the named tensors."""
