@@ -37,6 +37,7 @@ KINDS = {
     "flow": Kind(("-m", "tests.soak.flow")),
     "worker": Kind(("-m", STAGE), ("SIGKILL",), workers=2),  # one of Ray's workers, and not what was started
     "driver2": Kind(("-m", STAGE), workers=2),
+    "dvc2": Kind(("-m", "dvc", "repro", "--single-item", spaces.STAGE), workers=2),
 }
 
 
