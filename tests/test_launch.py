@@ -15,6 +15,7 @@ pytest.importorskip("ray")
 from elastic_core.config import ConfigError
 from elastic_core.diagnosis import NonFiniteError
 from tasks.launch import Compute, StageError, launch, only_one
+from tasks.leftovers import VARIABLE, nothing_left
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,13 +130,13 @@ def test_workers_attach_to_a_running_cluster(tmp_path):
     start = [*ray, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
     for name in ("good", "bad"):
         (tmp_path / name).mkdir()
-    subprocess.run([*start, "--disable-usage-stats"], env=environment, check=True, capture_output=True, timeout=60)
-    try:
+    # `ray stop` would end every cluster of this machine.
+    with nothing_left():
+        environment[VARIABLE] = os.environ[VARIABLE]
+        subprocess.run([*start, "--disable-usage-stats"], env=environment, check=True, capture_output=True, timeout=60)
         environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
         command = [sys.executable, "-c", ATTACH, str(tmp_path)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
-    finally:
-        subprocess.run([*ray, "stop", "--force"], env=environment, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "StageError: the loss is nan\n" in done.stdout
     for name in ("good", "bad"):

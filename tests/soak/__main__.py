@@ -75,7 +75,8 @@ def run_trials(prepared: spaces.Prepared, arguments: argparse.Namespace, setting
     seed, left = arguments.seed, [arguments.kinds[i % len(arguments.kinds)] for i in range(arguments.trials)]
     while left:  # a run that ended before its moment came is none of the trials: the machine was faster than thought
         kind, seed = left.pop(0), seed + 1
-        result = carry_out(random_trial(kind, seed, seconds[kind]), f"{kind}-{seed}")
+        rows = len(prepared.references[KINDS[kind].workers]["rows"])
+        result = carry_out(random_trial(kind, seed, seconds[kind], rows), f"{kind}-{seed}")
         if not result.moments and not result.problems:
             seconds[kind] = min(seconds[kind], result.life)
             left.insert(0, kind)

@@ -43,7 +43,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Kill:
-    """A signal, and its moment: `seconds` after the start (of the workers), or so many rows of metrics."""
+    """A signal, and its moment: `seconds` after the start (of the workers), or after so many rows of metrics."""
 
     signal: str
     seconds: float = 0.0
@@ -82,12 +82,20 @@ class Result:
         return f"{kills} {self.seconds:6.1f} s  {verdict}"
 
 
-def random_trial(kind: str, seed: int, seconds: float) -> Trial:
-    """Kills at moments spread evenly over a run that takes `seconds` (of a worker: from when there are workers)."""
+def random_trial(kind: str, seed: int, seconds: float, rows: int) -> Trial:
+    """Kills at random moments of a run of `seconds` (of a worker: from when there are workers) and `rows` steps.
+
+    Half of them are spread evenly over the run's time, start-up and last writing included, and half over its steps,
+    which with two workers are the smaller part of it.
+    """
     rng = random.Random(f"{kind} {seed}")
     kills = []
     while not kills or (len(kills) < limit_of(kind) and rng.random() < AGAIN):
-        kills.append(Kill(rng.choice(KINDS[kind].signals), round(rng.uniform(0, seconds), 2)))
+        number = rng.choice(KINDS[kind].signals)
+        if rng.random() < 0.5:
+            kills.append(Kill(number, round(rng.uniform(0, seconds), 2)))
+        else:
+            kills.append(Kill(number, round(rng.uniform(0, 0.3), 2), rng.randint(1, rows)))
     return Trial(kind, tuple(kills), seed)
 
 
@@ -127,7 +135,9 @@ class Stage:
                 return False
             time.sleep(0.02)
         if kill.seconds:
-            begin = self.started if self.kind != "worker" else self.workers_since()
+            begin = time.monotonic() if kill.rows else self.started
+            if self.kind == "worker" and not kill.rows:
+                begin = self.workers_since()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(max(0.0, begin + kill.seconds - time.monotonic()))
         return not self.has_ended() and (self.kind != "worker" or bool(living(self.mark, WORKER)))
