@@ -123,11 +123,18 @@ class Ranks:
             raise ConfigError(problem)
 
     def from_first(self, make: Callable[[], object]):
-        """What `make()` returns on rank 0, on every rank."""
-        value = [make() if self.rank == 0 else None]
+        """What `make()` returns on rank 0, on every rank; an error that its user can mend is everybody's too."""
+        answer = [None, None]  # value, error
+        if self.rank == 0:
+            try:
+                answer[0] = make()
+            except (ValueError, OSError) as error:
+                answer[1] = error
         if self.is_distributed:
-            dist.broadcast_object_list(value, src=0, group=self.host_group)
-        return value[0]
+            dist.broadcast_object_list(answer, src=0, group=self.host_group)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
 
     def part(self, count: int, name: str = "batch_size") -> slice:
         """This rank's equal part of `count` items; ValueError where they cannot be shared out equally."""

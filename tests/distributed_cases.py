@@ -15,6 +15,7 @@ from test_training import BUDGETS, MEMBERS, TEXT, make_router, make_stage
 
 from elastic_core import Submodel, rank
 from elastic_core.checkpoint import Checkpoints
+from elastic_core.config import ConfigError
 from elastic_core.curriculum import Loss, Routing
 from elastic_core.data import PackedSequences, TokenData
 from elastic_core.distributed import Execution, Ranks, from_pretrained, place, save_pretrained, whole
@@ -217,6 +218,22 @@ def unwritable(ranks, data, directory):
         return {"errors": ranks.gather(f"{type(error).__name__}: {error}")}
 
 
+def told(ranks, data, directory):
+    """Rank 0 looks for checkpoints at a place that is refused; a tracker that only it has cannot be opened."""
+    messages = []
+    try:
+        Checkpoints("nowhere://bucket/run", 2, ranks).load_newest({})
+    except ValueError as error:
+        messages.append(f"{type(error).__name__}: {error}")
+    try:
+        with ranks.first_alone() as is_first:
+            if is_first:
+                raise ConfigError("tracking.wandb: got 'x'")
+    except ConfigError as error:
+        messages.append(str(error))
+    return {"messages": ranks.gather(messages)}
+
+
 CASES = (
     hard,
     soft,
@@ -236,6 +253,7 @@ CASES = (
     ranking,
     stored,
     unwritable,
+    told,
 )
 
 

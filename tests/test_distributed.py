@@ -148,6 +148,12 @@ def test_a_failed_save_is_the_same_error_on_every_rank(pair):
     assert len(errors) == 2 and all(error.startswith("CheckpointError: the checkpoint of step 0") for error in errors)
 
 
+def test_an_error_of_rank_0_alone_is_everybodys(pair):
+    first, second = pair[0]["told"]["messages"]
+    assert first == second and len(first) == 2
+    assert first[0].startswith("StorageError: nowhere://bucket/run") and first[1] == "tracking.wandb: got 'x'"
+
+
 def test_what_cannot_be_shared_out_is_refused():
     with pytest.raises(ValueError, match=r"batch_size: got 5; allowed: multiples of the number of workers \(2\)"):
         Ranks(0, 2).part(5)
