@@ -91,7 +91,11 @@ class Checkpoints:
                 if problem is None:
                     reader = dcp.FileSystemReader(directory)
                     alone = not self.ranks.is_distributed
-                    dcp.load({"run": tensors}, storage_reader=reader, process_group=self._group, no_dist=alone)
+                    try:
+                        dcp.load({"run": tensors}, storage_reader=reader, process_group=self._group, no_dist=alone)
+                    except CheckpointException as error:  # intact, and yet of another model
+                        where = storage.join(self.location, name)
+                        raise CheckpointError(f"{where} could not be read: {_root_cause(error)}") from error
                     self.ranks.barrier()  # nobody drops a downloaded one that others still read
                     return manifest["progress"]
             if self.ranks.rank == 0:
@@ -110,7 +114,7 @@ class Checkpoints:
                     raise ValueError(f"{name} has {path.stat().st_size} bytes, should have {entry['bytes']}")
                 if file_digest(path) != entry["sha256"]:
                     raise ValueError(f"the checksum of {name} does not match")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = str(error)
         found = [problem for problem in self.ranks.gather(problem) if problem is not None]
         return (found[0] if found else None), manifest
@@ -161,6 +165,8 @@ class _Writer(dcp.FileSystemWriter):
         super().finish(metadata, results)
         directory = Path(self.path)
         if self.is_remote:
+            for left in directory.glob(f"*{SUMS}"):  # a killed run's: ours are up there
+                left.unlink()
             for name in storage.list_names(self._url()):
                 if name.endswith(SUMS):
                     storage.download(self._url(name), directory / name)
@@ -168,6 +174,9 @@ class _Writer(dcp.FileSystemWriter):
         for path in directory.glob(f"*{SUMS}"):
             files |= json.loads(path.read_text())
             path.unlink()
+        written = {result.storage_data.relative_path for part in results for result in part}
+        if missing := sorted(written - files.keys()):
+            raise OSError(f"{missing[0]}, which another worker wrote, is not there; all need to see the same place")
         content = {"step": self.step, "progress": self.progress, "files": files}
         _write_durably(directory / MANIFEST, json.dumps(content | {"sha256": _digest(content)}) + "\n")
         if self.is_remote:
@@ -194,7 +203,7 @@ def _local(location: str, name: str, ranks: Ranks) -> Iterator[Path]:
     if leads:
         try:
             _download(storage.join(location, name), directory)
-        except storage.StorageError as error:
+        except (storage.StorageError, OSError) as error:
             problem = str(error)
     found = [problem for problem in ranks.gather(problem) if problem is not None]
     if found:  # out of reach, not damaged: an older one must not be taken for the newest

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -89,6 +90,17 @@ class Ranks:
         if self.is_distributed:
             dist.barrier(group=self.host_group)
 
+    def everybody_comes(self, seconds: float) -> bool:
+        """Whether all ranks call this, once in a process group's life, within so many seconds of each other."""
+        if not self.is_distributed:
+            return True
+        # By the store, not by a message: the others may be waiting for another one.
+        store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + seconds
+        store.add("everybody_comes", 1)
+        while store.add("everybody_comes", 0) < self.world and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return store.add("everybody_comes", 0) >= self.world
+
     def leads_node(self) -> bool:
         """Whether this is the first of the ranks on its machine."""
         return self.gather(socket.gethostname()).index(socket.gethostname()) == self.rank
@@ -137,9 +149,9 @@ class Ranks:
         return answer[0]
 
     def part(self, count: int, name: str = "batch_size") -> slice:
-        """This rank's equal part of `count` items; ValueError where they cannot be shared out equally."""
+        """This rank's equal part of `count` items; ConfigError where they cannot be shared out equally."""
         if count % self.world:
-            raise ValueError(f"{name}: got {count}; allowed: multiples of the number of workers ({self.world})")
+            raise ConfigError(f"{name}: got {count}; allowed: multiples of the number of workers ({self.world})")
         size = count // self.world
         return slice(self.rank * size, (self.rank + 1) * size)
 

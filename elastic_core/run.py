@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from elastic_core.checkpoint import Checkpoints
+from elastic_core.config import ConfigError
 from elastic_core.cost import num_parameters
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.data import PackedSequences
@@ -49,7 +50,7 @@ class Run:
 
     def __post_init__(self):
         if (self.members is None) == (self.router is None):
-            raise ValueError("Run: give either the members of the family or a router that chooses them")
+            raise ConfigError("Run: give either the members of the family or a router that chooses them")
         assert self.router is None or self.router.targets == tuple(self.budgets.values())
         self.ranks.part(self.stage.batch_size // self.stage.microbatches, "batch_size / microbatches")
         check_budgets(self)
@@ -67,36 +68,36 @@ class Run:
 
 
 def check_budgets(run: Run) -> None:
-    """Raise ValueError for a budget that the stage names and the family does not have."""
+    """Raise ConfigError for a budget that the stage names and the family does not have."""
     for name in ("budget_shares", "loss_by_budget"):
         if unknown := sorted(set(getattr(run.stage, name)) - set(run.budgets)):
-            raise ValueError(f"{name}: got {', '.join(unknown)}; allowed: the budgets {', '.join(run.budgets)}")
+            raise ConfigError(f"{name}: got {', '.join(unknown)}; allowed: the budgets {', '.join(run.budgets)}")
 
 
 def check_teacher(run: Run) -> None:
-    """Raise ValueError, before any work, where a budget would have no teacher, or a teacher nothing to learn from."""
+    """Raise ConfigError, before any work, where a budget would have no teacher, or a teacher nothing to learn from."""
     stage, shares = run.stage, run.stage.budget_shares or dict.fromkeys(run.budgets, 1.0)
     if run.teacher is run.model:
-        raise ValueError("teacher: got the model itself, which would be frozen; load it twice, or use trainable")
+        raise ConfigError("teacher: got the model itself, which would be frozen; load it twice, or use trainable")
     if run.teacher is not None and run.teacher.config.vocab_size != run.model.config.vocab_size:
-        raise ValueError(
+        raise ConfigError(
             f"teacher: has a vocabulary of {run.teacher.config.vocab_size}, the model one of "
             f"{run.model.config.vocab_size}; distillation needs a teacher with the model's own tokenizer"
         )
     for name in run.budgets:
         weights, share = stage.loss_of(name), shares.get(name, 0.0)
         if stage.teacher != "trainable" and run.teacher is None and share > 0 and weights.kl_weight > 0:
-            raise ValueError(
+            raise ConfigError(
                 f"loss.kl_weight: got {weights.kl_weight} for budget {name}, but the {stage.teacher} teacher's model "
                 "is not there; give one, or set kl_weight to 0 (and ce_weight above 0)"
             )
         if stage.teacher != "frozen" and run.budgets[name] == 1.0 and not (weights.ce_weight > 0 and share > 0):
-            raise ValueError(
+            raise ConfigError(
                 f"teacher: got {stage.teacher}, but its own budget {name} has ce_weight {weights.ce_weight} and a "
                 f"share of {share}; set both above 0 (loss_by_budget, budget_shares): it must itself learn from text"
             )
     if stage.teacher != "frozen" and 1.0 not in run.budgets.values():
-        raise ValueError(f"teacher: got {stage.teacher}, which is the full budget; give budgets a 1.0, or use frozen")
+        raise ConfigError(f"teacher: got {stage.teacher}, which is the full budget; give budgets a 1.0, or use frozen")
 
 
 def make_optimizer(model: ElasticModel, router: Router | None, stage: Stage, routing: Routing) -> torch.optim.AdamW:

@@ -32,7 +32,8 @@ Work = Callable[[dict, Ranks], None]
 ANSWER_SECONDS = 8  # for a cluster to show that it is there
 HTTP2_SETTINGS = 4  # the type of a frame, its fourth byte (RFC 9113)
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, HTTP2_SETTINGS, 0, 0, 0, 0, 0])
-# Every rank raises these at the same point, and starting again would only repeat them.
+AGREE_SECONDS = 60  # for all workers to come to the same error
+# Where every rank raises one of these, starting again would only repeat it.
 FINAL = (NonFiniteError, CheckpointError, ConfigError, storage.StorageError)
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -127,6 +128,8 @@ def _worker(call: dict) -> str | None:
     try:
         call["work"](call["arguments"], ranks)
     except FINAL as error:
+        if not ranks.everybody_comes(AGREE_SECONDS):
+            raise  # to Ray, which ends the others: they wait for this one elsewhere
         return str(error)
     except OSError as error:
         if ranks.is_distributed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -198,7 +201,7 @@ def check_cluster(address: str) -> None:
             if os.environ.get("RAY_USE_TLS", "0") != "0":
                 return
             connection.sendall(HTTP2_GREETING)
-            answer = connection.recv(9)
+            answer = connection.recv(9, socket.MSG_WAITALL)
     except OSError as error:
         raise ConfigError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}); {advice}") from None
     if len(answer) < 9 or answer[3] != HTTP2_SETTINGS:

@@ -170,6 +170,8 @@ class Params:
                     weight = stage.loss_of(budget).ce_weight
                     allowed = f"above 0: a {stage.teacher} teacher must itself learn from text"
                     require(weight > 0, f"{name}.loss_by_budget.{budget}.ce_weight", weight, allowed)
+                    share = stage.budget_shares.get(budget, 0.0) if stage.budget_shares else 1.0
+                    require(share > 0, f"{name}.budget_shares.{budget}", share, allowed)
         if self.parent.training is not None:
             stages["parent.training"] = self.parent.training
         for name, section in {**stages, "rank": self.rank}.items():

@@ -98,7 +98,7 @@ def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> Non
 
 def work(arguments: dict, ranks: Ranks) -> None:
     """What every worker does."""
-    train_parent(params.load(), train.Job(**arguments), ranks)
+    train_parent(arguments["settings"], arguments["job"], ranks)
 
 
 def check_stages(settings: "params.Params", data: TokenData) -> None:

@@ -148,7 +148,7 @@ class Display:
 def followed(name: str, stage: Stage, metrics: Path) -> Iterator[None]:
     """Show the rows that other processes add to `metrics` as long as the block runs: a bar for work done elsewhere."""
     display, ended = Display(name, stage), threading.Event()
-    seen = metrics.stat().st_size if metrics.exists() else 0
+    seen = metrics.read_bytes().rfind(b"\n") + 1 if metrics.exists() else 0  # a cut-off line will be dropped
 
     def follow() -> None:
         position, last_look = seen, False

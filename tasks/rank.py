@@ -18,7 +18,7 @@ PARENT, DATA, OUT = Path("artifacts/parent"), Path("artifacts/data"), Path("arti
 
 def work(arguments: dict, ranks: Ranks) -> None:
     """What every worker does: score its own sequences of every batch; all end with the same ranking."""
-    settings = params.load()
+    settings = arguments["settings"]
     section = settings.rank
     model = ElasticModel.from_pretrained(PARENT).to(ranks.device)
     sequences = PackedSequences(TokenData(DATA), section.mixture, section.sequence_length, settings.seed + 1)
@@ -58,7 +58,7 @@ def work(arguments: dict, ranks: Ranks) -> None:
 def main() -> None:
     with params.errors_as_text():
         settings = params.load()
-        launch(work, {}, settings.compute, "rank")
+        launch(work, {"settings": settings}, settings.compute, "rank")
 
 
 if __name__ == "__main__":

@@ -177,9 +177,9 @@ def run_to_end(run: Run, settings: "params.Params", job: Job, metrics: Path) -> 
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
-    """What every worker does."""
-    job = Job(**arguments)
-    {"train_short": train_short, "train_extended": train_extended}[job.name](params.load(), job, ranks)
+    """What every worker does, by the parameters that its job was keyed by: the file may have changed since then."""
+    job = arguments["job"]
+    {"train_short": train_short, "train_extended": train_extended}[job.name](arguments["settings"], job, ranks)
 
 
 def run_stage(function: Callable[[dict, Ranks], None], settings: "params.Params", job: Job, stage: Stage) -> None:
@@ -193,7 +193,7 @@ def run_stage(function: Callable[[dict, Ranks], None], settings: "params.Params"
         stack.enter_context(only_one(job.directory, job.name))
         if job.followed:
             stack.enter_context(followed(job.name, stage, job.metrics))
-        launch(function, dataclasses.asdict(job), settings.compute, f"{job.name}-{job.key}")
+        launch(function, {"settings": settings, "job": job}, settings.compute, f"{job.name}-{job.key}")
 
 
 def main(stage: str) -> None:
