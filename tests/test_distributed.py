@@ -161,26 +161,25 @@ def test_what_cannot_be_shared_out_is_refused():
         make_mesh(Ranks(0, 4), 3)
 
 
-def test_compiled_layers_compute_the_same_and_none_falls_back(monkeypatch):
-    """More shapes than torch's default limit of 8, the slices' and the full one, each with and without gradients."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    config = cases.CONFIG.__class__(
-        **cases.CONFIG.to_dict() | {"layers_block_type": ["mlp", "attention"], "hidden_size": 16}
-    )
-    plain, compiled = (cases.random_elastic(0, config) for _ in range(2))
-    place(compiled, ALONE, Execution(), "float32")
-    compile_blocks(compiled)
-    assert torch._dynamo.config.recompile_limit == 64
-    for block in compiled.model.layers:  # the graphs are what is tested, not the C++ made of them
-        block.norm.compile(dynamic=False, backend="aot_eager")
-        block.mixer.compile(dynamic=False, backend="aot_eager")
-    ids = torch.randint(0, config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-    for hidden in (16, 12, 8):
-        submodel = cases.Submodel(hidden_size=hidden, intermediate_size=hidden)
-        for model in (plain, compiled):
-            model(ids, submodel).square().mean().backward()
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(ids, submodel), plain(ids, submodel), rtol=1e-4, atol=1e-5)
-    for one, two in zip(plain.parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-5)
+def test_compiled_layers_compute_the_same_and_none_falls_back():
+    """More shapes than the limit that is set before, the slices' and the full one, each with and without gradients."""
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=4, fail_on_recompile_limit_hit=True):
+        config = cases.CONFIG.__class__(
+            **cases.CONFIG.to_dict() | {"layers_block_type": ["mlp", "attention"], "hidden_size": 16}
+        )
+        plain, compiled = (cases.random_elastic(0, config) for _ in range(2))
+        place(compiled, ALONE, Execution(), "float32")
+        compile_blocks(compiled)
+        assert torch._dynamo.config.recompile_limit == 64
+        for block in compiled.model.layers:  # the graphs are what is tested, not the C++ made of them
+            block.norm.compile(dynamic=False, backend="aot_eager")
+            block.mixer.compile(dynamic=False, backend="aot_eager")
+        ids = torch.randint(0, config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+        for hidden in (16, 12, 8):
+            submodel = cases.Submodel(hidden_size=hidden, intermediate_size=hidden)
+            for model in (plain, compiled):
+                model(ids, submodel).square().mean().backward()
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(ids, submodel), plain(ids, submodel), rtol=1e-4, atol=1e-5)
+        for one, two in zip(plain.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-5)
