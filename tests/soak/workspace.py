@@ -20,12 +20,12 @@ TIMES = ("memory_bytes", "seconds", "tokens_per_second", "seconds_left")  # of a
 PREPARE = "from tasks import parent, prepare_data, rank; prepare_data.main(); parent.main(); rank.main()"
 # The stage's work on two ranks without Ray, so that what Ray does is compared with something else.
 TWO_RANKS = """
-import dataclasses
 import torch.distributed as dist
 from elastic_core.distributed import Ranks
 from tasks import params, train
 dist.init_process_group("gloo")
-train.work(dataclasses.asdict(train.short_job(params.load())), Ranks.current())
+settings = params.load()
+train.work({"settings": settings, "job": train.short_job(settings)}, Ranks.current())
 dist.destroy_process_group()
 """
 
