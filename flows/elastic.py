@@ -29,7 +29,7 @@ from flows.guard import guarded
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("reports/results.json")
 REPORT = Path("reports/report.md")
-TAIL_LINES = 20  # of a failed stage's output, repeated in the error
+
 PROGRESS_SECONDS = 5.0  # between two log lines of one progress bar
 
 # A line and how it ended. A carriage return at the very end stays unread: the next byte tells whether it is "\r\n".

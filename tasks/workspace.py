@@ -1,41 +1,104 @@
-"""Where a profile runs: `default` in the checkout itself, any other in a copy under .runs/, with its own results.
+"""Where a profile runs: the default in the checkout, any other in a copy under .runs/, with its own results.
 
 `python -m tasks.workspace PROFILE` prepares it and prints its directory. A profile is a file in profiles/ that
-overrides values of params.yaml; the copy shares the checkout's DVC cache.
+overrides values of params.yaml; single values can be overridden on top, for one run and those like it. The copy
+shares the checkout's DVC cache, so that stages which some run has done before are not done again.
 """
 
 import argparse
+import hashlib
+import json
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
-from elastic_core.config import ConfigError
+from ruamel.yaml import YAML, YAMLError
 
 ROOT = Path(__file__).resolve().parents[1]
+OVERRIDE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.+"  # as `dvc exp run -S` takes it: train_short.steps=100
 
 
-def prepare(profile: str = "default", root: Path = ROOT) -> Path:
-    """The directory in which `profile` runs, brought up to date with the checkout's tracked and new files."""
-    if profile == "default":
-        return root
-    names = sorted(path.stem for path in (root / "profiles").glob("*.yaml"))
+def profile_names(root: Path = ROOT) -> list[str]:
+    """The profiles that can run: `default`, and the files in profiles/."""
+    return ["default", *sorted(path.stem for path in (root / "profiles").glob("*.yaml") if path.stem != "default")]
+
+
+def prepare(
+    profile: str = "default",
+    root: Path = ROOT,
+    budgets: Mapping[str, float] | None = None,
+    overrides: Iterable[str] = (),
+) -> Path:
+    """The directory in which `profile` runs, brought up to date with the checkout's tracked and new files.
+
+    `budgets` replaces the family, whose members then share the training evenly unless their names are the old ones.
+    `overrides`: ``section.key=value``, the value in YAML. With either, the run gets a directory of its own, the same
+    one for the same values. Raises ValueError for an unknown profile and an override that cannot be read; whether
+    there is such a parameter, and takes such a value, tasks.params checks.
+    """
+    names = profile_names(root)
     if profile not in names:
-        raise ConfigError(f"profile: got {profile!r}; allowed: {', '.join(['default', *names])} (files in profiles/)")
-    overrides = root / "profiles" / f"{profile}.yaml"
-    workspace = root / ".runs" / profile
-    files = [name for name in _source_files(root) if (root / name).is_file()]
-    _mirror(root, workspace, files)
-    yaml = YAML()  # keeps the comments
-    parameters = yaml.load(root / "params.yaml")
-    _merge(parameters, yaml.load(overrides) or {})
-    yaml.dump(parameters, workspace / "params.yaml")
+        raise ValueError(f"profile: got {profile!r}; allowed: {', '.join(names)} (files in profiles/)")
+    changes = [_read_override(text) for text in overrides]
+    if profile == "default" and not budgets and not changes:
+        return root
+    parameters = _parameters(profile, root)
+    if budgets:
+        _replace_budgets(parameters, budgets)
+    for path, value in changes:
+        _set(parameters, path, value)
+    workspace = root / ".runs" / _directory_name(profile, budgets, changes)
+    _mirror(root, workspace, [name for name in _source_files(root) if (root / name).is_file()])
+    YAML().dump(parameters, workspace / "params.yaml")
     (workspace / ".dvc" / "config.local").write_text(
         f"[core]\n    no_scm = true\n[cache]\n    dir = {root / '.dvc' / 'cache'}\n"
     )
     return workspace
+
+
+def _directory_name(profile: str, budgets: Mapping[str, float] | None, changes: list[tuple[list[str], object]]) -> str:
+    if not budgets and not changes:
+        return profile
+    description = json.dumps([dict(budgets or {}), changes], sort_keys=True, default=str)
+    return f"{profile}-{hashlib.sha256(description.encode()).hexdigest()[:8]}"
+
+
+def _parameters(profile: str, root: Path):
+    """params.yaml, comments and all, with the profile's values."""
+    yaml = YAML()
+    parameters = yaml.load(root / "params.yaml")
+    if profile != "default":
+        _merge(parameters, yaml.load(root / "profiles" / f"{profile}.yaml") or {})
+    return parameters
+
+
+def _read_override(text: str) -> tuple[list[str], object]:
+    if not re.fullmatch(OVERRIDE, text):
+        raise ValueError(f"override: got {text!r}; allowed: section.key=value, such as train_short.learning_rate=1e-3")
+    name, _, value = text.partition("=")
+    try:
+        return name.split("."), YAML(typ="safe").load(value)
+    except YAMLError:
+        raise ValueError(f"override: got {text!r}, whose value is not valid YAML") from None
+
+
+def _set(values, path: list[str], value) -> None:
+    for key in path[:-1]:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    values[path[-1]] = value
+
+
+def _replace_budgets(parameters, budgets: Mapping[str, float]) -> None:
+    parameters["budgets"] = dict(budgets)
+    for section in parameters.values():
+        for key in ("budget_shares", "loss_by_budget"):
+            if isinstance(section, dict) and not set(section.get(key, ())) <= set(budgets):
+                del section[key]
 
 
 def _source_files(root: Path) -> list[str]:
@@ -80,7 +143,7 @@ def main() -> None:
     parser.add_argument("profile", nargs="?", default="default")
     try:
         print(prepare(parser.parse_args().profile))
-    except ConfigError as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
 
 

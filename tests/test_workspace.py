@@ -5,7 +5,6 @@ import subprocess
 import pytest
 import yaml
 
-from elastic_core.config import ConfigError
 from tasks import workspace
 from tasks.workspace import prepare
 
@@ -108,8 +107,39 @@ def test_profiles_do_not_touch_each_other(root):
 
 @pytest.mark.parametrize("name", ["huge", "", "../params"])
 def test_an_unknown_profile_names_the_known_ones(root, name):
-    with pytest.raises(ConfigError, match=r"profile: got '.*'; allowed: default, big, tiny \(files in profiles/\)"):
+    with pytest.raises(ValueError, match=r"profile: got '.*'; allowed: default, big, tiny \(files in profiles/\)"):
         prepare(name, root)
+    assert not (root / ".runs").exists()
+
+
+def test_overrides_and_budgets_run_in_a_directory_of_their_own(root):
+    overrides = ["train_short.steps=7", "train_short.loss.ce_weight=1e-1", "train_short.new=[a, b]"]
+    copy = prepare("tiny", root, overrides=overrides)
+    assert copy.parent == root / ".runs" and copy.name.startswith("tiny-")
+    assert prepare("tiny", root, overrides=overrides) == copy != prepare("tiny", root, overrides=overrides[:2])
+    section = yaml.safe_load((copy / "params.yaml").read_text())["train_short"]
+    assert section["steps"] == 7 and section["loss"] == {"ce_weight": 0.1, "kl_weight": 1.0}
+    assert section["new"] == ["a", "b"] and section["warmup_steps"] == 3
+    assert prepare("default", root, overrides=["seed=1"]) != root
+    assert (root / "params.yaml").read_text() == PARAMS
+
+
+def test_other_budgets_drop_the_shares_of_the_old_ones(root):
+    shares = "train_short: {budget_shares: {full: 0.4, small: 0.6}}\n"
+    (root / "profiles" / "big.yaml").write_text("budgets: {full: 1.0, small: 0.3}\n" + shares)
+
+    def read(budgets):
+        return yaml.safe_load((prepare("big", root, budgets) / "params.yaml").read_text())
+
+    renamed, resized = read({"full": 1.0, "tiny": 0.2}), read({"full": 1.0, "small": 0.2})
+    assert renamed["budgets"] == {"full": 1.0, "tiny": 0.2} and "budget_shares" not in renamed["train_short"]
+    assert resized["budgets"]["small"] == 0.2 and resized["train_short"]["budget_shares"]["small"] == 0.6
+
+
+@pytest.mark.parametrize("text", ["steps", "a.b=", "a..b=1", "=1", "a.b=[1"])
+def test_an_override_that_cannot_be_read_is_refused(root, text):
+    with pytest.raises(ValueError, match="override: got"):
+        prepare("tiny", root, overrides=[text])
     assert not (root / ".runs").exists()
 
 
