@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows import guard
+from flows.compare import NAMED
+from flows.publish import FILES_URL
 
 ROOT = Path(__file__).resolve().parents[1]
 POOL = "local"
-DEPLOYMENT = "full"
+DEPLOYMENTS = {"flows/elastic.py:elastic": "full", "flows/compare.py:compare": "runs"}
 START_SECONDS = 120  # for the server to answer
 STOP_SECONDS = 60  # for what a killed dashboard left to end; its guards need a quarter of it
 # The worker's has to be the longest: inside it a run ends its own stage within guard.GRACE_SECONDS.
@@ -40,6 +42,15 @@ class Address:
     @property
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
+
+    @property
+    def files_port(self) -> int:
+        """Of the finished runs' files: beside the server's."""
+        return self.port + 1
+
+    @property
+    def files_url(self) -> str:
+        return f"http://{self.host}:{self.files_port}"
 
 
 def main() -> None:
@@ -108,16 +119,17 @@ def lock_file(file) -> bool:
 
 
 def check_port(address: Address) -> None:
-    """Say so clearly if another program listens on our port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
-        try:
-            probe.bind((address.host, address.port))
-        except OSError as error:
-            sys.exit(
-                f"cannot listen on {address.host}:{address.port} ({error.strerror}); stop the program that does, or "
-                "choose another port: both [api] url and [server.api] port in prefect.toml"
-            )
+    """Say so clearly if another program listens on one of our ports."""
+    for port in (address.port, address.files_port):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            try:
+                probe.bind((address.host, port))
+            except OSError as error:
+                sys.exit(
+                    f"cannot listen on {address.host}:{port} ({error.strerror}); stop the program that does, or choose "
+                    "another port: both [api] url and [server.api] port in prefect.toml (files are served at the next)"
+                )
 
 
 def stop_on_signals() -> None:
@@ -139,7 +151,7 @@ def serve(address: Address, lock: int) -> None:
     log = address.home / "server.log"
     # Runs import `flows` and `tasks` from this checkout, whichever one is installed.
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    options = {"pass_fds": (lock,), "env": {**os.environ, "PYTHONPATH": path}}
+    options = {"pass_fds": (lock,), "env": {**os.environ, "PYTHONPATH": path, FILES_URL: address.files_url}}
     with (
         open(log, "w") as output,
         guard.guarded([*prefect, "server", "start"], stdout=output, stderr=output, **options) as server,
@@ -148,12 +160,23 @@ def serve(address: Address, lock: int) -> None:
         wait_until_healthy(server, log)
         deploy()
         worker_command = [*prefect, "worker", "start", "--pool", POOL, "--type", "process", "--name", "dashboard"]
-        with guard.guarded(worker_command, WORKER_GRACE_SECONDS, **options) as worker:
+        with (
+            guard.guarded(files_command(address), stdout=output, stderr=output, **options),
+            guard.guarded(worker_command, WORKER_GRACE_SECONDS, **options) as worker,
+        ):
             print(greeting(address), flush=True)
             while server.poll() is None and worker.poll() is None:
                 time.sleep(0.2)
             ended = f"the server ended, see {log}" if server.poll() is not None else "the worker ended"
             sys.exit(f"{ended}; stopping everything. Start again: runs that were cut off will be marked as crashed")
+
+
+def files_command(address: Address) -> list[str]:
+    """What serves the directories of finished runs, read-only, for the links in the UI."""
+    directory = ROOT / NAMED
+    directory.mkdir(parents=True, exist_ok=True)
+    where = ["--bind", address.host, "--directory", str(directory)]
+    return [sys.executable, "-m", "http.server", str(address.files_port), *where]
 
 
 def wait_until_healthy(server: subprocess.Popen, log: Path) -> None:
@@ -170,7 +193,7 @@ def wait_until_healthy(server: subprocess.Popen, log: Path) -> None:
 
 
 def deploy() -> None:
-    """The work pool and the deployment; runs beyond the first wait for their turn."""
+    """The work pool and the deployments; runs beyond the first wait for their turn."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.flows import Flow
@@ -178,8 +201,9 @@ def deploy() -> None:
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
         mark_dead_runs(client)
-    flow = Flow.from_source(source=str(ROOT), entrypoint="flows/elastic.py:elastic")
-    flow.to_deployment(name=DEPLOYMENT, work_pool_name=POOL, concurrency_limit=1).apply()
+    for entrypoint, name in DEPLOYMENTS.items():
+        flow = Flow.from_source(source=str(ROOT), entrypoint=entrypoint)
+        flow.to_deployment(name=name, work_pool_name=POOL, concurrency_limit=1).apply()
 
 
 def mark_dead_runs(client) -> None:
@@ -205,7 +229,7 @@ def greeting(address: Address) -> str:
         command = str(prefect.relative_to(ROOT) if prefect.is_relative_to(ROOT) else prefect)
     return (
         f"\nDashboard:  {address.url}\n"
-        f"Run the pipeline, in another terminal:  {command} deployment run elastic/{DEPLOYMENT} --watch\n"
+        f"Run the pipeline, in another terminal:  {command} deployment run elastic/full --watch\n"
         "Ctrl-C stops everything.\n"
     )
 

@@ -23,6 +23,17 @@ from tasks.prepare_data import PrepareData
 from tasks.tracking import Tracking
 
 FILE = "params.yaml"
+STAGES = (
+    "prepare_data",
+    "parent",
+    "rank",
+    "train_short",
+    "train_extended",
+    "extract",
+    "evaluate_parent",
+    "evaluate",
+    "report",
+)
 TOKENIZERS = ("tokenizer.json", "vocab.json")  # either of them makes a fast tokenizer
 
 
@@ -148,6 +159,7 @@ class Params:
     report: Report = field(default_factory=Report)
     compute: Compute = field(default_factory=Compute)
     tracking: Tracking = field(default_factory=Tracking)
+    time_limits: dict[str, float] = field(default_factory=dict)  # of stages, in hours
     seed: int = 0
 
     def check(self) -> None:
@@ -156,6 +168,9 @@ class Params:
         for name, target in self.budgets.items():
             require(name.isidentifier(), "budgets", name, "names of letters, digits and _")
             require(0 < target <= 1, f"budgets.{name}", target, "a share of the parent's parameters, up to 1")
+        for name, hours in self.time_limits.items():
+            require(name in STAGES, "time_limits", name, ", ".join(STAGES))
+            require(hours > 0, f"time_limits.{name}", hours, "hours, above 0")
         targets = list(self.budgets.values())
         require(len(set(targets)) == len(targets), "budgets", targets, "different targets")
         stages = {"train_short": self.train_short, "train_extended": self.train_extended}

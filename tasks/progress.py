@@ -15,12 +15,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from elastic_core.curriculum import Stage
+from tasks.metrics import Announcement, NewRows, drop_cut_off_line, duration, plain, read_rows, smooth
 from tasks.tracking import OFF, Tracking, open_writers
 
 FOLLOW_SECONDS = 0.5  # between looks at rows that another process writes
 LOG_SECONDS = 5.0  # between lines where there is no terminal for a progress bar
 RATE_SECONDS, RATE_STEPS = 60.0, 20  # the rate is that of the last minute, or of 20 steps where those take longer
-SMOOTHING = 0.1  # weight of the newest loss in the mean that is shown
 
 
 class Recorder:
@@ -51,10 +51,7 @@ class Recorder:
         directory.mkdir(parents=True, exist_ok=True)
         drop_cut_off_line(self.metrics)
         self.file = open(self.metrics, "a", buffering=1)
-        print(
-            f"{self.name}: {self.stage.num_tokens():,} tokens in {self.stage.steps} steps, rows in {self.metrics}",
-            flush=True,
-        )
+        print(Announcement(self.name, self.stage.num_tokens(), self.stage.steps, str(self.metrics)), flush=True)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -148,22 +145,14 @@ class Display:
 def followed(name: str, stage: Stage, metrics: Path) -> Iterator[None]:
     """Show the rows that other processes add to `metrics` as long as the block runs: a bar for work done elsewhere."""
     display, ended = Display(name, stage), threading.Event()
-    seen = metrics.read_bytes().rfind(b"\n") + 1 if metrics.exists() else 0  # a cut-off line will be dropped
+    new_rows = NewRows(metrics, skip=True)
 
     def follow() -> None:
-        position, last_look = seen, False
+        last_look = False
         while not last_look:
             last_look = ended.wait(FOLLOW_SECONDS)
-            if not metrics.exists():
-                continue
-            with open(metrics, "rb") as file:
-                position = min(position, file.seek(0, os.SEEK_END))  # a line that was cut off is gone
-                file.seek(position)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    position += len(line)
-                    display.show(json.loads(line))
+            for row in new_rows.read():
+                display.show(row)
 
     follower = threading.Thread(target=follow, name="progress", daemon=True)
     follower.start()
@@ -197,15 +186,6 @@ class Speed:
         return self.rate
 
 
-def smooth(means: dict[str, float], numbers: dict) -> None:
-    """Move a budget's running means towards a step's numbers, in place; what is null changes nothing."""
-    for name in ("loss", "kl"):
-        if (value := numbers.get(name)) is not None:
-            means[name] = (1 - SMOOTHING) * means.get(name, value) + SMOOTHING * value
-    if numbers.get("budget_error") is not None:
-        means["budget_error"] = numbers["budget_error"]
-
-
 def describe(row: dict, means: dict[str, dict[str, float]]) -> str:
     """Mode, losses and what else there is to say about a step, the most telling first: a narrow terminal cuts it."""
     losses = [
@@ -220,39 +200,3 @@ def describe(row: dict, means: dict[str, dict[str, float]]) -> str:
     if row.get("memory_bytes") is not None:
         parts.append(f"{row['memory_bytes'] / 2**30:.2f} GiB")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """A length of time for people: 40 s, 12 min, 1h05m, 3d04h."""
-    if round(seconds) < 60:
-        return f"{round(seconds)} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60}h{minutes % 60:02}m"
-    hours = round(seconds / 3600)
-    return f"{hours // 24}d{hours % 24:02}h"
-
-
-def plain(value):
-    """`value` with null in place of the floats that JSON does not have: NaN and the infinities."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a file of metrics by step, also of one that is still written; a resumed step's later row wins."""
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is cut off
-    latest = {row["step"]: plain(row) for row in map(json.loads, lines)}
-    return [latest[step] for step in sorted(latest)]
-
-
-def drop_cut_off_line(path: Path) -> None:
-    """Shorten a file of lines to its last line break: a kill may have cut its last line short."""
-    if path.exists():
-        content = path.read_bytes()
-        os.truncate(path, content.rfind(b"\n") + 1)

@@ -8,18 +8,19 @@ import socket
 import subprocess
 import sys
 import time
-import types
 import uuid
 from pathlib import Path
 
+import httpx
 import pytest
 
 pytest.importorskip("prefect")
 pytest.importorskip("dvc")
 
 from flows_fixture.driver import MARK, Dashboard, marked, set_params, wait_for
+from prefect.exceptions import ParameterTypeError
 
-from flows import elastic
+from flows import compare, elastic, output, publish, stages
 from flows.guard import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,8 +31,8 @@ def make_checkout(path: Path) -> Path:
     shutil.copytree(ROOT / "tests/flows_fixture/pipeline", path, dirs_exist_ok=True)
     for name in ("flows", ".dvc"):
         shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("cache", "tmp", "__pycache__"))
-    for name in ("prefect.toml", ".dvcignore"):
-        shutil.copy(ROOT / name, path)
+    for name in ("prefect.toml", ".dvcignore", ".gitignore", "tasks/workspace.py", "tasks/metrics.py"):
+        shutil.copy(ROOT / name, path / name)
     subprocess.run(["git", "init", "-q", path], check=True)
     return path
 
@@ -109,24 +110,24 @@ def test_guard_passes_the_status_on_and_ends_what_the_command_left(mark):
 
 
 def test_lines_survive_any_cut_into_chunks():
-    output = "eins\r\nzwei ü\n\n\x1b[31mrot\x1b[0m\nlast".encode()
+    raw = "eins\r\nzwei ü\n\n\x1b[31mrot\x1b[0m\nlast".encode()
     expected = ["eins", "zwei ü", "rot", "last"]
-    for size in (1, 2, 3, len(output)):
-        chunks = [output[i : i + size] for i in range(0, len(output), size)]
-        assert list(elastic.read_lines(chunks)) == expected
+    for size in (1, 2, 3, len(raw)):
+        chunks = [raw[i : i + size] for i in range(0, len(raw), size)]
+        assert list(output.read_lines(chunks)) == expected
 
 
 def test_progress_is_thinned_out_and_its_end_is_shown():
     bar = [f"\r{percent} %".encode() for percent in range(101)]
-    assert list(elastic.read_lines([*bar, b"\ndone\n"], every=3600)) == ["0 %", "100 %", "done"]
-    assert list(elastic.read_lines([b"1 %\r", b"2 %\r", b"3 %\r"], every=3600)) == ["1 %", "3 %"]
-    assert len(list(elastic.read_lines([*bar, b"\n"], every=0))) == 101
+    assert list(output.read_lines([*bar, b"\ndone\n"], every=3600)) == ["0 %", "100 %", "done"]
+    assert list(output.read_lines([b"1 %\r", b"2 %\r", b"3 %\r"], every=3600)) == ["1 %", "3 %"]
+    assert len(list(output.read_lines([*bar, b"\n"], every=0))) == 101
 
 
 def test_lines_come_while_the_command_runs(tmp_path):
     times = []
     code = "import time; print('a'); time.sleep(1); print('b'); raise SystemExit(4)"
-    status, tail = elastic.follow([sys.executable, "-c", code], tmp_path, lambda line: times.append(time.monotonic()))
+    status, tail = output.follow([sys.executable, "-c", code], tmp_path, lambda line: times.append(time.monotonic()))
     assert (status, tail) == (4, ["a", "b"])
     assert times[1] - times[0] > 0.5
 
@@ -134,7 +135,7 @@ def test_lines_come_while_the_command_runs(tmp_path):
 def test_a_killed_guard_does_not_hang_the_run(mark, tmp_path, monkeypatch):
     monkeypatch.setenv(MARK, mark)
     code = "import os, signal, time; print('x'); os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)"
-    status, tail = elastic.follow([sys.executable, "-c", code], tmp_path, print)
+    status, tail = output.follow([sys.executable, "-c", code], tmp_path, print)
     assert (status, tail) == (-signal.SIGKILL, ["x"])
 
 
@@ -144,6 +145,7 @@ def test_a_killed_guard_does_not_hang_the_run(mark, tmp_path, monkeypatch):
 @pytest.fixture
 def pipeline(dashboard, checkout, monkeypatch):
     """The flow runs here, on a temporary checkout, and reports to the temporary server."""
+    set_params(checkout, seconds=0)
     from prefect.settings import (
         PREFECT_API_URL,
         PREFECT_HOME,
@@ -151,14 +153,7 @@ def pipeline(dashboard, checkout, monkeypatch):
         temporary_settings,
     )
 
-    def prepare(profile: str) -> Path:
-        set_params(checkout, seconds=0, fail=profile == "failing")
-        return checkout
-
-    workspace = types.SimpleNamespace(prepare=prepare)
     monkeypatch.setattr(elastic, "ROOT", checkout)
-    monkeypatch.setitem(sys.modules, "tasks.workspace", workspace)
-    monkeypatch.setattr("tasks.workspace", workspace, raising=False)
     settings = {
         PREFECT_API_URL: dashboard.url,
         PREFECT_HOME: checkout / ".prefect",
@@ -174,51 +169,133 @@ def test_an_unchanged_stage_says_so(pipeline, caplog):
     caplog.clear()
     elastic.run_stage("prepare_data", pipeline)
     assert "Stage 'prepare_data' didn't change, skipping" in caplog.text
-    assert "Unchanged(" in caplog.text
+    assert "Cached(" in caplog.text
     caplog.clear()
     elastic.run_stage("prepare_data", pipeline, force=True)
     assert "Completed('Ran prepare_data')" in caplog.text
 
 
+def runs_of(caplog, stage: str) -> int:
+    return [record.message for record in caplog.records].count(f"Running stage '{stage}':")
+
+
 def test_a_failed_stage_shows_its_last_lines_and_is_not_tried_again(pipeline, caplog):
-    with pytest.raises(elastic.StageFailed, match=r"(?s)'train' ended with exit status 255.*train was told to fail"):
-        elastic.elastic(profile="failing")
-    assert [record.message for record in caplog.records].count("Running stage 'train':") == 1
+    with pytest.raises(stages.StageFailed, match=r"(?s)'train' ended with exit status 1 in.*train was told to fail"):
+        elastic.elastic(overrides=["train.fail=1"])
+    assert runs_of(caplog, "train") == 1
 
 
-def test_a_busy_stage_is_tried_again(pipeline, caplog):
+def test_what_a_retry_can_mend_is_tried_again(pipeline, caplog):
+    set_params(pipeline, seconds=0, fail=os.EX_TEMPFAIL)
+    elastic.run_stage("prepare_data", pipeline)
+    with pytest.raises(stages.StageInterrupted, match="exit status 75"):
+        elastic.run_stage.with_options(retries=2, retry_delay_seconds=0)("train", pipeline)
+    assert runs_of(caplog, "train") == 3
+
+
+def test_a_busy_stage_is_waited_for(pipeline, caplog, monkeypatch):
     lock = pipeline / ".dvc/tmp/rwlock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     blocker = {"pid": os.getpid(), "cmd": "dvc repro"}
     lock.write_text(json.dumps({"write": {str(pipeline / "artifacts/prepare_data"): blocker}, "read": {}}))
+    looks = []
 
-    def release(task, run, state) -> bool:
-        lock.unlink(missing_ok=True)
-        return elastic.is_busy(task, run, state)
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 2:
+            lock.unlink()
 
-    elastic.run_stage.with_options(retry_delay_seconds=0, retry_condition_fn=release)("prepare_data", pipeline)
-    assert "StageBusy" in caplog.text
+    monkeypatch.setattr(stages.time, "sleep", sleep)
+    elastic.run_stage("prepare_data", pipeline)
+    assert looks == [stages.BUSY_SECONDS] * 2
+    assert f"(PID {os.getpid()}): dvc repro" in caplog.text and caplog.text.count("Waiting until it is free") == 1
     assert (pipeline / "artifacts/prepare_data").exists()
 
 
-def test_wrong_parameters_stop_the_flow_before_any_stage(pipeline, caplog, monkeypatch):
-    with pytest.raises(ValueError, match="profile: got 'nonsense'; allowed: default, failing"):
-        elastic.elastic(profile="nonsense")
-    monkeypatch.setattr(sys.modules["tasks.workspace"], "prepare", lambda profile: pipeline)
-    set_params(pipeline, seconds="soon")
-    with pytest.raises(ValueError, match=r"(?s)profile 'default' are not valid.*train.seconds: expected an integer"):
+def test_a_stage_that_takes_too_long_is_stopped(pipeline, mark, monkeypatch, caplog):
+    monkeypatch.setenv(MARK, mark)
+    set_params(pipeline, seconds=600, time_limits={"train": 8 / 3600})
+    with pytest.raises(TimeoutError):
         elastic.elastic()
+    assert not marked(mark) and runs_of(caplog, "train") == 1
+
+
+def test_wrong_parameters_stop_the_flow_before_any_stage(pipeline, caplog):
+    with pytest.raises(ParameterTypeError, match="profile"):
+        elastic.elastic(profile="nonsense")
+    with pytest.raises(ParameterTypeError, match="overrides"):
+        elastic.elastic(overrides=["steps 5"])
+    with pytest.raises(ParameterTypeError, match="budgets"):
+        elastic.elastic(budgets=[{"name": "twice", "share": 2}])
+    with pytest.raises(ValueError, match=r"nothing is left from report until prepare_data"):
+        elastic.elastic(from_stage="report", until_stage="prepare_data")
+    with pytest.raises(ValueError, match=r"(?s)parameters are not valid.*train.seconds: expected an integer"):
+        elastic.elastic(overrides=["train.seconds=soon"])
     assert "Running stage" not in caplog.text
+
+
+def test_only_the_stages_that_were_asked_for_run(pipeline, caplog):
+    elastic.elastic(until_stage="prepare_data")
+    assert runs_of(caplog, "prepare_data") == 1 and runs_of(caplog, "train") == 0
+
+
+def test_a_selection_of_stages():
+    names = ["data", "rank", "train", "report"]
+    assert stages.select(names, None, None) == names
+    assert stages.select(names, "rank", "train") == ["rank", "train"]
+    assert stages.select(names, "rank", None, ["report", "data"]) == ["report"]
+    with pytest.raises(ValueError, match="stage: got 'tarin'; allowed: data, rank, train, report"):
+        stages.select(names, None, None, ["tarin"])
 
 
 def test_results_need_the_same_keys_in_every_row(tmp_path):
     (tmp_path / "reports").mkdir()
     with pytest.raises(FileNotFoundError, match=r"results\.json is not there"):
-        elastic.publish("default", tmp_path)
-    (tmp_path / elastic.REPORT).write_text("")
-    (tmp_path / elastic.RESULTS).write_text('[{"a": 1}, {"b": 2}]')
+        publish.read_results(tmp_path)
+    (tmp_path / publish.REPORT).write_text("")
+    (tmp_path / publish.RESULTS).write_text('[{"a": 1}, {"b": 2}]')
     with pytest.raises(ValueError, match="the same keys"):
-        elastic.publish("default", tmp_path)
+        publish.read_results(tmp_path)
+
+
+# --- comparing runs --------------------------------------------------------------------------------------------------
+
+
+def write_run(root: Path, name: str, finished: str, results: list[dict], **parameters) -> Path:
+    directory = root / compare.NAMED / name
+    directory.mkdir(parents=True)
+    record = {"name": name, "profile": "default", "commit": "abc", "finished": finished}
+    (directory / compare.RECORD).write_text(json.dumps(record))
+    (directory / "params.yaml").write_text(json.dumps(parameters))
+    (directory / "results.json").write_text(json.dumps(results))
+    return directory
+
+
+def test_what_differs_between_two_runs(tmp_path):
+    row = {"budget": "small", "model": "after stage 2", "loss": 2.0, "gap": None}
+    a = write_run(tmp_path, "a", "2026-01-01", [row], seed=0, train={"steps": 10, "loss": {"kl": 1.0}})
+    b = write_run(tmp_path, "b", "2026-01-02", [{**row, "loss": 1.5}], seed=0, train={"steps": 20, "new": [1]})
+    assert compare.changes(a, b) == [
+        {"what": "parameter", "name": "train.steps", "before": 10, "after": 20, "change": "+10"},
+        {"what": "parameter", "name": "train.loss.kl", "before": 1.0, "after": "–", "change": "–"},
+        {"what": "parameter", "name": "train.new", "before": "–", "after": "[1]", "change": "–"},
+        {"what": "result", "name": "small after stage 2: loss", "before": 2.0, "after": 1.5, "change": "-0.5"},
+    ]
+    assert [row["name"] for row in compare.changes(a, a)] == ["nothing differs"]
+
+
+def test_which_runs_are_compared(tmp_path):
+    for name, finished in (("first", "2026-01-01"), ("third", "2026-01-03"), ("second", "2026-01-02")):
+        write_run(tmp_path, name, finished, [])
+    names = compare.records(tmp_path)
+    assert names == ["first", "second", "third"]
+    assert compare.choose(names, None, None) == ("second", "third")
+    assert compare.choose(names, "third", None) == ("third", "second")
+    assert compare.choose(names, None, "second") == ("first", "second")
+    with pytest.raises(ValueError, match="run: got 'fourth'; allowed: first, second, third"):
+        compare.choose(names, "fourth", None)
+    with pytest.raises(ValueError, match="takes two finished runs"):
+        compare.choose(names[:1], None, None)
 
 
 # --- the dashboard, from outside -------------------------------------------------------------------------------------
@@ -245,12 +322,24 @@ def test_a_run_by_command_line_shows_log_and_artifacts(dashboard):
     run = dashboard.post("flow_runs/filter", sort="START_TIME_DESC")[0]
     assert run["state_name"] == "Completed"
     tasks = dashboard.post("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}}, sort="EXPECTED_START_TIME_ASC")
-    assert [task["name"] for task in tasks] == ["prepare_data", "train", "evaluate", "report"]
+    assert [task["name"] for task in tasks] == ["check_parameters", "prepare_data", "train", "evaluate", "report"]
     wait_for(lambda: "train begins" in dashboard.logs(run["id"]), 10, "the log to arrive")
     found = dashboard.post("artifacts/filter", artifacts={"flow_run_id": {"any_": [run["id"]]}})
     artifacts = {artifact["key"]: artifact["data"] for artifact in found}
-    assert json.loads(artifacts["results"]) == json.loads((dashboard.checkout / elastic.RESULTS).read_text())
+    assert json.loads(artifacts["results"]) == json.loads((dashboard.checkout / publish.RESULTS).read_text())
     assert "All is well" in artifacts["report"]
+    assert artifacts["train-progress"] == 100.0
+    losses = {row["budget"]: row for row in json.loads(artifacts["train-losses"])}
+    assert losses.keys() == {"full", "small"} and losses["full"]["last step"] == 10
+    assert losses["small"]["budget error"] == "1.00%"
+    page = httpx.get(artifacts["report-page"].split("(")[1].rstrip(")"))
+    assert page.status_code == 200 and "All is well" in page.text
+    assert f"run | {run['name']}" in artifacts["run"]
+
+    set_params(dashboard.checkout, seconds=0, size=5)
+    assert dashboard.watch_run().returncode == 0
+    latest = dashboard.post("artifacts/latest/filter", artifacts={"key": {"any_": ["changes"]}})
+    assert {row["name"]: row["after"] for row in json.loads(latest[0]["data"])}["train.size"] == 5
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ import pytest
 
 from elastic_core.curriculum import Stage
 from tasks import report
-from tasks.progress import Recorder, drop_cut_off_line, duration, followed, read_rows
+from tasks.metrics import drop_cut_off_line, duration, read_rows
+from tasks.progress import Recorder, followed
 
 GIB = 2**30
 NAN = math.nan

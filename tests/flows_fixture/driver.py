@@ -37,8 +37,9 @@ def marked(mark: str) -> list[str]:
     return found
 
 
-def set_params(checkout: Path, **train) -> None:
-    (checkout / "params.yaml").write_text(json.dumps({"prepare_data": {"seconds": 0}, "train": train}))
+def set_params(checkout: Path, time_limits: dict | None = None, **train) -> None:
+    sections = {"prepare_data": {"seconds": 0}, "train": train, "time_limits": time_limits or {}}
+    (checkout / "params.yaml").write_text(json.dumps(sections))
 
 
 class Dashboard:
@@ -99,7 +100,7 @@ class Dashboard:
         return reply.json()
 
     def start_run(self) -> str:
-        deployment = self.post("deployments/filter")[0]["id"]
+        deployment = self.post("deployments/filter", deployments={"name": {"any_": ["full"]}})[0]["id"]
         return self.post(f"deployments/{deployment}/create_flow_run")["id"]
 
     def state(self, run: str) -> str:

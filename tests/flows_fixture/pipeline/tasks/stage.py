@@ -14,8 +14,18 @@ print(f"{name} begins")
 for percent in range(0, 101, 10):
     print(f"\r{name} {percent} %", end="")
 print()
-if params.get("fail"):
-    sys.exit(f"{name} was told to fail")
+if name == "train":
+    rows = Path("checkpoints/train/metrics.jsonl")
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    print("train: 2,000 tokens in 10 steps, rows in checkpoints/train/metrics.jsonl", flush=True)
+    with open(rows, "w") as file:
+        for step in range(1, 11):
+            budgets = {["full", "small"][step % 2]: {"loss": 10.0 - step, "kl": 1 / step, "budget_error": 0.01}}
+            row = {"step": step, "tokens": 200 * step, "mode": "soft", "skipped": 0, "budgets": budgets}
+            print(json.dumps(row | {"tokens_per_second": 50.0, "seconds_left": 4.0 * (10 - step)}), file=file)
+if status := params.get("fail"):
+    print(f"{name} was told to fail", file=sys.stderr)
+    sys.exit(int(status))
 if params.get("seconds"):
     # A process in a session of its own is the hardest to find again.
     subprocess.Popen(["sleep", "600"], start_new_session=True)
@@ -24,6 +34,7 @@ if name == "report":
     Path("reports").mkdir(exist_ok=True)
     Path("reports/results.json").write_text(json.dumps([{"model": "small", "loss": 2}, {"model": "large", "loss": 1}]))
     Path("reports/report.md").write_text("# Report\n\nAll is well.\n")
+    Path("reports/report.html").write_text("<p>All is well.</p>\n")
 else:
     Path("artifacts").mkdir(exist_ok=True)
     Path("artifacts", name).write_text(name)
