@@ -182,7 +182,7 @@ def check_scan(setting: Setting) -> Iterator[Row]:
     inputs = scan_inputs(setting.device, 300 if setting.device.type == "cuda" else 75)
     exact = scan(ssd_naive, tuple(value.double() for value in inputs))
     for chunk in (32, 128):
-        found = scan(functools.partial(ssd, chunk_size=chunk), inputs)
+        found = scan(functools.partial(ssd, chunk=chunk), inputs)
         yield within("scan = recurrence", f"output and gradients, chunk {chunk}", deviation(found, exact), FLOAT32)
     what = "mamba_chunk_scan_combined, output and gradients"
     if setting.device.type != "cuda":

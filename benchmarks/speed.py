@@ -132,7 +132,7 @@ def scan_row(device: torch.device, chunk: int) -> Row:
     inputs = tuple(value.requires_grad_() for value in inputs)
 
     def both() -> None:
-        torch.autograd.grad(ssd(*inputs, chunk_size=chunk).sum(), inputs)
+        torch.autograd.grad(ssd(*inputs, chunk=chunk).sum(), inputs)
 
     times, memory = interleaved({"scan": both}, device)
     result = f"{times['scan'] * 1e3:.1f} ms, at most {memory['scan'] / 1e9:.1f} GB"

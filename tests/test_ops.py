@@ -46,10 +46,11 @@ def values_and_gradients(function, inputs, weights):
 @pytest.mark.parametrize("decay", ["mild", "strong A", "strong dt"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_ssd_equals_the_recurrence(shape, dtype, tolerance, decay):
+@pytest.mark.parametrize("block", [1, 500, None])  # a chunk at a time, a few, all
+def test_ssd_equals_the_recurrence(shape, dtype, tolerance, decay, block):
     inputs = draw(shape, 0, dtype, decay)
     weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    fast = values_and_gradients(lambda *t: ssd(*t, chunk_size=shape[-1]), inputs, weights.to(dtype))
+    fast = values_and_gradients(lambda *t: ssd(*t, shape[-1], block), inputs, weights.to(dtype))
     exact = values_and_gradients(ssd_naive, [t.double() for t in inputs], weights)
     for name, value, reference in zip(("y", "x", "dt", "A", "B", "C", "D"), fast, exact, strict=True):
         assert value.dtype == dtype and torch.isfinite(value).all(), name
@@ -73,7 +74,7 @@ def test_ssd_naive_by_hand():
     ]
     expected = [[3 * h0[0] + 0.5 * 2, 30 * h0[1] + 0.25 * 3], [4 * h1[0] + 0.5 * 5, 40 * h1[1] + 0.25 * 7]]
     expected = torch.tensor(expected, dtype=torch.float64)
-    for function in (ssd_naive, ssd, lambda *t: ssd(*t, chunk_size=1)):
+    for function in (ssd_naive, ssd, lambda *t: ssd(*t, chunk=1)):
         assert relative_error(function(x, dt, A, B, C, D)[0, :, :, 0], expected) < 1e-14
 
 

@@ -4,12 +4,18 @@ Shapes: B batch, L positions, H heads, P head channels, G groups, N state size; 
 Q positions of a chunk. Heads [j·R, (j+1)·R) share group j's B and C.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 32  # on a CPU: long enough to fill matrix products, short enough for (Q, Q) to stay in the cache
+CHUNK = 64  # positions on a CPU: long enough to fill matrix products, with few enough (Q, Q) decays
+CHUNK_ON_GPU = 128
+# Entries of the (Q, Q) decays that exist at a time: 1 MB, which stays in a core's cache from one operation to the next.
+BLOCK, BLOCK_ON_GPU = 2**18, 2**26
 
 
 def ssd_naive(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -29,105 +35,169 @@ def ssd_naive(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor)
     return torch.stack(outputs, dim=1)
 
 
-def ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, chunk_size: int = CHUNK) -> Tensor:
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    chunk: int | None = None,
+    block: int | None = None,
+) -> Tensor:
     """The same as `ssd_naive`, chunk by chunk: attention-like inside a chunk, a recurrence of states between chunks.
 
-    B and C are never repeated per head, and the (Q, Q) decays are formed again in the backward pass, not kept.
+    `chunk`: at most so many positions of a chunk; `block`: entries of the decays that exist at a time. B and C are
+    never repeated per head, and nothing of size (Q, Q) is kept for the backward pass, which forms it again.
     """
-    length = x.shape[1]
-    chunk = min(chunk_size, length)
-    x_dt, decay = x * dt[..., None], A * dt  # (B, L, H, P), (B, L, H)
-    if padding := -length % chunk:  # no input and no decay: states pass through, outputs are cut off below
-        x_dt, B, C = (F.pad(t, (0, 0, 0, 0, 0, padding)) for t in (x_dt, B, C))
-        decay = F.pad(decay, (0, 0, 0, padding))
+    is_cpu = x.device.type == "cpu"
+    at_most = min(chunk or (CHUNK if is_cpu else CHUNK_ON_GPU), x.shape[1])
+    even = -(-x.shape[1] // -(-x.shape[1] // at_most))  # as many chunks, but alike, so that little is padded
     with torch.autocast(x.device.type, enabled=False):  # float32 products, whatever the layers around compute in
-        y = _ChunkedScan.apply(x_dt, decay, B, C, chunk)
-    return y[:, :length] + D[:, None] * x
+        return _Scan.apply(x, dt, A, B, C, D, even, block or (BLOCK if is_cpu else BLOCK_ON_GPU))
 
 
-class _ChunkedScan(torch.autograd.Function):
-    """y_i = Σ_{j≤i} (C_i·B_j) exp(Σ_{j<k≤i} a_k) x_j. x (B, L, H, P), a (B, L, H), B, C (B, L, G, N); Q divides L."""
+class _Scan(torch.autograd.Function):
+    """y_i = D·x_i + Σ_{j≤i} (C_i·B_j) exp(Σ_{j<k≤i} A·dt_k) dt_j·x_j, a few chunks (a block) at a time."""
 
     @staticmethod
-    def forward(ctx, x, a, B, C, chunk):
-        shape = (x.shape[0], x.shape[1] // chunk, chunk, B.shape[2])  # B, c, Q, G
-        x, a, B, C = (_by_group(t, shape) for t in (x, a, B, C))
-        total = a.squeeze(-1).double().cumsum(-1)  # (B, c, G, R, Q); double, see _decay
-        B, C = B.squeeze(3), C.squeeze(3)  # (B, c, G, Q, N)
-        weights = _decay(total, x.dtype) * (C @ B.mT).unsqueeze(3)  # (B, c, G, R, Q, Q)
-        y = weights @ x  # (B, c, G, R, Q, P)
-        to_end, from_start = (total[..., -1:] - total).exp().to(x.dtype), total.exp().to(x.dtype)
-        states = _carry(B.mT @ _side_by_side(x * to_end[..., None]), from_start[..., -1], forward=True)
-        across = _apart(C @ states, y.shape) * from_start[..., None]
-        ctx.save_for_backward(x, total, B, C, states, across)
-        ctx.shape = shape
-        return _by_position(y + across, shape)
+    def forward(ctx, x, dt, A, B, C, D, chunk, block):
+        y, state, kept = torch.empty_like(x, memory_format=torch.contiguous_format), None, []
+        for part in _parts(x.shape, chunk, block):
+            p = _prepare(x[:, part], dt[:, part], A, B[:, part], C[:, part], chunk)
+            out = _decay(p.total, x.dtype).mul_(p.scores) @ p.x_dt  # (B, c, G, R, Q, P)
+            if x.shape[1] > chunk:
+                states = _carry(p.B.mT @ _side_by_side(p.x_dt, p.to_end), p.from_start[..., -1], state)
+                out.addcmul_(_apart(p.C @ states[:, :-1], out.shape), p.from_start[..., None])
+                state = states[:, -1]
+                kept.append(states)
+            torch.addcmul(_by_position(out, x[:, part]), x[:, part], D[:, None], out=y[:, part])
+        ctx.save_for_backward(x, dt, A, B, C, D, *kept)
+        ctx.sizes = chunk, block
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, total, B, C, states, across = ctx.saved_tensors
-        grad = _by_group(grad, ctx.shape)
-        to_end, from_start = (total[..., -1:] - total).exp().to(x.dtype), total.exp().to(x.dtype)
-        last = from_start[..., -1]  # (B, c, G, R)
+        x, dt, A, B, C, D, *kept = ctx.saved_tensors
+        chunk, block = ctx.sizes
+        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)]
+        grad_A, grad_D, grad_state = torch.zeros_like(A, dtype=torch.float64), torch.zeros_like(D), None
+        for part in reversed(_parts(x.shape, chunk, block)):
+            x_, dt_, g = x[:, part], dt[:, part], grad[:, part]
+            grad_x, grad_dt, grad_B, grad_C = (t[:, part] for t in grads)
+            p = _prepare(x_, dt_, A, B[:, part], C[:, part], chunk)
+            g_grouped = _grouped(_padded(g, chunk), p.B.shape).contiguous()
+            of_x_dt, of_decay, of_B, of_C, grad_state = _differentiate(
+                p, g_grouped, kept.pop() if kept else None, grad_state
+            )
+            of_x_dt, of_decay = _by_position(of_x_dt, x_), _by_position(of_decay[..., None], x_)[..., 0]
+            torch.mul(of_x_dt, dt_[..., None], out=grad_x).addcmul_(g, D[:, None])
+            grad_dt.copy_((of_x_dt * x_).sum(-1).add_(of_decay * A))
+            grad_B.copy_(_by_position(of_B.unsqueeze(3), x_))
+            grad_C.copy_(_by_position(of_C.unsqueeze(3), x_))
+            grad_A += (of_decay * dt_).sum((0, 1))
+            grad_D += (g * x_).sum((0, 1, 3))
+        return grads[0], grads[1], grad_A.to(A.dtype), grads[2], grads[3], grad_D, None, None
 
-        decay = _decay(total, x.dtype)
-        scores = (C @ B.mT).unsqueeze(3)
-        grad_x = (decay * scores).mT @ grad
-        grad_scores = decay.mul_(grad @ x.mT)  # (B, c, G, R, Q, Q), summed over R below
-        # With respect to total_i: a row sum minus a column sum of weights ⊙ grad_weights. Both must be sums of the very
-        # same numbers, in double: where the decay is strong, nearly all of them cancel in the sum over i that makes
-        # grad_a, and what is left of rounding would be multiplied by dt, or by A.
-        product = grad_scores * scores
-        grad_total = product.sum(-1, dtype=torch.float64) - product.sum(-2, dtype=torch.float64)
-        grad_total += (grad * across).sum(-1, dtype=torch.float64)
-        grad_scores = grad_scores.sum(3)  # (B, c, G, Q, Q)
 
-        grad_across = _side_by_side(grad * from_start[..., None])  # (B, c, G, Q, R·P)
-        grad_C = grad_scores @ B + grad_across @ states.mT
-        grad_states = _carry(C.mT @ grad_across, last, forward=False)  # of what each chunk adds
-        grad_carried = (grad_states * states).unflatten(-1, (-1, x.shape[-1])).sum((-1, -3), dtype=torch.float64) * last
-        weighted = x * to_end[..., None]
-        grad_B = grad_scores.mT @ C + _side_by_side(weighted) @ grad_states.mT
-        grad_weighted = _apart(B @ grad_states, x.shape)
-        through_end = (weighted * grad_weighted).sum(-1, dtype=torch.float64)
+class _Block(NamedTuple):
+    """What both passes need of a block: inputs by group, and the decays' exponents."""
+
+    x_dt: Tensor  # (B, c, G, R, Q, P)
+    B: Tensor  # (B, c, G, Q, N)
+    C: Tensor
+    total: Tensor  # (B, c, G, R, Q): log2 of the decay since the chunk's start; double, see _decay
+    from_start: Tensor  # 2^total
+    to_end: Tensor  # the decay to the chunk's end
+    scores: Tensor  # (B, c, G, 1, Q, Q): C_i·B_j
+
+
+def _parts(shape: torch.Size, chunk: int, block: int) -> list[slice]:
+    """Positions of every block: so many chunks that their decays do not exceed `block` entries."""
+    batch, length, heads, _ = shape
+    step = chunk * max(1, block // (batch * heads * chunk * chunk))
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _prepare(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> _Block:
+    # Padding has no input and no decay: states pass through it, outputs and gradients are cut off by _by_position.
+    x, dt, B, C = (_padded(t, chunk) for t in (x, dt[..., None], B, C))
+    shape = (x.shape[0], x.shape[1] // chunk, B.shape[2], chunk, B.shape[3])
+    B, C = (_grouped(t, shape).squeeze(3).contiguous() for t in (B, C))
+    x, dt = _grouped(x, shape), _grouped(dt, shape)
+    x_dt = torch.mul(x, dt, out=x.new_empty(x.shape))  # in this order in memory too
+    decay = dt.squeeze(-1) * A.view(-1, x.shape[3], 1)
+    # Powers of two, for torch's exp is several times slower on CPUs, and slower still where the result underflows.
+    total = decay.double().mul_(1 / math.log(2)).cumsum(-1)
+    to_end = (total[..., -1:] - total).to(x.dtype).exp2()
+    return _Block(x_dt, B, C, total, total.to(x.dtype).exp2(), to_end, (C @ B.mT).unsqueeze(3))
+
+
+def _differentiate(p: _Block, grad: Tensor, states: Tensor | None, grad_state: Tensor | None):
+    """Gradients of a block: of x·dt, of A·dt (double), of B and C, and of the state before it.
+
+    `states` (B, c + 1, G, N, R·P) before every chunk and after the last, None where there is one chunk in all;
+    `grad_state` the gradient of the last of them, None for zero.
+    """
+    decay, against = _decay(p.total, grad.dtype), grad @ p.x_dt.mT
+    weights = decay * p.scores
+    grad_x = weights.mT @ grad
+    # With respect to total_i: a row sum minus a column sum of weights ⊙ grad_weights. Both must be sums of the very
+    # same numbers, in double: where the decay is strong, nearly all of them cancel in the sum over i that makes
+    # grad_decay, and what is left of rounding would be multiplied by dt, or by A.
+    product = weights.mul_(against).double()
+    grad_total = product.sum(-1) - product.sum(-2)
+    grad_scores = decay.mul_(against).sum(3)  # (B, c, G, Q, Q)
+    grad_B, grad_C = grad_scores.mT @ p.C, grad_scores @ p.B
+    if states is not None:
+        before, last = states[:, :-1], p.from_start[..., -1]  # (B, c, G, N, R·P), (B, c, G, R)
+        grad_across = _side_by_side(grad, p.from_start)  # (B, c, G, Q, R·P)
+        of_rows = _by_head(grad_across * (p.C @ before), grad.shape).sum(-1)
+        grad_total += of_rows.transpose(3, 4)
+        grad_C += grad_across @ before.mT
+        grad_states, grad_state = _carry_back(p.C.mT @ grad_across, last, grad_state)  # of what each chunk adds
+        grad_B += _side_by_side(p.x_dt, p.to_end) @ grad_states.mT
+        grad_added = _apart(p.B @ grad_states, grad.shape)
+        through_end = ((p.x_dt * grad_added).sum(-1) * p.to_end).double()
         grad_total -= through_end
-        grad_total[..., -1] += through_end.sum(-1) + grad_carried
-        grad_x += grad_weighted * to_end[..., None]
-        grad_a = grad_total.flip(-1).cumsum(-1).flip(-1).to(x.dtype)[..., None]
-        return (
-            _by_position(grad_x, ctx.shape),
-            _by_position(grad_a, ctx.shape).squeeze(-1),
-            _by_position(grad_B.unsqueeze(3), ctx.shape),
-            _by_position(grad_C.unsqueeze(3), ctx.shape),
-            None,
-        )
+        of_last = _by_head(grad_states * before, grad.shape).sum((-1, -3), dtype=torch.float64) * last
+        grad_total[..., -1] += through_end.sum(-1) + of_last
+        grad_x.addcmul_(grad_added, p.to_end[..., None])
+    return grad_x, grad_total.flip(-1).cumsum(-1).flip(-1), grad_B, grad_C, grad_state
 
 
-def _by_group(t: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """(B, L, G·R, ...) → (B, c, G, R, Q, ...); a tensor without a last dimension gets one."""
-    t = t if t.dim() == 4 else t[..., None]
-    return t.reshape(*shape, -1, t.shape[-1]).permute(0, 1, 3, 4, 2, 5).contiguous()
+def _carry(added: Tensor, last: Tensor, state: Tensor | None) -> Tensor:
+    """The state before every chunk and after the last, (B, c + 1, G, N, R·P).
+
+    From what each chunk adds (B, c, G, N, R·P), each chunk's decay (B, c, G, R) and the state before (None: zero).
+    """
+    batch, chunks, *rest = added.shape
+    states = added.new_empty(batch, chunks + 1, *rest)
+    states[:, 0] = 0 if state is None else state
+    by_head, added = (t.unflatten(-1, (last.shape[-1], -1)) for t in (states, added))
+    last = last[:, :, :, None, :, None]
+    for i in range(chunks):
+        torch.addcmul(added[:, i], by_head[:, i], last[:, i], out=by_head[:, i + 1])
+    return states
 
 
-def _by_position(t: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """The inverse of `_by_group`."""
-    batch, num_chunks, chunk, _ = shape
-    return t.permute(0, 1, 4, 2, 3, 5).reshape(batch, num_chunks * chunk, -1, t.shape[-1])
+def _carry_back(of_before: Tensor, last: Tensor, after: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of the states after every chunk (B, c, G, N, R·P), and of the one before the first.
 
-
-def _side_by_side(t: Tensor) -> Tensor:
-    """(B, c, G, R, Q, P) → (B, c, G, Q, R·P): the heads of a group in one matrix."""
-    return t.transpose(3, 4).flatten(4)
-
-
-def _apart(t: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `_side_by_side`."""
-    return t.unflatten(-1, (shape[3], shape[5])).transpose(3, 4)
+    From their direct gradients as states before a chunk, and the gradient of the state after the last (None: zero).
+    """
+    states = torch.empty_like(of_before)
+    states[:, -1] = 0 if after is None else after
+    by_head, of_before = (t.unflatten(-1, (last.shape[-1], -1)) for t in (states, of_before))
+    last = last[:, :, :, None, :, None]
+    for i in range(states.shape[1] - 1, 0, -1):
+        torch.addcmul(of_before[:, i], by_head[:, i], last[:, i], out=by_head[:, i - 1])
+    return states, torch.addcmul(of_before[:, 0], by_head[:, 0], last[:, 0]).flatten(-2)
 
 
 def _decay(total: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(total_i − total_j) for j ≤ i, else 0; total (..., Q) → (..., Q, Q).
+    """2^(total_i − total_j) for j ≤ i, else 0; total (..., Q) → (..., Q, Q).
 
     The difference of two sums is taken in two parts of the working precision, so that a strong decay early in the
     chunk does not eat the digits of the weak ones after it.
@@ -135,26 +205,39 @@ def _decay(total: Tensor, dtype: torch.dtype) -> Tensor:
     coarse = total.to(dtype)
     fine = (total - coarse).to(dtype)
     difference = coarse[..., :, None] - coarse[..., None, :]
-    difference += fine[..., :, None] - fine[..., None, :]
-    return difference.tril_().exp_().tril_()
+    difference += fine[..., :, None]
+    difference -= fine[..., None, :]
+    return difference.exp2_().tril_()
 
 
-def _carry(added: Tensor, decay: Tensor, forward: bool) -> Tensor:
-    """The recurrence between chunks over states (B, c, G, N, R·P) that decay by (B, c, G, R) in a chunk.
+def _padded(t: Tensor, chunk: int) -> Tensor:
+    """(B, L, ...) with zeros at the end, up to a multiple of `chunk` positions."""
+    padding = -t.shape[1] % chunk
+    return F.pad(t, (0, 0, 0, 0, 0, padding)) if padding else t
 
-    Forward: the state at the start of every chunk, from what each chunk adds. Backward: the gradient of what each
-    chunk adds, from the gradient of every chunk's first state.
-    """
-    decay = decay.repeat_interleave(added.shape[-1] // decay.shape[-1], dim=-1)[..., None, :]
-    out, state = torch.zeros_like(added), None
-    order = range(added.shape[1]) if forward else range(added.shape[1] - 1, -1, -1)
-    for i in order:
-        if state is not None:
-            out[:, i] = state
-        elif forward:
-            state = torch.zeros_like(added[:, 0])
-        if forward:
-            state = state * decay[:, i] + added[:, i]
-        else:
-            state = added[:, i] if state is None else state * decay[:, i] + added[:, i]
-    return out
+
+def _grouped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(B, c·Q, G·R, ...) → (B, c, G, R, Q, ...), a view; `shape` begins with (B, c, G, Q)."""
+    _, chunks, groups, chunk, *_ = shape
+    return t.unflatten(1, (chunks, chunk)).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
+
+
+def _by_position(t: Tensor, like: Tensor) -> Tensor:
+    """(B, c, G, R, Q, ...) → (B, L, G·R, ...) without padding, L that of `like`."""
+    return t.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, : like.shape[1]]
+
+
+def _side_by_side(t: Tensor, scale: Tensor) -> Tensor:
+    """(B, c, G, R, Q, P) times (B, c, G, R, Q) → (B, c, G, Q, R·P): the heads of a group in one matrix."""
+    t, scale = t.transpose(3, 4), scale.transpose(3, 4)[..., None]
+    return torch.mul(t, scale, out=t.new_empty(t.shape)).flatten(4)
+
+
+def _by_head(t: Tensor, shape: torch.Size) -> Tensor:
+    """(..., R·P) → (..., R, P), `shape` being (B, c, G, R, Q, P)."""
+    return t.unflatten(-1, (shape[3], shape[5]))
+
+
+def _apart(t: Tensor, shape: torch.Size) -> Tensor:
+    """(B, c, G, Q, R·P) → (B, c, G, R, Q, P), a view."""
+    return _by_head(t, shape).transpose(3, 4)
