@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from parents import relative_error
 
+from elastic_core.ops.activation import relu_squared
 from elastic_core.ops.conv import causal_conv
-from elastic_core.ops.norm import group_rms_norm, rms_norm
+from elastic_core.ops.norm import group_rms_norm, rms_norm, rms_norm_naive
 from elastic_core.ops.ssd import ssd, ssd_naive
 
 SHAPES = [  # batch, length, heads, channels, groups, state size, chunk size
@@ -123,6 +124,29 @@ def test_norms_of_dead_channels_are_norms_of_the_live_ones(count):
     x[:, 8:] = 0
     assert relative_error(rms_norm(x, weight, 1e-3, count)[:, :8], F.rms_norm(x[:, :8], (8,), weight[:8], 1e-3)) < 1e-6
     assert rms_norm(x, weight, 1e-3, count)[:, 8:].abs().max() == 0
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rms_norm_and_the_gradient_of_the_live_count_equal_the_naive_form(groups):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((2, 5, 12), (12,)))
+    live, weights = torch.tensor(3.7, dtype=torch.float64), torch.randn(x.shape, generator=generator).double()
+
+    def naive(x, weight, live):
+        x, weight = x.unflatten(-1, (groups, -1)), weight.view(groups, -1)
+        return rms_norm_naive(x, weight, 1e-3, live).flatten(-2)
+
+    inputs = [x, weight, live]
+    ours = values_and_gradients(lambda x, w, n: group_rms_norm(x, w, 1e-3, groups, n), inputs, weights)
+    for value, reference in zip(ours, values_and_gradients(naive, inputs, weights), strict=True):
+        assert value.shape == reference.shape and relative_error(value, reference) < 1e-13
+
+
+def test_relu_squared_equals_its_two_operations():
+    x, weights = torch.randn(2, 3, 7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = values_and_gradients(relu_squared, [x], weights)
+    for value, reference in zip(ours, values_and_gradients(lambda x: F.relu(x) ** 2, [x], weights), strict=True):
+        assert relative_error(value, reference) < 1e-15
 
 
 def test_norms_compute_in_float32_and_return_the_input_type():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from elastic_core.layout import Dim, Layout, kept_rows, take
 from elastic_core.submodel import Submodel
@@ -43,12 +44,44 @@ class Cut:
             rows = kept_rows(dim, self.sizes)
             self._rows[dim] = rows.to(device) if isinstance(rows, Tensor) else rows
         self._observe = observe
+        self._num_live: dict[str, Tensor] = {}
 
     def weight(self, module: nn.Module, layout: Layout, name: str) -> Tensor | None:
         """Parameter `name` of `module`, narrowed; None where the architecture has no such parameter."""
         if name not in layout:
             return None
         return take(module.get_parameter(name), [self._rows[dim] for dim in layout[name]])
+
+    def writing_weight(
+        self, module: nn.Module, layout: Layout, name: str, layer: int, units: str | None = None
+    ) -> Tensor:
+        """A matrix (hidden, inputs) whose product is written to the residual stream, the gates folded into it.
+
+        Rows by the gates of hidden channels and of the layer, columns by that of the inputs' `units`: a step has more
+        tokens than the matrix has rows or columns, so this costs less than gating what goes in and comes out.
+        """
+        weight = self.weight(module, layout, name)
+        rows, columns = self.write_gate(layer), None if units is None else self.gate(units)
+        if columns is not None:
+            columns = columns.repeat_interleave(weight.shape[1] // columns.shape[0]).to(weight.dtype)
+        if rows is not None:
+            rows = rows.to(weight.dtype)
+        if rows is None or columns is None:
+            factor = rows[:, None] if rows is not None else columns
+            return weight if factor is None else weight * factor
+        return _Gated.apply(weight, rows, columns)
+
+    def writing_bias(self, module: nn.Module, layout: Layout, name: str, layer: int) -> Tensor | None:
+        """The bias (hidden,) beside a `writing_weight`."""
+        bias, gate = self.weight(module, layout, name), self.write_gate(layer)
+        return bias if bias is None or gate is None else bias * gate.to(bias.dtype)
+
+    def write_gate(self, layer: int) -> Tensor | None:
+        """What a layer writes is multiplied by: the gate of hidden channels times the layer's, (hidden,)."""
+        gate, depth = self.gate("hidden"), self.gates.get("depth")
+        if depth is None:
+            return gate
+        return depth[layer].expand(self.sizes["hidden"]) if gate is None else gate * depth[layer]
 
     def gate(self, key: str) -> Tensor | None:
         """The gate of a unit key, one entry per kept unit."""
@@ -57,17 +90,28 @@ class Cut:
 
     def num_live(self, key: str) -> int | Tensor:
         """How many units are live: the size, or the sum of the gate."""
-        gate = self.gate(key)
-        return self.sizes[key] if gate is None else gate.sum()
-
-    def write(self, x: Tensor, layer: int | None = None) -> Tensor:
-        """What is written to the residual stream (..., hidden): gated per channel, and by depth for a layer's."""
-        if (gate := self.gate("hidden")) is not None:
-            x = x * gate.to(x.dtype)  # gates are float32; the residual stream keeps its own type
-        if layer is not None and "depth" in self.gates:
-            x = x * self.gates["depth"][layer].to(x.dtype)
-        return x
+        if key not in self.gates:
+            return self.sizes[key]
+        if key not in self._num_live:
+            self._num_live[key] = self.gate(key).sum()
+        return self._num_live[key]
 
     def observe(self, key: str, activation: Tensor) -> None:
         if self._observe is not None:
             self._observe(key, activation)
+
+
+class _Gated(torch.autograd.Function):
+    """weight (m, n) · rows (m,) · columns (n,), with fewer passes over the matrix than two products have."""
+
+    @staticmethod
+    def forward(ctx, weight, rows, columns):
+        ctx.save_for_backward(weight, rows, columns)
+        return weight * torch.outer(rows, columns)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weight, rows, columns = ctx.saved_tensors
+        product = grad * weight
+        return grad * torch.outer(rows, columns), product @ columns, rows @ product

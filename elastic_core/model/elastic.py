@@ -36,7 +36,8 @@ class Trunk(nn.Module):
         x = F.embedding(input_ids, cut.weight(self, self.layout, "embeddings.weight"))
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as where weights are gathered so
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return cut.write(x)
+        gate = cut.gate("hidden")
+        return x if gate is None else x * gate.to(x.dtype)  # gates are float32; the residual stream keeps its own type
 
     def forward(self, input_ids: Tensor, cut: Cut) -> Tensor:
         x = self.embed(input_ids, cut)  # (B, L, hidden)

@@ -10,7 +10,8 @@ from transformers.activations import ACT2FN
 
 from elastic_core.layout import Layout
 from elastic_core.model.cut import Cut
-from elastic_core.ops.conv import causal_conv
+from elastic_core.ops.activation import relu_squared
+from elastic_core.ops.conv import causal_conv_silu
 from elastic_core.ops.norm import group_rms_norm, rms_norm
 from elastic_core.ops.ssd import ssd
 
@@ -46,19 +47,15 @@ class MLP(nn.Module):
 
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()
-        self.layout, self.units = layout, f"ffn.{layer}"
-        self.act = ACT2FN[config.mlp_hidden_act]
+        self.layout, self.layer, self.units = layout, layer, f"ffn.{layer}"
+        self.act = relu_squared if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
         add_parameters(self, layout)
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         x = F.linear(x, cut.weight(self, self.layout, "up_proj.weight"), cut.weight(self, self.layout, "up_proj.bias"))
         cut.observe(self.units, x)
-        x = self.act(x)  # (B, L, F)
-        if (gate := cut.gate(self.units)) is not None:
-            x = x * gate.to(x.dtype)
-        return F.linear(
-            x, cut.weight(self, self.layout, "down_proj.weight"), cut.weight(self, self.layout, "down_proj.bias")
-        )
+        weight = cut.writing_weight(self, self.layout, "down_proj.weight", self.layer, self.units)
+        return F.linear(self.act(x), weight, cut.writing_bias(self, self.layout, "down_proj.bias", self.layer))
 
 
 class Attention(nn.Module):
@@ -66,7 +63,7 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()
-        self.layout, self.units = layout, f"attention_heads.{layer}"
+        self.layout, self.layer, self.units = layout, layer, f"attention_heads.{layer}"
         self.head_dim, self.num_key_value_heads = config.head_dim, config.num_key_value_heads
         add_parameters(self, layout)
 
@@ -77,13 +74,10 @@ class Attention(nn.Module):
             for name, heads in (("q", num_heads), ("k", num_kv), ("v", num_kv))
         )
         cut.observe(self.units, query)
-        key, value = (t.repeat_interleave(num_heads // num_kv, dim=2) for t in (key, value))
         y = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, enable_gqa=True
         ).transpose(1, 2)  # (B, L, A, head_dim)
-        if (gate := cut.gate(self.units)) is not None:
-            y = y * gate[:, None].to(y.dtype)
-        return F.linear(y.flatten(2), cut.weight(self, self.layout, "o_proj.weight"))
+        return F.linear(y.flatten(2), cut.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units))
 
 
 class Mamba(nn.Module):
@@ -107,7 +101,7 @@ class Mamba(nn.Module):
         projected = F.linear(x, weight("in_proj.weight"), weight("in_proj.bias"))
         z, conv, dt = projected.split([inner, inner + 2 * states, heads], dim=-1)
         cut.observe(f"mamba.{self.layer}", conv[..., :inner].unflatten(-1, (heads, channels)))
-        conv = F.silu(causal_conv(conv, weight("conv1d.weight"), weight("conv1d.bias")))
+        conv = causal_conv_silu(conv, weight("conv1d.weight"), weight("conv1d.bias"))
         y, B, C = conv.split([inner, states, states], dim=-1)
         # Time step, decay and scan in float32 at least, whatever the rest computes in.
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -120,26 +114,33 @@ class Mamba(nn.Module):
             C.to(wide).unflatten(-1, (self.groups, self.state_size)),
             weight("D"),
         )
-        y, num_live = self._gate(y * F.silu(z.to(wide)).view_as(y), cut)
-        y = group_rms_norm(y.flatten(2), weight("norm.weight"), self.eps, self.groups, num_live)
-        return F.linear(y.to(x.dtype), weight("out_proj.weight"), weight("out_proj.bias"))
-
-    def _gate(self, y: Tensor, cut: Cut) -> tuple[Tensor, int | Tensor]:
-        """y (B, L, heads, channels) gated, and the live channels of one group."""
+        y = y.flatten(2) * F.silu(z.to(wide))
         head_key, channel_key = f"mamba_heads.{self.layer}", f"mamba_channels.{self.layer}"
-        num_live = cut.num_live(head_key) * cut.num_live(channel_key) / self.groups
-        if (gate := cut.gate(head_key)) is not None:
-            y = y * gate[:, None].to(y.dtype)
-        if (gate := cut.gate(channel_key)) is not None:
+        if (gate := self._gate(cut.gate(head_key), cut.gate(channel_key), cut)) is not None:
             y = y * gate.to(y.dtype)
-        return y, num_live
+        num_live = cut.num_live(head_key) * cut.num_live(channel_key) / self.groups
+        y = group_rms_norm(y, weight("norm.weight"), self.eps, self.groups, num_live)
+        return F.linear(
+            y.to(x.dtype),
+            cut.writing_weight(self, self.layout, "out_proj.weight", self.layer),
+            cut.writing_bias(self, self.layout, "out_proj.bias", self.layer),
+        )
+
+    def _gate(self, heads: Tensor | None, channels: Tensor | None, cut: Cut) -> Tensor | None:
+        """The gates of heads and of channels as one, (heads · channels,)."""
+        if heads is None and channels is None:
+            return None
+        sizes = cut.sizes[f"mamba_heads.{self.layer}"], cut.sizes[f"mamba_channels.{self.layer}"]
+        if channels is None:
+            return heads[:, None].expand(sizes).flatten()
+        return channels.expand(sizes).flatten() if heads is None else torch.outer(heads, channels).flatten()
 
 
 MIXERS = {"M": Mamba, "*": Attention, "-": MLP}
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), the write gated."""
+    """x + mixer(norm(x)); the mixer gates what it writes."""
 
     def __init__(self, config, character: str, layer: int, layout: Layout):
         super().__init__()
@@ -149,4 +150,4 @@ class Block(nn.Module):
         self.mixer = MIXERS[character](config, layer, mixer)
 
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        return x + cut.write(self.mixer(self.norm(x, cut), cut), self.layer)
+        return x + self.mixer(self.norm(x, cut), cut)

@@ -2,20 +2,52 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rms_norm_naive(x: Tensor, weight: Tensor, eps: float, num_live: int | Tensor) -> Tensor:
+    """weight · x / sqrt(Σx²/num_live + eps) over the last dimension. x (..., H), weight (H,)."""
+    return weight * (x * torch.rsqrt(x.square().sum(-1, keepdim=True) / num_live + eps))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, num_live: int | Tensor) -> Tensor:
-    """weight · x / sqrt(Σx²/num_live + eps) over the last dimension, in float32. x (..., H), weight (H,).
+    """The same as `rms_norm_naive`, in float32 at least, and returned in the type of `x`.
 
     `num_live` is H for a slice, the sum of the gate (eq. 25) for gated x, whose dead channels are zero.
     """
-    dtype, x = x.dtype, x.float() if x.dtype != torch.float64 else x
-    variance = x.square().sum(-1, keepdim=True) / num_live
-    return (weight.to(x.dtype) * (x * torch.rsqrt(variance + eps))).to(dtype)
+    return group_rms_norm(x, weight, eps, 1, num_live)
 
 
 def group_rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int, num_live: int | Tensor) -> Tensor:
     """`rms_norm` over each of `groups` equal parts of the last dimension; `num_live` counts one group's channels."""
-    dtype = x.dtype
-    grouped = x.unflatten(-1, (groups, -1))
-    return rms_norm(grouped, weight.view(groups, -1), eps, num_live).flatten(-2).to(dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if isinstance(num_live, Tensor):
+        num_live = num_live.to(wide)
+    grouped = x.reshape(-1, groups, x.shape[-1] // groups).to(wide)
+    return _RMSNorm.apply(grouped, weight.to(wide).view(groups, -1), eps, num_live).view(x.shape).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x (T, G, K), weight (G, K). Written out because autograd would pass over x about twice as often."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, num_live):
+        squares = torch.linalg.vector_norm(x, dim=-1).square_()  # (T, G)
+        inverse = torch.rsqrt(squares / num_live + eps)
+        live = num_live if isinstance(num_live, Tensor) else None
+        ctx.save_for_backward(x, weight, inverse, None if live is None else squares, live)
+        ctx.num_live = num_live if live is None else None
+        return (x * inverse[..., None]).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, inverse, squares, live = ctx.saved_tensors
+        by_group = (grad * x).transpose(0, 1)  # (G, T, K)
+        grad_weight = (inverse.T.unsqueeze(1) @ by_group).squeeze(1)
+        dots = (by_group @ weight.unsqueeze(2)).squeeze(2).T  # (T, G): Σ grad·weight·x
+        slope = dots * inverse**3 / (ctx.num_live if live is None else live)
+        grad_x = (grad * weight).mul_(inverse[..., None])
+        grad_x.addcmul_(x, slope[..., None], value=-1)
+        grad_live = None if live is None else (slope * squares).sum() / (2 * live)
+        return grad_x, grad_weight, None, grad_live

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK = 64  # positions on a CPU: long enough to fill matrix products, with few enough (Q, Q) decays
+CHUNK = 64  # positions: long enough to fill matrix products, with few enough (Q, Q) decays
+CHUNK_OF_SMALL_STATES = 32  # where a state of fewer than SMALL entries costs little to carry, and there are many chunks
+SMALL = 4096
 CHUNK_ON_GPU = 128
 # Entries of the (Q, Q) decays that exist at a time: 1 MB, which stays in a core's cache from one operation to the next.
 BLOCK, BLOCK_ON_GPU = 2**18, 2**26
@@ -50,28 +52,34 @@ def ssd(
     `chunk`: at most so many positions of a chunk; `block`: entries of the decays that exist at a time. B and C are
     never repeated per head, and nothing of size (Q, Q) is kept for the backward pass, which forms it again.
     """
-    is_cpu = x.device.type == "cpu"
-    at_most = min(chunk or (CHUNK if is_cpu else CHUNK_ON_GPU), x.shape[1])
-    even = -(-x.shape[1] // -(-x.shape[1] // at_most))  # as many chunks, but alike, so that little is padded
+    is_cpu, length = x.device.type == "cpu", x.shape[1]
+    if chunk is None and is_cpu:
+        chunk = CHUNK_OF_SMALL_STATES if length > CHUNK and x.shape[3] * B.shape[3] < SMALL else CHUNK
+    at_most = min(chunk or CHUNK_ON_GPU, length)
+    even = -(-length // -(-length // at_most))  # as many chunks, but alike, so that little is padded
     with torch.autocast(x.device.type, enabled=False):  # float32 products, whatever the layers around compute in
         return _Scan.apply(x, dt, A, B, C, D, even, block or (BLOCK if is_cpu else BLOCK_ON_GPU))
 
 
 class _Scan(torch.autograd.Function):
-    """y_i = D·x_i + Σ_{j≤i} (C_i·B_j) exp(Σ_{j<k≤i} A·dt_k) dt_j·x_j, a few chunks (a block) at a time."""
+    """y_i = D·x_i + Σ_{j≤i} (C_i·B_j) exp(Σ_{j<k≤i} A·dt_k) dt_j·x_j, a few sequences or chunks (a block) at a time."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, chunk, block):
-        y, state, kept = torch.empty_like(x, memory_format=torch.contiguous_format), None, []
-        for part in _parts(x.shape, chunk, block):
-            p = _prepare(x[:, part], dt[:, part], A, B[:, part], C[:, part], chunk)
-            out = _decay(p.total, x.dtype).mul_(p.scores) @ p.x_dt  # (B, c, G, R, Q, P)
-            if x.shape[1] > chunk:
-                states = _carry(p.B.mT @ _side_by_side(p.x_dt, p.to_end), p.from_start[..., -1], state)
-                out.addcmul_(_apart(p.C @ states[:, :-1], out.shape), p.from_start[..., None])
-                state = states[:, -1]
-                kept.append(states)
-            torch.addcmul(_by_position(out, x[:, part]), x[:, part], D[:, None], out=y[:, part])
+        y, kept = torch.empty_like(x, memory_format=torch.contiguous_format), []
+        for rows, parts in _blocks(x.shape, chunk, block):
+            state = None
+            for part in parts:
+                at = rows, part
+                p = _prepare(x[at], dt[at], A, B[at], C[at], chunk)
+                out = _decay(p.total, x.dtype).mul_(p.scores) @ p.x_dt  # (B, c, G, R, Q, P)
+                if x.shape[1] > chunk:
+                    states = _carry(p.B.mT @ _side_by_side(p.x_dt, p.to_end), p.from_start[..., -1], state)
+                    across = p.C @ states[:, :-1]  # (B, c, G, Q, R·P)
+                    out.addcmul_(_apart(across, out.shape), p.from_start[..., None])
+                    state = states[:, -1]
+                    kept += [states, across]
+                torch.addcmul(_by_position(out, x[at]), x[at], D[:, None], out=y[at])
         ctx.save_for_backward(x, dt, A, B, C, D, *kept)
         ctx.sizes = chunk, block
         return y
@@ -82,22 +90,23 @@ class _Scan(torch.autograd.Function):
         x, dt, A, B, C, D, *kept = ctx.saved_tensors
         chunk, block = ctx.sizes
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)]
-        grad_A, grad_D, grad_state = torch.zeros_like(A, dtype=torch.float64), torch.zeros_like(D), None
-        for part in reversed(_parts(x.shape, chunk, block)):
-            x_, dt_, g = x[:, part], dt[:, part], grad[:, part]
-            grad_x, grad_dt, grad_B, grad_C = (t[:, part] for t in grads)
-            p = _prepare(x_, dt_, A, B[:, part], C[:, part], chunk)
-            g_grouped = _grouped(_padded(g, chunk), p.B.shape).contiguous()
-            of_x_dt, of_decay, of_B, of_C, grad_state = _differentiate(
-                p, g_grouped, kept.pop() if kept else None, grad_state
-            )
-            of_x_dt, of_decay = _by_position(of_x_dt, x_), _by_position(of_decay[..., None], x_)[..., 0]
-            torch.mul(of_x_dt, dt_[..., None], out=grad_x).addcmul_(g, D[:, None])
-            grad_dt.copy_((of_x_dt * x_).sum(-1).add_(of_decay * A))
-            grad_B.copy_(_by_position(of_B.unsqueeze(3), x_))
-            grad_C.copy_(_by_position(of_C.unsqueeze(3), x_))
-            grad_A += (of_decay * dt_).sum((0, 1))
-            grad_D += (g * x_).sum((0, 1, 3))
+        grad_A, grad_D = torch.zeros_like(A, dtype=torch.float64), torch.zeros_like(D)
+        for rows, parts in reversed(_blocks(x.shape, chunk, block)):
+            grad_state = None
+            for part in reversed(parts):
+                at = rows, part
+                p = _prepare(x[at], dt[at], A, B[at], C[at], chunk)
+                g = _grouped(_padded(grad[at], chunk), p.B.shape).contiguous()
+                across, states = (kept.pop(), kept.pop()) if kept else (None, None)
+                of_x_dt, of_decay, of_B, of_C, grad_state = _differentiate(p, g, states, across, grad_state)
+                of_x_dt, of_decay = _by_position(of_x_dt, x[at]), _by_position(of_decay[..., None], x[at])[..., 0]
+                grad_x, grad_dt, grad_B, grad_C = (t[at] for t in grads)
+                torch.mul(of_x_dt, dt[at][..., None], out=grad_x).addcmul_(grad[at], D[:, None])
+                grad_dt.copy_((of_x_dt * x[at]).sum(-1).add_(of_decay * A))
+                grad_B.copy_(_by_position(of_B.unsqueeze(3), x[at]))
+                grad_C.copy_(_by_position(of_C.unsqueeze(3), x[at]))
+                grad_A += (of_decay * dt[at]).sum((0, 1))
+                grad_D += (grad[at] * x[at]).sum((0, 1, 3))
         return grads[0], grads[1], grad_A.to(A.dtype), grads[2], grads[3], grad_D, None, None
 
 
@@ -113,11 +122,13 @@ class _Block(NamedTuple):
     scores: Tensor  # (B, c, G, 1, Q, Q): C_i·B_j
 
 
-def _parts(shape: torch.Size, chunk: int, block: int) -> list[slice]:
-    """Positions of every block: so many chunks that their decays do not exceed `block` entries."""
+def _blocks(shape: torch.Size, chunk: int, block: int) -> list[tuple[slice, list[slice]]]:
+    """Sequences, and the positions of every block of them: not more than `block` entries of decays, or one chunk."""
     batch, length, heads, _ = shape
-    step = chunk * max(1, block // (batch * heads * chunk * chunk))
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    together = min(batch, max(1, block // (heads * chunk * chunk)))
+    step = chunk * max(1, block // (together * heads * chunk * chunk))
+    parts = [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    return [(slice(start, min(start + together, batch)), parts) for start in range(0, batch, together)]
 
 
 def _prepare(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> _Block:
@@ -134,11 +145,11 @@ def _prepare(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int)
     return _Block(x_dt, B, C, total, total.to(x.dtype).exp2(), to_end, (C @ B.mT).unsqueeze(3))
 
 
-def _differentiate(p: _Block, grad: Tensor, states: Tensor | None, grad_state: Tensor | None):
+def _differentiate(p: _Block, grad: Tensor, states: Tensor | None, across: Tensor | None, grad_state: Tensor | None):
     """Gradients of a block: of x·dt, of A·dt (double), of B and C, and of the state before it.
 
-    `states` (B, c + 1, G, N, R·P) before every chunk and after the last, None where there is one chunk in all;
-    `grad_state` the gradient of the last of them, None for zero.
+    `states` (B, c + 1, G, N, R·P) before every chunk and after the last, and what they give before their decay
+    (B, c, G, Q, R·P), None where there is one chunk in all; `grad_state` the gradient of the last state, None for zero.
     """
     decay, against = _decay(p.total, grad.dtype), grad @ p.x_dt.mT
     weights = decay * p.scores
@@ -153,7 +164,7 @@ def _differentiate(p: _Block, grad: Tensor, states: Tensor | None, grad_state: T
     if states is not None:
         before, last = states[:, :-1], p.from_start[..., -1]  # (B, c, G, N, R·P), (B, c, G, R)
         grad_across = _side_by_side(grad, p.from_start)  # (B, c, G, Q, R·P)
-        of_rows = _by_head(grad_across * (p.C @ before), grad.shape).sum(-1)
+        of_rows = _by_head(grad_across * across, grad.shape).sum(-1)
         grad_total += of_rows.transpose(3, 4)
         grad_C += grad_across @ before.mT
         grad_states, grad_state = _carry_back(p.C.mT @ grad_across, last, grad_state)  # of what each chunk adds
@@ -161,7 +172,7 @@ def _differentiate(p: _Block, grad: Tensor, states: Tensor | None, grad_state: T
         grad_added = _apart(p.B @ grad_states, grad.shape)
         through_end = ((p.x_dt * grad_added).sum(-1) * p.to_end).double()
         grad_total -= through_end
-        of_last = _by_head(grad_states * before, grad.shape).sum((-1, -3), dtype=torch.float64) * last
+        of_last = _by_head((grad_states * before).sum(-2), grad.shape).sum(-1) * last
         grad_total[..., -1] += through_end.sum(-1) + of_last
         grad_x.addcmul_(grad_added, p.to_end[..., None])
     return grad_x, grad_total.flip(-1).cumsum(-1).flip(-1), grad_B, grad_C, grad_state
