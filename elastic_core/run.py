@@ -18,7 +18,9 @@ from elastic_core.data import PackedSequences
 from elastic_core.distributed import Ranks
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.model import ElasticModel
+from elastic_core.model.cut import Cut
 from elastic_core.router import Router
+from elastic_core.submodel import Submodel
 
 
 @dataclass
@@ -59,6 +61,14 @@ class Run:
         self.optimizer = make_optimizer(self.model, self.router, self.stage, self.routing)
         self.frozen_teacher = None if self.teacher is None else self.teacher.requires_grad_(False).eval()
         self._sizes: dict[str, int] = {}
+        self._cuts: dict[tuple[int, Submodel], Cut] = {}
+
+    def cut_of(self, model: ElasticModel, submodel: Submodel | None = None) -> Cut:
+        """`model.cut(submodel)`, looked up once in a run and not in every microbatch."""
+        key = id(model), submodel or model.full
+        if key not in self._cuts:
+            self._cuts[key] = model.cut(submodel)
+        return self._cuts[key]
 
     def member_size(self, budget: str) -> int:
         """Number of parameters of a budget's submodel, once it is chosen."""

@@ -141,8 +141,7 @@ def microbatch_loss(run: Run, microbatch: int, budget: str, input_ids: Tensor, l
 def choose_cut(run: Run, microbatch: int, budget: str):
     """The part of the model that this microbatch computes with, its resource loss, and its (expected) parameters."""
     if run.members is not None:
-        submodel = run.members[budget].submodel
-        return run.model.cut(submodel), None, None
+        return run.cut_of(run.model, run.members[budget].submodel), None, None
     index, space = list(run.budgets).index(budget), run.router.space
     tau, scale = anneal(run.step / (run.routing.share * run.stage.steps), run.routing.temperatures, run.routing.scales)
     probs = run.router.probs(index, tau, scale, noise_generator(run.seed, run.step, microbatch))
@@ -165,11 +164,11 @@ def teacher_states(run: Run, microbatch: int, budget: str, input_ids: Tensor) ->
     if not uses_trainable_teacher(run.stage, run.step, microbatch):
         if run.frozen_teacher is None:
             return None
-        cut = run.frozen_teacher.cut()
+        cut = run.cut_of(run.frozen_teacher)
         return run.frozen_teacher.hidden_states(input_ids, cut), run.frozen_teacher.head(cut)
     if run.budgets[budget] == 1.0:
         return None
-    cut = run.model.cut()
+    cut = run.cut_of(run.model)
     return run.model.hidden_states(input_ids, cut), run.model.head(cut)
 
 
