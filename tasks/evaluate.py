@@ -1,6 +1,7 @@
 """Stage `evaluate`: what an extracted directory is worth, loaded as any user would load it.
 
-Held-out text gives bits per byte, loss and KL to the parent; the reasoning tasks run through lm-eval.
+Held-out text gives bits per byte, loss and KL to the parent; the reasoning tasks run through lm-eval; memory and speed
+are measured as in tasks/footprint.py.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic_core.data import IGNORED_LABEL, TokenData, held_out_batches
-from tasks import params
+from tasks import footprint, params
 
 DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
 VERSIONS = ("zero_shot", "short", "extended")
@@ -46,17 +47,26 @@ def text_scores(model, parent, batches: Iterator[tuple[Tensor, Tensor]]) -> tupl
 
 
 def held_out_scores(section: "params.Evaluate", data: TokenData, model, parent) -> dict:
-    """Loss and KL in nats per token and bits per byte on every held-out source, and their token-weighted means."""
-    scores, totals = {}, [0.0, 0.0, 0]
+    """Loss and KL in nats per token and bits per byte, on every held-out source and on all of them together.
+
+    `tokens` is the number of predicted ones.
+    """
+    scores, totals = {}, [0.0, 0.0, 0, 0.0]
     for source in section.held_out:
         batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
         loss, kl, tokens = text_scores(model, parent, batches)
-        totals = [total + value for total, value in zip(totals, (loss, kl, tokens), strict=True)]
         num_bytes = tokens * data.bytes_per_token(source, "held_out")
+        totals = [total + value for total, value in zip(totals, (loss, kl, tokens, num_bytes), strict=True)]
         scores[f"loss_{source}"] = loss / tokens
         scores[f"bits_per_byte_{source}"] = loss / math.log(2) / num_bytes
-    scores["loss"], scores["kl_to_parent"] = totals[0] / totals[2], totals[1] / totals[2]
-    return scores
+        scores[f"tokens_{source}"] = tokens
+    loss, kl, tokens, num_bytes = totals
+    return scores | {
+        "loss": loss / tokens,
+        "kl_to_parent": kl / tokens,
+        "bits_per_byte": loss / math.log(2) / num_bytes,
+        "tokens": tokens,
+    }
 
 
 def task_scores(section: "params.Evaluate", data: TokenData, model) -> dict:
@@ -91,13 +101,24 @@ def task_scores(section: "params.Evaluate", data: TokenData, model) -> dict:
     return scores
 
 
+def first_tokens(data: TokenData, source: str, number: int) -> Tensor:
+    """The beginning of a held-out source as one sequence (1, number)."""
+    input_ids, _ = next(held_out_batches(data, source, number, 1))
+    return input_ids
+
+
 def evaluate(section: "params.Evaluate", data: TokenData, directory: Path, parent) -> dict:
     """All scores of one directory."""
-    model = load_model(directory)
+    model, source = load_model(directory), section.held_out[0]
     return {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         **held_out_scores(section, data, model, parent),
+        "memory": footprint.memory(model, first_tokens(data, source, section.cache_tokens)),
+        "latency": footprint.latency(
+            section.latency, model, parent, first_tokens(data, source, section.latency.prompt_tokens)
+        ),
         "tasks": task_scores(section, data, model),
+        "environment": footprint.environment(),
     }
 
 
@@ -119,11 +140,14 @@ def main() -> None:
     section, data = params.load().evaluate, TokenData(DATA)
     parent = None if budget == "parent" else load_model(PARENT)
     directories = {"parent": PARENT} if budget == "parent" else {v: MODELS / budget / v for v in VERSIONS}
+    submodel = None if budget == "parent" else json.loads((MODELS / budget / "submodel.json").read_text())
     rows = {}
     for version, directory in tqdm(directories.items(), desc=f"evaluate {budget}", unit="model"):
-        rows[version] = evaluate(section, data, directory, parent)
+        rows[version] = evaluate(section, data, directory, parent) | {"submodel": submodel}
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"{budget}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    partial = OUT / f"{budget}.json.partial"
+    partial.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(partial, OUT / f"{budget}.json")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Stage `extract`: one budget's models as Hugging Face directories: untrained, after stage 1 and after stage 2."""
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ def run(budget: str) -> None:
             copy = storage.join(section.destination, budget, version)
             storage.upload_directory(out, copy)
             print(f"{out}: copied to {copy}")
+    (OUT / budget / "submodel.json").write_text(json.dumps(submodel.to_dict()) + "\n")  # for the report
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from elastic_core.config import load as load_section
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.depth_ranking import METHODS
 from elastic_core.importance import AGGREGATIONS
+from tasks.footprint import Latency
 from tasks.launch import Compute, StageError
 from tasks.prepare_data import PrepareData
 from tasks.tracking import Tracking
@@ -129,9 +130,11 @@ class Evaluate:
     batch_size: int = 16
     limit: int = 200
     task_batch_size: int = 64
+    cache_tokens: int = 1024
+    latency: Latency = field(default_factory=Latency)
 
     def check(self) -> None:
-        for name in ("max_tokens", "sequence_length", "batch_size", "limit", "task_batch_size"):
+        for name in ("max_tokens", "sequence_length", "batch_size", "limit", "task_batch_size", "cache_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
 
