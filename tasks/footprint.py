@@ -27,7 +27,7 @@ class Latency:
 
     prompt_tokens: int = 128
     new_tokens: int = 16
-    repeats: int = 5  # after one that does not count
+    repeats: int = 8  # after one that warms up
 
     def check(self) -> None:
         for name, value in vars(self).items():
@@ -70,38 +70,50 @@ def memory(model, input_ids: Tensor) -> dict:
     }
 
 
-@torch.no_grad()
-def generation_seconds(model, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds to read the prompt (1, L), and seconds for each token generated after it."""
-    start = time.perf_counter()
-    output = model(prompt, use_cache=True, logits_to_keep=1)
-    token = output.logits[:, -1:].argmax(-1)
-    prefilled = time.perf_counter()
-    for _ in range(new_tokens):
-        output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
-        token = output.logits[:, -1:].argmax(-1)
-    return prefilled - start, (time.perf_counter() - prefilled) / new_tokens
+class Sequence:
+    """One sequence that a model reads and goes on with, greedily; it knows how many seconds every step took."""
+
+    def __init__(self, model):
+        self.model, self.cache, self.seconds = model, None, []
+
+    @torch.no_grad()
+    def step(self, input_ids: Tensor | None = None) -> None:
+        """Read the prompt (1, L), or, where None, generate one token with the cache of all before."""
+        start = time.perf_counter()
+        output = self.model(
+            self.token if input_ids is None else input_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.token, self.cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        self.seconds.append(time.perf_counter() - start)
 
 
 def latency(section: Latency, model, parent, prompt: Tensor) -> dict:
-    """Medians over the repeats of the model's seconds, the parent's, and the ratio of the two in each repeat.
+    """Median seconds of the model and of the parent, and the median of the ratios of their steps, one by one.
 
-    `parent` None: the model is the parent, with ratio 1.
+    The two take turns at every token, so that a slow spell of the machine meets both. `parent` None: the model is the
+    parent, with ratio 1.
     """
-    models = [model] if parent is None else [model, parent]
-    for each in models:
-        generation_seconds(each, prompt, 1)
-    repeats = []
-    for repeat in range(section.repeats):
-        order = models if repeat % 2 == 0 else models[::-1]  # a slow spell shall not always meet the same one
-        seconds = {id(each): generation_seconds(each, prompt, section.new_tokens) for each in order}
-        repeats.append([seconds[id(each)] for each in (model, models[-1])])
+    prefills, tokens = [], []  # (seconds of the model, of the parent) of every step
+    for repeat in range(section.repeats + 1):
+        mine = Sequence(model)
+        theirs = mine if parent is None else Sequence(parent)
+        turns = [mine] if parent is None else [mine, theirs]
+        for step in range(1 + section.new_tokens):
+            for sequence in turns if (repeat + step) % 2 == 0 else turns[::-1]:
+                sequence.step(prompt if step == 0 else None)
+        if repeat > 0:  # the first one warms up
+            pairs = list(zip(mine.seconds, theirs.seconds, strict=True))
+            prefills.append(pairs[0])
+            tokens += pairs[1:]
     result = {"prompt_tokens": prompt.shape[1], "new_tokens": section.new_tokens, "repeats": section.repeats}
-    for i, name in enumerate(("prefill", "per_token")):
+    for name, pairs in (("prefill", prefills), ("per_token", tokens)):
         result |= {
-            f"{name}_seconds": statistics.median(mine[i] for mine, _ in repeats),
-            f"parent_{name}_seconds": statistics.median(parents[i] for _, parents in repeats),
-            f"{name}_ratio": statistics.median(mine[i] / parents[i] for mine, parents in repeats),
+            f"{name}_seconds": statistics.median(own for own, _ in pairs),
+            f"parent_{name}_seconds": statistics.median(other for _, other in pairs),
+            f"{name}_ratio": statistics.median(own / other for own, other in pairs),
         }
     return result
 

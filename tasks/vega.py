@@ -36,6 +36,11 @@ def to_png(chart: str) -> bytes:
     return vl_convert.vegalite_to_png(chart, scale=2)
 
 
+def to_svg(chart: str) -> str:
+    """A Vega-Lite chart, as JSON, as a picture of any size."""
+    return vl_convert.vegalite_to_svg(chart)
+
+
 def plots_page() -> str:
     """DVC's `plots.html_template`, with everything that shows a plot inside."""
     code = vl_convert.javascript_bundle(vl_version=VERSION)
