@@ -77,6 +77,14 @@ def colour(theme: Theme, budgets: list[str], legend: alt.Legend | None) -> alt.C
     return alt.Color("budget:N", sort=budgets, scale=alt.Scale(domain=budgets, range=colours), legend=legend)
 
 
+def shapes(theme: Theme, frame) -> alt.Shape:
+    """A version's shape, the same in all pictures."""
+    present = [model for model in MODELS if model in set(frame["model"])]
+    fill = {"symbolFillColor": theme.muted, "symbolStrokeColor": theme.muted}
+    legend = alt.Legend(title=None, values=present, columns=2 if len(present) > 3 else 3, **fill)
+    return alt.Shape("model:N", sort=present, scale=alt.Scale(domain=MODELS, range=SHAPES), legend=legend)
+
+
 def curve(frame, measure: str, title: str, budgets: list[str], settled: int | None = None):
     """How to draw a measure of training over the tokens of one stage; `settled`: a line where the router was done."""
 
@@ -135,7 +143,6 @@ def quality(frame, cost: str, title: str, budgets: list[str], form: str):
 
     def draw(theme: Theme) -> alt.TopLevelMixin:
         trained = frame[frame["model"] != tables.LABELS["zero_shot"]]
-        models = [model for model in MODELS if model in set(trained["model"])]
         x = alt.X(
             f"{cost}:Q",
             title=title,
@@ -143,12 +150,6 @@ def quality(frame, cost: str, title: str, budgets: list[str], form: str):
             axis=alt.Axis(format=form, tickCount=5, grid=False),
         )
         y = alt.Y("loss:Q", title="held-out loss, nats per token", scale=alt.Scale(zero=False, padding=14))
-        shape = alt.Shape(
-            "model:N",
-            sort=models,
-            scale=alt.Scale(domain=MODELS, range=SHAPES),
-            legend=alt.Legend(title=None, values=models, symbolFillColor=theme.muted, symbolStrokeColor=theme.muted),
-        )
         front = (
             alt.Chart(tables.pareto(trained, cost))
             .mark_line(color=theme.muted, strokeDash=[4, 3], interpolate="step-after")
@@ -157,7 +158,7 @@ def quality(frame, cost: str, title: str, budgets: list[str], form: str):
         points = (
             alt.Chart(trained)
             .mark_point(filled=True, size=70, opacity=0.9)
-            .encode(x=x, y=y, color=colour(theme, budgets, None), shape=shape)
+            .encode(x=x, y=y, color=colour(theme, budgets, None), shape=shapes(theme, trained))
         )
         names = (
             alt.Chart(tables.finals(trained))
@@ -169,37 +170,23 @@ def quality(frame, cost: str, title: str, budgets: list[str], form: str):
     return draw
 
 
-def reasoning(frame, tasks: list[str], chance: dict[str, float], budgets: list[str]):
-    """How to draw exact match by task, a row per model, one standard error to either side."""
-    rows = []
-    for row in frame.to_dict("records"):
-        for task in tasks:
-            value, error = row[task], row[f"{task}_error"]
-            span = {"low": max(0.0, value - error), "high": min(1.0, value + error)}
-            names = {"budget": row["budget"], "model": row["model"], "task": task}
-            rows.append(names | {"value": value, "chance": chance[task]} | span)
+def reasoning(frame, task: str, chance: float, budgets: list[str]):
+    """How to draw a task's exact match, a mark per model, with one standard error to either side."""
+    error = frame[f"{task}_error"]
+    low, high = (frame[task] - error).clip(lower=0), (frame[task] + error).clip(upper=1)
+    frame = frame.assign(value=frame[task], low=low, high=high)[["budget", "model", "value", "low", "high"]]
 
     def draw(theme: Theme) -> alt.TopLevelMixin:
-        y = alt.Y("budget:N", sort=budgets, title=None, axis=alt.Axis(ticks=False, domain=False))
-        offset = alt.YOffset("model:N", sort=MODELS)
         scale = alt.Scale(domain=[0, 1])
-        models = [model for model in MODELS if any(row["model"] == model for row in rows)]
-        shape = alt.Shape(
-            "model:N",
-            scale=alt.Scale(domain=MODELS, range=SHAPES),
-            legend=alt.Legend(
-                title=None, values=models, columns=2, symbolFillColor=theme.muted, symbolStrokeColor=theme.muted
-            ),
-        )
-        base, shade = alt.Chart(), colour(theme, budgets, None)
-        guess = base.mark_rule(color=theme.muted, strokeDash=[2, 2]).encode(x=alt.X("mean(chance):Q", scale=scale))
-        x = alt.X("value:Q", title="exact match", scale=scale, axis=alt.Axis(values=[0, 0.5, 1], format=".1f"))
-        errors = base.mark_rule(strokeWidth=1.6).encode(x="low:Q", x2="high:Q", y=y, yOffset=offset, color=shade)
-        points = base.mark_point(filled=True, size=24, opacity=1).encode(
-            x=x, y=y, yOffset=offset, color=shade, shape=shape
-        )
-        panel = alt.layer(guess, errors, points).properties(width=118, height=34 * len(budgets))
-        return panel.facet(alt.Facet("task:N", sort=tasks, title=None), columns=2, data=alt.Data(values=rows))
+        x = alt.X("value:Q", title="exact match", scale=scale, axis=alt.Axis(tickCount=5, format=".1f"))
+        y = alt.Y("budget:N", sort=budgets, title=None, axis=alt.Axis(ticks=False, domain=False))
+        shade = colour(theme, budgets, None)
+        base = alt.Chart(frame).encode(y=y, yOffset=alt.YOffset("model:N", sort=MODELS), color=shade)
+        errors = base.mark_rule(strokeWidth=1.6).encode(x=alt.X("low:Q", scale=scale), x2="high:Q")
+        points = base.mark_point(filled=True, size=34, opacity=1).encode(x=x, shape=shapes(theme, frame))
+        guess = alt.Chart(alt.Data(values=[{"chance": chance}]))
+        rule = guess.mark_rule(color=theme.muted, strokeDash=[2, 2]).encode(x=alt.X("chance:Q", scale=scale))
+        return alt.layer(rule, errors, points).properties(width=WIDTH, height=34 * len(budgets))
 
     return draw
 

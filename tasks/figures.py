@@ -9,22 +9,22 @@ STAGE_NAMES = {"parent": "Parent", "train_short": "Stage 1", "train_extended": "
 def sections(settings: "params.Params", scores: tables.Scores, frame) -> dict[str, list[Figure]]:
     """The pictures by section."""
     budgets, config = list(scores), tables.parent_config()
+    curves, settled = tables.training(), tables.settled()
     found = {
         "Quality against cost": _cost_figures(scores, frame, budgets),
-        "What training won back": _recovery_figures(settings, scores, frame, budgets),
-        "Training": _training_figures(settings, budgets),
-        "What the router chose": [
+        "Reasoning tasks": _task_figures(settings, scores, frame, budgets),
+        "Training": [
+            *_training_figures(settings, curves, settled, budgets),
             Figure(
-                "Kept sizes by budget and layer",
-                "The number is the kept size: hidden channels and channels of a Mamba head for the whole model; heads "
-                "of a Mamba (M) or attention (*) layer, neurons of an MLP (-). × marks a layer that is dropped.",
-                charts.choices(tables.router(scores, config)),
-                wide=True,
-            )
+                "Loss by version",
+                "Held-out: from the slice that was never trained to the end of stage 2; dashed, the parent.",
+                charts.won_back(frame, budgets),
+            ),
         ],
+        "What the router chose": _router_figures(tables.router(scores, config), curves, settled, budgets),
         "Importance": _importance_figures(settings, config),
     }
-    return found
+    return {name: figures for name, figures in found.items() if figures}
 
 
 def _cost_figures(scores: tables.Scores, frame, budgets: list[str]) -> list[Figure]:
@@ -45,56 +45,54 @@ def _cost_figures(scores: tables.Scores, frame, budgets: list[str]) -> list[Figu
     ]
 
 
-def _recovery_figures(settings: "params.Params", scores: tables.Scores, frame, budgets: list[str]) -> list[Figure]:
-    found = [
-        Figure(
-            "Loss by version",
-            "From the slice that was never trained to the end of stage 2; dashed, the parent.",
-            charts.won_back(frame, budgets),
-        )
+def _task_figures(settings: "params.Params", scores: tables.Scores, frame, budgets: list[str]) -> list[Figure]:
+    caption = "Bars: one standard error to either side. Dotted: what guessing scores."
+    guesses = tables.chance(scores)
+    return [
+        Figure(task, caption, charts.reasoning(frame, task, guesses[task], budgets)) for task in settings.evaluate.tasks
     ]
-    if tasks := list(settings.evaluate.tasks):
-        caption = "Bars: one standard error to either side. Dotted: what guessing scores."
-        draw = charts.reasoning(frame, tasks, tables.chance(scores), budgets)
-        found.append(Figure("Reasoning: exact match by task", caption, draw))
-    return found
 
 
-def _training_figures(settings: "params.Params", budgets: list[str]) -> list[Figure]:
-    curves, settled, found = tables.training(), tables.settled(), []
+def _training_figures(settings: "params.Params", curves, settled: int | None, budgets: list[str]) -> list[Figure]:
+    """Cross-entropy and KL of every stage, where they say anything."""
     measures = {
-        "ce": ("Cross-entropy with the text", "nats per token"),
-        "kl": ("KL to the teacher", "nats per token"),
-        "budget_error": ("Distance from the budget", "|parameters ÷ budget − 1|"),
+        "ce": ("cross-entropy with the text", "Cross-entropy with the next token"),
+        "kl": ("KL to the teacher", "KL(teacher ‖ member)"),
     }
-    captions = {
-        "ce": "Training batches.",
-        "kl": "KL(teacher ‖ member) on training batches.",
-        "budget_error": "Of the number of parameters that the router expects.",
-    }
-    wanted = [("parent", "ce"), *((stage, name) for stage in tables.STAGES[1:] for name in ("ce", "kl"))]
-    for stage, measure in [*wanted, ("train_short", "budget_error")]:
-        part = curves[(curves["stage"] == stage) & curves[measure].notna()]
-        if part.empty or not part[measure].any():  # nothing learnt by it
-            continue
-        title, unit = measures[measure]
-        mark = settled if stage == "train_short" else None
+    found = []
+    for stage, label in STAGE_NAMES.items():
         section = settings.parent.training if stage == "parent" else getattr(settings, stage)
-        caption = captions[measure]
-        if section is not None and measure != "budget_error":
-            weights = section.loss
-            caption += f" Minimised: {weights.ce_weight:g} × cross-entropy + {weights.kl_weight:g} × KL."
-        draw = charts.curve(part, measure, unit, budgets, mark)
-        found.append(
-            Figure(
-                f"{STAGE_NAMES[stage]}: {title[0].lower()}{title[1:]}"
-                if measure != "kl"
-                else f"{STAGE_NAMES[stage]}: {title}",
-                caption,
-                draw,
-            )
-        )
+        for measure, (title, words) in measures.items():
+            part = curves[(curves["stage"] == stage) & curves[measure].notna()]
+            if not part[measure].any():  # a parent has no teacher
+                continue
+            caption = f"{words} on the batches that are trained on."
+            if section is not None:
+                weights = {"cross-entropy": section.loss.ce_weight, "KL": section.loss.kl_weight}
+                terms = [f"{weight:g} × {name}" for name, weight in weights.items() if weight]
+                caption += f" Minimised: {' + '.join(terms)}."
+            mark = settled if stage == "train_short" else None
+            draw = charts.curve(part, measure, "nats per token", budgets, mark)
+            found.append(Figure(f"{label}: {title}", caption, draw))
     return found
+
+
+def _router_figures(kept, curves, settled: int | None, budgets: list[str]) -> list[Figure]:
+    short = curves[curves["stage"] == "train_short"]
+    return [
+        Figure(
+            "Kept sizes by budget and layer",
+            "Kept sizes, where there is room for a number: hidden channels and channels of a Mamba head for the whole "
+            "model; heads of a Mamba (M) or attention (*) layer, neurons of an MLP (-). × is a dropped layer.",
+            charts.choices(kept),
+            wide=True,
+        ),
+        Figure(
+            "Stage 1: distance from the budget",
+            "Of the number of parameters that the router expects, then of those that it chose.",
+            charts.curve(short, "budget_error", "|parameters ÷ budget − 1|", budgets, settled),
+        ),
+    ]
 
 
 def _importance_figures(settings: "params.Params", config) -> list[Figure]:
@@ -103,7 +101,7 @@ def _importance_figures(settings: "params.Params", config) -> list[Figure]:
     return [
         Figure(
             "Units, by axis and layer",
-            "Activations on calibration text, each row sorted from the best unit to the worst. What is pale can go.",
+            "Activations on calibration text, each row sorted from the best unit to the worst. Low ones go first.",
             charts.importance(tables.importance(config)),
         ),
         Figure(

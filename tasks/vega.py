@@ -4,6 +4,7 @@
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import vl_convert
@@ -37,8 +38,11 @@ def to_png(chart: str) -> bytes:
 
 
 def to_svg(chart: str) -> str:
-    """A Vega-Lite chart, as JSON, as a picture of any size."""
-    return vl_convert.vegalite_to_svg(chart)
+    """A Vega-Lite chart, as JSON, as a picture of any size; the same one whatever was drawn before."""
+    svg = vl_convert.vegalite_to_svg(chart)
+    names = dict.fromkeys(re.findall(r"\b(?:clip|gradient_)\d+\b", svg))  # counted on from picture to picture
+    places = {name: re.sub(r"\d+", str(i), name) for i, name in enumerate(names)}
+    return re.sub(r"\b(?:clip|gradient_)\d+\b", lambda found: places[found[0]], svg)
 
 
 def plots_page() -> str:

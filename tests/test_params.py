@@ -154,6 +154,9 @@ def section(name, changes):
             r"parent\.training\.mixture: got 'poems'; allowed: prose",
         ),
         (put("evaluate", "held_out", ["poems"]), r"evaluate\.held_out: got 'poems'; allowed: prose"),
+        (put("evaluate", "cache_tokens", 0), r"evaluate\.cache_tokens: got 0; allowed: 1 or more"),
+        (put("evaluate", "latency", {"repeats": 0}), r"evaluate\.latency\.repeats: got 0; allowed: 1 or more"),
+        (put("evaluate", "latency", {"tokens": 8}), r"evaluate\.latency\.tokens: unknown parameter"),
         (put("evaluate", "tasks", ["chains_7"]), r"evaluate\.tasks: got 'chains_7'; allowed: chains_3"),
         (
             put("train_short", "budget_shares", {"tiny": 1.0}),
