@@ -12,6 +12,7 @@ from flows.terminal import draw
 
 BUSY_SECONDS = 5.0  # between looks at a stage that another DVC process holds
 _BUSY = re.compile(r"^ERROR: .*(is busy, it is being blocked by|Unable to acquire lock)")
+_BEGIN = "Running stage "
 _LAST_LINES = "; its last lines:\n"
 _STATUS = re.compile(r"exited with (\d+)$")
 
@@ -84,22 +85,27 @@ def reproduce(
 def _reproduce(stage: str | None, workspace: Path, force: bool, log, terminal: bool, waiting: bool, ran: list) -> None:
     """One try; names of stages that run go to `ran`. `waiting`: that the stage is busy has been said."""
 
+    before = len(ran)
+
     def take(line: str) -> None:
         if not terminal and not (waiting and _is_known(line)):
             log(line)
-        if line.startswith("Running stage "):
+        if line.startswith(_BEGIN):
             ran.append(line.split("'")[1])
 
     which = ["--single-item", stage] if stage else []
     command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else []), *which]
     if terminal:
-        status, lines = draw(command, workspace, take, _is_known if waiting else None)
+        status, lines = draw(command, workspace, take, _BEGIN if waiting else None)
     else:
         status, lines = follow(command, workspace, take)
+    busy = status != 0 and any(_BUSY.match(line) for line in lines)
+    if terminal and waiting and not busy and len(ran) == before:  # what it has drawn was held back to the end
+        log("\n".join(lines))
     if status == 0:
         return
     name = f"stage {stage!r}" if stage else "`dvc repro`"
-    if any(_BUSY.match(line) for line in lines):
+    if busy:
         raise StageBusy(f"another DVC process works on what {name} needs, see above")
     if not stage and ran:
         name = f"stage {ran[-1]!r}"

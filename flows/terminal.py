@@ -18,16 +18,16 @@ from flows.output import TAIL_LINES, environment, read_chunks, read_lines
 
 
 def draw(
-    command: list[str], workspace: Path, log: Callable[[str], None], known: Callable[[str], bool] | None = None
+    command: list[str], workspace: Path, log: Callable[[str], None], begin: str | None = None
 ) -> tuple[int, list[str]]:
     """Like `flows.output.follow`, but the command sees a terminal and its output appears on this one as it comes.
 
-    With `known`, nothing appears before a line for which it is false: of a command that is tried again and again.
+    With `begin`, nothing appears before a line that begins so: of a command that is tried again and again.
     """
-    tail, screen = deque(maxlen=TAIL_LINES), _Screen(hold=known is not None)
+    tail, screen = deque(maxlen=TAIL_LINES), _Screen(hold=begin is not None)
     with _terminal() as (ours, theirs), _started(command, workspace, theirs) as process:
         for line in read_lines(screen.show(read_chunks(process, ours))):
-            if known is not None and not known(line):
+            if begin is not None and line.startswith(begin):
                 screen.release()
             tail.append(line)
             log(line)

@@ -120,6 +120,13 @@ def test_completion_knows_profiles_stages_and_budgets(monkeypatch, family):
     assert cli.complete_budget("") == list(MEMBERS) and cli.complete_budget("s") == ["small"]
 
 
+def test_up_is_the_dashboard(monkeypatch):
+    from flows import dashboard
+
+    monkeypatch.setattr(dashboard, "main", lambda: sys.exit("the port is taken"))
+    assert CliRunner().invoke(app, ["up"]).exit_code == 1
+
+
 # --- which family ----------------------------------------------------------------------------------------------------
 
 
