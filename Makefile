@@ -9,6 +9,7 @@ TRIALS ?= 50
 PYTHON ?= python3
 VENV := .venv
 SETUP := $(VENV)/.ready
+PAGE := .dvc/plots/page.html
 
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export TOKENIZERS_PARALLELISM ?= true
@@ -17,16 +18,16 @@ export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 
 .PHONY: run test soak dashboard lint
-run: $(SETUP)
+run: $(SETUP) $(PAGE)
 	@$(VENV)/bin/python -m flows.cli run $(PROFILE)
 
-test: $(SETUP)
+test: $(SETUP) $(PAGE)
 	$(VENV)/bin/python -m pytest
 
 soak: $(SETUP)
 	$(VENV)/bin/python -m tests.soak --trials $(TRIALS)
 
-dashboard: $(SETUP)
+dashboard: $(SETUP) $(PAGE)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m flows.dashboard
 
 lint: $(SETUP)
@@ -38,3 +39,8 @@ $(SETUP): requirements.lock pyproject.toml
 	$(VENV)/bin/pip install --quiet --requirement requirements.lock
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# DVC's plots load Vega from the internet, unless they are told of a page that has it inside: too large for git.
+$(PAGE): $(SETUP)
+	$(VENV)/bin/python -m tasks.vega $@
+	$(VENV)/bin/dvc config --local plots.html_template plots/page.html

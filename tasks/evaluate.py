@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic_core.data import TokenData, held_out_batches
-from elastic_core.losses import IGNORED
+from elastic_core.data import IGNORED_LABEL, TokenData, held_out_batches
 from tasks import params
 
 DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
@@ -37,12 +36,12 @@ def text_scores(model, parent, batches: Iterator[tuple[Tensor, Tensor]]) -> tupl
     loss, kl, tokens = 0.0, 0.0, 0
     for input_ids, labels in batches:
         logprobs = model(input_ids, use_cache=False).logits.log_softmax(-1)
-        loss += F.nll_loss(logprobs.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
+        loss += F.nll_loss(logprobs.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum").item()
         if parent is not None:
             parent_logprobs = parent(input_ids, use_cache=False).logits.log_softmax(-1)
             divergence = (parent_logprobs.exp() * (parent_logprobs - logprobs)).sum(-1)
-            kl += divergence[labels != IGNORED].sum().item()
-        tokens += int((labels != IGNORED).sum())
+            kl += divergence[labels != IGNORED_LABEL].sum().item()
+        tokens += int((labels != IGNORED_LABEL).sum())
     return loss, kl, tokens
 
 
@@ -115,7 +114,7 @@ def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     quiet()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("budget", help="a budget's name in params.yaml, or parent")
+    parser.add_argument("budget", help="a name in params.yaml, in budgets or untrained; or parent")
     budget = parser.parse_args().budget
     section, data = params.load().evaluate, TokenData(DATA)
     parent = None if budget == "parent" else load_model(PARENT)

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from elastic_core import elastic_checkpoint, extract, storage
+from elastic_core.config import ConfigError
+from elastic_core.submodel import Submodel
 from tasks import params, places
 
 OUT = Path("artifacts/models")
@@ -13,14 +15,29 @@ FAMILY = Path("artifacts/train_extended/model")
 SOURCES = {"zero_shot": Path("artifacts/rank/model"), "short": Path("artifacts/train_short/model"), "extended": FAMILY}
 
 
+def find_submodel(settings: "params.Params", budget: str) -> Submodel:
+    """The submodel trained for a budget; where none was trained, the nearest of the nested ones in between."""
+    if budget not in settings.untrained:
+        return elastic_checkpoint.find_submodel(FAMILY, budget)
+    try:
+        return elastic_checkpoint.find_submodel(FAMILY, settings.untrained[budget])
+    except ValueError as error:
+        raise ConfigError(f"{params.FILE}: untrained.{budget}: {error}") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("budget", help="a budget's name in params.yaml")
-    budget = parser.parse_args().budget
+    parser.add_argument("budget", help="a name in params.yaml, in budgets or untrained")
+    with params.errors_as_text():
+        run(parser.parse_args().budget)
+
+
+def run(budget: str) -> None:
+    """Cut the budget's submodel out of every version of the family."""
     settings = params.load()
     places.check(settings, "extract")
     section = settings.extract
-    submodel = elastic_checkpoint.find_submodel(FAMILY, budget)
+    submodel = find_submodel(settings, budget)
     for version, source in SOURCES.items():
         out = OUT / budget / version
         extract(source, submodel, out, section.heterogeneous, getattr(torch, section.dtype))

@@ -30,8 +30,10 @@ STAGES = (
     "train_short",
     "train_extended",
     "extract",
+    "extract_untrained",
     "evaluate_parent",
     "evaluate",
+    "evaluate_untrained",
     "report",
 )
 TOKENIZERS = ("tokenizer.json", "vocab.json")  # either of them makes a fast tokenizer
@@ -146,13 +148,14 @@ class Report:
 class Params:
     """The whole of params.yaml."""
 
-    budgets: dict[str, float]
+    budgets: dict[str, float]  # trained
     prepare_data: PrepareData
     parent: Parent
     rank: Rank
     train_short: Stage
     train_extended: Stage
     evaluate: Evaluate
+    untrained: dict[str, float] = field(default_factory=dict)  # cut from the submodels in between
     choices: Choices = field(default_factory=Choices)
     routing: Routing = field(default_factory=Routing)
     extract: Extract = field(default_factory=Extract)
@@ -162,22 +165,26 @@ class Params:
     time_limits: dict[str, float] = field(default_factory=dict)  # of stages, in hours
     seed: int = 0
 
+    @property
+    def served(self) -> dict[str, float]:
+        """All budgets that are extracted and evaluated, trained or not."""
+        return {**self.budgets, **self.untrained}
+
     def check(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
-        require(bool(self.budgets), "budgets", self.budgets, "one or more")
-        for name, target in self.budgets.items():
-            require(name.isidentifier(), "budgets", name, "names of letters, digits and _")
-            require(0 < target <= 1, f"budgets.{name}", target, "a share of the parent's parameters, up to 1")
+        self._check_budgets()
         for name, hours in self.time_limits.items():
             require(name in STAGES, "time_limits", name, ", ".join(STAGES))
             require(hours > 0, f"time_limits.{name}", hours, "hours, above 0")
         targets = list(self.budgets.values())
-        require(len(set(targets)) == len(targets), "budgets", targets, "different targets")
         stages = {"train_short": self.train_short, "train_extended": self.train_extended}
         for name, stage in stages.items():
             for field_name in ("budget_shares", "loss_by_budget"):
                 for key in getattr(stage, field_name):
                     require(key in self.budgets, f"{name}.{field_name}", key, ", ".join(self.budgets))
+            if stage.budget_shares:  # left out, a budget would silently never be trained
+                missing = [budget for budget in self.budgets if budget not in stage.budget_shares]
+                require(not missing, f"{name}.budget_shares", stage.budget_shares, f"{', '.join(missing)} as well")
             if stage.teacher != "frozen":
                 require(1.0 in targets, f"{name}.teacher", stage.teacher, "frozen, as long as no budget is 1.0")
             for budget in self.budgets:
@@ -202,6 +209,23 @@ class Params:
         written = task_names(self.prepare_data)
         for task in self.evaluate.tasks:
             require(task in written, "evaluate.tasks", task, ", ".join(written))
+
+    def _check_budgets(self) -> None:
+        require(bool(self.budgets), "budgets", self.budgets, "one or more")
+        for section, budgets in (("budgets", self.budgets), ("untrained", self.untrained)):
+            for name in budgets:
+                allowed = "names of letters, digits and _, other than parent"
+                require(name.isidentifier() and name != "parent", section, name, allowed)
+            targets = list(budgets.values())
+            require(len(set(targets)) == len(targets), section, targets, "different targets")
+        for name, target in self.budgets.items():
+            require(0 < target <= 1, f"budgets.{name}", target, "a share of the parent's parameters, up to 1")
+        trained = set(self.budgets.values())
+        for name, target in self.untrained.items():
+            require(name not in self.budgets, "untrained", name, "names that are not in budgets")
+            allowed = f"a share between the trained {min(trained)} and {max(trained)}, and none of them"
+            between = min(trained) < target < max(trained) and target not in trained
+            require(between, f"untrained.{name}", target, allowed)
 
 
 def task_names(section: PrepareData) -> list[str]:
@@ -233,7 +257,7 @@ def check_family(params: Params, where: str) -> None:
     """Check budgets and choices against the parent's architecture, before the depth ranking is known.
 
     Which layers depth drops is still open, so a budget is refused here only where it cannot be met whether the
-    largest or the smallest layers go first; the rank stage checks again with the real order.
+    largest or the smallest layers go first; train_short checks again with the real order.
     """
     from elastic_core import hf
     from elastic_core.choices import ElasticSpace

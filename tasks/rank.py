@@ -6,10 +6,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from elastic_core import ElasticModel, rank, sort_
-from elastic_core.choices import ElasticSpace
 from elastic_core.data import PackedSequences, TokenData
 from elastic_core.distributed import Ranks
-from elastic_core.selection import check_budgets
 from tasks import params
 from tasks.launch import launch
 
@@ -46,7 +44,6 @@ def work(arguments: dict, ranks: Ranks) -> None:
     )
     for bar in bars.values():
         bar.close()
-    check_budgets(ElasticSpace(model.config, settings.choices, ranking.depth), settings.budgets)
     if ranks.rank == 0:
         sort_(model, ranking)
         OUT.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,9 @@ from pathlib import Path
 import altair as alt
 import jinja2
 import pandas as pd
-import vl_convert
 
 from elastic_core.submodel import WIDTHS
-from tasks import params
+from tasks import params, vega
 
 ARTIFACTS, OUT = Path("artifacts"), Path("reports")
 LABELS = {"zero_shot": "zero-shot slice", "short": "after stage 1", "extended": "after stage 2"}
@@ -211,18 +210,20 @@ def as_markdown(results: list[dict]) -> str:
 
 def main() -> None:
     settings = params.load()
-    budgets = [name for name, _ in sorted(settings.budgets.items(), key=lambda item: -item[1])]
+    budgets = [name for name, _ in sorted(settings.served.items(), key=lambda item: -item[1])]
     tasks = list(settings.evaluate.tasks)
-    results = read_results(settings.budgets)
+    results = read_results(settings.served)
+    legend = LEGEND
+    if settings.untrained:
+        legend += f" Served without having been trained: {', '.join(settings.untrained)}."
     pictures = {}
     for title, chart in charts(results, budgets, tasks).items():
-        png = vl_convert.vegalite_to_png(chart.to_json(), scale=2)
-        pictures[title] = "data:image/png;base64," + base64.b64encode(png).decode()
+        pictures[title] = "data:image/png;base64," + base64.b64encode(vega.to_png(chart.to_json())).decode()
     content = {
         "title": settings.report.title,
         "findings": findings(results),
         "columns": list(results[0]),
-        "legend": LEGEND,
+        "legend": legend,
         "rows": results,
         "pictures": pictures,
         "params": Path(params.FILE).read_text(),
@@ -230,7 +231,7 @@ def main() -> None:
     template = jinja2.Template((Path(__file__).parent / "report.html").read_text(), autoescape=True)
     plots = "".join(f"\n### {title}\n\n![{title}]({picture})\n" for title, picture in pictures.items())
     findings_list = "".join(f"- {line}\n" for line in content["findings"])
-    markdown = f"# {content['title']}\n\n{findings_list}\n{as_markdown(results)}\n\n{LEGEND}\n\n## Plots\n{plots}"
+    markdown = f"# {content['title']}\n\n{findings_list}\n{as_markdown(results)}\n\n{legend}\n\n## Plots\n{plots}"
     OUT.mkdir(exist_ok=True)
     _write(OUT / "report.html", template.render(content))
     _write(OUT / "report.md", markdown)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import distributed, elastic_checkpoint, storage
+from elastic_core import distributed, elastic_checkpoint, hf, storage
 from elastic_core.choices import ElasticSpace
 from elastic_core.cost import num_parameters
 from elastic_core.curriculum import Routing, Stage
@@ -23,7 +23,7 @@ from elastic_core.elastic_checkpoint import Member
 from elastic_core.importance import Ranking
 from elastic_core.router import Router
 from elastic_core.run import Run
-from elastic_core.selection import path_between
+from elastic_core.selection import check_budgets, path_between
 from elastic_core.submodel import Submodel
 from elastic_core.training import train
 from tasks import params, places
@@ -69,6 +69,9 @@ def family(settings: "params.Params") -> dict[str, float]:
 
 
 def short_job(settings: "params.Params") -> Job:
+    """Stage 1, after a last check of the budgets: what params.yaml's own check did not know is the layers' order."""
+    space = ElasticSpace(hf.read_config(RANK / "model"), settings.choices, Ranking.load(RANK / "ranking.json").depth)
+    check_budgets(space, settings.budgets)
     configuration = {
         "stage": settings.train_short,
         "routing": settings.routing,

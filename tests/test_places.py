@@ -240,6 +240,6 @@ def test_exports_are_copied_and_load(s3, project, tmp_path, parent_directory, mo
 def test_an_export_that_cannot_be_copied_is_refused_before_the_extraction(project, monkeypatch):
     project(extract={"destination": "s3://no-such-bucket/exports"})
     monkeypatch.setattr(sys, "argv", ["extract", "small"])
-    with pytest.raises(ConfigError, match=r"extract\.destination: .*no such bucket"):
+    with pytest.raises(SystemExit, match=r"extract\.destination: .*no such bucket"):
         extract.main()
     assert not Path("artifacts").exists()
