@@ -19,9 +19,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 
 .PHONY: run test soak dashboard lint
 run: $(SETUP) $(PAGE)
-	@workspace=$$($(VENV)/bin/python -m tasks.workspace $(PROFILE)) && cd "$$workspace" && \
-	  export PATH="$(abspath $(VENV))/bin:$$PATH" && python -m tasks.params && dvc repro && \
-	  sed '/^## Plots/,$$d' reports/report.md && echo "report: $$workspace/reports/report.html"
+	@$(VENV)/bin/python -m flows.cli run $(PROFILE)
 
 test: $(SETUP) $(PAGE)
 	$(VENV)/bin/python -m pytest

@@ -31,8 +31,10 @@ STAGES = (
     "train_short",
     "train_extended",
     "extract",
+    "extract_untrained",
     "evaluate_parent",
     "evaluate",
+    "evaluate_untrained",
     "report",
 )
 TOKENIZERS = ("tokenizer.json", "vocab.json")  # either of them makes a fast tokenizer
@@ -183,6 +185,9 @@ class Params:
             for field_name in ("budget_shares", "loss_by_budget"):
                 for key in getattr(stage, field_name):
                     require(key in self.budgets, f"{name}.{field_name}", key, ", ".join(self.budgets))
+            if stage.budget_shares:  # left out, a budget would silently never be trained
+                missing = [budget for budget in self.budgets if budget not in stage.budget_shares]
+                require(not missing, f"{name}.budget_shares", stage.budget_shares, f"{', '.join(missing)} as well")
             if stage.teacher != "frozen":
                 require(1.0 in targets, f"{name}.teacher", stage.teacher, "frozen, as long as no budget is 1.0")
             for budget in self.budgets:

@@ -93,10 +93,11 @@ def _set(values, path: list[str], value) -> None:
 
 def _replace_budgets(parameters, budgets: Mapping[str, float]) -> None:
     parameters["budgets"] = dict(budgets)
-    for section in parameters.values():
-        for key in ("budget_shares", "loss_by_budget"):
-            if isinstance(section, dict) and not set(section.get(key, ())) <= set(budgets):
-                del section[key]
+    for section in filter(lambda section: isinstance(section, dict), parameters.values()):
+        if set(section.get("budget_shares", budgets)) != set(budgets):
+            del section["budget_shares"]
+        if not set(section.get("loss_by_budget", ())) <= set(budgets):
+            del section["loss_by_budget"]
 
 
 def _source_files(root: Path) -> list[str]:

@@ -162,6 +162,7 @@ def section(name, changes):
             put("train_short", "budget_shares", {"tiny": 1.0}),
             r"train_short\.budget_shares: got 'tiny'; allowed: full, medium",
         ),
+        (put("budgets", "tiny", 0.4), r"train_short\.budget_shares: got {'full': .*; allowed: tiny as well"),
         (
             put("train_extended", "loss_by_budget", {"tiny": {}}),
             r"train_extended\.loss_by_budget: got 'tiny'; allowed: full",

@@ -12,7 +12,7 @@ import pytest
 import vl_convert
 import yaml
 
-from tasks import vega
+from tasks import params, vega
 
 pytest.importorskip("dvc")
 
@@ -224,3 +224,7 @@ def test_the_page_of_plots_loads_nothing(finished, monkeypatch):
     assert not re.search(r"""(src|href) *= *["']?(https?:)?//|@import|cdn\.|importScripts""", html)
     ignored = subprocess.run(["git", "check-ignore", ".dvc/plots/page.html", "dvc_plots"], cwd=finished)
     assert ignored.returncode == 0
+
+
+def test_every_stage_can_have_a_time_limit():
+    assert list(STAGES) == list(params.STAGES)

@@ -146,6 +146,7 @@ def test_other_budgets_drop_the_shares_of_the_old_ones(root):
 
     renamed, resized = read({"full": 1.0, "tiny": 0.2}), read({"full": 1.0, "small": 0.2})
     assert renamed["budgets"] == {"full": 1.0, "tiny": 0.2} and "budget_shares" not in renamed["train_short"]
+    assert "budget_shares" not in read({"full": 1.0, "small": 0.3, "tiny": 0.2})["train_short"]
     assert resized["budgets"]["small"] == 0.2 and resized["train_short"]["budget_shares"]["small"] == 0.6
 
 
