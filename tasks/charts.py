@@ -179,7 +179,7 @@ def reasoning(frame, task: str, chance: float, budgets: list[str]):
     def draw(theme: Theme) -> alt.TopLevelMixin:
         scale = alt.Scale(domain=[0, 1])
         x = alt.X("value:Q", title="exact match", scale=scale, axis=alt.Axis(tickCount=5, format=".1f"))
-        y = alt.Y("budget:N", sort=budgets, title=None, axis=alt.Axis(ticks=False, domain=False))
+        y = alt.Y("budget:N", sort=budgets, title=None, axis=alt.Axis(ticks=False, domain=False, labelPadding=9))
         shade = colour(theme, budgets, None)
         base = alt.Chart(frame).encode(y=y, yOffset=alt.YOffset("model:N", sort=MODELS), color=shade)
         errors = base.mark_rule(strokeWidth=1.6).encode(x=alt.X("low:Q", scale=scale), x2="high:Q")

@@ -74,7 +74,7 @@ def _text(settings, parent: dict) -> dict[str, Column]:
 
 def _cost(parent: dict) -> dict[str, Column]:
     latency, memory, place = parent["latency"], parent["memory"], parent["environment"]
-    device = f"{place['device']}, {place['threads']} thread{'s' * (place['threads'] != 1)}"
+    device = f"{place['device']}, {latency['threads']} thread{'s' * (latency['threads'] != 1)}"
     ratio = (
         "Over the parent's in the same process, the two in turns at every step: the median of the steps' ratios. "
         "Compare this between models and runs; milliseconds depend on what else the machine does."

@@ -4,6 +4,7 @@ Seconds on a machine that does other things too are worth little by themselves. 
 turn by turn with the model, and what is comparable between models and runs is the ratio of the two.
 """
 
+import contextlib
 import os
 import platform
 import statistics
@@ -28,6 +29,7 @@ class Latency:
     prompt_tokens: int = 128
     new_tokens: int = 16
     repeats: int = 8  # after one that warms up
+    threads: int = 1
 
     def check(self) -> None:
         for name, value in vars(self).items():
@@ -90,6 +92,17 @@ class Sequence:
         self.seconds.append(time.perf_counter() - start)
 
 
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Compute on `number` threads. Several that wait for each other are at the mercy of what else a machine does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def latency(section: Latency, model, parent, prompt: Tensor) -> dict:
     """Median seconds of the model and of the parent, and the median of the ratios of their steps, one by one.
 
@@ -97,18 +110,19 @@ def latency(section: Latency, model, parent, prompt: Tensor) -> dict:
     parent, with ratio 1.
     """
     prefills, tokens = [], []  # (seconds of the model, of the parent) of every step
-    for repeat in range(section.repeats + 1):
-        mine = Sequence(model)
-        theirs = mine if parent is None else Sequence(parent)
-        turns = [mine] if parent is None else [mine, theirs]
-        for step in range(1 + section.new_tokens):
-            for sequence in turns if (repeat + step) % 2 == 0 else turns[::-1]:
-                sequence.step(prompt if step == 0 else None)
-        if repeat > 0:  # the first one warms up
-            pairs = list(zip(mine.seconds, theirs.seconds, strict=True))
-            prefills.append(pairs[0])
-            tokens += pairs[1:]
-    result = {"prompt_tokens": prompt.shape[1], "new_tokens": section.new_tokens, "repeats": section.repeats}
+    with threads(section.threads):
+        for repeat in range(section.repeats + 1):
+            mine = Sequence(model)
+            theirs = mine if parent is None else Sequence(parent)
+            turns = [mine] if parent is None else [mine, theirs]
+            for step in range(1 + section.new_tokens):
+                for sequence in turns if (repeat + step) % 2 == 0 else turns[::-1]:
+                    sequence.step(prompt if step == 0 else None)
+            if repeat > 0:  # the first one warms up
+                pairs = list(zip(mine.seconds, theirs.seconds, strict=True))
+                prefills.append(pairs[0])
+                tokens += pairs[1:]
+    result = {**vars(section), "prompt_tokens": prompt.shape[1]}
     for name, pairs in (("prefill", prefills), ("per_token", tokens)):
         result |= {
             f"{name}_seconds": statistics.median(own for own, _ in pairs),
@@ -124,7 +138,6 @@ def environment() -> dict:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "device": names[0] if names else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "lm_eval")},

@@ -59,7 +59,7 @@ def provenance(scores: tables.Scores) -> dict[str, str]:
     if code := commit():
         found["code"] = f"commit {code}, the last that changed the pipeline"
     for place in places.values():
-        device = f"{place['device']}, {place['threads']} of {place['cores']} cores"
+        device = f"{place['device']}, {place['cores']} cores"
         versions = ", ".join(f"{name} {place[name]}" for name in ("python", "torch", "transformers", "lm_eval"))
         found[f"evaluated on {device}"] = versions
     return found

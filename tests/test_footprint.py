@@ -82,6 +82,7 @@ def test_latency_compares_step_by_step(monkeypatch):
         "prompt_tokens": 5,
         "new_tokens": 3,
         "repeats": 2,
+        "threads": 1,
         "prefill_seconds": 7.0,  # of 8 and 6: the first repeat warms up
         "parent_prefill_seconds": 14.0,
         "prefill_ratio": 0.5,
@@ -101,6 +102,18 @@ def test_the_parent_is_its_own_measure(monkeypatch, model):
     assert result["per_token_seconds"] == result["parent_per_token_seconds"] > 0
 
 
+def test_only_the_measurement_is_confined_to_its_threads(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    fake_seconds(monkeypatch, {"model": [1.0]})
+    monkeypatch.setattr(footprint.statistics, "median", lambda values: seen.append(torch.get_num_threads()))
+    step = footprint.Sequence.step
+    monkeypatch.setattr(
+        footprint.Sequence, "step", lambda self, ids=None: (seen.append(torch.get_num_threads()), step(self, ids))
+    )
+    footprint.latency(Latency(new_tokens=1, repeats=1, threads=before + 1), "model", None, torch.zeros(1, 1))
+    assert seen == [before + 1] * 4 + [before] * 6
+
+
 def test_the_environment_is_named():
     place = footprint.environment()
-    assert place["device"] and place["threads"] >= 1 and place["torch"] == torch.__version__
+    assert place["device"] and place["cores"] >= 1 and place["torch"] == torch.__version__

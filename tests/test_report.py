@@ -47,7 +47,7 @@ RATIOS = {"parent": 1.0, "full": 1.0, "middle": 0.9, "small": 0.5}
 def evaluation(budget: str, loss: float) -> dict:
     """What tasks/evaluate.py writes of one directory."""
     count, ratio = PARAMETERS[budget], RATIOS[budget]
-    latency = {"prompt_tokens": 16, "new_tokens": 4, "repeats": 3}
+    latency = {"prompt_tokens": 16, "new_tokens": 4, "repeats": 3, "threads": 1}
     for name, seconds in (("prefill", 0.02), ("per_token", 0.004)):
         latency |= {f"{name}_seconds": seconds * ratio, f"parent_{name}_seconds": seconds, f"{name}_ratio": ratio}
     task = {"exact_match": 0.75, "standard_error": math.sqrt(0.75 * 0.25 / 12), "chance": 0.1, "items": 12}
@@ -72,7 +72,7 @@ def evaluation(budget: str, loss: float) -> dict:
         "latency": latency,
         "tasks": {"chains_3": task, "recall_4": task | {"exact_match": 0.5, "chance": 0.25}},
         "environment": {
-            **{"device": "a processor", "threads": 1, "cores": 2, "python": "3", "torch": "2", "transformers": "5"},
+            **{"device": "a processor", "cores": 2, "python": "3", "torch": "2", "transformers": "5"},
             "lm_eval": "0",
         },
         "submodel": SUBMODELS.get(budget),
