@@ -103,7 +103,7 @@ def main() -> None:
         note += f" Served without having been trained: {', '.join(settings.untrained)}."
     write(OUT / "report.html", page.render(settings, scores, frame, described, pictures, found, note))
     write(OUT / "report.md", as_text(settings, rows, found, note, described, pictures))
-    write(OUT / "results.json", json.dumps(rows, indent=1) + "\n")
+    write(OUT / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     write(OUT / "metrics.json", json.dumps(tables.metrics(frame, list(settings.evaluate.tasks)), indent=1) + "\n")
     write_plots(frame, scores)
 
