@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, distributed, hf, storage
+from elastic_core import ElasticModel, distributed, hf, model_files, storage
 from elastic_core.config import ConfigError
 from elastic_core.data import PackedSequences, TokenData, check_tokenizer
 from elastic_core.distributed import Ranks
@@ -93,7 +93,7 @@ def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> Non
         ranks=ranks,
     )
     train.run_to_end(run, settings, job, OUT.parent / "parent_metrics.jsonl")
-    distributed.save_pretrained(model, OUT, ranks, tokenizer_from=DATA / "tokenizer")
+    model_files.save_pretrained(model, OUT, ranks, tokenizer_from=DATA / "tokenizer")
 
 
 def work(arguments: dict, ranks: Ranks) -> None:

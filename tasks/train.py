@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import distributed, elastic_checkpoint, storage
+from elastic_core import elastic_checkpoint, model_files, storage
 from elastic_core.choices import ElasticSpace
 from elastic_core.cost import num_parameters
 from elastic_core.curriculum import Routing, Stage
@@ -85,7 +85,7 @@ def extended_job(settings: "params.Params") -> Job:
 def train_short(settings: "params.Params", job: Job, ranks: Ranks) -> None:
     """Stage 1: from the sorted parent to a family; the router learns first, then its choice trains sliced."""
     stage, source, budgets = settings.train_short, RANK / "model", family(settings)
-    model = distributed.from_pretrained(source, ranks, settings.compute.execution, stage.precision)
+    model = model_files.from_pretrained(source, ranks, settings.compute.execution, stage.precision)
     torch.manual_seed(settings.seed)  # the router's initial weights
     space = ElasticSpace(model.config, settings.choices, Ranking.load(RANK / "ranking.json").depth)
     router = Router(space, tuple(budgets.values()))
@@ -97,7 +97,7 @@ def train_short(settings: "params.Params", job: Job, ranks: Ranks) -> None:
 def train_extended(settings: "params.Params", job: Job, ranks: Ranks) -> None:
     """Stage 2: the chosen family on longer sequences, sliced throughout."""
     stage = settings.train_extended
-    model = distributed.from_pretrained(SHORT, ranks, settings.compute.execution, stage.precision)
+    model = model_files.from_pretrained(SHORT, ranks, settings.compute.execution, stage.precision)
     content = elastic_checkpoint.read(SHORT)
     members = {
         name: Member(entry["target"], Submodel(**entry["submodel"])) for name, entry in content["budgets"].items()
@@ -116,7 +116,7 @@ def make_run(settings, job: Job, stage: Stage, model, budgets, ranks: Ranks, mem
     sequences = PackedSequences(data, stage.mixture, stage.sequence_length, seed)
     teacher = None
     if stage.teacher != "trainable":
-        teacher = distributed.from_pretrained(
+        teacher = model_files.from_pretrained(
             RANK / "model", ranks, settings.compute.execution, stage.precision, frozen=True
         )
     return Run(
@@ -141,7 +141,7 @@ def out_directory(name: str) -> Path:
 def save_family(run: Run, name: str, source: Path, path: list[Submodel]) -> None:
     """Write the elastic checkpoint and a summary of the family's sizes."""
     config, target = run.model.config, out_directory(name) / "model"
-    distributed.save_pretrained(run.model, target, run.ranks, tokenizer_from=source)
+    model_files.save_pretrained(run.model, target, run.ranks, tokenizer_from=source)
     if run.ranks.rank != 0:
         return
     elastic_checkpoint.write(target, config, run.members, path)

@@ -18,8 +18,9 @@ from elastic_core.checkpoint import Checkpoints
 from elastic_core.config import ConfigError
 from elastic_core.curriculum import Loss, Routing
 from elastic_core.data import PackedSequences, TokenData
-from elastic_core.distributed import Execution, Ranks, from_pretrained, place, save_pretrained, whole
+from elastic_core.distributed import Execution, Ranks, local, place, whole
 from elastic_core.elastic_checkpoint import Member
+from elastic_core.model_files import from_pretrained, save_pretrained
 from elastic_core.run import Run, named_parameters, save
 from elastic_core.training import train, train_step
 
@@ -202,7 +203,7 @@ def stored(ranks, data, directory):
         ),
         "dtypes": {name: str(p.dtype) for name, p in teacher.named_parameters()},
         "frozen": not any(p.requires_grad for p in teacher.parameters()),
-        "numbers": sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in again.parameters()),
+        "numbers": sum(local(p).numel() for p in again.parameters()),
     }
 
 
