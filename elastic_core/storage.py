@@ -1,7 +1,7 @@
 """Places: local paths, or URLs such as s3://bucket/models that fsspec's libraries serve.
 
 Reading, writing, listing and copying, the same for both. A server that is away is waited for, request by request,
-with exponential back-off, up to about five minutes (see filesystem.py); then comes a StorageError.
+with exponential back-off, up to about five minutes (see filesystem.py); then comes a StorageUnavailable.
 """
 
 import glob as local_glob
@@ -20,6 +20,7 @@ from elastic_core.filesystem import (
     S3_SCHEMES,
     Place,
     StorageError,
+    StorageUnavailable,
     explained,
     is_url,
     open_filesystem,
@@ -28,6 +29,7 @@ from elastic_core.filesystem import (
 
 __all__ = [
     "StorageError",
+    "StorageUnavailable",
     "check_access",
     "download",
     "download_directory",
