@@ -19,6 +19,7 @@ from tqdm import tqdm
 from elastic_core.data import TokenData, held_out_batches
 from elastic_core.losses import IGNORED
 from tasks import params
+from tasks.endings import errors_as_text
 
 DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
 VERSIONS = ("zero_shot", "short", "extended")
@@ -111,6 +112,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@errors_as_text()
 def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     quiet()

@@ -7,12 +7,14 @@ import torch
 
 from elastic_core import elastic_checkpoint, extract, storage
 from tasks import params, places
+from tasks.endings import errors_as_text
 
 OUT = Path("artifacts/models")
 FAMILY = Path("artifacts/train_extended/model")
 SOURCES = {"zero_shot": Path("artifacts/rank/model"), "short": Path("artifacts/train_short/model"), "extended": FAMILY}
 
 
+@errors_as_text()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("budget", help="a budget's name in params.yaml")

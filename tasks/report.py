@@ -12,6 +12,7 @@ import vl_convert
 
 from elastic_core.submodel import WIDTHS
 from tasks import params
+from tasks.endings import errors_as_text
 
 ARTIFACTS, OUT = Path("artifacts"), Path("reports")
 LABELS = {"zero_shot": "zero-shot slice", "short": "after stage 1", "extended": "after stage 2"}
@@ -209,6 +210,7 @@ def as_markdown(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+@errors_as_text()
 def main() -> None:
     settings = params.load()
     budgets = [name for name, _ in sorted(settings.budgets.items(), key=lambda item: -item[1])]

@@ -27,6 +27,7 @@ from elastic_core.selection import path_between
 from elastic_core.submodel import Submodel
 from elastic_core.training import train
 from tasks import params, places
+from tasks.endings import errors_as_text
 from tasks.launch import launch, only_one
 from tasks.progress import Recorder, followed
 
@@ -142,11 +143,7 @@ def save_family(run: Run, name: str, source: Path, path: list[Submodel]) -> None
     """Write the elastic checkpoint and a summary of the family's sizes."""
     config, target = run.model.config, out_directory(name) / "model"
     model_files.save_pretrained(run.model, target, run.ranks, tokenizer_from=source)
-    if run.ranks.rank != 0:
-        return
-    elastic_checkpoint.write(target, config, run.members, path)
-    full = num_parameters(config)
-    summary = {}
+    full, summary = num_parameters(config), {}
     for budget, member in run.members.items():
         count = num_parameters(config, member.submodel)
         summary[budget] = {
@@ -155,8 +152,12 @@ def save_family(run: Run, name: str, source: Path, path: list[Submodel]) -> None
             "deviation": count / (member.target * full) - 1,
             **member.submodel.to_dict(),
         }
-        print(f"{name}: {budget}: {count:,} parameters, {count / full:.3f} of the parent (target {member.target})")
-    (out_directory(name) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        if run.ranks.rank == 0:
+            print(f"{name}: {budget}: {count:,} parameters, {count / full:.3f} of the parent (target {member.target})")
+    with run.ranks.first_alone() as is_first:
+        if is_first:
+            elastic_checkpoint.write(target, config, run.members, path)
+            (out_directory(name) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def run_to_end(run: Run, settings: "params.Params", job: Job, metrics: Path) -> None:
@@ -172,8 +173,9 @@ def run_to_end(run: Run, settings: "params.Params", job: Job, metrics: Path) -> 
         for row in stack.enter_context(contextlib.closing(train(run))):
             if is_first:
                 recorder.show(row)
-        if is_first:
-            recorder.finish(metrics)
+        with run.ranks.first_alone():
+            if is_first:
+                recorder.finish(metrics)
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
@@ -196,9 +198,9 @@ def run_stage(function: Callable[[dict, Ranks], None], settings: "params.Params"
         launch(function, {"settings": settings, "job": job}, settings.compute, f"{job.name}-{job.key}")
 
 
+@errors_as_text()
 def main(stage: str) -> None:
     """Run one of the two stages; configuration errors end it before any work."""
-    with params.errors_as_text():
-        settings = params.load()
-        make = {"train_short": short_job, "train_extended": extended_job}[stage]
-        run_stage(work, settings, make(settings), getattr(settings, stage))
+    settings = params.load()
+    make = {"train_short": short_job, "train_extended": extended_job}[stage]
+    run_stage(work, settings, make(settings), getattr(settings, stage))
