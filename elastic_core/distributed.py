@@ -121,18 +121,19 @@ class Ranks:
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[bool]:
-        """A block of which only rank 0 does the work (it is given True); all wait, and its ConfigError is everybody's.
+        """A block of which only rank 0 does the work (it is given True); all wait, and its error is everybody's.
 
-        An error of one rank alone would leave the others waiting for it in their next message.
+        That is one which its user can mend, a full disk for instance. An error of one rank alone would leave the
+        others waiting for it in their next message.
         """
         problem = None
         try:
             yield self.rank == 0
-        except ConfigError as error:
-            problem = str(error)
-        problem = self.gather(problem)[0]
-        if problem is not None:
-            raise ConfigError(problem)
+        except (ValueError, OSError) as error:
+            problem = error
+        found = self.gather(problem)[0]
+        if found is not None:
+            raise problem or found
 
     def from_first(self, make: Callable[[], object]):
         """What `make()` returns on rank 0, on every rank; an error that its user can mend is everybody's too."""

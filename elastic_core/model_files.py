@@ -37,9 +37,10 @@ def save_pretrained(model: ElasticModel, directory: str | os.PathLike, ranks: Ra
     """`ElasticModel.save_pretrained` of a placed model: gathered tensor by tensor, written by rank 0."""
     parameters = dict(model.named_parameters())
     tensors = ((name, whole(parameters[name].detach()).cpu()) for name in model.layout)
-    if ranks.rank == 0:
-        model.write(directory, tensors, tokenizer_from)
-    else:
-        for _ in tensors:
-            pass
-    ranks.barrier()  # nobody goes on before the directory is there
+    with ranks.first_alone() as is_first:  # nobody goes on before the directory is there
+        try:
+            if is_first:
+                model.write(directory, tensors, tokenizer_from)
+        finally:
+            for _ in tensors:  # also where the disk is full: every rank has to ask for them
+                pass
