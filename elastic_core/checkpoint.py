@@ -229,8 +229,7 @@ def _download(url: str, directory: Path) -> None:
     storage.download(storage.join(url, MANIFEST), directory / MANIFEST)
     with suppress(ValueError, KeyError):  # a damaged manifest
         names = [name for name in read_manifest(directory)["files"] if name in names]
-    for name in names:
-        storage.download(storage.join(url, name), directory / name)
+    storage.download_files(url, names, directory)
 
 
 def _staging(location: str, what: str) -> Path:

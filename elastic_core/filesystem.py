@@ -18,7 +18,7 @@ Place = str | os.PathLike
 S3_SCHEMES = ("s3", "s3a")
 # botocore waits a random part of 1, 2, 4, ... up to 20 s before each next attempt: five minutes on average.
 _ATTEMPTS = 34
-_REQUESTS_AT_ONCE = 3  # of one transfer: botocore allows about 100 retries at a time, shared by all of them
+REQUESTS_AT_ONCE = 3  # of one transfer: botocore allows about 100 retries at a time, shared by all of them
 _READS = 3  # how often a block is asked for anew, when the answer breaks off in the middle
 _S3_ACCOUNT = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN, where one is used)"
 _CREDENTIAL_CODES = {
@@ -89,7 +89,7 @@ def open_filesystem(place: Place, patient: bool = True):
 def _s3_options(patient: bool) -> dict:
     return {
         "use_listings_cache": False,
-        "max_concurrency": _REQUESTS_AT_ONCE,
+        "max_concurrency": REQUESTS_AT_ONCE,
         "skip_instance_cache": not patient,
         "config_kwargs": {
             "retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS if patient else 1},

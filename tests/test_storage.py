@@ -191,21 +191,38 @@ def test_a_half_written_directory_is_never_taken_for_whole(place, tmp_path, monk
 
 
 def test_a_download_that_was_cut_off_goes_on(place, tmp_path, monkeypatch):
-    url, original, fetched = storage.join(place, "model"), storage.download, []
+    url, original, fetched, broken = storage.join(place, "model"), storage.download, [], ["model.safetensors"]
     storage.upload_directory(model_directory(tmp_path / "source"), url)
 
-    def fail_at_second(source, target):
-        if fetched.append(target.name) or len(fetched) == 2:
+    def fail_once(source, target):
+        if target.name in broken:
+            broken.clear()
             raise StorageError("away")
         original(source, target)
+        fetched.append(target.name)
 
-    monkeypatch.setattr(storage, "download", fail_at_second)
+    monkeypatch.setattr(storage, "download", fail_once)
     with pytest.raises(StorageError, match="away"):
         storage.download_directory(url, tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
+    assert not (tmp_path / "copy").exists() and "config.json" in fetched and "model.safetensors" not in fetched
     storage.download_directory(url, tmp_path / "copy")
-    assert fetched == ["config.json", "model.safetensors", "model.safetensors", "more.txt"]
+    assert sorted(fetched) == ["config.json", "model.safetensors", "more.txt"]  # none of them twice
     assert files_below(tmp_path / "copy") == files_below(tmp_path / "source")
+
+
+def test_a_directory_comes_some_files_at_a_time(s3, tmp_path, calls, monkeypatch):
+    for i in range(6):
+        storage.write_bytes(storage.join(s3.place, str(i)), str(i).encode())
+    together, original = threading.Barrier(3, timeout=20), storage.download
+
+    def meet(source, target):
+        together.wait()  # three are under way before one of them ends
+        original(source, target)
+
+    monkeypatch.setattr(storage, "download", meet)
+    storage.download_directory(s3.place, tmp_path / "copy", last="0")
+    assert files_below(tmp_path / "copy") == {str(i): str(i).encode() for i in range(6)}
+    assert sum(method == "get_object" for method, _ in calls) == 6
 
 
 def test_a_download_does_not_mix_two_versions(place, tmp_path, monkeypatch):
