@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,8 +15,9 @@ from elastic_core.config import load as load_section
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.depth_ranking import METHODS
 from elastic_core.importance import AGGREGATIONS
+from tasks.endings import errors_as_text
 from tasks.footprint import Latency
-from tasks.launch import Compute, StageError
+from tasks.launch import Compute
 from tasks.prepare_data import PrepareData
 from tasks.tracking import Tracking
 
@@ -285,7 +283,7 @@ def check_family(params: Params, where: str) -> None:
                 check_budgets(space, params.budgets)
             except ConfigError as error:
                 problems.append(error)
-    except ConfigError:
+    except (ConfigError, storage.StorageError):
         raise
     except ValueError as error:
         raise ConfigError(f"{where}: parent: {error}") from None
@@ -293,20 +291,11 @@ def check_family(params: Params, where: str) -> None:
         raise ConfigError(f"{where}: {problems[0]}")
 
 
-@contextlib.contextmanager
-def errors_as_text() -> Iterator[None]:
-    """End the process with the text of an error that its user can mend, and without a traceback."""
-    try:
-        yield
-    except (ConfigError, StageError, storage.StorageError) as error:
-        sys.exit(f"error: {error}")
-
-
+@errors_as_text()
 def main() -> None:
     from tasks import places
 
-    with errors_as_text():
-        places.check(load())
+    places.check(load())
     print(f"{FILE} is valid")
 
 
