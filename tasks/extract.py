@@ -31,12 +31,7 @@ def find_submodel(settings: "params.Params", budget: str) -> Submodel:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("budget", help="a name in params.yaml, in budgets or untrained")
-    with params.errors_as_text():
-        run(parser.parse_args().budget)
-
-
-def run(budget: str) -> None:
-    """Cut the budget's submodel out of every version of the family."""
+    budget = parser.parse_args().budget
     settings = params.load()
     places.check(settings, "extract")
     section = settings.extract
