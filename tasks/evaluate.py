@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from elastic_core.data import IGNORED_LABEL, TokenData, held_out_batches
 from tasks import footprint, params
+from tasks.endings import errors_as_text
 
 DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
 VERSIONS = ("zero_shot", "short", "extended")
@@ -131,6 +132,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@errors_as_text()
 def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     quiet()

@@ -10,6 +10,7 @@ from elastic_core import elastic_checkpoint, extract, storage
 from elastic_core.config import ConfigError
 from elastic_core.submodel import Submodel
 from tasks import params, places
+from tasks.endings import errors_as_text
 
 OUT = Path("artifacts/models")
 FAMILY = Path("artifacts/train_extended/model")
@@ -26,15 +27,11 @@ def find_submodel(settings: "params.Params", budget: str) -> Submodel:
         raise ConfigError(f"{params.FILE}: untrained.{budget}: {error}") from None
 
 
+@errors_as_text()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("budget", help="a name in params.yaml, in budgets or untrained")
-    with params.errors_as_text():
-        run(parser.parse_args().budget)
-
-
-def run(budget: str) -> None:
-    """Cut the budget's submodel out of every version of the family."""
+    budget = parser.parse_args().budget
     settings = params.load()
     places.check(settings, "extract")
     section = settings.extract

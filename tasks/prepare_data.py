@@ -17,6 +17,7 @@ from elastic_core.config import ConfigError, require
 from elastic_core.data import vocabulary_sha256
 from elastic_core.token_files import SPLITS, Manifest, Source, SplitWriter
 from tasks.corpora import Bible, Files, Sympy
+from tasks.endings import errors_as_text
 from tasks.reasoning import Chains, Evaluation, Recall, write_evaluation
 
 KINDS = {"bible": Bible, "sympy": Sympy, "files": Files, "chains": Chains, "recall": Recall}
@@ -119,11 +120,11 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"tokenizer {str(directory)!r}: no such directory; parent.path is a model's directory, or null"
         )
-    try:
-        with storage.local_files(directory, ("config.json", *hf.TOKENIZER_FILES)) as local:
+    with storage.local_files(directory, ("config.json", *hf.TOKENIZER_FILES)) as local:
+        try:
             tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {str(directory)!r}: cannot be loaded ({error})") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tokenizer {str(directory)!r}: cannot be loaded ({error})") from None
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {str(directory)!r}: needs a fast tokenizer (tokenizer.json)")
     if tokenizer.eos_token_id is None:
@@ -217,6 +218,7 @@ def _replace(partial: Path, out_dir: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@errors_as_text()
 def main() -> None:
     from tasks import params, places
 

@@ -9,6 +9,7 @@ from elastic_core import ElasticModel, rank, sort_
 from elastic_core.data import PackedSequences, TokenData
 from elastic_core.distributed import Ranks
 from tasks import params
+from tasks.endings import errors_as_text
 from tasks.launch import launch
 
 PARENT, DATA, OUT = Path("artifacts/parent"), Path("artifacts/data"), Path("artifacts/rank")
@@ -44,18 +45,19 @@ def work(arguments: dict, ranks: Ranks) -> None:
     )
     for bar in bars.values():
         bar.close()
-    if ranks.rank == 0:
-        sort_(model, ranking)
-        OUT.mkdir(parents=True, exist_ok=True)
-        ranking.save(OUT / "ranking.json")
-        model.save_pretrained(OUT / "model", tokenizer_from=PARENT)
-        print(json.dumps({"depth": ranking.depth}))
+    with ranks.first_alone() as is_first:
+        if is_first:
+            sort_(model, ranking)
+            OUT.mkdir(parents=True, exist_ok=True)
+            ranking.save(OUT / "ranking.json")
+            model.save_pretrained(OUT / "model", tokenizer_from=PARENT)
+            print(json.dumps({"depth": ranking.depth}))
 
 
+@errors_as_text()
 def main() -> None:
-    with params.errors_as_text():
-        settings = params.load()
-        launch(work, {"settings": settings}, settings.compute, "rank")
+    settings = params.load()
+    launch(work, {"settings": settings}, settings.compute, "rank")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tasks import charts, columns, figures, page, params, tables, vega
 from tasks.charts import Figure
+from tasks.endings import errors_as_text
 
 OUT = Path("reports")
 NOTE = (
@@ -92,9 +93,9 @@ def as_text(settings: "params.Params", rows: list[dict], found: list[dict], note
     )
 
 
+@errors_as_text()
 def main() -> None:
-    with params.errors_as_text():
-        settings = params.load()
+    settings = params.load()
     scores = tables.read_scores(settings.served)
     frame, described = tables.results(scores), columns.describe(settings, scores)
     rows, found = table(frame, described, tables.chance(scores)), findings(frame)

@@ -89,8 +89,8 @@ def records(frame: pd.DataFrame) -> list[dict]:
 
 
 def metrics(frame: pd.DataFrame, tasks: list[str]) -> dict[str, dict]:
-    """The few numbers of every model that are compared between runs."""
-    names = ["parameters", "share", "loss", "kl_to_parent", "bits_per_byte", "ms_per_token", "latency_ratio"]
+    """The few numbers of every model that are compared between runs, of times only what is a ratio in one run."""
+    names = ["parameters", "share", "loss", "kl_to_parent", "bits_per_byte", "latency_ratio"]
     names += ["weight_mib", "cache_mib", *tasks]
     rows = finals(frame).set_index("budget")[names].astype(object)
     return {
