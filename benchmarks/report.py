@@ -30,6 +30,16 @@ def holds(check: str, what: str, true: bool, yes: str = "equal", no: str = "diff
     return Row(check, what, yes if true else no, yes, PASS if true else FAIL)
 
 
+def at_most(check: str, what: str, value: float, bound: float, note: str = "") -> Row:
+    """A ratio to the alternative in the same run, which may not exceed its goal; nan fails."""
+    return Row(check, what, f"{value:.2f} ×{note}", f"≤ {bound:g} ×", PASS if value <= bound else FAIL)
+
+
+def at_least(check: str, what: str, value: float, bound: float, note: str = "") -> Row:
+    """A ratio to the alternative in the same run, which has to reach its goal; nan fails."""
+    return Row(check, what, f"{value:.2f} ×{note}", f"≥ {bound:g} ×", PASS if value >= bound else FAIL)
+
+
 def measured(check: str, what: str, result: str) -> Row:
     return Row(check, what, result, "–", MEASURED)
 

@@ -42,7 +42,7 @@ def extract(
         submodel_or_budget = elastic_checkpoint.find_submodel(elastic_directory, submodel_or_budget)
     submodel = submodel_or_budget.resolve(config)
     pad = heterogeneous == "pad" and not submodel.is_homogeneous
-    changes = _config_changes(config, submodel, pad)
+    changes = config_changes(config, submodel, pad)
     reader = hf.TensorReader(elastic_directory)
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")
@@ -91,7 +91,8 @@ def _widest(config, submodel: Submodel, field: str) -> int:
     return max(_kept_entries(config, submodel, field), default=getattr(config, field))
 
 
-def _config_changes(config, submodel: Submodel, pad: bool) -> dict:
+def config_changes(config, submodel: Submodel, pad: bool = False) -> dict:
+    """What a submodel's configuration has that differs from the parent's."""
     changes = {
         "hidden_size": submodel.hidden_size,
         "mamba_head_dim": submodel.mamba_head_dim,

@@ -1,0 +1,59 @@
+"""Every goal of speed and size against its alternative, in one table: `make bench`, or `python -m benchmarks.bench`.
+
+Times are medians of interleaved repeats and are compared by ratio within one run only. `--quick` measures smaller
+shapes, for a test that everything runs. Writes benchmarks/results/<machine>.json; exits with 1 where a goal is missed.
+"""
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.report import FAIL, table, write
+
+# Each is a module of this package with a function `rows(quick: bool) -> Iterator[Row]`.
+SECTIONS = ("steps", "scan", "losses", "ranking", "extraction", "serving", "preparation", "checkpoints", "start_up")
+RESULTS = Path(__file__).with_name("results")
+
+
+def machine() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help=f"of {', '.join(SECTIONS)}; none: all")
+    parser.add_argument("--quick", action="store_true", help="smaller shapes")
+    arguments = parser.parse_args()
+    rows = []
+    for section in arguments.sections or SECTIONS:
+        for row in importlib.import_module(f"benchmarks.{section}").rows(arguments.quick):
+            print(f"{row.check}: {row.what}: {row.result} ({row.bound}) {row.status}", file=sys.stderr, flush=True)
+            rows.append(row)
+    environment = {
+        "machine": machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+    print("\n" + ", ".join(f"{name}: {value}" for name, value in environment.items()) + "\n")
+    print(table(rows))
+    if not arguments.sections and not arguments.quick:
+        name = "-".join(environment["machine"].lower().split()[:4])
+        write(RESULTS / f"cpu-{name}.json", environment, rows)
+    sys.exit(any(row.status == FAIL for row in rows))
+
+
+if __name__ == "__main__":
+    main()
