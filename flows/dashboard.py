@@ -7,6 +7,7 @@ marked as crashed at the next start; otherwise it would keep the deployment's on
 
 import contextlib
 import fcntl
+import inspect
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows import guard
+from flows import guard, pages
 from flows.compare import NAMED
 from flows.publish import FILES_URL
 
@@ -44,6 +45,11 @@ class Address:
         return f"http://{self.host}:{self.port}"
 
     @property
+    def pages(self) -> Path:
+        """Where the server unpacks its pages."""
+        return self.home / "ui"
+
+    @property
     def files_port(self) -> int:
         """Of the finished runs' files: beside the server's."""
         return self.port + 1
@@ -59,6 +65,7 @@ def main() -> None:
     os.environ["DO_NOT_TRACK"] = "1"
     address = read_address()
     os.environ["PREFECT_HOME"] = str(address.home)  # absolute: runs start in another directory
+    os.environ["PREFECT_UI_STATIC_DIRECTORY"] = str(address.pages)
     guard.adopt_orphans()
     with only_dashboard(address) as lock:
         check_port(address)
@@ -152,12 +159,14 @@ def serve(address: Address, lock: int) -> None:
     # Runs import `flows` and `tasks` from this checkout, whichever one is installed.
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     options = {"pass_fds": (lock,), "env": {**os.environ, "PYTHONPATH": path, FILES_URL: address.files_url}}
+    pages.only_first_version(address.pages)
     with (
         open(log, "w") as output,
         guard.guarded([*prefect, "server", "start"], stdout=output, stderr=output, **options) as server,
     ):
         print(f"Starting the server (its log: {log}) …", flush=True)
         wait_until_healthy(server, log)
+        pages.mend(address.pages, address.url)
         deploy()
         worker_command = [*prefect, "worker", "start", "--pool", POOL, "--type", "process", "--name", "dashboard"]
         with (
@@ -203,7 +212,17 @@ def deploy() -> None:
         mark_dead_runs(client)
     for entrypoint, name in DEPLOYMENTS.items():
         flow = Flow.from_source(source=str(ROOT), entrypoint=entrypoint)
-        flow.to_deployment(name=name, work_pool_name=POOL, concurrency_limit=1).apply()
+        options = {"work_pool_name": POOL, "concurrency_limit": 1, "description": description(flow)}
+        flow.to_deployment(name=name, **options).apply()
+
+
+def description(flow) -> str:
+    """The flow's docstring as the UI shows it, without the parameters, which the form explains.
+
+    The UI would make a paragraph of every line.
+    """
+    paragraphs = inspect.getdoc(flow.fn).partition("\n\nArgs:")[0].split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def mark_dead_runs(client) -> None:
