@@ -64,6 +64,8 @@ def elastic(
     """
     # Stages are called and not submitted: only in the main thread does a cancellation interrupt a silent stage.
     shares = {budget.name: budget.share for budget in budgets}
+    if len(shares) < len(budgets):
+        raise ValueError(f"budgets: a name is there twice: {', '.join(budget.name for budget in budgets)}")
     workspace = workspaces.prepare(profile, ROOT, shares, overrides)
     names = stage_names(workspace)
     chosen = select(names, from_stage, until_stage, only_stages)

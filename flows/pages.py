@@ -1,4 +1,4 @@
-"""The server's pages: the version that is served, what they may call, and a mended select.
+"""The server's pages: the version that is served, what they may call, and what is mended in them (pages.js).
 
 The server unpacks its pages into a directory of ours, `prefect server start` alone into its own package.
 """
@@ -7,17 +7,7 @@ import base64
 import hashlib
 from pathlib import Path
 
-# A click on a select is handled twice in Prefect 3.8.8, by the button and by what holds it, so that the list closes at
-# once; only the arrow beside the button opens it. With this the button passes clicks on and handles none itself.
-SELECT = """
-addEventListener("click", (event) => {
-  const button = event.target.closest?.("button");
-  if (button?.matches(".p-select-button__control")) {
-    event.stopPropagation();
-    button.parentElement.dispatchEvent(new MouseEvent("click", {bubbles: true}));
-  }
-}, true);
-"""
+SCRIPT = Path(__file__).with_suffix(".js")
 
 
 def only_first_version(directory: Path) -> None:
@@ -32,20 +22,24 @@ def only_first_version(directory: Path) -> None:
 
 
 def mend(directory: Path, server_url: str) -> None:
-    """Put the policy and the script above into the first version's page, once the server has unpacked it."""
-    page = directory / "v1" / "index.html"
+    """Put the policy and the script into the first version's page, once the server has unpacked it."""
+    page, script = directory / "v1" / "index.html", SCRIPT.read_text()
+    begin, end = "<!-- mended -->", "<!-- -->"
+    head = (
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(server_url, script)}"><script>{script}</script>'
+    )
     text = page.read_text()
-    if SELECT not in text:
-        head = f'<meta http-equiv="Content-Security-Policy" content="{policy(server_url)}"><script>{SELECT}</script>'
-        page.write_text(text.replace("<head>", f"<head>\n{head}", 1))
+    if begin in text:  # by an earlier start, perhaps on another port
+        text = text.partition(begin)[0] + text.partition(end)[2]
+    page.write_text(text.replace("<head>", f"<head>{begin}{head}<script>{script}</script>{end}", 1))
 
 
-def policy(server_url: str) -> str:
+def policy(server_url: str, script: str) -> str:
     """What the browser may load and call from the pages: this server, and nobody else.
 
     The pages call the server by `server_url`, also where they were opened under another name of this machine.
     """
-    digest = base64.b64encode(hashlib.sha256(SELECT.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     allowed = {
         "default-src": "'self'",
         "connect-src": f"'self' {server_url} {server_url.replace('http', 'ws', 1)}",
