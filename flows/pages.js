@@ -10,14 +10,19 @@ addEventListener("click", (event) => {
   }
 }, true);
 
-// An artifact's page shows what was there when it was opened. With this it follows one that is kept up to date.
+// An artifact's page shows what was there when it was opened. With this it follows one that is kept up to date: the
+// same id in other letters is another page to the router, which asks the server again and draws only what has changed.
 const lastUpdate = {};
 setInterval(async () => {
-  const artifact = location.pathname.match(/^\/artifacts\/artifact\/([0-9a-f-]+)$/)?.[1];
-  if (!artifact || document.hidden) return;
-  const reply = await fetch(`/api/artifacts/${artifact}`).catch(() => null); // the server may be stopped for a while
+  const id = location.pathname.match(/^\/artifacts\/artifact\/([0-9a-f-]+)$/i)?.[1];
+  if (!id || document.hidden) return;
+  const reply = await fetch(`/api/artifacts/${id}`).catch(() => null); // the server may be stopped for a while
   if (!reply?.ok) return;
-  const { updated } = await reply.json();
-  if (lastUpdate[artifact] && lastUpdate[artifact] !== updated) location.reload();
-  lastUpdate[artifact] = updated;
+  const artifact = await reply.json();
+  if (lastUpdate[artifact.id] && lastUpdate[artifact.id] !== artifact.updated) {
+    const other = id === id.toLowerCase() ? id.toUpperCase() : id.toLowerCase();
+    const { $router } = document.querySelector("#app").__vue_app__.config.globalProperties;
+    if (location.pathname.endsWith(id)) $router.replace(location.pathname.replace(id, other));
+  }
+  lastUpdate[artifact.id] = artifact.updated;
 }, 3000);

@@ -133,5 +133,6 @@ def describe(directory: Path) -> str:
     versions = {}
     for model in map(Path, record["models"]):
         versions.setdefault(model.parent, []).append(link(model.name, f"models/{model.parent.name}/{model.name}/"))
-    rows |= {f"models {budget.name}": f"{', '.join(links)} in `{budget}`" for budget, links in versions.items()}
+    for budget, links in versions.items():
+        rows[f"models {budget.name}"] = f"{', '.join(links)} in `{budget.relative_to(record['workspace'])}`"
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]) + "\n"
