@@ -156,9 +156,7 @@ def serve(address: Address, lock: int) -> None:
     """Server, deployment, worker; returns never, ends by a signal or because one of the two ended."""
     prefect = [sys.executable, "-m", "prefect"]
     log = address.home / "server.log"
-    # Runs import `flows` and `tasks` from this checkout, whichever one is installed.
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    options = {"pass_fds": (lock,), "env": {**os.environ, "PYTHONPATH": path, FILES_URL: address.files_url}}
+    options = {"pass_fds": (lock,), "env": {**os.environ, **variables(address)}}
     pages.only_first_version(address.pages)
     with (
         open(log, "w") as output,
@@ -167,7 +165,7 @@ def serve(address: Address, lock: int) -> None:
         print(f"Starting the server (its log: {log}) …", flush=True)
         wait_until_healthy(server, log)
         pages.mend(address.pages, address.url)
-        deploy()
+        deploy(variables(address))
         worker_command = [*prefect, "worker", "start", "--pool", POOL, "--type", "process", "--name", "dashboard"]
         with (
             guard.guarded(files_command(address), stdout=output, stderr=output, **options),
@@ -178,6 +176,13 @@ def serve(address: Address, lock: int) -> None:
                 time.sleep(0.2)
             ended = f"the server ended, see {log}" if server.poll() is not None else "the worker ended"
             sys.exit(f"{ended}; stopping everything. Start again: runs that were cut off will be marked as crashed")
+
+
+def variables(address: Address) -> dict[str, str]:
+    """What runs need in their environment, whichever worker starts them, from whichever directory."""
+    # They import `flows` and `tasks` from this checkout, whichever one is installed.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, FILES_URL: address.files_url, "DO_NOT_TRACK": "1"}
 
 
 def files_command(address: Address) -> list[str]:
@@ -201,7 +206,7 @@ def wait_until_healthy(server: subprocess.Popen, log: Path) -> None:
             time.sleep(0.2)
 
 
-def deploy() -> None:
+def deploy(environment: dict[str, str]) -> None:
     """The work pool and the deployments; runs beyond the first wait for their turn."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
@@ -212,8 +217,8 @@ def deploy() -> None:
         mark_dead_runs(client)
     for entrypoint, name in DEPLOYMENTS.items():
         flow = Flow.from_source(source=str(ROOT), entrypoint=entrypoint)
-        options = {"work_pool_name": POOL, "concurrency_limit": 1, "description": description(flow)}
-        flow.to_deployment(name=name, **options).apply()
+        options = {"work_pool_name": POOL, "concurrency_limit": 1, "job_variables": {"env": environment}}
+        flow.to_deployment(name=name, description=description(flow), **options).apply()
 
 
 def description(flow) -> str:
