@@ -22,7 +22,8 @@ run: $(SETUP) $(PAGE)
 	@$(VENV)/bin/python -m flows.cli run $(PROFILE)
 
 test: $(SETUP) $(PAGE)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/test_browser.py
+	$(VENV)/bin/python -m pytest tests/test_browser.py
 
 soak: $(SETUP)
 	$(VENV)/bin/python -m tests.soak --trials $(TRIALS)

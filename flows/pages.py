@@ -31,7 +31,7 @@ def mend(directory: Path, server_url: str) -> None:
     text = page.read_text()
     if begin in text:  # by an earlier start, perhaps on another port
         text = text.partition(begin)[0] + text.partition(end)[2]
-    page.write_text(text.replace("<head>", f"<head>{begin}{head}<script>{script}</script>{end}", 1))
+    page.write_text(text.replace("<head>", f"<head>{begin}{head}{end}", 1))
 
 
 def policy(server_url: str, script: str) -> str:
