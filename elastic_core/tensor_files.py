@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from elastic_core.in_order import in_order
 
 BLOCK_BYTES = 1 << 20  # stays in the processor's cache between reading, cutting and writing
 WRITERS = 2  # threads: while one is in the kernel, the other cuts
@@ -104,7 +104,7 @@ class TensorFile:
     """A file being written: the header at once, then the tensors' rows as they come."""
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]):
-        self.path, self._entries, self._offsets = path, entries, {}
+        self.path, self.entries, self._offsets = path, entries, {}
         header, end = {"__metadata__": {"format": "pt"}}, 0
         order = list(_CODES)
         for name, entry in sorted(entries.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
@@ -120,7 +120,7 @@ class TensorFile:
 
     def write(self, name: str, start: int, rows: Tensor) -> None:
         """Write rows [start, start + len(rows)) of a tensor; threads may do so at the same time."""
-        entry = self._entries[name]
+        entry = self.entries[name]
         assert rows.dtype == entry.dtype and rows.shape[1:] == entry.shape[1:], name
         data = rows.contiguous().flatten().view(torch.uint8).numpy()
         self._write(data, self._start + self._offsets[name] + start * entry.row_bytes)
@@ -149,26 +149,23 @@ def write(files: Mapping[Path, Mapping[str, Entry]], tensors: Iterable[tuple[str
             file = TensorFile(path, entries)
             stack.callback(file.close)
             owners |= dict.fromkeys(entries, file)
-        threads, pending = stack.enter_context(ThreadPoolExecutor(WRITERS)), deque[Future]()
-        missing = set(owners)
-        for name, rows, start, stop in _blocks(files, tensors, missing):
-            if len(pending) > WRITERS:
-                pending.popleft().result()
-            pending.append(threads.submit(_copy, owners[name], name, rows, start, stop))
-        for future in pending:
-            future.result()
-        assert not missing, f"tensors without contents: {sorted(missing)[:5]}"
+        for _ in in_order(_copy, _blocks(owners, tensors), WRITERS):
+            pass
 
 
-def _blocks(files, tensors: Iterable[tuple[str, Rows]], missing: set[str]) -> Iterator[tuple[str, Rows, int, int]]:
-    entries = {name: entry for part in files.values() for name, entry in part.items()}
+def _blocks(owners: dict[str, TensorFile], tensors: Iterable[tuple[str, Rows]]) -> Iterator[tuple]:
+    """Every tensor in blocks of rows: where to write, what, from which rows, from where to where."""
+    missing = set(owners)
     for name, rows in tensors:
+        assert name in missing, f"{name}: written already, or without an entry"
         missing.remove(name)
-        num_rows = entries[name].shape[0]
-        step = max(1, BLOCK_BYTES // max(1, entries[name].row_bytes))
-        for start in range(0, num_rows, step):
-            yield name, rows, start, min(start + step, num_rows)
+        entry = owners[name].entries[name]
+        step = max(1, BLOCK_BYTES // max(1, entry.row_bytes))
+        for start in range(0, entry.shape[0], step):
+            yield owners[name], name, rows, start, min(start + step, entry.shape[0])
+    assert not missing, f"tensors without contents: {sorted(missing)[:5]}"
 
 
-def _copy(file: TensorFile, name: str, rows: Rows, start: int, stop: int) -> None:
+def _copy(block: tuple) -> None:
+    file, name, rows, start, stop = block
     file.write(name, start, rows[start:stop])
