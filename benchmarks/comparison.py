@@ -50,6 +50,8 @@ def median_ratio(times: dict[str, list[float]], above: str, below: str) -> float
 def peak_memory(imports: str, body: str) -> tuple[int, int]:
     """Resident bytes of a fresh interpreter after `imports`, and at most while it ran `body`. Linux only."""
     code = _MEASURED.format(imports=imports, body=body)
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the measured process failed: {done.stderr[-2000:]}")
     before, peak = json.loads(done.stdout.splitlines()[-1])
     return before, peak
