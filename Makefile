@@ -9,6 +9,7 @@ TRIALS ?= 50
 PYTHON ?= python3
 VENV := .venv
 SETUP := $(VENV)/.ready
+PAGE := .dvc/plots/page.html
 
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 export TOKENIZERS_PARALLELISM ?= true
@@ -17,18 +18,17 @@ export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 
 .PHONY: run test soak dashboard lint
-run: $(SETUP)
-	@workspace=$$($(VENV)/bin/python -m tasks.workspace $(PROFILE)) && cd "$$workspace" && \
-	  export PATH="$(abspath $(VENV))/bin:$$PATH" && python -m tasks.params && dvc repro && \
-	  sed '/^## Plots/,$$d' reports/report.md && echo "report: $$workspace/reports/report.html"
+run: $(SETUP) $(PAGE)
+	@$(VENV)/bin/python -m flows.cli run $(PROFILE)
 
-test: $(SETUP)
-	$(VENV)/bin/python -m pytest
+test: $(SETUP) $(PAGE)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/test_browser.py
+	$(VENV)/bin/python -m pytest tests/test_browser.py
 
 soak: $(SETUP)
 	$(VENV)/bin/python -m tests.soak --trials $(TRIALS)
 
-dashboard: $(SETUP)
+dashboard: $(SETUP) $(PAGE)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m flows.dashboard
 
 lint: $(SETUP)
@@ -40,3 +40,8 @@ $(SETUP): requirements.lock pyproject.toml
 	$(VENV)/bin/pip install --quiet --requirement requirements.lock
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# DVC's plots load Vega from the internet, unless they are told of a page that has it inside: too large for git.
+$(PAGE): $(SETUP)
+	$(VENV)/bin/python -m tasks.vega $@
+	$(VENV)/bin/dvc config --local plots.html_template plots/page.html

@@ -25,7 +25,7 @@ from transformers import NemotronHConfig
 from benchmarks import speed
 from benchmarks.report import FAIL, Row, holds, not_measured, table, within, write
 from benchmarks.shapes import RandomTokens, Shape, random_model, scan_inputs
-from elastic_core import Submodel, distributed
+from elastic_core import Submodel, model_files
 from elastic_core.checkpoint import Checkpoints
 from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.curriculum import Loss, Routing, Stage
@@ -85,7 +85,7 @@ def members(config: NemotronHConfig) -> dict[str, Member]:
 
 def start(setting: Setting, ranks: Ranks, execution: Execution, precision: str, soft: bool = False) -> Run:
     """A run of the checked shape that distils a teacher, from the same weights every time."""
-    load = functools.partial(distributed.from_pretrained, ranks=ranks, execution=execution, precision=precision)
+    load = functools.partial(model_files.from_pretrained, ranks=ranks, execution=execution, precision=precision)
     model, teacher = load(setting.directory / "model"), load(setting.directory / "teacher", frozen=True)
     router = None
     if soft:

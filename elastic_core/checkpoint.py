@@ -40,6 +40,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that could not be written or read. Every rank raises it at the same point of the run."""
 
 
+class CheckpointUnavailable(CheckpointError):
+    """One whose storage server did not answer for as long as it was waited for; later it may."""
+
+
 class Checkpoints:
     """The checkpoints of one run in a directory, or under a URL; `keep` of them stay.
 
@@ -75,7 +79,7 @@ class Checkpoints:
         except (CheckpointException, OSError) as error:
             if self.ranks.rank == 0 and not storage.is_url(self.location):
                 shutil.rmtree(_partial(self.location, step), ignore_errors=True)
-            raise CheckpointError(
+            raise _kind(error)(
                 f"the checkpoint of step {step} could not be written to {self.location}: {_root_cause(error)}. The "
                 "checkpoint before it is intact: mend this (make space, for instance) and start again to go on from it"
             ) from error
@@ -204,10 +208,10 @@ def _local(location: str, name: str, ranks: Ranks) -> Iterator[Path]:
         try:
             _download(storage.join(location, name), directory)
         except (storage.StorageError, OSError) as error:
-            problem = str(error)
+            problem = error
     found = [problem for problem in ranks.gather(problem) if problem is not None]
     if found:  # out of reach, not damaged: an older one must not be taken for the newest
-        raise CheckpointError(f"the checkpoint {storage.join(location, name)} could not be read: {found[0]}")
+        raise _kind(found[0])(f"the checkpoint {storage.join(location, name)} could not be read: {found[0]}")
     try:
         yield directory
     finally:
@@ -225,8 +229,7 @@ def _download(url: str, directory: Path) -> None:
     storage.download(storage.join(url, MANIFEST), directory / MANIFEST)
     with suppress(ValueError, KeyError):  # a damaged manifest
         names = [name for name in read_manifest(directory)["files"] if name in names]
-    for name in names:
-        storage.download(storage.join(url, name), directory / name)
+    storage.download_files(url, names, directory)
 
 
 def _staging(location: str, what: str) -> Path:
@@ -281,6 +284,14 @@ def _write_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _kind(error: BaseException) -> type[CheckpointError]:
+    """As what to raise an error of storage, by what happened on the first rank that had one."""
+    if isinstance(error, CheckpointException):
+        cause, _ = next(iter(error.failures.values()))
+        return _kind(cause)
+    return CheckpointUnavailable if isinstance(error, storage.StorageUnavailable) else CheckpointError
 
 
 def _root_cause(error: BaseException) -> str:

@@ -118,12 +118,8 @@ class Stage:
         """Tokens of `steps` steps (None: all)."""
         return (self.steps if steps is None else steps) * self.batch_size * self.sequence_length
 
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, …"""
-        return self.learning_rate * self.learning_rate_factor(step)
-
     def learning_rate_factor(self, step: int) -> float:
-        """Warm-up and schedule as a multiple of the peak."""
+        """Warm-up and schedule at step 0, 1, …, as a multiple of the peak."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)

@@ -12,6 +12,9 @@ from elastic_core.model import ElasticModel
 Progress = Callable[[str, int, int], None] | None
 Reduce = Callable[[Tensor], Tensor]
 
+FEWEST_PIECES = 8  # of the calibration data: a candidate can be given up after each
+HELD_BYTES = 1 << 30  # of final hidden states on the device; those of further pieces are computed again
+
 
 def rank_layers(
     model: ElasticModel,
@@ -23,7 +26,7 @@ def rank_layers(
 ) -> tuple[tuple[int, ...], dict[int, float]]:
     """Layers from the most to the least important, and the score at which each was judged.
 
-    Holds the intact model's final hidden states of all batches (tokens × hidden size), never logits. `reduce` adds a
+    Holds the intact model's final hidden states of as many batches as fit HELD_BYTES, never logits. `reduce` adds a
     tensor up over all processes that hold sequences of each batch.
     """
     num_layers = len(model.model.layers)
@@ -40,52 +43,69 @@ class LogitError:
     """
 
     def __init__(self, model: ElasticModel, batches: list[Tensor], reduce: Reduce):
-        self.model, self.cut, self.reduce = model, model.cut(), reduce
+        self.model, self.batches, self.cut, self.reduce = model, batches, model.cut(), reduce
         head = model.head(self.cut).double()
         self.gram = head.T @ head  # (hidden, hidden)
-        self.full = [model.hidden_states(input_ids, self.cut) for input_ids in batches]
-        self.denominator = reduce(sum(self._squared(full.double()) for full in self.full)).item()
+        self._held: dict[int, Tensor] = {}
+        total, held_bytes = 0.0, 0
+        for batch in range(len(batches)):
+            full = self.full(batch)
+            total, held_bytes = total + self._squared(full.double()), held_bytes + full.nbytes
+            if held_bytes <= HELD_BYTES:
+                self._held[batch] = full
+        self.denominator = reduce(total).item()
+
+    def full(self, batch: int) -> Tensor:
+        """The intact model's final hidden states of one batch."""
+        held = self._held.get(batch)
+        return self.model.hidden_states(self.batches[batch], self.cut) if held is None else held
 
     def _squared(self, hidden: Tensor) -> Tensor:
         return ((hidden @ self.gram) * hidden).sum()
 
-    def __call__(self, batch: int, x: Tensor, layers: list[int]) -> Tensor:
-        """The sum for one batch whose residual stream x has still to pass `layers`."""
+    def __call__(self, full: Tensor, x: Tensor, layers: list[int]) -> Tensor:
+        """The sum for one batch (see `full`) whose residual stream x has still to pass `layers`."""
         for layer in layers:
             x = self.model.model.layers[layer](x, self.cut)
-        return self._squared((self.model.model.norm_f(x, self.cut) - self.full[batch]).double())
+        return self._squared((self.model.model.norm_f(x, self.cut) - full).double())
 
 
-def _sweep(error: LogitError, input_ids: Tensor, batch: int, kept: list[int], candidates) -> dict[int, float]:
+def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[int, float]:
     """The error of one batch for each candidate's removal, over all processes.
 
     The prefix before a candidate is computed once for all.
     """
-    x = error.model.model.embed(input_ids, error.cut)
+    x, full = error.model.model.embed(error.batches[batch], error.cut), error.full(batch)
     errors = {}
     for position, layer in enumerate(kept):
         if layer in candidates:
-            errors[layer] = error(batch, x, kept[position + 1 :])
+            errors[layer] = error(full, x, kept[position + 1 :])
             if len(errors) == len(candidates):
                 break
         x = error.model.model.layers[layer](x, error.cut)
     return dict(zip(errors, error.reduce(torch.stack(list(errors.values()))).tolist(), strict=True))
 
 
-def _least_important(error: LogitError, batches: list[Tensor], kept: list[int]) -> tuple[int, float]:
+def _pieces(batches: list[Tensor]) -> list[Tensor]:
+    """The batches, cut into fewer sequences each where there are few of them; as many pieces on every process."""
+    parts = -(-FEWEST_PIECES // len(batches))
+    return [piece for input_ids in batches for piece in input_ids.chunk(parts)]
+
+
+def _least_important(error: LogitError, kept: list[int]) -> tuple[int, float]:
     """The layer whose removal from `kept` changes the logits least, and its nMSE.
 
     Errors only grow from batch to batch, so a candidate whose partial sum has passed the best complete sum is out.
     """
-    totals = _sweep(error, batches[0], 0, kept, set(kept))
+    totals, others = _sweep(error, 0, kept, set(kept)), range(1, len(error.batches))
     best = min(totals, key=totals.get)
-    for batch, input_ids in enumerate(batches[1:], 1):
-        totals[best] += _sweep(error, input_ids, batch, kept, {best})[best]
+    for batch in others:
+        totals[best] += _sweep(error, batch, kept, {best})[best]
     bound, live = totals[best], {layer for layer in kept if layer != best and totals[layer] <= totals[best]}
-    for batch, input_ids in enumerate(batches[1:], 1):
+    for batch in others:
         if not live:
             break
-        for layer, value in _sweep(error, input_ids, batch, kept, live).items():
+        for layer, value in _sweep(error, batch, kept, live).items():
             totals[layer] += value
         live = {layer for layer in live if totals[layer] <= bound}
     winner = min(live | {best}, key=lambda layer: (totals[layer], layer))
@@ -93,10 +113,10 @@ def _least_important(error: LogitError, batches: list[Tensor], kept: list[int]) 
 
 
 def _iterative_nmse(model, batches, min_depth, progress, reduce):
-    error, kept = LogitError(model, batches, reduce), list(range(len(model.model.layers)))
+    error, kept = LogitError(model, _pieces(batches), reduce), list(range(len(model.model.layers)))
     removed, scores, rounds = [], {}, len(kept) - min_depth
     for done in range(rounds):
-        layer, scores[layer] = _least_important(error, batches, kept)
+        layer, scores[layer] = _least_important(error, kept)
         kept.remove(layer)
         removed.append(layer)
         if progress:
@@ -107,8 +127,8 @@ def _iterative_nmse(model, batches, min_depth, progress, reduce):
 def _one_shot_nmse(model, batches, min_depth, progress, reduce):
     error, layers = LogitError(model, batches, reduce), list(range(len(model.model.layers)))
     totals = dict.fromkeys(layers, 0.0)
-    for batch, input_ids in enumerate(batches):
-        for layer, value in _sweep(error, input_ids, batch, layers, set(layers)).items():
+    for batch in range(len(batches)):
+        for layer, value in _sweep(error, batch, layers, set(layers)).items():
             totals[layer] += value
         if progress:
             progress("depth", batch + 1, len(batches))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from elastic_core.distributed import local
 from elastic_core.layout import block_pattern, layer_index
 from elastic_core.run import Run, named_parameters
 
@@ -40,7 +41,7 @@ def explain_gradient(run: Run, microbatches: list[dict]) -> str:
     for name, parameter in named_parameters(run):
         if parameter.grad is None:
             continue
-        gradient = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+        gradient = local(parameter.grad)
         if not gradient.isfinite().all():
             bad.append(name)
         layer = layer_index(name.removeprefix("model.")) if name.startswith("model.") else None

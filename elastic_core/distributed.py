@@ -121,18 +121,19 @@ class Ranks:
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[bool]:
-        """A block of which only rank 0 does the work (it is given True); all wait, and its ConfigError is everybody's.
+        """A block of which only rank 0 does the work (it is given True); all wait, and its error is everybody's.
 
-        An error of one rank alone would leave the others waiting for it in their next message.
+        That is one which its user can mend, a full disk for instance. An error of one rank alone would leave the
+        others waiting for it in their next message.
         """
         problem = None
         try:
             yield self.rank == 0
-        except ConfigError as error:
-            problem = str(error)
-        problem = self.gather(problem)[0]
-        if problem is not None:
-            raise ConfigError(problem)
+        except (ValueError, OSError) as error:
+            problem = error
+        found = self.gather(problem)[0]
+        if found is not None:
+            raise problem or found
 
     def from_first(self, make: Callable[[], object]):
         """What `make()` returns on rank 0, on every rank; an error that its user can mend is everybody's too."""
@@ -243,43 +244,14 @@ def compile_blocks(model: ElasticModel) -> None:
         block.mixer.compile(dynamic=False)
 
 
-def from_pretrained(
-    directory: str | os.PathLike, ranks: Ranks, execution: Execution, precision: str = "float32", frozen: bool = False
-) -> ElasticModel:
-    """`ElasticModel.from_pretrained`, placed: each rank reads its own shards' rows and no others."""
-    model, reader = ElasticModel.empty(directory)
-    place(model, ranks, execution, precision, frozen)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if not isinstance(parameter, DTensor):
-                parameter.copy_(reader.read(name))
-            elif parameter.to_local().numel():  # with many ranks the last ones may have none
-                parameter.to_local().copy_(reader.read(name, own_rows(parameter)))
-    return model
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its shard, or all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def own_rows(parameter: DTensor) -> slice:
-    """Which rows of a sharded matrix are here: FSDP cuts the first dimension as torch.chunk does."""
-    mesh, rows = parameter.device_mesh["shard"], parameter.shape[0]
-    start = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
-    return slice(start, start + parameter.to_local().shape[0])
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter gathered from its shards; every rank has to ask for it."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def save_pretrained(model: ElasticModel, directory: str | os.PathLike, ranks: Ranks, tokenizer_from=None) -> None:
-    """`ElasticModel.save_pretrained` of a placed model: gathered tensor by tensor, written by rank 0."""
-    parameters = dict(model.named_parameters())
-    tensors = ((name, whole(parameters[name].detach()).cpu()) for name in model.layout)
-    if ranks.rank == 0:
-        model.write(directory, tensors, tokenizer_from)
-    else:
-        for _ in tensors:
-            pass
-    ranks.barrier()  # nobody goes on before the directory is there
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor gathered from its shards; every rank has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def average_gradients(modules: Iterable[nn.Module], ranks: Ranks) -> None:
@@ -310,5 +282,4 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
 def clip_gradients(gradients: list[Tensor], max_norm: float, norm: Tensor) -> None:
     """Scale gradients of 2-norm `norm` (see `gradient_norm`) down to `max_norm`, in place; without a wait for it."""
     if gradients:
-        locals_ = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-        torch._foreach_mul_(locals_, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([local(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -1,17 +1,21 @@
 """Extraction: an elastic checkpoint and a submodel in, an ordinary Hugging Face directory out. No training."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_core import elastic_checkpoint, hf
-from elastic_core.layout import Layout, kept_rows, layer_index, layers_of, narrow, parameter_layout
+from elastic_core.layout import Layout, kept_rows, layer_index, layers_of, parameter_layout
 from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel
+from elastic_core.tensor_files import Entry, Stored
 
 MODELING_FILE = "modeling_elastic_nemotron_h.py"
 
@@ -29,7 +33,7 @@ def extract(
     `elastic_checkpoint.find_submodel`). A homogeneous submodel becomes a stock `nemotron_h` directory. Widths that
     differ between layers need ``heterogeneous``: ``remote_code`` adds a modeling file (load it with
     ``trust_remote_code=True``), ``pad`` fills MLPs with zeros to the widest, which is exact and loads anywhere.
-    `dtype` None keeps the stored element type. Tensors are read, cut and written one at a time.
+    `dtype` None keeps the stored element type. Tensors are read, cut and written in blocks of rows.
     """
     if heterogeneous not in ("remote_code", "pad"):
         raise ValueError(f"heterogeneous: got {heterogeneous!r}; allowed: 'remote_code', 'pad'")
@@ -42,13 +46,13 @@ def extract(
         submodel_or_budget = elastic_checkpoint.find_submodel(elastic_directory, submodel_or_budget)
     submodel = submodel_or_budget.resolve(config)
     pad = heterogeneous == "pad" and not submodel.is_homogeneous
-    changes = _config_changes(config, submodel, pad)
-    reader = hf.TensorReader(elastic_directory)
+    changes = config_changes(config, submodel, pad)
+    tensors = _cut_tensors(hf.TensorReader(elastic_directory), config, submodel, pad, dtype)
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")
     with hf.whole_directory(out_directory) as partial:
         hf.write_config(partial, config, **changes)
-        hf.write_tensors(partial, _cut_tensors(reader, config, submodel, pad, dtype))
+        hf.write_tensors(partial, {name: cut.entry for name, cut in tensors.items()}, tensors.items())
         if "auto_map" in changes:
             source = resources.files("elastic_core").joinpath(MODELING_FILE + ".txt").read_text()
             (partial / MODELING_FILE).write_text(source)
@@ -56,27 +60,68 @@ def extract(
     return submodel
 
 
-def _cut_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> Iterator[tuple[str, Tensor]]:
-    """The kept layers' tensors, cut to size and renumbered."""
+def _cut_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dict[str, CutTensor]:
+    """The kept layers' tensors, to be cut to size as they are written, and renumbered."""
     layout: Layout = parameter_layout(config)
+    reader.check({name: tuple(dim.size for dim in dims) for name, dims in layout.items()})
     sizes = submodel.sizes(config)
     number = {layer: i for i, layer in enumerate(submodel.kept_layers)}
-    padded = sizes | {f"ffn.{i}": _widest(config, submodel, "intermediate_size") for i in layers_of(config, "-")}
+    widest = {f"ffn.{i}": _widest(config, submodel, "intermediate_size") for i in layers_of(config, "-")}
+    final = sizes | widest if pad else sizes
+    tensors = {}
     for name, dims in layout.items():
         layer = layer_index(name)
         if layer is not None and layer not in number:
             continue
-        tensor = narrow(reader.read(name), dims, sizes)
-        if pad and any(leaf.key.startswith("ffn.") for dim in dims for leaf in dim.leaves()):
-            tensor = F.pad(tensor, [n for dim in reversed(dims) for n in (0, _missing(dim, sizes, padded))])
+        shape = tuple(dim.count(final) for dim in dims)
+        cut = CutTensor(reader.stored(name), [kept_rows(dim, sizes) for dim in dims], shape, dtype)
         if layer is not None:
             name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
-        yield name, tensor.to(dtype or tensor.dtype)
+        tensors[name] = cut
+    return tensors
 
 
-def _missing(dim, sizes, padded) -> int:
-    """How many zero rows bring a dimension of the MLP (whose rows are a prefix) from `sizes` to `padded`."""
-    return kept_rows(dim, padded) - kept_rows(dim, sizes)
+class CutTensor:
+    """A stored tensor cut to its kept rows on every axis: `cut[start:stop]` reads those rows of the file and no others.
+
+    Where `shape` is larger than what is kept, zeros follow.
+    """
+
+    def __init__(self, stored: Stored, kept: list[int | Tensor], shape: tuple[int, ...], dtype: torch.dtype | None):
+        self.stored, self.entry = stored, Entry(dtype or stored.entry.dtype, shape)
+        self.runs = [_runs(rows) for rows in kept]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        # numpy copies on the thread that asks; torch would wake its own threads for every block.
+        values = self.stored.read(list(_part(self.runs[0], rows.start, rows.stop)))
+        for axis, runs in enumerate(self.runs[1:], 1):
+            pieces = [values[(slice(None),) * axis + (slice(*run),)] for run in runs]
+            values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)
+        tensor = torch.from_numpy(np.ascontiguousarray(values)).view(self.stored.entry.dtype).to(self.entry.dtype)
+        missing = [size - kept for size, kept in zip(self._block_shape(rows), tensor.shape, strict=True)]
+        return F.pad(tensor, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else tensor
+
+    def _block_shape(self, rows: slice) -> tuple[int, ...]:
+        return rows.stop - rows.start, *self.entry.shape[1:]
+
+
+def _runs(rows: int | Tensor) -> list[tuple[int, int]]:
+    """Kept rows, as `kept_rows` says them, as runs [start, stop) of consecutive ones."""
+    if not isinstance(rows, Tensor):
+        return [(0, rows)]
+    numbers = rows.numpy()
+    parts = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+
+def _part(runs: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The kept rows number `start` to `stop` - 1, as runs."""
+    done = 0
+    for first, end in runs:
+        begin, last = first + max(start - done, 0), first + min(stop - done, end - first)
+        if begin < last:
+            yield begin, last
+        done += end - first
 
 
 def _kept_entries(config, submodel: Submodel, field: str) -> list[int]:
@@ -91,7 +136,8 @@ def _widest(config, submodel: Submodel, field: str) -> int:
     return max(_kept_entries(config, submodel, field), default=getattr(config, field))
 
 
-def _config_changes(config, submodel: Submodel, pad: bool) -> dict:
+def config_changes(config, submodel: Submodel, pad: bool = False) -> dict:
+    """What a submodel's configuration has that differs from the parent's."""
     changes = {
         "hidden_size": submodel.hidden_size,
         "mamba_head_dim": submodel.mamba_head_dim,

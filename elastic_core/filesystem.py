@@ -18,7 +18,7 @@ Place = str | os.PathLike
 S3_SCHEMES = ("s3", "s3a")
 # botocore waits a random part of 1, 2, 4, ... up to 20 s before each next attempt: five minutes on average.
 _ATTEMPTS = 34
-_REQUESTS_AT_ONCE = 3  # of one transfer: botocore allows about 100 retries at a time, shared by all of them
+REQUESTS_AT_ONCE = 3  # of one transfer: botocore allows about 100 retries at a time, shared by all of them
 _READS = 3  # how often a block is asked for anew, when the answer breaks off in the middle
 _S3_ACCOUNT = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN, where one is used)"
 _CREDENTIAL_CODES = {
@@ -31,10 +31,16 @@ _CREDENTIAL_CODES = {
 }
 _DENIED_CODES = {"403", "AccessDenied", "AllAccessDisabled", "Forbidden"}
 _ABSENT_CODES = {"404", "NoSuchKey", "NotFound"}
+_BUSY_CODES = {"RequestLimitExceeded", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
+_BUSY_STATUSES = {429, 500, 502, 503, 504}
 
 
 class StorageError(ValueError):
     """A place that cannot be used, with the place, the reason and where to change it."""
+
+
+class StorageUnavailable(StorageError):
+    """A server that did not answer, or was too busy, for as long as it was waited for; later it may."""
 
 
 def is_url(place: Place) -> bool:
@@ -83,7 +89,7 @@ def open_filesystem(place: Place, patient: bool = True):
 def _s3_options(patient: bool) -> dict:
     return {
         "use_listings_cache": False,
-        "max_concurrency": _REQUESTS_AT_ONCE,
+        "max_concurrency": REQUESTS_AT_ONCE,
         "skip_instance_cache": not patient,
         "config_kwargs": {
             "retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS if patient else 1},
@@ -121,7 +127,8 @@ def explained(place: Place, doing: str) -> Iterator[None]:
     try:
         yield
     except _foreign_errors(place) as error:
-        raise StorageError(f"{place}: cannot {doing} it: {_reason(error)}") from None
+        kind = StorageUnavailable if _is_temporary(place, error) else StorageError
+        raise kind(f"{place}: cannot {doing} it: {_reason(error)}") from None
 
 
 def _foreign_errors(place: Place) -> tuple[type[BaseException], ...]:
@@ -162,9 +169,40 @@ def _reason(error: BaseException) -> str:
     return f"no answer ({name}); see that the server is up, and that AWS_ENDPOINT_URL and AWS_DEFAULT_REGION are right"
 
 
+def _is_temporary(place: Place, error: BaseException) -> bool:
+    """Whether the same request may be answered later: nobody did, the answer broke off, or the server was too busy."""
+    answer = _server_answer(error)
+    if answer is not None:
+        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status in _BUSY_STATUSES or _server_code(error) in _BUSY_CODES
+    if (status := getattr(error, "status", None)) is not None:  # of an http:// server
+        return status in _BUSY_STATUSES
+    refused = any(word in type(error).__name__ for word in ("SSL", "Certificate"))
+    return isinstance(error, _connection_errors(place)) and not refused
+
+
+def _connection_errors(place: Place) -> tuple[type[BaseException], ...]:
+    scheme, errors = scheme_of(place), (ConnectionError, TimeoutError)
+    if scheme in S3_SCHEMES:
+        from botocore import exceptions
+
+        errors += (exceptions.ConnectionError, exceptions.HTTPClientError)
+    if scheme in (*S3_SCHEMES, "http", "https"):
+        from aiohttp import ClientConnectionError, ClientPayloadError
+
+        errors += (ClientConnectionError, ClientPayloadError)
+    return errors
+
+
 def _server_code(error: BaseException) -> str | None:
-    """The code in an S3 server's answer; s3fs raises an OSError from it."""
+    """The code in an S3 server's answer."""
+    answer = _server_answer(error)
+    return None if answer is None else str(answer.get("Error", {}).get("Code"))
+
+
+def _server_answer(error: BaseException) -> dict | None:
+    """An S3 server's answer in botocore's words; s3fs raises an OSError from it."""
     for candidate in (error, error.__cause__):
         if isinstance(answer := getattr(candidate, "response", None), dict):
-            return str(answer.get("Error", {}).get("Code"))
+            return answer
     return None

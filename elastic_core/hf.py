@@ -2,20 +2,18 @@
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import NemotronHConfig
 
-from elastic_core import storage
+from elastic_core import storage, tensor_files
 from elastic_core.layout import block_pattern, pattern_of
 from elastic_core.submodel import PER_LAYER
+from elastic_core.tensor_files import Entry, Rows, Stored
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -93,11 +91,12 @@ class TensorReader:
         if index.is_file():
             files = json.loads(index.read_text())["weight_map"]
         elif (self.directory / "model.safetensors").is_file():
-            with _open(self.directory / "model.safetensors") as file:
+            with tensor_files.open_checked(self.directory / "model.safetensors") as file:
                 files = dict.fromkeys(file.keys(), "model.safetensors")
         else:
             raise ValueError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
         self.files = {canonical_name(name): (file, name) for name, file in files.items() if not name.startswith("mtp.")}
+        self._headers: dict[str, dict[str, Stored]] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -105,8 +104,17 @@ class TensorReader:
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor, mapped from its file, or some of its first dimension's rows: no others are read."""
         file, stored = self.files[name]
-        with _open(self.directory / file) as handle:
+        with tensor_files.open_checked(self.directory / file) as handle:
             return handle.get_tensor(stored) if rows is None else handle.get_slice(stored)[rows]
+
+    def stored(self, name: str) -> Stored:
+        """Where a tensor lies; ValueError where its file is missing or broken, or does not hold it."""
+        file, stored = self.files[name]
+        if file not in self._headers:
+            self._headers[file] = tensor_files.read_header(self.directory / file)
+        if stored not in self._headers[file]:
+            raise ValueError(f"{self.directory / file}: does not hold {stored}, as the index says; copy both again")
+        return self._headers[file][stored]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold exactly the named tensors."""
@@ -117,54 +125,35 @@ class TensorReader:
                 f"missing: {missing[:5]}, not expected: {unknown[:5]}"
             )
         for name, shape in shapes.items():
-            file, stored = self.files[name]
-            with _open(self.directory / file) as handle:
-                found = tuple(handle.get_slice(stored).get_shape())
+            found = self.stored(name).entry.shape
             if found != tuple(shape):
                 raise ValueError(f"{self.directory}: {name} has shape {found}; config.json says {tuple(shape)}")
 
 
-def _open(path: Path):
-    """A safetensors file, or a ValueError that names the one which is missing or broken."""
-    try:
-        return safe_open(path, "pt")
-    except (FileNotFoundError, SafetensorError) as error:
-        raise ValueError(f"{path}: missing, truncated or no safetensors file ({error}); copy it again") from error
+def write_tensors(
+    directory: Path, entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Rows]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write tensors of the given `entries` as safetensors shards of at most `shard_bytes`, and their index.
 
-
-def write_tensors(directory: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write named tensors as safetensors shards of at most `shard_bytes`, taking them one at a time."""
-    shards, shard, size = [], {}, 0
-    for name, tensor in tensors:
-        num_bytes = tensor.numel() * tensor.element_size()
-        if shard and size + num_bytes > shard_bytes:
-            shards.append(_write_shard(directory, len(shards), shard))
-            shard, size = {}, 0
-        shard[disk_name(name)] = tensor.contiguous()
-        size += num_bytes
-    shards.append(_write_shard(directory, len(shards), shard))
+    `tensors` are taken one by one, in any order: whole, or whatever gives their rows (see tensor_files.py).
+    """
+    shards, size = [{}], 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.num_bytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][disk_name(name)] = entry
+        size += entry.num_bytes
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
-        (directory / shards[0][0]).rename(directory / "model.safetensors")
-        return
-    weight_map, total = {}, 0
-    for i, (file, names, num_bytes) in enumerate(shards):
-        final = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / file).rename(directory / final)
-        weight_map.update(dict.fromkeys(names, final))
-        total += num_bytes
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_shard(directory: Path, number: int, tensors: dict[str, Tensor]) -> tuple[str, list[str], int]:
-    file = f"shard-{number}.safetensors"
-    try:
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        if system := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk, for instance
-            raise OSError(int(system[1]), os.strerror(int(system[1])), str(directory / file)) from None
-        raise
-    return file, list(tensors), sum(t.numel() * t.element_size() for t in tensors.values())
+        files = ["model.safetensors"]
+    named = ((disk_name(name), rows) for name, rows in tensors)
+    tensor_files.write({directory / file: shard for file, shard in zip(files, shards, strict=True)}, named)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(entry.num_bytes for entry in entries.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_config(directory: Path, config, **changes) -> None:

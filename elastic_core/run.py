@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from elastic_core.checkpoint import Checkpoints
 from elastic_core.config import ConfigError
 from elastic_core.cost import num_parameters
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.data import PackedSequences
-from elastic_core.distributed import Ranks
+from elastic_core.distributed import Ranks, local
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.model import ElasticModel
 from elastic_core.model.cut import Cut
@@ -148,15 +147,11 @@ def state_tensors(run: Run) -> dict[str, Tensor]:
     for name, parameter in named_parameters(run):
         state = run.optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=_local(parameter).device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local(parameter).device)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
         tensors[name] = parameter.detach()
         tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
     return tensors
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def save(run: Run, checkpoints: Checkpoints) -> None:

@@ -1,7 +1,7 @@
 """Places: local paths, or URLs such as s3://bucket/models that fsspec's libraries serve.
 
 Reading, writing, listing and copying, the same for both. A server that is away is waited for, request by request,
-with exponential back-off, up to about five minutes (see filesystem.py); then comes a StorageError.
+with exponential back-off, up to about five minutes (see filesystem.py); then comes a StorageUnavailable.
 """
 
 import glob as local_glob
@@ -10,16 +10,19 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from elastic_core.filesystem import (
+    REQUESTS_AT_ONCE,
     S3_SCHEMES,
     Place,
     StorageError,
+    StorageUnavailable,
     explained,
     is_url,
     open_filesystem,
@@ -28,9 +31,11 @@ from elastic_core.filesystem import (
 
 __all__ = [
     "StorageError",
+    "StorageUnavailable",
     "check_access",
     "download",
     "download_directory",
+    "download_files",
     "exists",
     "glob",
     "is_url",
@@ -195,6 +200,12 @@ def download(url: Place, target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def download_files(url: Place, names: Iterable[str], directory: Path) -> None:
+    """Copy the files `names` below `url` to a local directory, some at a time; each appears whole or not at all."""
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:  # one request each; an error leaves the files behind it out
+        list(pool.map(lambda name: download(join(url, name), Path(directory) / name), names))
+
+
 def upload_directory(source: Path, url: Place, last: str = "config.json") -> None:
     """Copy a local directory to `url`, replacing what was there.
 
@@ -231,9 +242,7 @@ def download_directory(url: Place, target: Path, last: str = "config.json", only
         if outdated != partial:
             shutil.rmtree(outdated)
     partial.mkdir(parents=True, exist_ok=True)
-    for name in wanted:
-        if not (partial / name).exists():
-            download(join(url, name), partial / name)
+    download_files(url, [name for name in wanted if not (partial / name).exists()], partial)
     if _listing(url) != listing:
         raise StorageError(f"{url}: changed while it was read; try again when nothing writes to it")
     os.replace(partial, target)
@@ -246,8 +255,7 @@ def local_files(place: Place, names: tuple[str, ...]) -> Iterator[Path]:
         yield Path(place)
         return
     with TemporaryDirectory() as directory:
-        for name in set(names) & set(list_names(place)):
-            download(join(place, name), Path(directory) / name)
+        download_files(place, set(names) & set(list_names(place)), directory)
         yield Path(directory)
 
 

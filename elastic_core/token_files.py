@@ -9,6 +9,7 @@ For every source (`prose`, `code`, ...) and split (`train`, `held_out`)::
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ class SplitWriter:
         self._offsets.append([0])
         self._num_bytes = 0
 
-    def append(self, documents: list[list[int]], num_bytes: int) -> None:
+    def append(self, documents: Sequence[Sequence[int] | np.ndarray], num_bytes: int) -> None:
         """Add documents (token ids, eos included) whose texts have `num_bytes` bytes of UTF-8 together."""
         ends = self._tokens.size + np.cumsum([len(ids) for ids in documents], dtype=np.int64)
         self._offsets.append(ends)

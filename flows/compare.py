@@ -12,14 +12,14 @@ RECORD = "run.json"
 
 
 @flow(name="compare")
-def compare(before: str | None = None, after: str | None = None) -> None:
-    """A table of what changed between two runs, as an artifact of this one.
+def compare(before: str = "", after: str = "") -> None:
+    """A table of what changed between two finished runs of the flow `elastic`, in parameters and in results.
 
     Args:
-        before: the name of a finished run of the flow elastic; empty: the last one before the other.
-        after: the name of a finished run; empty: the last one.
+        before: The name of a finished run; empty: the last one before the other.
+        after: The name of a finished run; empty: the last one.
     """
-    before, after = choose(records(ROOT), before, after)
+    before, after = choose(records(ROOT), before or None, after or None)
     create_table_artifact(
         key="comparison",
         table=changes(ROOT / NAMED / before, ROOT / NAMED / after),

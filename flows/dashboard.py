@@ -7,6 +7,7 @@ marked as crashed at the next start; otherwise it would keep the deployment's on
 
 import contextlib
 import fcntl
+import inspect
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows import guard
+from flows import guard, pages
 from flows.compare import NAMED
 from flows.publish import FILES_URL
 
@@ -44,6 +45,11 @@ class Address:
         return f"http://{self.host}:{self.port}"
 
     @property
+    def pages(self) -> Path:
+        """Where the server unpacks its pages."""
+        return self.home / "ui"
+
+    @property
     def files_port(self) -> int:
         """Of the finished runs' files: beside the server's."""
         return self.port + 1
@@ -59,6 +65,7 @@ def main() -> None:
     os.environ["DO_NOT_TRACK"] = "1"
     address = read_address()
     os.environ["PREFECT_HOME"] = str(address.home)  # absolute: runs start in another directory
+    os.environ["PREFECT_UI_STATIC_DIRECTORY"] = str(address.pages)
     guard.adopt_orphans()
     with only_dashboard(address) as lock:
         check_port(address)
@@ -149,16 +156,16 @@ def serve(address: Address, lock: int) -> None:
     """Server, deployment, worker; returns never, ends by a signal or because one of the two ended."""
     prefect = [sys.executable, "-m", "prefect"]
     log = address.home / "server.log"
-    # Runs import `flows` and `tasks` from this checkout, whichever one is installed.
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    options = {"pass_fds": (lock,), "env": {**os.environ, "PYTHONPATH": path, FILES_URL: address.files_url}}
+    options = {"pass_fds": (lock,), "env": {**os.environ, **variables(address)}}
+    pages.only_first_version(address.pages)
     with (
         open(log, "w") as output,
         guard.guarded([*prefect, "server", "start"], stdout=output, stderr=output, **options) as server,
     ):
         print(f"Starting the server (its log: {log}) …", flush=True)
         wait_until_healthy(server, log)
-        deploy()
+        pages.mend(address.pages, address.url)
+        deploy(variables(address))
         worker_command = [*prefect, "worker", "start", "--pool", POOL, "--type", "process", "--name", "dashboard"]
         with (
             guard.guarded(files_command(address), stdout=output, stderr=output, **options),
@@ -169,6 +176,13 @@ def serve(address: Address, lock: int) -> None:
                 time.sleep(0.2)
             ended = f"the server ended, see {log}" if server.poll() is not None else "the worker ended"
             sys.exit(f"{ended}; stopping everything. Start again: runs that were cut off will be marked as crashed")
+
+
+def variables(address: Address) -> dict[str, str]:
+    """What runs need in their environment, whichever worker starts them, from whichever directory."""
+    # They import `flows` and `tasks` from this checkout, whichever one is installed.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {"PYTHONPATH": path, FILES_URL: address.files_url, "DO_NOT_TRACK": "1"}
 
 
 def files_command(address: Address) -> list[str]:
@@ -192,7 +206,7 @@ def wait_until_healthy(server: subprocess.Popen, log: Path) -> None:
             time.sleep(0.2)
 
 
-def deploy() -> None:
+def deploy(environment: dict[str, str]) -> None:
     """The work pool and the deployments; runs beyond the first wait for their turn."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
@@ -203,7 +217,17 @@ def deploy() -> None:
         mark_dead_runs(client)
     for entrypoint, name in DEPLOYMENTS.items():
         flow = Flow.from_source(source=str(ROOT), entrypoint=entrypoint)
-        flow.to_deployment(name=name, work_pool_name=POOL, concurrency_limit=1).apply()
+        options = {"work_pool_name": POOL, "concurrency_limit": 1, "job_variables": {"env": environment}}
+        flow.to_deployment(name=name, description=description(flow), **options).apply()
+
+
+def description(flow) -> str:
+    """The flow's docstring as the UI shows it, without the parameters, which the form explains.
+
+    The UI would make a paragraph of every line.
+    """
+    paragraphs = inspect.getdoc(flow.fn).partition("\n\nArgs:")[0].split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def mark_dead_runs(client) -> None:

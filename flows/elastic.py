@@ -25,22 +25,23 @@ from tasks import workspace as workspaces
 ROOT = Path(__file__).resolve().parents[1]
 RETRIES, RETRY_SECONDS = 3, 30  # of a stage that a server or a worker has let down
 Profile = Literal[tuple(workspaces.profile_names(ROOT))]
-Stage = Literal[tuple(stage_names(ROOT))]
+STAGES = stage_names(ROOT)
+Stage = Literal[tuple(STAGES)]
 Override = Annotated[str, Field(pattern=f"^{workspaces.OVERRIDE}$")]
 
 
 class Budget(BaseModel):
     """A member of the family."""
 
-    name: str = Field(pattern=r"^[A-Za-z_]\w*$", description="of its models and its row in the results")
-    share: float = Field(gt=0, le=1, description="of the parent's parameters; 1 is the parent itself")
+    name: str = Field(pattern=r"^[A-Za-z_]\w*$", description="Of its models and its row in the results.")
+    share: float = Field(gt=0, le=1, description="Of the parent's parameters; 1 is the parent itself.")
 
 
 @flow(name="elastic")
 def elastic(
     profile: Profile = "default",
-    from_stage: Stage | None = None,
-    until_stage: Stage | None = None,
+    from_stage: Stage = STAGES[0],
+    until_stage: Stage = STAGES[-1],
     only_stages: list[Stage] = [],  # noqa: B006 - never changed; a form shows it as an empty list
     budgets: list[Budget] = [],  # noqa: B006
     overrides: list[Override] = [],  # noqa: B006
@@ -48,19 +49,23 @@ def elastic(
 ) -> None:
     """One parent in, one elastic checkpoint and its submodels out, evaluated and reported.
 
+    *Run*, *Quick run* starts the default profile; *Custom run* asks for a profile, stages, budgets and parameters.
+
     Args:
-        profile: "default" runs in the checkout with params.yaml; the name of a file in profiles/ runs in a workspace
-            of its own, .runs/PROFILE/, with that file's parameters on top.
-        from_stage: the first stage to run; what comes before it is taken as it is.
-        until_stage: the last stage to run.
-        only_stages: if any are named, no others run.
-        budgets: the family, if it shall not be the profile's own.
-        overrides: single parameters, as section.key=value: train_short.learning_rate=1e-3. A run with overrides or
-            budgets has a workspace of its own, and the stages that they do not touch come from the cache.
-        force: run every stage, also those that DVC finds unchanged.
+        profile: `default` runs in the checkout with params.yaml; any other, a file in profiles/, in a workspace of its
+            own, .runs/PROFILE/, with that file's parameters on top.
+        from_stage: The first stage to run; what comes before it is taken as it is.
+        until_stage: The last stage to run. Results are published when it is the last of all.
+        only_stages: If any are chosen, no others run.
+        budgets: The family, where it shall not be the profile's own.
+        overrides: Single parameters, one an item, as `section.key=value`: `train_short.learning_rate=1e-3`. A run with
+            budgets or overrides has a workspace of its own; stages that they do not touch come from the cache.
+        force: Run every chosen stage, also those that DVC finds unchanged.
     """
     # Stages are called and not submitted: only in the main thread does a cancellation interrupt a silent stage.
     shares = {budget.name: budget.share for budget in budgets}
+    if len(shares) < len(budgets):
+        raise ValueError(f"budgets: a name is there twice: {', '.join(budget.name for budget in budgets)}")
     workspace = workspaces.prepare(profile, ROOT, shares, overrides)
     names = stage_names(workspace)
     chosen = select(names, from_stage, until_stage, only_stages)

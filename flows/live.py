@@ -56,7 +56,12 @@ class Live:
         progress, description = self._progress()
         self.progress_id = create_progress_artifact(progress, key=f"{key}-progress", description=description)
         self.table_id = create_table_artifact(self._table(), key=f"{key}-losses", description=self._caption())
-        self.refresh()  # a resumed run has rows already
+        self.refresh()
+        if self.last is not None:
+            done, total = self.last["step"], announcement.num_steps
+            self.log(
+                f"{announcement.name}: came to step {done:,} of {total:,} before; going on from its newest checkpoint"
+            )
 
     def _progress(self) -> tuple[float, str]:
         """Percent done, and the sentence beside it."""

@@ -1,6 +1,7 @@
 """What a command prints, line by line as it comes, with progress bars thinned out."""
 
 import codecs
+import errno
 import math
 import os
 import re
@@ -24,28 +25,32 @@ _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 def follow(command: list[str], workspace: Path, log: Callable[[str], None]) -> tuple[int, list[str]]:
     """Run a command under the guard, hand each line of its output to `log`; the exit status and the last lines."""
-    environment = {
-        **os.environ,
-        # dvc.yaml says `python`; it shall be this one.
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "PYTHONUNBUFFERED": "1",
-    }
     tail = deque(maxlen=TAIL_LINES)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with guarded(command, cwd=workspace, env=environment, **pipes) as process:
-        for line in read_lines(read_chunks(process)):
+    with guarded(command, cwd=workspace, env=environment(), **pipes) as process:
+        for line in read_lines(read_chunks(process, process.stdout.fileno())):
             tail.append(line)
             log(line)
         return process.wait(), list(tail)
 
 
-def read_chunks(process: subprocess.Popen) -> Iterator[bytes]:
-    """The process's output as it comes."""
-    source = process.stdout.fileno()
+def environment() -> dict[str, str]:
+    """This process's, in which `python` (so says dvc.yaml) is this one, and nothing waits in a buffer."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def read_chunks(process: subprocess.Popen, source: int) -> Iterator[bytes]:
+    """The process's output as it comes; `source` is where it is read."""
     while True:
         ready, _, _ = select.select([source], [], [], 1.0)
         if ready:
-            chunk = os.read(source, 65536)
+            try:
+                chunk = os.read(source, 65536)
+            except OSError as error:
+                if error.errno != errno.EIO:  # which is how Linux says that nobody is left at a terminal
+                    raise
+                return
             if not chunk:
                 return
             yield chunk

@@ -7,6 +7,7 @@ flows/compare.py): those in the workspace are the latest run's.
 import datetime
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,7 +16,7 @@ from urllib.parse import quote
 from prefect import runtime
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
-from flows.compare import NAMED, changes, read_record, records
+from flows.compare import NAMED, RECORD, changes, read_record, records
 
 RESULTS, REPORT, PAGE = Path("reports/results.json"), Path("reports/report.md"), Path("reports/report.html")
 KEPT = (RESULTS, PAGE, Path("reports/metrics.json"), Path("params.yaml"), Path("dvc.lock"))
@@ -58,8 +59,8 @@ def read_results(workspace: Path) -> list[dict]:
 
 def keep(profile: str, workspace: Path, root: Path) -> Path:
     """Copy what a run has made, and note what it was, in reports/runs/NAME, whole or not at all; that directory."""
-    name = runtime.flow_run.name
-    directory, partial = root / NAMED / name, root / NAMED / f".{name}.partial"
+    directory = directory_of(runtime.flow_run.name, runtime.flow_run.id, root / NAMED)
+    partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for path in KEPT:
@@ -68,18 +69,27 @@ def keep(profile: str, workspace: Path, root: Path) -> Path:
     if (workspace / MODELS).is_dir():
         (partial / "models").symlink_to(workspace / MODELS)
     record = {
-        "name": name,
+        "name": runtime.flow_run.name,
+        "id": runtime.flow_run.id,
         "profile": profile,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "parameters": {key: value for key, value in runtime.flow_run.parameters.items() if value},
+        "parameters": {name: value for name, value in runtime.flow_run.parameters.items() if value},
         "commit": commit(root),
         "workspace": str(workspace),
         "models": [str(path.parent) for path in sorted((workspace / MODELS).glob("*/*/config.json"))],
     }
-    (partial / "run.json").write_text(json.dumps(record, indent=1, default=_plain) + "\n")
+    (partial / RECORD).write_text(json.dumps(record, indent=1, default=_plain) + "\n")
     shutil.rmtree(directory, ignore_errors=True)  # of an earlier attempt of this run
     os.replace(partial, directory)
     return directory
+
+
+def directory_of(name: str, run: str, where: Path) -> Path:
+    """A run's directory: by its name, which is any text, and with a piece of its id if another run has that already."""
+    safe = re.sub(r"[^\w.-]+", "-", name).strip("-.") or run
+    directory = where / safe
+    taken = (directory / RECORD).is_file() and read_record(directory).get("id") != run
+    return where / f"{safe}-{run[:8]}" if taken else directory
 
 
 def _plain(value):
@@ -109,16 +119,20 @@ def describe(directory: Path) -> str:
     record, url = read_record(directory), address(directory)
 
     def link(text: str, target: str) -> str:
-        return f"[{text}]({url}/{quote(target)})" if url else f"`{text}`"
+        return f"[{text}]({url}/{quote(target)})" if url else text
 
-    lines = ["| | |", "|---|---|", f"| run | {record['name']}, finished {record['finished']} |"]
-    lines.append(f"| profile | {record['profile']}, in `{record['workspace']}` |")
-    lines.append(f"| commit | {record['commit']} |")
-    for key, value in record["parameters"].items():
-        lines.append(f"| {key} | `{json.dumps(value)}` |")
+    rows = {
+        "run": f"{record['name']}, finished {record['finished'].replace('T', ' ').replace('+00:00', ' UTC')}",
+        "commit": record["commit"],
+        "workspace": f"`{record['workspace']}`",
+    }
+    rows |= {name: f"`{json.dumps(value)}`" for name, value in record["parameters"].items()}
     files = [path.name for path in sorted(directory.iterdir()) if path.is_file()]
-    lines.append(f"| files | {', '.join(link(name, name) for name in files)} (`{directory}`) |")
+    rows["files"] = ", ".join(link(name, name) for name in files)
+    rows["kept in"] = f"`{directory}`"
+    versions = {}
     for model in map(Path, record["models"]):
-        name = f"{model.parent.name}/{model.name}"
-        lines.append(f"| model {name} | {link(str(model), f'models/{name}/')} |")
-    return "\n".join(lines) + "\n"
+        versions.setdefault(model.parent, []).append(link(model.name, f"models/{model.parent.name}/{model.name}/"))
+    for budget, links in versions.items():
+        rows[f"models {budget.name}"] = f"{', '.join(links)} in `{budget.relative_to(record['workspace'])}`"
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())]) + "\n"

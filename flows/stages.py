@@ -8,14 +8,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flows.output import follow
+from flows.terminal import draw
 
 BUSY_SECONDS = 5.0  # between looks at a stage that another DVC process holds
 _BUSY = re.compile(r"^ERROR: .*(is busy, it is being blocked by|Unable to acquire lock)")
+_BEGIN = "Running stage "
+_LAST_LINES = "; its last lines:\n"
 _STATUS = re.compile(r"exited with (\d+)$")
 
 
 class StageFailed(RuntimeError):
     """A stage ended with an error; the message carries its last lines."""
+
+    @property
+    def summary(self) -> str:
+        """The message without those lines, for whoever has seen them."""
+        return str(self).partition(_LAST_LINES)[0]
 
 
 class StageInterrupted(StageFailed):
@@ -53,16 +61,20 @@ def select(names: Sequence[str], first: str | None, last: str | None, only: Sequ
     return chosen
 
 
-def reproduce(stage: str, workspace: Path, force: bool, log: Callable[[str], None]) -> list[str]:
-    """Bring one stage of dvc.yaml, or every item of a foreach group, up to date; the names of those that ran.
+def reproduce(
+    stage: str | None, workspace: Path, force: bool, log: Callable[[str], None], terminal: bool = False
+) -> list[str]:
+    """Bring one stage of dvc.yaml, or every item of a foreach group, up to date (None: all); the names that ran.
 
-    `log` is given each line of output. As long as another DVC process holds the stage, this one waits for it. Raises
-    StageInterrupted where another try may help, StageFailed otherwise.
+    `log` is given each line of output, or, with `terminal`, only what is said here: the output is drawn on this
+    process's terminal. As long as another DVC process holds the stage, this one waits for it. Raises StageInterrupted
+    where another try may help, StageFailed otherwise.
     """
-    waiting = False
+    ran, waiting = [], False
     while True:
         try:
-            return _reproduce(stage, workspace, force, log if not waiting else _without_errors(log))
+            _reproduce(stage, workspace, force, log, terminal, waiting, ran)
+            return ran
         except StageBusy as busy:
             if not waiting:
                 log(f"{busy}\nWaiting until it is free …")
@@ -70,28 +82,39 @@ def reproduce(stage: str, workspace: Path, force: bool, log: Callable[[str], Non
             time.sleep(BUSY_SECONDS)
 
 
-def _reproduce(stage: str, workspace: Path, force: bool, log: Callable[[str], None]) -> list[str]:
-    ran = []
+def _reproduce(stage: str | None, workspace: Path, force: bool, log, terminal: bool, waiting: bool, ran: list) -> None:
+    """One try; names of stages that run go to `ran`. `waiting`: that the stage is busy has been said."""
+
+    before = len(ran)
 
     def take(line: str) -> None:
-        log(line)
-        if line.startswith("Running stage "):
+        if not terminal and not (waiting and _is_known(line)):
+            log(line)
+        if line.startswith(_BEGIN):
             ran.append(line.split("'")[1])
 
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", *(["--force"] if force else []), stage]
-    status, lines = follow(command, workspace, take)
+    which = ["--single-item", stage] if stage else []
+    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else []), *which]
+    if terminal:
+        status, lines = draw(command, workspace, take, _BEGIN if waiting else None)
+    else:
+        status, lines = follow(command, workspace, take)
+    busy = status != 0 and any(_BUSY.match(line) for line in lines)
+    if terminal and waiting and not busy and len(ran) == before:  # what it has drawn was held back to the end
+        log("\n".join(lines))
     if status == 0:
-        return ran
-    if any(_BUSY.match(line) for line in lines):
-        raise StageBusy(f"another DVC process works on what stage {stage!r} needs, see above")
+        return
+    name = f"stage {stage!r}" if stage else "`dvc repro`"
+    if busy:
+        raise StageBusy(f"another DVC process works on what {name} needs, see above")
+    if not stage and ran:
+        name = f"stage {ran[-1]!r}"
     statuses = [found[1] for found in map(_STATUS.search, lines) if found]
     kind = StageInterrupted if str(os.EX_TEMPFAIL) in statuses else StageFailed
-    raise kind(
-        f"stage {stage!r} ended with exit status {statuses[-1] if statuses else status} in {workspace}; its last "
-        "lines:\n" + "\n".join(lines)
-    )
+    ended = f"{name} ended with exit status {statuses[-1] if statuses else status} in {workspace}"
+    raise kind(ended + _LAST_LINES + "\n".join(lines))
 
 
-def _without_errors(log: Callable[[str], None]) -> Callable[[str], None]:
-    """Of further looks at a busy stage only what is new is shown: that it is busy has been said."""
-    return lambda line: None if _BUSY.match(line) or line.startswith(("  (PID", "To ")) else log(line)
+def _is_known(line: str) -> bool:
+    """Whether an earlier look at a busy stage has said this already: that it is busy, and what has not changed."""
+    return bool(_BUSY.match(line)) or line.startswith(("  (PID", "To ")) or line.endswith("didn't change, skipping")

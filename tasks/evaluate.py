@@ -1,6 +1,7 @@
 """Stage `evaluate`: what an extracted directory is worth, loaded as any user would load it.
 
-Held-out text gives bits per byte, loss and KL to the parent; the reasoning tasks run through lm-eval.
+Held-out text gives bits per byte, loss and KL to the parent; the reasoning tasks run through lm-eval; memory and speed
+are measured as in tasks/footprint.py.
 """
 
 import argparse
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic_core.data import TokenData, held_out_batches
-from elastic_core.losses import IGNORED
-from tasks import params
+from elastic_core.data import IGNORED_LABEL, TokenData, held_out_batches
+from tasks import footprint, params
+from tasks.endings import errors_as_text
 
 DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
 VERSIONS = ("zero_shot", "short", "extended")
@@ -37,27 +38,36 @@ def text_scores(model, parent, batches: Iterator[tuple[Tensor, Tensor]]) -> tupl
     loss, kl, tokens = 0.0, 0.0, 0
     for input_ids, labels in batches:
         logprobs = model(input_ids, use_cache=False).logits.log_softmax(-1)
-        loss += F.nll_loss(logprobs.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum").item()
+        loss += F.nll_loss(logprobs.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum").item()
         if parent is not None:
             parent_logprobs = parent(input_ids, use_cache=False).logits.log_softmax(-1)
             divergence = (parent_logprobs.exp() * (parent_logprobs - logprobs)).sum(-1)
-            kl += divergence[labels != IGNORED].sum().item()
-        tokens += int((labels != IGNORED).sum())
+            kl += divergence[labels != IGNORED_LABEL].sum().item()
+        tokens += int((labels != IGNORED_LABEL).sum())
     return loss, kl, tokens
 
 
 def held_out_scores(section: "params.Evaluate", data: TokenData, model, parent) -> dict:
-    """Loss and KL in nats per token and bits per byte on every held-out source, and their token-weighted means."""
-    scores, totals = {}, [0.0, 0.0, 0]
+    """Loss and KL in nats per token and bits per byte, on every held-out source and on all of them together.
+
+    `tokens` is the number of predicted ones.
+    """
+    scores, totals = {}, [0.0, 0.0, 0, 0.0]
     for source in section.held_out:
         batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
         loss, kl, tokens = text_scores(model, parent, batches)
-        totals = [total + value for total, value in zip(totals, (loss, kl, tokens), strict=True)]
         num_bytes = tokens * data.bytes_per_token(source, "held_out")
+        totals = [total + value for total, value in zip(totals, (loss, kl, tokens, num_bytes), strict=True)]
         scores[f"loss_{source}"] = loss / tokens
         scores[f"bits_per_byte_{source}"] = loss / math.log(2) / num_bytes
-    scores["loss"], scores["kl_to_parent"] = totals[0] / totals[2], totals[1] / totals[2]
-    return scores
+        scores[f"tokens_{source}"] = tokens
+    loss, kl, tokens, num_bytes = totals
+    return scores | {
+        "loss": loss / tokens,
+        "kl_to_parent": kl / tokens,
+        "bits_per_byte": loss / math.log(2) / num_bytes,
+        "tokens": tokens,
+    }
 
 
 def task_scores(section: "params.Evaluate", data: TokenData, model) -> dict:
@@ -92,13 +102,24 @@ def task_scores(section: "params.Evaluate", data: TokenData, model) -> dict:
     return scores
 
 
+def first_tokens(data: TokenData, source: str, number: int) -> Tensor:
+    """The beginning of a held-out source as one sequence (1, number)."""
+    input_ids, _ = next(held_out_batches(data, source, number, 1))
+    return input_ids
+
+
 def evaluate(section: "params.Evaluate", data: TokenData, directory: Path, parent) -> dict:
     """All scores of one directory."""
-    model = load_model(directory)
+    model, source = load_model(directory), section.held_out[0]
     return {
         "num_parameters": sum(p.numel() for p in model.parameters()),
         **held_out_scores(section, data, model, parent),
+        "memory": footprint.memory(model, first_tokens(data, source, section.cache_tokens)),
+        "latency": footprint.latency(
+            section.latency, model, parent, first_tokens(data, source, section.latency.prompt_tokens)
+        ),
         "tasks": task_scores(section, data, model),
+        "environment": footprint.environment(),
     }
 
 
@@ -111,20 +132,24 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@errors_as_text()
 def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     quiet()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("budget", help="a budget's name in params.yaml, or parent")
+    parser.add_argument("budget", help="a name in params.yaml, in budgets or untrained; or parent")
     budget = parser.parse_args().budget
     section, data = params.load().evaluate, TokenData(DATA)
     parent = None if budget == "parent" else load_model(PARENT)
     directories = {"parent": PARENT} if budget == "parent" else {v: MODELS / budget / v for v in VERSIONS}
+    submodel = None if budget == "parent" else json.loads((MODELS / budget / "submodel.json").read_text())
     rows = {}
     for version, directory in tqdm(directories.items(), desc=f"evaluate {budget}", unit="model"):
-        rows[version] = evaluate(section, data, directory, parent)
+        rows[version] = evaluate(section, data, directory, parent) | {"submodel": submodel}
     OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / f"{budget}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    partial = OUT / f"{budget}.json.partial"
+    partial.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(partial, OUT / f"{budget}.json")
 
 
 if __name__ == "__main__":

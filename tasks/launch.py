@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from elastic_core import storage
-from elastic_core.checkpoint import CheckpointError
+from elastic_core.checkpoint import CheckpointError, CheckpointUnavailable
 from elastic_core.config import ConfigError, require
 from elastic_core.diagnosis import NonFiniteError
 from elastic_core.distributed import Execution, Ranks
@@ -33,8 +33,10 @@ ANSWER_SECONDS = 8  # for a cluster to show that it is there
 HTTP2_SETTINGS = 4  # the type of a frame, its fourth byte (RFC 9113)
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, HTTP2_SETTINGS, 0, 0, 0, 0, 0])
 AGREE_SECONDS = 60  # for all workers to come to the same error
-# Where every rank raises one of these, starting again would only repeat it.
+# Where every rank raises one of these, starting the workers again would only repeat it.
 FINAL = (NonFiniteError, CheckpointError, ConfigError, storage.StorageError)
+TEMPORARY = (CheckpointUnavailable, storage.StorageUnavailable)  # of these, what the whole stage may get over later
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -50,6 +52,10 @@ ENVIRONMENT = {
 
 class StageError(RuntimeError):
     """A stage's work ended for a reason that trying again does not mend."""
+
+
+class StageInterrupted(StageError):
+    """A stage's work ended for a reason that trying again may mend: a server was away, or workers were lost."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +87,8 @@ class Compute:
 def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
     """Run `work(arguments, ranks)` on every worker, in this directory; returns when all have ended.
 
-    `name` is the run's in Ray. Raises StageError for what would only happen again, Ray's TrainingFailedError where
-    workers were lost more often than `compute.retries`, and ConfigError for a cluster that is not there.
+    `name` is the run's in Ray. Raises StageError for what would only happen again, StageInterrupted where a server was
+    away or workers were lost more often than `compute.retries`, and ConfigError for a cluster that is not there.
     """
     if compute.gpus_per_worker and not compute.workers and not torch.cuda.is_available():
         raise ConfigError(
@@ -96,7 +102,7 @@ def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
 
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -116,26 +122,58 @@ def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
         ),
     )
     with cluster(compute, address) if compute.workers else contextlib.nullcontext():
-        problem = trainer.fit().return_value
+        try:
+            problem = trainer.fit().return_value
+        except TrainingFailedError as error:
+            raise _given_up(error, compute.retries) from None
     if problem is not None:
-        raise StageError(problem)
+        text, temporary = problem
+        raise StageInterrupted(text) if temporary else StageError(text)
 
 
-def _worker(call: dict) -> str | None:
-    """What every worker does; returns why the work cannot be done, if so."""
+def _worker(call: dict) -> tuple[str, bool] | None:
+    """What every worker does; returns why the work cannot be done, if so, and whether that may change by itself."""
     os.chdir(call["directory"])
     ranks = Ranks.current(call["use_gpu"])
     try:
         call["work"](call["arguments"], ranks)
-    except FINAL as error:
-        if not ranks.everybody_comes(AGREE_SECONDS):
+    except (*FINAL, OSError) as error:
+        ending = _ending(error)
+        if ending is None or not ranks.everybody_comes(AGREE_SECONDS):
             raise  # to Ray, which ends the others: they wait for this one elsewhere
-        return str(error)
-    except OSError as error:
-        if ranks.is_distributed or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise  # to Ray: the other ranks know nothing of it
-        return f"{error}; make space and start again: the run goes on from its last checkpoint"
+        return str(ending), isinstance(ending, StageInterrupted)
     return None
+
+
+def _ending(error: BaseException) -> StageError | None:
+    """How a stage ends by an error of its work, in our words; None where these are not known."""
+    if isinstance(error, FINAL):
+        return StageInterrupted(str(error)) if isinstance(error, TEMPORARY) else StageError(str(error))
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        return StageError(f"{error}; make space and start again: the run goes on from its last checkpoint")
+    return None
+
+
+def _given_up(error: Exception, retries: int) -> StageError:
+    """How a stage ends that Ray has started again as often as it may, by how the last time ended."""
+    failures = getattr(error, "worker_failures", {})
+    # Ray's own errors are of workers that died or no longer answer; the others then fail for want of them.
+    dead = [rank for rank, failure in failures.items() if type(failure).__module__.startswith("ray.")]
+    endings = [ending for failure in failures.values() if (ending := _ending(failure)) is not None]
+    if endings and not dead:
+        return endings[0]
+    if dead or (failures and all(map(_is_of_another, failures.values()))):
+        which = ", ".join(map(str, sorted(dead or failures)))
+        return StageInterrupted(
+            f"workers were lost {retries + 1} times (compute.retries: {retries}), the last time worker {which}; see "
+            "above what Ray says of it. Start again: the run goes on from its last checkpoint"
+        )
+    return StageError(str(error))  # with the worker's own traceback
+
+
+def _is_of_another(failure: BaseException) -> bool:
+    """Whether a worker failed because another one no longer answered."""
+    return isinstance(failure, torch.distributed.DistError) or "gloo" in str(failure)
 
 
 def ray_storage(compute: Compute) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,7 +15,9 @@ from elastic_core.config import load as load_section
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.depth_ranking import METHODS
 from elastic_core.importance import AGGREGATIONS
-from tasks.launch import Compute, StageError
+from tasks.endings import errors_as_text
+from tasks.footprint import Latency
+from tasks.launch import Compute
 from tasks.prepare_data import PrepareData
 from tasks.tracking import Tracking
 
@@ -30,8 +29,10 @@ STAGES = (
     "train_short",
     "train_extended",
     "extract",
+    "extract_untrained",
     "evaluate_parent",
     "evaluate",
+    "evaluate_untrained",
     "report",
 )
 TOKENIZERS = ("tokenizer.json", "vocab.json")  # either of them makes a fast tokenizer
@@ -129,9 +130,11 @@ class Evaluate:
     batch_size: int = 16
     limit: int = 200
     task_batch_size: int = 64
+    cache_tokens: int = 1024
+    latency: Latency = field(default_factory=Latency)
 
     def check(self) -> None:
-        for name in ("max_tokens", "sequence_length", "batch_size", "limit", "task_batch_size"):
+        for name in ("max_tokens", "sequence_length", "batch_size", "limit", "task_batch_size", "cache_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
 
@@ -146,13 +149,14 @@ class Report:
 class Params:
     """The whole of params.yaml."""
 
-    budgets: dict[str, float]
+    budgets: dict[str, float]  # trained
     prepare_data: PrepareData
     parent: Parent
     rank: Rank
     train_short: Stage
     train_extended: Stage
     evaluate: Evaluate
+    untrained: dict[str, float] = field(default_factory=dict)  # cut from the submodels in between
     choices: Choices = field(default_factory=Choices)
     routing: Routing = field(default_factory=Routing)
     extract: Extract = field(default_factory=Extract)
@@ -162,46 +166,71 @@ class Params:
     time_limits: dict[str, float] = field(default_factory=dict)  # of stages, in hours
     seed: int = 0
 
+    @property
+    def served(self) -> dict[str, float]:
+        """All budgets that are extracted and evaluated, trained or not."""
+        return {**self.budgets, **self.untrained}
+
     def check(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "0 or more")
-        require(bool(self.budgets), "budgets", self.budgets, "one or more")
-        for name, target in self.budgets.items():
-            require(name.isidentifier(), "budgets", name, "names of letters, digits and _")
-            require(0 < target <= 1, f"budgets.{name}", target, "a share of the parent's parameters, up to 1")
         for name, hours in self.time_limits.items():
             require(name in STAGES, "time_limits", name, ", ".join(STAGES))
             require(hours > 0, f"time_limits.{name}", hours, "hours, above 0")
-        targets = list(self.budgets.values())
-        require(len(set(targets)) == len(targets), "budgets", targets, "different targets")
+        self._check_budgets()
         stages = {"train_short": self.train_short, "train_extended": self.train_extended}
         for name, stage in stages.items():
-            for field_name in ("budget_shares", "loss_by_budget"):
-                for key in getattr(stage, field_name):
-                    require(key in self.budgets, f"{name}.{field_name}", key, ", ".join(self.budgets))
+            self._check_shares(name, stage)
             if stage.teacher != "frozen":
-                require(1.0 in targets, f"{name}.teacher", stage.teacher, "frozen, as long as no budget is 1.0")
-            for budget in self.budgets:
-                if stage.teacher != "frozen" and self.budgets[budget] == 1.0:
-                    weight = stage.loss_of(budget).ce_weight
-                    allowed = f"above 0: a {stage.teacher} teacher must itself learn from text"
-                    require(weight > 0, f"{name}.loss_by_budget.{budget}.ce_weight", weight, allowed)
-                    share = stage.budget_shares.get(budget, 0.0) if stage.budget_shares else 1.0
-                    require(share > 0, f"{name}.budget_shares.{budget}", share, allowed)
+                self._check_teacher(name, stage)
         if self.parent.training is not None:
             stages["parent.training"] = self.parent.training
         for name, section in {**stages, "rank": self.rank}.items():
             size, workers = section.batch_size // getattr(section, "microbatches", 1), max(1, self.compute.workers)
             allowed = f"as many sequences in a batch (or microbatch) as divide by compute.workers ({workers})"
             require(size % workers == 0, f"{name}.batch_size", section.batch_size, allowed)
-            for source in section.mixture:
-                known = source in self.prepare_data.sources
-                require(known, f"{name}.mixture", source, ", ".join(self.prepare_data.sources))
-        for source in self.evaluate.held_out:
-            known = source in self.prepare_data.sources
-            require(known, "evaluate.held_out", source, ", ".join(self.prepare_data.sources))
+            self._check_sources(f"{name}.mixture", section.mixture)
+        self._check_sources("evaluate.held_out", self.evaluate.held_out)
         written = task_names(self.prepare_data)
         for task in self.evaluate.tasks:
             require(task in written, "evaluate.tasks", task, ", ".join(written))
+
+    def _check_sources(self, key: str, names) -> None:
+        for name in names:
+            require(name in self.prepare_data.sources, key, name, ", ".join(self.prepare_data.sources))
+
+    def _check_shares(self, name: str, stage: Stage) -> None:
+        for field_name in ("budget_shares", "loss_by_budget"):
+            for key in getattr(stage, field_name):
+                require(key in self.budgets, f"{name}.{field_name}", key, ", ".join(self.budgets))
+        if stage.budget_shares:  # left out, a budget would silently never be trained
+            missing = [budget for budget in self.budgets if budget not in stage.budget_shares]
+            require(not missing, f"{name}.budget_shares", stage.budget_shares, f"{', '.join(missing)} as well")
+
+    def _check_teacher(self, name: str, stage: Stage) -> None:
+        """A teacher that is trained along is the full budget, which then has to learn something else than itself."""
+        full = [budget for budget, target in self.budgets.items() if target == 1.0]
+        require(bool(full), f"{name}.teacher", stage.teacher, "frozen, as long as no budget is 1.0")
+        allowed = f"above 0: a {stage.teacher} teacher must itself learn from text"
+        weight, share = stage.loss_of(full[0]).ce_weight, stage.budget_shares.get(full[0], 1.0)
+        require(weight > 0, f"{name}.loss_by_budget.{full[0]}.ce_weight", weight, allowed)
+        require(share > 0, f"{name}.budget_shares.{full[0]}", share, allowed)
+
+    def _check_budgets(self) -> None:
+        require(bool(self.budgets), "budgets", self.budgets, "one or more")
+        for section, budgets in (("budgets", self.budgets), ("untrained", self.untrained)):
+            for name in budgets:
+                allowed = "names of letters, digits and _, other than parent"
+                require(name.isidentifier() and name != "parent", section, name, allowed)
+            targets = list(budgets.values())
+            require(len(set(targets)) == len(targets), section, targets, "different targets")
+        for name, target in self.budgets.items():
+            require(0 < target <= 1, f"budgets.{name}", target, "a share of the parent's parameters, up to 1")
+        trained = set(self.budgets.values())
+        for name, target in self.untrained.items():
+            require(name not in self.budgets, "untrained", name, "names that are not in budgets")
+            allowed = f"a share between the trained {min(trained)} and {max(trained)}, and none of them"
+            between = min(trained) < target < max(trained) and target not in trained
+            require(between, f"untrained.{name}", target, allowed)
 
 
 def task_names(section: PrepareData) -> list[str]:
@@ -233,7 +262,7 @@ def check_family(params: Params, where: str) -> None:
     """Check budgets and choices against the parent's architecture, before the depth ranking is known.
 
     Which layers depth drops is still open, so a budget is refused here only where it cannot be met whether the
-    largest or the smallest layers go first; the rank stage checks again with the real order.
+    largest or the smallest layers go first; train_short checks again with the real order.
     """
     from elastic_core import hf
     from elastic_core.choices import ElasticSpace
@@ -258,7 +287,7 @@ def check_family(params: Params, where: str) -> None:
                 check_budgets(space, params.budgets)
             except ConfigError as error:
                 problems.append(error)
-    except ConfigError:
+    except (ConfigError, storage.StorageError):
         raise
     except ValueError as error:
         raise ConfigError(f"{where}: parent: {error}") from None
@@ -266,20 +295,11 @@ def check_family(params: Params, where: str) -> None:
         raise ConfigError(f"{where}: {problems[0]}")
 
 
-@contextlib.contextmanager
-def errors_as_text() -> Iterator[None]:
-    """End the process with the text of an error that its user can mend, and without a traceback."""
-    try:
-        yield
-    except (ConfigError, StageError, storage.StorageError) as error:
-        sys.exit(f"error: {error}")
-
-
+@errors_as_text()
 def main() -> None:
     from tasks import places
 
-    with errors_as_text():
-        places.check(load())
+    places.check(load())
     print(f"{FILE} is valid")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, distributed, hf, storage
+from elastic_core import ElasticModel, distributed, hf, model_files, storage
 from elastic_core.config import ConfigError
 from elastic_core.data import PackedSequences, TokenData, check_tokenizer
 from elastic_core.distributed import Ranks
@@ -17,6 +17,7 @@ from elastic_core.elastic_checkpoint import Member
 from elastic_core.layout import block_pattern
 from elastic_core.run import Run
 from tasks import params, places, train
+from tasks.endings import errors_as_text
 from tasks.prepare_data import load_tokenizer
 
 DATA, OUT = Path("artifacts/data"), Path("artifacts/parent")
@@ -93,7 +94,7 @@ def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> Non
         ranks=ranks,
     )
     train.run_to_end(run, settings, job, OUT.parent / "parent_metrics.jsonl")
-    distributed.save_pretrained(model, OUT, ranks, tokenizer_from=DATA / "tokenizer")
+    model_files.save_pretrained(model, OUT, ranks, tokenizer_from=DATA / "tokenizer")
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
@@ -111,17 +112,17 @@ def check_stages(settings: "params.Params", data: TokenData) -> None:
             raise ConfigError(f"{params.FILE}: {name}: {error}") from None
 
 
+@errors_as_text()
 def main() -> None:
-    with params.errors_as_text():
-        settings, data = params.load(), TokenData(DATA)
-        places.check(settings, "parent")
-        check_stages(settings, data)
-        if settings.parent.path is not None:
-            import_parent(settings.parent.path, data)
-            (OUT.parent / "parent_metrics.jsonl").write_text("")
-        else:
-            job = train.make_job(settings, "parent", vars(settings.parent), [])
-            train.run_stage(work, settings, job, settings.parent.training)
+    settings, data = params.load(), TokenData(DATA)
+    places.check(settings, "parent")
+    check_stages(settings, data)
+    if settings.parent.path is not None:
+        import_parent(settings.parent.path, data)
+        (OUT.parent / "parent_metrics.jsonl").write_text("")
+    else:
+        job = train.make_job(settings, "parent", vars(settings.parent), [])
+        train.run_stage(work, settings, job, settings.parent.training)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,10 @@ from tasks import params
 
 
 def check(settings: "params.Params", *sections: str, where: str = params.FILE) -> None:
-    """Check the places of the named sections (of all, where none is named); raises ConfigError naming the key."""
+    """Check the places of the named sections (of all, where none is named).
+
+    Raises ConfigError naming the key, or StorageUnavailable, of which the same is true.
+    """
     checks = {
         "prepare_data": _check_corpora,
         "parent": _check_parent,
@@ -55,5 +58,7 @@ def _check_checkpoints(settings: "params.Params", where: str) -> None:
 def _check_access(place: str, key: str, writing: bool) -> None:
     try:
         storage.check_access(place, writing)
+    except storage.StorageUnavailable as error:
+        raise storage.StorageUnavailable(f"{key}: {error}") from None
     except storage.StorageError as error:
         raise ConfigError(f"{key}: {error}") from None

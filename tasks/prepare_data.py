@@ -17,12 +17,13 @@ from elastic_core.config import ConfigError, require
 from elastic_core.data import vocabulary_sha256
 from elastic_core.token_files import SPLITS, Manifest, Source, SplitWriter
 from tasks.corpora import Bible, Files, Sympy
+from tasks.encoding import Encoder, num_cores
+from tasks.endings import errors_as_text
 from tasks.reasoning import Chains, Evaluation, Recall, write_evaluation
 
 KINDS = {"bible": Bible, "sympy": Sympy, "files": Files, "chains": Chains, "recall": Recall}
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 _SMALLEST_VOCABULARY = 256 + 2  # every byte, and the two special tokens
-_BATCH_CHARACTERS = 1 << 19
 _IF_EMPTY = {
     "train": "give it more documents, or lower held_out",
     "held_out": "give it more documents, or raise held_out",
@@ -54,10 +55,13 @@ class PrepareData:
         return {name: _parse_source(values, f"sources.{name}") for name, values in self.sources.items()}
 
 
-def prepare(config: PrepareData, tokenizer_source: str | Path | None, out_dir: str | Path, seed: int) -> Manifest:
+def prepare(
+    config: PrepareData, tokenizer_source: str | Path | None, out_dir: str | Path, seed: int, threads: int | None = None
+) -> Manifest:
     """Write the data directory `out_dir` (see elastic_core.token_files) with `tokenizer/` and `lm_eval/` in it.
 
     `tokenizer_source` is the directory (or URL) of a tokenizer to use, or None to train one on the training splits.
+    Text is encoded by `threads` threads (None: one per core), whose number changes nothing in the files.
     All is written beside and renamed at the end, so `out_dir` is complete or not there; what it held before is
     replaced.
     Raises ValueError that names the source, file or tokenizer that cannot be used.
@@ -72,7 +76,7 @@ def prepare(config: PrepareData, tokenizer_source: str | Path | None, out_dir: s
     else:
         tokenizer = load_tokenizer(tokenizer_source)
     tokenizer.save_pretrained(partial / "tokenizer")
-    manifest = _tokenise(sources, tokenizer, partial, seed)
+    manifest = _tokenise(sources, tokenizer, partial, seed, threads)
     write_evaluation(partial / "lm_eval", config.evaluation, seed)
     manifest.write(partial)
     _replace(partial, out_dir)
@@ -119,11 +123,11 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"tokenizer {str(directory)!r}: no such directory; parent.path is a model's directory, or null"
         )
-    try:
-        with storage.local_files(directory, ("config.json", *hf.TOKENIZER_FILES)) as local:
+    with storage.local_files(directory, ("config.json", *hf.TOKENIZER_FILES)) as local:
+        try:
             tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {str(directory)!r}: cannot be loaded ({error})") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tokenizer {str(directory)!r}: cannot be loaded ({error})") from None
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {str(directory)!r}: needs a fast tokenizer (tokenizer.json)")
     if tokenizer.eos_token_id is None:
@@ -145,7 +149,9 @@ def _parse_source(values, where: str):
     return configuration.load(KINDS[kind], values, where)
 
 
-def _tokenise(sources: dict, tokenizer: PreTrainedTokenizerFast, directory: Path, seed: int) -> Manifest:
+def _tokenise(
+    sources: dict, tokenizer: PreTrainedTokenizerFast, directory: Path, seed: int, threads: int | None
+) -> Manifest:
     manifest = Manifest(
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         eos_token_id=tokenizer.eos_token_id,
@@ -153,42 +159,19 @@ def _tokenise(sources: dict, tokenizer: PreTrainedTokenizerFast, directory: Path
         tokenizer_sha256=vocabulary_sha256(tokenizer),
         sources={},
     )
-    # A copy: text that spells out a special token must stay text, and only here.
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.encode_special_tokens = True
-    encoder.no_truncation()
-    encoder.no_padding()
+    encoder = Encoder(tokenizer, manifest, threads or num_cores())
     for name, source in sources.items():
         writers = {split: SplitWriter(directory, name, split, manifest.dtype) for split in SPLITS}
         with tqdm(desc=name, total=source.expected_characters(), unit="char", unit_scale=True) as progress:
-            for split, texts in _batches(source.texts(seed)):
-                _write(writers[split], texts, encoder, manifest)
-                progress.update(sum(map(len, texts)))
+            for batch in encoder.encoded(source.texts(seed)):
+                writers[batch.split].append(batch.documents, batch.num_bytes)
+                progress.update(batch.num_characters)
         splits = {split: writer.close() for split, writer in writers.items()}
         for split, entry in splits.items():
             if entry.num_documents == 0:
                 raise ValueError(f"prepare_data.sources.{name}: no document fell into {split}; {_IF_EMPTY[split]}")
         manifest.sources[name] = Source(source.whole_documents, splits)
     return manifest
-
-
-def _write(writer: SplitWriter, texts: list[str], encoder: Tokenizer, manifest: Manifest) -> None:
-    eos, bos = manifest.eos_token_id, manifest.bos_token_id
-    start = [] if bos is None or bos == eos else [bos]
-    encodings = encoder.encode_batch_fast(texts, add_special_tokens=False)
-    writer.append([[*start, *encoding.ids, eos] for encoding in encodings], sum(len(text.encode()) for text in texts))
-
-
-def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Group texts of one split until there is enough to keep the tokenizer's threads busy."""
-    waiting, sizes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
-    for split, text in documents:
-        waiting[split].append(text)
-        sizes[split] += len(text)
-        if sizes[split] >= _BATCH_CHARACTERS:
-            yield split, waiting[split]
-            waiting[split], sizes[split] = [], 0
-    yield from ((split, texts) for split, texts in waiting.items() if texts)
 
 
 def _training_sample(sources: dict, characters_each: int, seed: int) -> Iterator[str]:
@@ -217,6 +200,7 @@ def _replace(partial: Path, out_dir: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@errors_as_text()
 def main() -> None:
     from tasks import params, places
 

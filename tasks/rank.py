@@ -6,11 +6,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from elastic_core import ElasticModel, rank, sort_
-from elastic_core.choices import ElasticSpace
 from elastic_core.data import PackedSequences, TokenData
 from elastic_core.distributed import Ranks
-from elastic_core.selection import check_budgets
 from tasks import params
+from tasks.endings import errors_as_text
 from tasks.launch import launch
 
 PARENT, DATA, OUT = Path("artifacts/parent"), Path("artifacts/data"), Path("artifacts/rank")
@@ -46,19 +45,19 @@ def work(arguments: dict, ranks: Ranks) -> None:
     )
     for bar in bars.values():
         bar.close()
-    check_budgets(ElasticSpace(model.config, settings.choices, ranking.depth), settings.budgets)
-    if ranks.rank == 0:
-        sort_(model, ranking)
-        OUT.mkdir(parents=True, exist_ok=True)
-        ranking.save(OUT / "ranking.json")
-        model.save_pretrained(OUT / "model", tokenizer_from=PARENT)
-        print(json.dumps({"depth": ranking.depth}))
+    with ranks.first_alone() as is_first:
+        if is_first:
+            sort_(model, ranking)
+            OUT.mkdir(parents=True, exist_ok=True)
+            ranking.save(OUT / "ranking.json")
+            model.save_pretrained(OUT / "model", tokenizer_from=PARENT)
+            print(json.dumps({"depth": ranking.depth}))
 
 
+@errors_as_text()
 def main() -> None:
-    with params.errors_as_text():
-        settings = params.load()
-        launch(work, {"settings": settings}, settings.compute, "rank")
+    settings = params.load()
+    launch(work, {"settings": settings}, settings.compute, "rank")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import distributed, elastic_checkpoint, storage
+from elastic_core import elastic_checkpoint, hf, model_files, storage
 from elastic_core.choices import ElasticSpace
 from elastic_core.cost import num_parameters
 from elastic_core.curriculum import Routing, Stage
@@ -23,10 +23,11 @@ from elastic_core.elastic_checkpoint import Member
 from elastic_core.importance import Ranking
 from elastic_core.router import Router
 from elastic_core.run import Run
-from elastic_core.selection import path_between
+from elastic_core.selection import check_budgets, path_between
 from elastic_core.submodel import Submodel
 from elastic_core.training import train
 from tasks import params, places
+from tasks.endings import errors_as_text
 from tasks.launch import launch, only_one
 from tasks.progress import Recorder, followed
 
@@ -69,6 +70,9 @@ def family(settings: "params.Params") -> dict[str, float]:
 
 
 def short_job(settings: "params.Params") -> Job:
+    """Stage 1, after a last check of the budgets: what params.yaml's own check did not know is the layers' order."""
+    space = ElasticSpace(hf.read_config(RANK / "model"), settings.choices, Ranking.load(RANK / "ranking.json").depth)
+    check_budgets(space, settings.budgets)
     configuration = {
         "stage": settings.train_short,
         "routing": settings.routing,
@@ -85,7 +89,7 @@ def extended_job(settings: "params.Params") -> Job:
 def train_short(settings: "params.Params", job: Job, ranks: Ranks) -> None:
     """Stage 1: from the sorted parent to a family; the router learns first, then its choice trains sliced."""
     stage, source, budgets = settings.train_short, RANK / "model", family(settings)
-    model = distributed.from_pretrained(source, ranks, settings.compute.execution, stage.precision)
+    model = model_files.from_pretrained(source, ranks, settings.compute.execution, stage.precision)
     torch.manual_seed(settings.seed)  # the router's initial weights
     space = ElasticSpace(model.config, settings.choices, Ranking.load(RANK / "ranking.json").depth)
     router = Router(space, tuple(budgets.values()))
@@ -97,7 +101,7 @@ def train_short(settings: "params.Params", job: Job, ranks: Ranks) -> None:
 def train_extended(settings: "params.Params", job: Job, ranks: Ranks) -> None:
     """Stage 2: the chosen family on longer sequences, sliced throughout."""
     stage = settings.train_extended
-    model = distributed.from_pretrained(SHORT, ranks, settings.compute.execution, stage.precision)
+    model = model_files.from_pretrained(SHORT, ranks, settings.compute.execution, stage.precision)
     content = elastic_checkpoint.read(SHORT)
     members = {
         name: Member(entry["target"], Submodel(**entry["submodel"])) for name, entry in content["budgets"].items()
@@ -116,7 +120,7 @@ def make_run(settings, job: Job, stage: Stage, model, budgets, ranks: Ranks, mem
     sequences = PackedSequences(data, stage.mixture, stage.sequence_length, seed)
     teacher = None
     if stage.teacher != "trainable":
-        teacher = distributed.from_pretrained(
+        teacher = model_files.from_pretrained(
             RANK / "model", ranks, settings.compute.execution, stage.precision, frozen=True
         )
     return Run(
@@ -141,12 +145,8 @@ def out_directory(name: str) -> Path:
 def save_family(run: Run, name: str, source: Path, path: list[Submodel]) -> None:
     """Write the elastic checkpoint and a summary of the family's sizes."""
     config, target = run.model.config, out_directory(name) / "model"
-    distributed.save_pretrained(run.model, target, run.ranks, tokenizer_from=source)
-    if run.ranks.rank != 0:
-        return
-    elastic_checkpoint.write(target, config, run.members, path)
-    full = num_parameters(config)
-    summary = {}
+    model_files.save_pretrained(run.model, target, run.ranks, tokenizer_from=source)
+    full, summary = num_parameters(config), {}
     for budget, member in run.members.items():
         count = num_parameters(config, member.submodel)
         summary[budget] = {
@@ -155,8 +155,12 @@ def save_family(run: Run, name: str, source: Path, path: list[Submodel]) -> None
             "deviation": count / (member.target * full) - 1,
             **member.submodel.to_dict(),
         }
-        print(f"{name}: {budget}: {count:,} parameters, {count / full:.3f} of the parent (target {member.target})")
-    (out_directory(name) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        if run.ranks.rank == 0:
+            print(f"{name}: {budget}: {count:,} parameters, {count / full:.3f} of the parent (target {member.target})")
+    with run.ranks.first_alone() as is_first:
+        if is_first:
+            elastic_checkpoint.write(target, config, run.members, path)
+            (out_directory(name) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def run_to_end(run: Run, settings: "params.Params", job: Job, metrics: Path) -> None:
@@ -172,8 +176,9 @@ def run_to_end(run: Run, settings: "params.Params", job: Job, metrics: Path) -> 
         for row in stack.enter_context(contextlib.closing(train(run))):
             if is_first:
                 recorder.show(row)
-        if is_first:
-            recorder.finish(metrics)
+        with run.ranks.first_alone():
+            if is_first:
+                recorder.finish(metrics)
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
@@ -196,9 +201,9 @@ def run_stage(function: Callable[[dict, Ranks], None], settings: "params.Params"
         launch(function, {"settings": settings, "job": job}, settings.compute, f"{job.name}-{job.key}")
 
 
+@errors_as_text()
 def main(stage: str) -> None:
     """Run one of the two stages; configuration errors end it before any work."""
-    with params.errors_as_text():
-        settings = params.load()
-        make = {"train_short": short_job, "train_extended": extended_job}[stage]
-        run_stage(work, settings, make(settings), getattr(settings, stage))
+    settings = params.load()
+    make = {"train_short": short_job, "train_extended": extended_job}[stage]
+    run_stage(work, settings, make(settings), getattr(settings, stage))

@@ -53,9 +53,7 @@ def prepare(
     workspace = root / ".runs" / _directory_name(profile, budgets, changes)
     _mirror(root, workspace, [name for name in _source_files(root) if (root / name).is_file()])
     YAML().dump(parameters, workspace / "params.yaml")
-    (workspace / ".dvc" / "config.local").write_text(
-        f"[core]\n    no_scm = true\n[cache]\n    dir = {root / '.dvc' / 'cache'}\n"
-    )
+    _configure_dvc(root, workspace)
     return workspace
 
 
@@ -95,10 +93,11 @@ def _set(values, path: list[str], value) -> None:
 
 def _replace_budgets(parameters, budgets: Mapping[str, float]) -> None:
     parameters["budgets"] = dict(budgets)
-    for section in parameters.values():
-        for key in ("budget_shares", "loss_by_budget"):
-            if isinstance(section, dict) and not set(section.get(key, ())) <= set(budgets):
-                del section[key]
+    for section in filter(lambda section: isinstance(section, dict), parameters.values()):
+        if set(section.get("budget_shares", budgets)) != set(budgets):
+            del section["budget_shares"]
+        if not set(section.get("loss_by_budget", ())) <= set(budgets):
+            del section["loss_by_budget"]
 
 
 def _source_files(root: Path) -> list[str]:
@@ -110,7 +109,7 @@ def _source_files(root: Path) -> list[str]:
 
 def _mirror(root: Path, workspace: Path, files: list[str]) -> None:
     """Copy `files` where they differ, and drop sources that are gone; results in the workspace stay."""
-    keep = {"params.yaml", "dvc.lock"}
+    keep = {"params.yaml", "dvc.lock", "reports/metrics.json"}
     listing = workspace / ".dvc" / "tmp" / "sources"
     before = set(listing.read_text().splitlines()) if listing.is_file() else set()
     for name in before - set(files) - keep:
@@ -125,12 +124,21 @@ def _mirror(root: Path, workspace: Path, files: list[str]) -> None:
     listing.write_text("".join(name + "\n" for name in files))
 
 
+def _configure_dvc(root: Path, workspace: Path) -> None:
+    """No git in the workspace; the checkout's cache, and its page for plots where set-up has written it."""
+    lines = ["[core]", "no_scm = true", "[cache]", f"dir = {root / '.dvc' / 'cache'}"]
+    page = root / ".dvc" / "plots" / "page.html"
+    if page.is_file():
+        lines += ["[plots]", f"html_template = {page}"]
+    (workspace / ".dvc" / "config.local").write_text("\n".join(lines) + "\n")
+
+
 def _merge(values, overrides) -> None:
     """Override nested values in place (tasks.params refuses keys that nobody knows).
 
     Names of budgets, sources and the like are data: sections that only hold them are replaced whole.
     """
-    replaced = {"budgets", "budget_shares", "mixture", "sources", "loss_by_budget", "path"}
+    replaced = {"budgets", "untrained", "budget_shares", "mixture", "sources", "loss_by_budget", "path"}
     for key, value in overrides.items():
         if isinstance(value, dict) and isinstance(values.get(key), dict) and key not in replaced:
             _merge(values[key], value)

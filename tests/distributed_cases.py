@@ -3,6 +3,7 @@
 Each case is a function of (ranks, data, directory) and returns plain numbers and whole tensors.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -18,10 +19,12 @@ from elastic_core.checkpoint import Checkpoints
 from elastic_core.config import ConfigError
 from elastic_core.curriculum import Loss, Routing
 from elastic_core.data import PackedSequences, TokenData
-from elastic_core.distributed import Execution, Ranks, from_pretrained, place, save_pretrained, whole
+from elastic_core.distributed import Execution, Ranks, local, place, whole
 from elastic_core.elastic_checkpoint import Member
+from elastic_core.model_files import from_pretrained, save_pretrained
 from elastic_core.run import Run, named_parameters, save
 from elastic_core.training import train, train_step
+from tasks import launch
 
 # FFN and attention widths differ by layer; layer 3 is gone in one budget, layers 3 and 4 in another.
 UNEVEN = Submodel(14, (0, 1, 2, 4), (16, 24), 4, 6, 4).resolve(CONFIG)
@@ -202,7 +205,7 @@ def stored(ranks, data, directory):
         ),
         "dtypes": {name: str(p.dtype) for name, p in teacher.named_parameters()},
         "frozen": not any(p.requires_grad for p in teacher.parameters()),
-        "numbers": sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in again.parameters()),
+        "numbers": sum(local(p).numel() for p in again.parameters()),
     }
 
 
@@ -234,6 +237,22 @@ def told(ranks, data, directory):
     return {"messages": ranks.gather(messages)}
 
 
+def ended(ranks, data, directory):
+    """A disk that is full for rank 0 alone, in the middle of a model, ends the stage with the same text on each."""
+    model = place(random_elastic(5, CONFIG), ranks, PLAIN, "float32")
+
+    def work(arguments, ranks):
+        def write(target, tensors, tokenizer_from):
+            next(tensors)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        model.write = write
+        save_pretrained(model, directory / "model", ranks)
+
+    call = {"work": work, "arguments": {}, "directory": os.getcwd(), "use_gpu": False}
+    return {"endings": ranks.gather(launch._worker(call))}
+
+
 CASES = (
     hard,
     soft,
@@ -254,6 +273,7 @@ CASES = (
     stored,
     unwritable,
     told,
+    ended,
 )
 
 

@@ -272,14 +272,23 @@ def test_a_run_with_checkpoints_on_s3_survives_the_server_and_its_own_death(s3, 
     assert_same(again.model.state_dict(), straight[0].model.state_dict())
 
 
-def test_a_newest_checkpoint_that_cannot_be_read_is_no_reason_to_take_an_older_one(s3, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(storage.StorageError, CheckpointError), (storage.StorageUnavailable, checkpoint.CheckpointUnavailable)],
+)
+def test_a_newest_checkpoint_that_cannot_be_read_is_no_reason_to_take_an_older_one(s3, monkeypatch, error, kind):
     place = storage.join(s3.place, "run")
     for step in (1, 2):
         save(place, step)
 
-    def away(url, target):
-        raise storage.StorageError(f"{url}: no answer")
+    def away(*arguments):
+        raise error(f"{arguments[0]}: no answer")
 
     monkeypatch.setattr(checkpoint.storage, "download", away)
-    with pytest.raises(CheckpointError, match=r"step-00000002 could not be read: .*no answer"):
+    with pytest.raises(CheckpointError, match=r"step-00000002 could not be read: .*no answer") as caught:
         load(place)
+    assert type(caught.value) is kind
+    monkeypatch.setattr(checkpoint.storage, "upload", away)  # whether it may be tried again is known of a save too
+    with pytest.raises(CheckpointError, match=r"step 3 could not be written to .*no answer") as caught:
+        save(place, 3)
+    assert type(caught.value) is kind

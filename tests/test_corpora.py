@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from elastic_core import config
 from elastic_core.config import ConfigError
 from elastic_core.data import TokenData, check_tokenizer
-from tasks import prepare_data
+from tasks import encoding, prepare_data
 from tasks.corpora import Bible, Files, Sympy
 from tasks.prepare_data import END_OF_TEXT, PrepareData, load_tokenizer, prepare
 
@@ -215,7 +215,7 @@ def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path):
     out = tmp_path / "data"
     script = f"""
 import os, signal
-from tasks import prepare_data
+from tasks import encoding, prepare_data
 from elastic_core.config import load
 prepare_data.write_evaluation = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all tokens are written by then
 config = load(prepare_data.PrepareData, {{"sources": {{"mine": {section!r}}}, "vocab_size": 300}}, "test")
@@ -233,7 +233,7 @@ prepare_data.prepare(config, None, {str(out)!r}, seed=0)
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "_BATCH_CHARACTERS", 1 << 14)
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 1 << 14)
     write_jsonl(tmp_path / "a.jsonl", texts(20))
     section = {"kind": "files", "path": str(tmp_path / "a.jsonl"), "held_out": 0.2}
     prepare(configure({"mine": section}), None, tmp_path / "first", seed=0)
@@ -245,7 +245,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
         source = Files(path=str(path), held_out=0.2)
         (tmp_path / f"out{copies}").mkdir()
         tracemalloc.start()
-        prepare_data._tokenise({"mine": source}, tokenizer, tmp_path / f"out{copies}", seed=0)
+        prepare_data._tokenise({"mine": source}, tokenizer, tmp_path / f"out{copies}", seed=0, threads=2)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         sizes.append(path.stat().st_size)

@@ -48,15 +48,15 @@ def test_dealing_is_a_function_of_seed_and_step_alone():
 def test_learning_rate_end_points():
     for schedule in ("constant", "linear", "cosine"):
         stage = make_stage(warmup_steps=10, schedule=schedule, final_learning_rate=0.2)
-        rates = [stage.learning_rate_at(step) for step in range(101)]
-        assert rates[0] == pytest.approx(0.001) and rates[4] == pytest.approx(0.005)
-        assert rates[9] == rates[10] == pytest.approx(0.01)
-        assert rates[100] == pytest.approx(0.01 if schedule == "constant" else 0.002)  # one past the last step
-        assert rates[55] == pytest.approx(0.01 if schedule == "constant" else 0.006)  # half way
+        rates = [stage.learning_rate_factor(step) for step in range(101)]
+        assert rates[0] == pytest.approx(0.1) and rates[4] == pytest.approx(0.5)
+        assert rates[9] == rates[10] == pytest.approx(1.0)
+        assert rates[100] == pytest.approx(1.0 if schedule == "constant" else 0.2)  # one past the last step
+        assert rates[55] == pytest.approx(1.0 if schedule == "constant" else 0.6)  # half way
         assert sorted(rates[10:], reverse=True) == rates[10:]
-    assert make_stage(warmup_steps=0).learning_rate_at(0) == 0.01
+    assert make_stage(warmup_steps=0).learning_rate_factor(0) == 1.0
     short = make_stage(warmup_steps=200)  # longer than the stage: it only warms up
-    assert short.learning_rate_at(99) == pytest.approx(0.005)
+    assert short.learning_rate_factor(99) == pytest.approx(0.5)
 
 
 def test_losses_may_differ_by_budget():

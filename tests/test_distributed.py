@@ -154,6 +154,13 @@ def test_an_error_of_rank_0_alone_is_everybodys(pair):
     assert first[0].startswith("StorageError: nowhere://bucket/run") and first[1] == "tracking.wandb: got 'x'"
 
 
+def test_a_disk_that_is_full_for_rank_0_ends_the_stage_on_every_rank(pair):
+    """And at once, without Ray: the other rank gathers the rest of the model, and is told then."""
+    text = "[Errno 28] No space left on device; make space and start again: the run goes on from its last checkpoint"
+    assert pair[0]["ended"]["endings"] == [(text, False)] * 2
+    assert not (pair[1] / "ended" / "model").exists()
+
+
 def test_what_cannot_be_shared_out_is_refused():
     with pytest.raises(ValueError, match=r"batch_size: got 5; allowed: multiples of the number of workers \(2\)"):
         Ranks(0, 2).part(5)

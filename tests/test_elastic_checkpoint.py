@@ -1,6 +1,7 @@
 """Directories that appear whole, and the budgets of an elastic one: by name, fraction and count, and in between."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from elastic_core import elastic_checkpoint, extract, hf
 from elastic_core.choices import Choices, ElasticSpace
+from elastic_core.config import ConfigError
 from elastic_core.cost import num_parameters
 from elastic_core.elastic_checkpoint import TOLERANCE, Member, find_submodel
 from elastic_core.selection import path_between, select_family
+from elastic_core.submodel import Submodel
+from tasks import extract as stage
 
 FULL = num_parameters(CONFIG)
 FINE = {**SIZES, "hidden_size": tuple(range(16, 7, -1)), "intermediate_size": tuple(range(24, 7, -1))}
@@ -34,6 +38,17 @@ def elastic(tmp_path_factory):
     }
     elastic_checkpoint.write(directory, CONFIG, members, path_between(router, family))
     return directory, members
+
+
+def test_the_pipeline_finds_budgets_that_were_not_trained(elastic, monkeypatch):
+    directory, members = elastic
+    monkeypatch.setattr(stage, "FAMILY", directory)
+    count = num_parameters(CONFIG, Submodel(**elastic_checkpoint.read(directory)["path"][3]))
+    settings = SimpleNamespace(untrained={"between": count / FULL, "far": 0.05})
+    assert num_parameters(CONFIG, stage.find_submodel(settings, "between")) == count
+    assert stage.find_submodel(settings, "medium") == members["medium"].submodel
+    with pytest.raises(ConfigError, match=r"^params\.yaml: untrained\.far: .*got 0\.05 .*the nearest submodel has"):
+        stage.find_submodel(settings, "far")
 
 
 def test_what_is_written_is_read(elastic):
@@ -122,7 +137,7 @@ def test_extract_by_name_and_by_number(elastic, tmp_path, budget):
     directory, _ = elastic
     if budget == "in between":
         path = elastic_checkpoint.read(directory)["path"]
-        budget = num_parameters(CONFIG, elastic_checkpoint.Submodel(**path[2]))
+        budget = num_parameters(CONFIG, Submodel(**path[2]))
     submodel = extract(directory, budget, tmp_path / "out")
     assert submodel == find_submodel(directory, budget)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, Submodel, elastic_checkpoint, extract, hf
+from elastic_core import ElasticModel, Submodel, elastic_checkpoint, extract, hf, tensor_files
 from elastic_core.cost import num_parameters
 
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
@@ -283,15 +283,15 @@ def test_killed_half_way_leaves_what_was_there(parent, tmp_path, monkeypatch, ex
     if existing:
         extract(parent, Submodel(hidden_size=5), out)
     before = {path.name: path.read_bytes() for path in out.iterdir()} if existing else None
-    read, calls = hf.TensorReader.read, []
+    read, calls = tensor_files.Stored.read, []
 
-    def failing(self, name):
-        calls.append(name)
+    def failing(self, runs):
+        calls.append(runs)
         if len(calls) == 7:
             raise error("power cut")
-        return read(self, name)
+        return read(self, runs)
 
-    monkeypatch.setattr(hf.TensorReader, "read", failing)
+    monkeypatch.setattr(tensor_files.Stored, "read", failing)
     with pytest.raises(error, match="power cut"):
         extract(parent, Submodel(hidden_size=9), out)
     left = {path.name: path.read_bytes() for path in out.iterdir()} if out.exists() else None
@@ -312,8 +312,9 @@ def test_remains_of_a_killed_process_are_cleared(parent, tmp_path):
 def test_shards_hold_every_tensor_once(parent, tmp_path):
     tensors = load_file(parent / "model.safetensors")
     (tmp_path / "s").mkdir()
-    named = ((hf.canonical_name(name), t) for name, t in tensors.items())
-    hf.write_tensors(tmp_path / "s", named, shard_bytes=4000)
+    named = {hf.canonical_name(name): t for name, t in tensors.items()}
+    entries = {name: tensor_files.Entry(t.dtype, tuple(t.shape)) for name, t in named.items()}
+    hf.write_tensors(tmp_path / "s", entries, named.items(), shard_bytes=4000)
     shutil.copy(parent / "config.json", tmp_path / "s")
     index = json.loads((tmp_path / "s" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "s").glob("*.safetensors"))

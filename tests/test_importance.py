@@ -9,7 +9,7 @@ from parents import random_config, random_elastic, random_ids, randomise, relati
 from test_layout import in_groups
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, Submodel, rank, sort_
+from elastic_core import ElasticModel, Submodel, depth_ranking, rank, sort_
 from elastic_core.depth_ranking import LogitError, rank_layers
 from elastic_core.importance import Ranking
 
@@ -202,11 +202,11 @@ def deep(seed, layers=7):
 def count_layer_calls(model, function):
     calls, handles = [], []
     for layer in model.model.layers:
-        handles.append(layer.register_forward_hook(lambda *_: calls.append(1)))
+        handles.append(layer.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0]))))
     result = function()
     for handle in handles:
         handle.remove()
-    return result, len(calls)
+    return result, sum(calls)  # times sequences
 
 
 @pytest.mark.parametrize(("seed", "min_depth"), [(0, 1), (1, 1), (2, 3), (3, 1), (4, 6)])
@@ -218,7 +218,7 @@ def test_iterative_ranking_is_the_naive_loop(seed, min_depth):
     for _ in range(7 - min_depth):
         # With one layer left there is nothing to cut down to; the library's floor is min_depth ≥ 1.
         errors = {layer: naive_nmse(model, batches, kept, layer) for layer in kept}
-        naive_calls += len(batches) * len(kept) * (len(kept) - 1)
+        naive_calls += 2 * len(batches) * len(kept) * (len(kept) - 1)
         worst = min(errors, key=errors.get)
         kept.remove(worst)
         removed.append(worst)
@@ -229,7 +229,7 @@ def test_iterative_ranking_is_the_naive_loop(seed, min_depth):
     for layer, score in scores.items():
         assert abs(ours[layer] / score - 1) < 1e-9
     # Prefix caching alone: every batch walks the stack once and every candidate its suffix.
-    cached = len(batches) * (7 + sum(n + n * (n - 1) // 2 for n in range(min_depth + 1, 8)))
+    cached = 2 * len(batches) * (7 + sum(n + n * (n - 1) // 2 for n in range(min_depth + 1, 8)))
     assert calls < cached  # so candidates were given up before the last batch
     if min_depth < 6:
         assert calls < naive_calls
@@ -244,9 +244,10 @@ def test_candidates_are_given_up_as_soon_as_they_have_lost(monkeypatch):
         model, kept = deep(seed, layers=6), list(range(6))
         batches = batches_of(model.config, seed, count=5, length=3)
         order, _ = rank_layers(model, batches, "iterative_nmse", 1)
+        pieces = [ids[i : i + 1] for ids in batches for i in range(2)]  # so that there are eight, or more
         for removed in order[:0:-1]:
-            errors = {layer: [naive_nmse(model, [ids], kept, layer) for ids in batches] for layer in kept}
-            scales = [model(ids).square().sum().item() for ids in batches]
+            errors = {layer: [naive_nmse(model, [ids], kept, layer) for ids in pieces] for layer in kept}
+            scales = [model(ids).square().sum().item() for ids in pieces]
             sums = {layer: [e * s for e, s in zip(row, scales, strict=True)] for layer, row in errors.items()}
             first = min(sums, key=lambda layer: sums[layer][0])
             for layer, row in sums.items():
@@ -254,6 +255,20 @@ def test_candidates_are_given_up_as_soon_as_they_have_lost(monkeypatch):
                 needed, whole = needed + sum(alive), whole + len(row)
             kept.remove(removed)
     assert len(evaluated) == needed < 0.8 * whole
+
+
+@torch.no_grad()
+def test_states_that_are_not_held_are_computed_again(monkeypatch):
+    model = deep(3, layers=5)
+    batches = batches_of(model.config, 3, count=9)
+    expected, held_calls = count_layer_calls(model, lambda: rank_layers(model, batches))
+    one = batches[0].numel() * model.config.hidden_size * 8
+    for held in (0, 4 * one):
+        monkeypatch.setattr(depth_ranking, "HELD_BYTES", held)
+        found, calls = count_layer_calls(model, lambda: rank_layers(model, batches))
+        assert found == expected and calls > held_calls
+        error = LogitError(model, batches, lambda sums: sums)
+        assert len(error._held) == held // one
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Where the work runs: in this process, on Ray workers, or nowhere, and then it says so soon."""
 
+import errno
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,9 +14,15 @@ import pytest
 
 pytest.importorskip("ray")
 
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from elastic_core.checkpoint import CheckpointError, CheckpointUnavailable
 from elastic_core.config import ConfigError
 from elastic_core.diagnosis import NonFiniteError
-from tasks.launch import Compute, StageError, launch, only_one
+from elastic_core.storage import StorageError, StorageUnavailable
+from tasks.launch import Compute, StageError, StageInterrupted, _given_up, launch, only_one
 from tasks.leftovers import VARIABLE, nothing_left
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,13 +43,52 @@ def test_no_workers_is_this_process(tmp_path, no_cluster):
     assert seen == [({"name": "x"}, 0, 1, False, os.getpid())]
 
 
-@pytest.mark.parametrize("error", [NonFiniteError("the loss is nan"), ConfigError("seed: got -1")])
-def test_what_trying_again_does_not_mend_ends_the_stage_with_its_text(tmp_path, no_cluster, error):
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (NonFiniteError("the loss is nan"), StageError, "^the loss is nan$"),
+        (ConfigError("seed: got -1"), StageError, "^seed: got -1$"),
+        (CheckpointError("step 3 could not"), StageError, "^step 3 could not$"),
+        (StorageError("s3://a: no such bucket"), StageError, "^s3://a: no such bucket$"),
+        (FULL, StageError, r"^\[Errno 28\] No space left on device; make space and start again: "),
+        (CheckpointUnavailable("step 3: no answer"), StageInterrupted, "^step 3: no answer$"),
+        (StorageUnavailable("s3://a: no answer"), StageInterrupted, "^s3://a: no answer$"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_starting_the_workers_again_does_not_mend_ends_the_stage(tmp_path, no_cluster, error, kind, words):
     def work(arguments, ranks):
         raise error
 
-    with pytest.raises(StageError, match=f"^{error}$"):
+    with pytest.raises(StageError, match=words) as caught:
         launch(work, {}, Compute(storage=str(tmp_path)), "test")
+    assert type(caught.value) is kind
+
+
+DEAD = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
+CLOSED = RuntimeError("[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:47528.")
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "words"),
+    [
+        ({1: DEAD}, StageInterrupted, r"^workers were lost 3 times \(compute\.retries: 2\), the last time worker 1; "),
+        ({0: CLOSED, 1: DEAD}, StageInterrupted, "the last time worker 1; "),
+        ({0: FULL, 1: DEAD}, StageInterrupted, "the last time worker 1; "),
+        ({0: CLOSED, 2: CLOSED}, StageInterrupted, "the last time worker 0, 2; "),
+        ({0: FULL}, StageError, "No space left on device; make space"),
+        ({0: CLOSED, 1: FULL}, StageError, "No space left on device; make space"),
+        ({0: StorageUnavailable("s3://a: no answer")}, StageInterrupted, "^s3://a: no answer$"),
+        ({0: CLOSED, 1: KeyError("key")}, StageError, "Training failed due to worker errors:\nthe traceback"),
+    ],
+)
+def test_what_ray_gives_up_says_whether_workers_were_lost(failures, kind, words):
+    """With the errors that Ray 2.60 collects: of a killed worker, of the others, of the work itself."""
+    ending = _given_up(WorkerGroupError("the traceback", failures), 2)
+    assert type(ending) is kind and re.search(words, str(ending))
 
 
 def free_port():

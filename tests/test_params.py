@@ -57,6 +57,13 @@ def test_the_base_of_the_cases_below_is_valid(values, tmp_path, monkeypatch):
     assert load(values, tmp_path, monkeypatch).budgets["small"] == 0.45
 
 
+def test_untrained_budgets_are_served_beside_the_trained_ones(values, tmp_path, monkeypatch):
+    values["untrained"] = {"compact": 0.55}
+    settings = load(values, tmp_path, monkeypatch)
+    assert settings.served == {"full": 1.0, "medium": 0.7, "small": 0.45, "compact": 0.55}
+    assert "compact" not in settings.budgets
+
+
 def put(*path_and_value):
     *path, key, value = path_and_value
 
@@ -106,6 +113,14 @@ def section(name, changes):
         (put("budgets", "small", 0.7), r"budgets: got \[1\.0, 0\.7, 0\.7\]; allowed: different targets"),
         (put("budgets", {}), r"budgets: got {}; allowed: one or more"),
         (put("budgets", {"9B": 1.0}), r"budgets: got '9B'; allowed: names of letters, digits and _"),
+        (put("budgets", {"parent": 1.0}), r"budgets: got 'parent'; allowed: .* other than parent"),
+        (put("untrained", {"0.55": 0.55}), r"untrained: got '0\.55'; allowed: names of letters, digits and _"),
+        (put("untrained", {"small": 0.55}), r"untrained: got 'small'; allowed: names that are not in budgets"),
+        (put("untrained", {"a": 0.55, "b": 0.55}), r"untrained: got \[0\.55, 0\.55\]; allowed: different targets"),
+        (put("untrained", {"tiny": 0.45}), r"untrained\.tiny: got 0\.45; allowed: .* 0\.45 and 1\.0, and none of them"),
+        (put("untrained", {"other": 0.7}), r"untrained\.other: got 0\.7; allowed: .*none of them"),
+        (put("untrained", {"tiny": 0.3}), r"untrained\.tiny: got 0\.3; allowed: a share between the trained 0\.45"),
+        (put("untrained", ["tiny"]), r"untrained: expected "),
         (put("budgets", "small", 0.02), r"budgets\.small: got 0\.02 .*the choices give 0\.\d+ to 1\.0, nearest"),
         # choices
         (put("choices", "hidden_size", [40, 32]), r"choices\.hidden_size: got \[40, 32\]; .*own 48"),
@@ -139,11 +154,15 @@ def section(name, changes):
             r"parent\.training\.mixture: got 'poems'; allowed: prose",
         ),
         (put("evaluate", "held_out", ["poems"]), r"evaluate\.held_out: got 'poems'; allowed: prose"),
+        (put("evaluate", "cache_tokens", 0), r"evaluate\.cache_tokens: got 0; allowed: 1 or more"),
+        (put("evaluate", "latency", {"repeats": 0}), r"evaluate\.latency\.repeats: got 0; allowed: 1 or more"),
+        (put("evaluate", "latency", {"tokens": 8}), r"evaluate\.latency\.tokens: unknown parameter"),
         (put("evaluate", "tasks", ["chains_7"]), r"evaluate\.tasks: got 'chains_7'; allowed: chains_3"),
         (
             put("train_short", "budget_shares", {"tiny": 1.0}),
             r"train_short\.budget_shares: got 'tiny'; allowed: full, medium",
         ),
+        (put("budgets", "tiny", 0.4), r"train_short\.budget_shares: got {'full': .*; allowed: tiny as well"),
         (
             put("train_extended", "loss_by_budget", {"tiny": {}}),
             r"train_extended\.loss_by_budget: got 'tiny'; allowed: full",

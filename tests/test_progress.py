@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from elastic_core.curriculum import Stage
-from tasks import report
+from tasks import tables
 from tasks.metrics import drop_cut_off_line, duration, read_rows
 from tasks.progress import Recorder, followed
 
@@ -338,7 +338,7 @@ def test_numbers_that_are_not_finite_or_not_there_break_nothing(run, tmp_path, c
         assert rows[0]["microbatches"][0]["loss"] is None and rows[0]["grad_norm"] is None
 
 
-def test_the_report_reads_rows_with_nulls(run, tmp_path, monkeypatch):
+def test_the_tables_read_rows_with_nulls(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, loss in (("parent_metrics.jsonl", 2.0), ("train_short/metrics.jsonl", NAN)):
         with Recorder("s", stage(steps=4), run.with_name(name.replace("/", "_"))) as recorder:
@@ -347,8 +347,7 @@ def test_the_report_reads_rows_with_nulls(run, tmp_path, monkeypatch):
         recorder.finish(Path("artifacts") / name)
     (tmp_path / "artifacts" / "train_extended").mkdir()
     (tmp_path / "artifacts" / "train_extended" / "metrics.jsonl").write_text("")
-    curves = report.training_curves()
+    curves = tables.training()
     parent = curves[curves.stage == "parent"]
     assert list(parent.tokens) == [40, 80, 120, 160] and parent.loss.dropna().tolist() == [2.0, 2.0, 2.0]
     assert curves[curves.stage == "train_short"].loss.isna().all()
-    assert report.alt.Chart(curves).mark_line().encode(x="tokens:Q", y="loss:Q").to_json()

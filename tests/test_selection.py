@@ -1,16 +1,20 @@
 """From distributions to submodels: the best combination within budget, or an error that says what to change."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from parents import random_elastic
 from test_router import CONFIG, PER_LAYER, RANKING, SIZES, make_router, make_space
 from transformers import NemotronHConfig
 
 from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.config import ConfigError
 from elastic_core.cost import num_parameters
+from elastic_core.importance import Ranking
 from elastic_core.selection import LARGEST_GRID, check_budgets, select, select_family
+from tasks import train as stage
 
 FULL = num_parameters(CONFIG)
 LARGE = NemotronHConfig(**CONFIG.to_dict() | {"layers_block_type": NemotronHConfig._pattern_to_list("M-*-M-M-")})
@@ -177,3 +181,20 @@ def test_choices_left_out_keep_the_parents_size():
 def test_a_depth_ranking_of_other_layers_is_refused(ranking):
     with pytest.raises(ValueError, match=r"depth_ranking: got .*every layer 0\.\.4 once"):
         ElasticSpace(CONFIG, Choices(), ranking)
+
+
+def test_stage_1_checks_the_budgets_with_the_real_order_of_the_layers(tmp_path, monkeypatch):
+    """What params.yaml's own check cannot know yet: here only one of the layers may go."""
+    random_elastic(0, CONFIG).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(stage, "RANK", tmp_path)
+    monkeypatch.setattr(stage, "make_job", lambda *arguments: "its job")
+    choices = Choices(depth=(5, 4))
+    share = ElasticSpace(CONFIG, choices, RANKING).num_parameters([0] * 5 + [1]) / FULL
+    settings = SimpleNamespace(
+        choices=choices, budgets={"full": 1.0, "small": share}, train_short=None, routing=None, seed=0
+    )
+    Ranking({}, {}, RANKING).save(tmp_path / "ranking.json")
+    assert stage.short_job(settings) == "its job"
+    Ranking({}, {}, (1, 2, 3, 4, 0)).save(tmp_path / "ranking.json")
+    with pytest.raises(ConfigError, match=r"budgets\.small: got 0\.\d+ .*, which no combination of `choices`"):
+        stage.short_job(settings)

@@ -2,17 +2,19 @@
 
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import s3fs
 from s3_server import SECRET
 
 from elastic_core import filesystem, storage
-from elastic_core.storage import StorageError
+from elastic_core.storage import StorageError, StorageUnavailable
 
 MIB = 1 << 20
 
@@ -189,21 +191,38 @@ def test_a_half_written_directory_is_never_taken_for_whole(place, tmp_path, monk
 
 
 def test_a_download_that_was_cut_off_goes_on(place, tmp_path, monkeypatch):
-    url, original, fetched = storage.join(place, "model"), storage.download, []
+    url, original, fetched, broken = storage.join(place, "model"), storage.download, [], ["model.safetensors"]
     storage.upload_directory(model_directory(tmp_path / "source"), url)
 
-    def fail_at_second(source, target):
-        if fetched.append(target.name) or len(fetched) == 2:
+    def fail_once(source, target):
+        if target.name in broken:
+            broken.clear()
             raise StorageError("away")
         original(source, target)
+        fetched.append(target.name)
 
-    monkeypatch.setattr(storage, "download", fail_at_second)
+    monkeypatch.setattr(storage, "download", fail_once)
     with pytest.raises(StorageError, match="away"):
         storage.download_directory(url, tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
+    assert not (tmp_path / "copy").exists() and "config.json" in fetched and "model.safetensors" not in fetched
     storage.download_directory(url, tmp_path / "copy")
-    assert fetched == ["config.json", "model.safetensors", "model.safetensors", "more.txt"]
+    assert sorted(fetched) == ["config.json", "model.safetensors", "more.txt"]  # none of them twice
     assert files_below(tmp_path / "copy") == files_below(tmp_path / "source")
+
+
+def test_a_directory_comes_some_files_at_a_time(s3, tmp_path, calls, monkeypatch):
+    for i in range(6):
+        storage.write_bytes(storage.join(s3.place, str(i)), str(i).encode())
+    together, original = threading.Barrier(3, timeout=20), storage.download
+
+    def meet(source, target):
+        together.wait()  # three are under way before one of them ends
+        original(source, target)
+
+    monkeypatch.setattr(storage, "download", meet)
+    storage.download_directory(s3.place, tmp_path / "copy", last="0")
+    assert files_below(tmp_path / "copy") == {str(i): str(i).encode() for i in range(6)}
+    assert sum(method == "get_object" for method, _ in calls) == 6
 
 
 def test_a_download_does_not_mix_two_versions(place, tmp_path, monkeypatch):
@@ -279,6 +298,7 @@ def test_what_cannot_be_used_is_refused_at_once(s3, monkeypatch, caplog, environ
     with pytest.raises(StorageError, match=words) as caught:
         storage.check_access(url or s3.place, writing)
     assert time.monotonic() - start < 5
+    assert isinstance(caught.value, StorageUnavailable) == ("no answer" in str(caught.value))
     assert caught.value.__context__ is None or caught.value.__suppress_context__  # no traceback shows the cause
     given = [SECRET, *(value for value in environment.values() if value)]
     assert not any(value in str(caught.value) for value in given)
@@ -301,11 +321,73 @@ def test_a_server_that_stays_away_is_given_up(s3, monkeypatch, caplog, tmp_path)
         lambda: storage.read_bytes(storage.join(s3.place, "a")),
         lambda: storage.upload(tmp_path / "source", storage.join(s3.place, "b")),
     ):
-        with pytest.raises(StorageError, match=r"cannot (read|write) it: no answer \(EndpointConnectionError\)"):
+        with pytest.raises(StorageUnavailable, match=r"cannot (read|write) it: no answer \(EndpointConnectionError\)"):
             action()
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "S3 PutObject: EndpointConnectionError, attempt 2 of 3; trying again" in warnings
     assert not any("?" in message or SECRET in message for message in warnings)
+
+
+@pytest.fixture
+def answering():
+    """Starts a server that answers every request with a status and an S3 error's code, and no more; its URL."""
+    servers = []
+
+    def start(status, code):
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self):
+                body = f"<Error><Code>{code}</Code><Message>{SECRET}</Message></Error>".encode() if code else b""
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_GET = do_HEAD = do_PUT = answer
+
+            def log_message(self, *arguments):
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (503, "SlowDown", StorageUnavailable),
+        (503, "ServiceUnavailable", StorageUnavailable),
+        (500, "InternalError", StorageUnavailable),
+        (502, "", StorageUnavailable),  # of a proxy, perhaps
+        (429, "TooManyRequests", StorageUnavailable),
+        (400, "RequestTimeout", StorageUnavailable),
+        (501, "NotImplemented", StorageError),
+        (400, "InvalidRequest", StorageError),
+        (403, "AccessDenied", StorageError),
+    ],
+)
+def test_a_server_that_is_too_busy_is_told_from_one_that_refuses(s3, monkeypatch, answering, status, code, kind):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", answering(status, code))
+    for action in (storage.check_access, lambda place, _: storage.list_names(place)):
+        monkeypatch.setattr(filesystem, "_ATTEMPTS", 1)
+        with pytest.raises(StorageError) as caught:
+            action("s3://bucket/a", False)
+        assert type(caught.value) is kind and SECRET not in str(caught.value)
+    again = pickle.loads(pickle.dumps(caught.value))  # from one worker to another
+    assert type(again) is kind and str(again) == str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(503, StorageUnavailable), (404, StorageError), (403, StorageError)])
+def test_the_same_is_told_of_any_http_server(answering, status, kind):
+    with pytest.raises(StorageError) as caught:
+        storage.read_bytes(answering(status, "") + "/a")
+    assert type(caught.value) is kind
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ def root(tmp_path):
         ".gitignore": "/.runs/\n/artifacts/\n",
         "artifacts/model": "the checkout's own",
         "dvc.lock": "the checkout's own",
+        "reports/metrics.json": "the checkout's own",
     }.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -80,8 +81,19 @@ def test_a_profile_gets_the_sources_and_merged_parameters(root):
     assert "no_scm = true" in local and f"dir = {root / '.dvc' / 'cache'}" in local
 
 
+def test_plots_are_drawn_by_the_page_of_the_checkout(root):
+    assert "html_template" not in (prepare("tiny", root) / ".dvc" / "config.local").read_text()
+    page = root / ".dvc" / "plots" / "page.html"
+    page.parent.mkdir()
+    page.write_text("as set-up writes it")
+    assert f"[plots]\nhtml_template = {page}\n" in (prepare("tiny", root) / ".dvc" / "config.local").read_text()
+
+
 def test_results_survive_and_sources_follow(root):
     copy = prepare("tiny", root)
+    assert not (copy / "reports").exists()  # the checkout's metrics are in git
+    (copy / "reports").mkdir()
+    (copy / "reports" / "metrics.json").write_text("results")
     (copy / "dvc.lock").write_text("results")
     (copy / "artifacts").mkdir()
     (copy / "artifacts" / "model").write_text("results")
@@ -93,6 +105,7 @@ def test_results_survive_and_sources_follow(root):
     (root / "profiles" / "tiny.yaml").write_text("seed: 5\n")
     assert prepare("tiny", root) == copy
     assert (copy / "dvc.lock").read_text() == (copy / "artifacts" / "model").read_text() == "results"
+    assert (copy / "reports" / "metrics.json").read_text() == "results"
     assert (copy / "tasks" / "one.py").read_text() == "one" and (copy / "tasks" / "three.py").read_text() == "three"
     assert not (copy / "tasks" / "two.py").exists()
     assert yaml.safe_load((copy / "params.yaml").read_text())["seed"] == 5
@@ -133,6 +146,7 @@ def test_other_budgets_drop_the_shares_of_the_old_ones(root):
 
     renamed, resized = read({"full": 1.0, "tiny": 0.2}), read({"full": 1.0, "small": 0.2})
     assert renamed["budgets"] == {"full": 1.0, "tiny": 0.2} and "budget_shares" not in renamed["train_short"]
+    assert "budget_shares" not in read({"full": 1.0, "small": 0.3, "tiny": 0.2})["train_short"]
     assert resized["budgets"]["small"] == 0.2 and resized["train_short"]["budget_shares"]["small"] == 0.6
 
 

@@ -14,6 +14,7 @@ from elastic_core.layout import Layout, block_pattern, layer_index, parameter_la
 from elastic_core.model.cut import Cut, Observer
 from elastic_core.model.layers import Block, Norm, add_parameters
 from elastic_core.submodel import Submodel, full_submodel
+from elastic_core.tensor_files import Entry
 
 
 class Trunk(nn.Module):
@@ -93,9 +94,11 @@ class ElasticModel(nn.Module):
         tokenizer_from: str | os.PathLike | None = None,
     ) -> None:
         """`save_pretrained` with the parameters given one by one, all of the layout's and in its order."""
+        parameters = dict(self.named_parameters())
+        entries = {name: Entry(parameters[name].dtype, tuple(parameters[name].shape)) for name in self.layout}
         with hf.whole_directory(directory) as partial:
             hf.write_config(partial, self.config, dtype=str(self.lm_head.weight.dtype).removeprefix("torch."))
-            hf.write_tensors(partial, tensors)
+            hf.write_tensors(partial, entries, tensors)
             if tokenizer_from is not None:
                 hf.copy_tokenizer(tokenizer_from, partial)
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -35,6 +36,19 @@ def marked(mark: str) -> list[str]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
+
+
+def copy_checkout(root: Path, path: Path) -> Path:
+    """A checkout with all that git tracks or would track in this one, and a first commit."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    for name in subprocess.run(listed, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if name and (root / name).is_file():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, path / name)
+    as_somebody = ["-c", "user.name=nobody", "-c", "user.email=nobody@localhost"]
+    for arguments in (["init", "-q"], ["add", "."], [*as_somebody, "commit", "-q", "-m", "A copy"]):
+        subprocess.run(["git", *arguments], cwd=path, check=True)
+    return path
 
 
 def set_params(checkout: Path, time_limits: dict | None = None, **train) -> None:

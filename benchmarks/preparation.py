@@ -1,0 +1,88 @@
+"""Data preparation against one core of `tokenizers`, and in little memory."""
+
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import rmtree
+from unittest import mock
+
+from tokenizers import Tokenizer
+
+from benchmarks.comparison import MB, in_turn, median_ratio, peak_memory
+from benchmarks.report import FAIL, PASS, Row, at_least, measured, not_measured
+from tasks.corpora import Files, Sympy
+from tasks.encoding import num_cores
+from tasks.prepare_data import PrepareData, prepare, train_tokenizer
+
+SHARE_OF_CORES = 0.8
+VOCABULARY = 16384
+REPEATS = 3
+_PREPARE = """
+import resource
+resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + {limit}, -1))
+mine = {{"kind": "files", "path": {path!r}, "held_out": 0.2}}
+config = PrepareData(sources={{"mine": mine}}, evaluation=Evaluation(items=1))
+prepare(config, {tokenizer!r}, {out!r}, 0)
+"""
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    characters = 400_000 if quick else 12_000_000
+    with tempfile.TemporaryDirectory(prefix="elastic-preparation-") as temporary:
+        directory = Path(temporary)
+        with (directory / "code.txt").open("w", encoding="utf-8") as file:
+            file.writelines(text for split, text in Sympy(max_characters=characters).texts(0) if split == "train")
+        source = Files(path=str(directory / "code.txt"))
+        vocabulary = 300 if quick else VOCABULARY
+        train_tokenizer({"code": source}, vocabulary, min(characters, 4_000_000), 0).save_pretrained(directory / "own")
+        yield against_one_core(directory, source, quick)
+        if sys.platform != "linux":
+            yield not_measured("preparation, memory", "peak", "reads /proc")
+            return
+        yield memory(directory, 4 * MB if quick else 450 * MB, 300 * MB)
+
+
+def against_one_core(directory: Path, source: Files, quick: bool) -> Row:
+    """The whole stage, from a text file to files of tokens, against the encoding alone."""
+    encoder = Tokenizer.from_file(str(directory / "own" / "tokenizer.json"))
+    texts = [text for _, text in source.texts(0)]
+    config = PrepareData(sources={"mine": {"kind": "files", "path": source.path, "held_out": 0.2}})
+
+    def one_core() -> None:
+        for first in range(0, len(texts), 16):
+            encoder.encode_batch_fast(texts[first : first + 16], add_special_tokens=False)
+
+    ways = {
+        "one core": one_core,
+        "stage": lambda: prepare(config, directory / "own", directory / "data", 0),
+    }
+    with mock.patch.dict(os.environ, TOKENIZERS_PARALLELISM="false"):  # its own threads; ours are not
+        times = in_turn(ways, 1 if quick else REPEATS, lambda: rmtree(directory / "data", ignore_errors=True))
+    ratio, size = median_ratio(times, "one core", "stage"), Path(source.path).stat().st_size
+    what = f"text file of {size / MB:.1f} MB, {num_cores()} cores"
+    note = f" ({size / MB / statistics.median(times['stage']):.1f} MB/s)"
+    if quick:
+        return measured("preparation, speed of one core of tokenizers", what, f"{ratio:.2f} ×{note}")
+    goal = SHARE_OF_CORES * num_cores()
+    return at_least("preparation, speed of one core of tokenizers", what, ratio, goal, note)
+
+
+def memory(directory: Path, file_bytes: float, limit: float) -> Row:
+    """A text file larger than what the process may allocate beyond its imports."""
+    path = directory / "large.txt"
+    words = " ".join(["the", "of", "and", "to", "in", "you", "that", "it"] * 250)
+    with path.open("w") as file:
+        for line in range(int(file_bytes) // len(words)):
+            file.write(f"{line} {words}\n")
+    body = _PREPARE.format(
+        limit=int(limit), path=str(path), tokenizer=str(directory / "own"), out=str(directory / "large")
+    )
+    imports = "from tasks.prepare_data import PrepareData, prepare; from tasks.reasoning import Evaluation"
+    before, peak = peak_memory(imports, body)
+    what = f"text file of {path.stat().st_size / MB:,.0f} MB, {num_cores()} cores, under RLIMIT_DATA"
+    result = f"{(peak - before) / MB:,.0f} MB above the imports"
+    status = PASS if peak - before <= limit else FAIL
+    return Row("preparation, memory", what, result, f"≤ {limit / MB:,.0f} MB", status)

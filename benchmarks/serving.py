@@ -1,0 +1,119 @@
+"""All budgets from one set of weights (elastic_core/nested.py), against one model in memory and stand-alone ones."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from benchmarks.report import Row, at_most, holds, measured
+from benchmarks.shapes import Shape, random_model
+from benchmarks.speed import interleaved
+from elastic_core import Submodel, elastic_checkpoint, extract
+from elastic_core.cost import num_parameters
+from elastic_core.elastic_checkpoint import Member
+from elastic_core.nested import NestedModel
+
+SHAPE = Shape("60 M", 512, "M-M*-M-M*-M-", 16384, 64, 1, groups=4)
+QUICK = Shape("tiny", 64, "M-*M-", 256, 16, 1, head=16)
+PROMPT, NEW = 32, 24
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    shape = QUICK if quick else SHAPE
+    config = shape.config()
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        random_model(config, 0).save_pretrained(directory / "elastic")
+        budgets = {"full": Submodel().resolve(config), "0.6": _part(config, 0.75), "0.3": _part(config, 0.5)}
+        members = {n: Member(num_parameters(config, s) / num_parameters(config), s) for n, s in budgets.items()}
+        elastic_checkpoint.write(directory / "elastic", config, members, [])
+        nested, alone = NestedModel.from_pretrained(directory / "elastic"), {}
+        for name in budgets:
+            extract(directory / "elastic", name, directory / name)
+            alone[name] = AutoModelForCausalLM.from_pretrained(directory / name).eval()
+        yield from _same_tokens(nested, alone, shape)
+        yield at_most("serving", f"memory of all budgets / one full model, {shape.name}", _memory(nested, alone), 1.02)
+        yield from _speed(nested, alone, shape)
+
+
+def _part(config, share: float) -> Submodel:
+    """`share` of every width, and a layer less than all."""
+
+    def most(size: int, groups: int = 1) -> int:
+        return max(groups, int(share * size) // groups * groups)
+
+    return Submodel(
+        hidden_size=most(config.hidden_size),
+        intermediate_size=most(config.intermediate_size),
+        mamba_num_heads=most(config.mamba_num_heads, config.n_groups),
+        mamba_head_dim=most(config.mamba_head_dim),
+        num_attention_heads=max(
+            config.num_key_value_heads, most(config.num_attention_heads, config.num_key_value_heads)
+        ),
+        kept_layers=tuple(range(len(config.layers_block_type) - 1)),
+    ).resolve(config)
+
+
+def _prompt(shape: Shape) -> torch.Tensor:
+    return torch.randint(0, shape.config().vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
+
+
+def _same_tokens(nested: NestedModel, alone: dict, shape: Shape) -> Iterator[Row]:
+    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for name, model in alone.items():
+        same = torch.equal(nested.generate(_prompt(shape), name, **options), model.generate(_prompt(shape), **options))
+        yield holds("serving", f"{NEW} greedy tokens with cache at budget {name} / the extracted model's", same)
+
+
+def _memory(nested: NestedModel, alone: dict) -> float:
+    """Bytes of every different storage that some budget's model holds, over those of the full model alone."""
+    storages = {}
+    for name in alone:
+        model = nested.at(name)
+        orders = [order for module in model.modules() for order in vars(module).values() if torch.is_tensor(order)]
+        for tensor in [*model.parameters(), *model.buffers(), *orders, *nested.weights.values()]:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values()) / sum(p.numel() * p.element_size() for p in alone["full"].parameters())
+
+
+class _Decoder:
+    """Takes one greedy token at a time from a model that has read the prompt."""
+
+    @torch.no_grad()
+    def __init__(self, model, prompt: torch.Tensor):
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.token = self._read(prompt)
+
+    def _read(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, past_key_values=self.cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.token = self._read(self.token)
+
+
+def _speed(nested: NestedModel, alone: dict, shape: Shape) -> Iterator[Row]:
+    """A token at each budget, nested and alone, and tokens of all budgets in turn against the same one by one."""
+    prompt = _prompt(shape)
+    decoders = {f"nested {name}": _Decoder(nested.at(name), prompt) for name in alone}
+    decoders |= {f"alone {name}": _Decoder(model, prompt) for name, model in alone.items()}
+    turns = [decoders[f"nested {name}"] for name in alone]
+
+    def repeated(decoder: _Decoder):
+        return lambda: [decoder() for _ in range(NEW)]
+
+    def in_turn() -> None:
+        for _ in range(NEW):
+            for decoder in turns:
+                decoder()
+
+    steps = {name: repeated(decoder) for name, decoder in decoders.items()}
+    times, _ = interleaved({**steps, "in turn": in_turn}, torch.device("cpu"))
+    for name in alone:
+        ratio = times[f"nested {name}"] / times[f"alone {name}"]
+        note = f" ({1e3 * times[f'nested {name}'] / NEW:.1f} ms)"
+        yield measured("serving", f"a token at budget {name}, nested / extracted model", f"{ratio:.2f} ×{note}")
+    apart = sum(times[f"nested {name}"] for name in alone)
+    yield at_most("serving", "budgets switched at every token / one after the other", times["in turn"] / apart, 1.05)

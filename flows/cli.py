@@ -1,0 +1,284 @@
+"""`elastic`: the command line. It starts at once; what a command needs is imported when that command runs."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
+
+app = typer.Typer(
+    name="elastic",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""One pretrained language model in, one elastic checkpoint out, with a nested model for every budget.
+
+    `run` trains a family, `inspect` shows its members, `generate` tries one, `extract` cuts one out for serving;
+    `up` does it all from a browser. Where no directory is named, the family of the last run is meant.
+    """,
+)
+
+
+class Heterogeneous(StrEnum):
+    """How widths that differ between layers are exported."""
+
+    remote_code = "remote_code"
+    pad = "pad"
+
+
+class Dtype(StrEnum):
+    """Element types of an export."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def complete_profile(incomplete: str) -> list[str]:
+    from tasks.workspace import profile_names
+
+    return [name for name in profile_names() if name.startswith(incomplete)]
+
+
+def complete_stage(incomplete: str) -> list[str]:
+    from flows.stages import stage_names
+    from tasks.workspace import ROOT
+
+    return [name for name in stage_names(ROOT) if name.startswith(incomplete)]
+
+
+def complete_budget(incomplete: str) -> list[str]:
+    from tasks import families
+
+    with contextlib.suppress(ValueError):  # no run has ended yet
+        return [name for name in families.budget_names(families.find()) if name.startswith(incomplete)]
+    return []
+
+
+def stage_option(name: str, text: str) -> typer.models.OptionInfo:
+    return typer.Option(
+        name, metavar="STAGE", help=text, autocompletion=complete_stage, rich_help_panel="Only some of the stages"
+    )
+
+
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="BUDGET",
+        help="A trained budget's name; or a share of the parent's parameters (0.75) or a count of them (9B, 1.2M), "
+        "served by the nearest nested model.",
+        autocompletion=complete_budget,
+        show_default=False,
+    ),
+]
+
+
+@app.command()
+def run(
+    profile: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROFILE",
+            help="A file in profiles/; `default` is params.yaml as it is.",
+            autocompletion=complete_profile,
+        ),
+    ] = "default",
+    first: Annotated[str | None, stage_option("--from", "Start with this stage.")] = None,
+    last: Annotated[str | None, stage_option("--until", "End with this stage.")] = None,
+    only: Annotated[list[str] | None, stage_option("--only", "Nothing but this stage; can be repeated.")] = None,
+    budgets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget", "-b", metavar="NAME=SHARE", help="Train this family instead: once per member, `small=0.4`."
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", metavar="KEY=VALUE", help="Override a parameter: `train_short.learning_rate=1e-3`."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Run stages also where nothing has changed.")] = False,
+) -> None:
+    """Run the pipeline in this terminal, from a parent to an evaluated family and its report.
+
+    Stages whose code, parameters and inputs are unchanged are skipped. A run that was stopped, by Ctrl-C or a crash,
+    goes on from its newest checkpoint when it is started again. The default profile runs in the checkout; another one,
+    and one with other budgets or parameters, in a directory of its own under `.runs/`, so that results stay apart.
+
+    - `elastic run smoke`: everything, small, in a minute and a half
+    - `elastic run --until rank`: data, parent and importance, no training
+    - `elastic run --budget full=1.0 --budget half=0.5`: another family
+    - `elastic run --set train_short.steps=900 --from train_short`: longer, from there on
+    """
+    with clear_errors("stopped; the same command goes on from the newest checkpoint"):
+        from flows.run import Selection, read_budgets, run_pipeline
+
+        chosen = Selection(first, last, only or ())
+        run_pipeline(profile, chosen, read_budgets(budgets or ()), settings or (), force, say)
+
+
+@app.command()
+def up() -> None:
+    """Bring up the dashboard: server, worker and deployments in the foreground, until Ctrl-C.
+
+    It prints its address. Runs that are started in the browser use the same checkout, profiles and results as
+    `elastic run`.
+    """
+    with clear_errors("stopped"):
+        from flows import dashboard
+
+        dashboard.main()
+
+
+class LikeCp(TyperCommand):
+    """Takes one path or two, which usage would show as a list of any length."""
+
+    def collect_usage_pieces(self, ctx) -> list[str]:
+        return ["[OPTIONS]", "[DIR]", "OUT"]
+
+
+@app.command(cls=LikeCp)
+def extract(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="[DIR] OUT", help="The family (by default of the last run), and where the model goes."),
+    ],
+    budget: Budget = None,
+    heterogeneous: Annotated[
+        Heterogeneous,
+        typer.Option(help="Where widths differ between layers: a modeling file beside the weights, or zeros in MLPs."),
+    ] = Heterogeneous.remote_code,
+    dtype: Annotated[Dtype | None, typer.Option(help="Element type (default: as stored).", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a model that is at OUT.")] = False,
+) -> None:
+    """Cut one member out of a family, as a directory that transformers and others load.
+
+    - `elastic extract models/small --budget small`
+    - `elastic extract path/to/family models/9b --budget 9B --dtype bfloat16`
+    """
+    with clear_errors("stopped; nothing was written"):
+        if len(paths) > 2:
+            raise ValueError(f"got {len(paths)} paths; allowed: [DIR] OUT, the family's directory and the new one")
+        out = paths[-1]
+        if out.exists() and not force:
+            raise ValueError(f"{out}: exists; name another directory, or replace it with --force")
+        from tasks import families
+        from tasks.export import export
+
+        family = families.find(*paths[:-1])
+        written = export(family, budget, out, heterogeneous, dtype)
+        share = written.num_parameters / written.parent_num_parameters
+        say(
+            f"{out}: {written.num_parameters:,} parameters, {share:.1%} of {written.parent_num_parameters:,} in "
+            f"{family}; {written.num_bytes:,} bytes of weights in {written.seconds:.1f} s\n{written.submodel}"
+        )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", "-m", metavar="DIR", help="The family, or an extracted model.", show_default="last run"
+        ),
+    ] = None,
+    budget: Budget = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Where to stop at the latest.")] = 100,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="0 takes the likeliest token, 1 the model's own spread.")
+    ] = 0.0,
+) -> None:
+    """Print a member's continuation of a prompt as it comes.
+
+    The member is cut out of the family for this one call; to use it often, `elastic extract` it and name that
+    directory, without a budget.
+
+    - `elastic generate --budget small "In the beginning"`
+    - `elastic generate --model models/small "In the beginning" --temperature 0.8`
+    """
+    with clear_errors("stopped"):
+        from tasks import families
+
+        directory = families.find(directory)
+        print(f"{directory}{f', budget {budget}' if budget else ''}", file=sys.stderr)
+        from tasks.generate import generate
+
+        generate(directory, budget, prompt, max_new_tokens, temperature)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DIR", help="A family, an extracted model, a parent, or a run.", show_default="last run"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Show what a model directory holds: sizes, budgets, layers and where it comes from.
+
+    Only headers are read, and checked against config.json, so it is quick for models of any size. In a pattern, M is
+    a Mamba-2 layer, * attention, - an MLP, and · a layer of the parent that the member has dropped.
+    """
+    with clear_errors("stopped"):
+        from tasks import families
+        from tasks.inspect_checkpoint import inspect_checkpoint
+
+        description = inspect_checkpoint(families.find(directory))
+        if as_json:
+            say(json.dumps(description, indent=1))
+        else:
+            from flows.inspection import show
+
+            show(description)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def clear_errors(interrupted: str) -> Iterator[None]:
+    """End with one line, and without a traceback, for what the caller can mend."""
+    from flows.stages import StageFailed, StageInterrupted
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(f"\n{interrupted}", INTERRUPTED)
+    except StageInterrupted as error:
+        fail(f"error: {error.summary}, see above; another try may help, and goes on from the newest checkpoint")
+    except StageFailed as error:
+        fail(f"error: {error.summary}, see above")
+    except subprocess.CalledProcessError as error:
+        fail(f"error: {error}{f': {error.stderr.strip()}' if error.stderr else ''}")
+    except BrokenPipeError:  # nobody reads any more, which is no error; Typer ends quietly
+        raise
+    except (ValueError, OSError) as error:
+        fail(f"error: {error}")
+
+
+def fail(text: str, status: int = 1) -> None:
+    print(text, file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What `elastic inspect` prints."""
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+UNBOUND = 400  # columns, where nobody looks: a file's lines are not wrapped
+HEADINGS = {
+    "hidden_size": "hidden",
+    "intermediate_size": "MLP",
+    "mamba_num_heads": "Mamba\nheads",
+    "mamba_head_dim": "head\ndim",
+    "num_attention_heads": "attention\nheads",
+}
+
+
+def show(description: dict) -> None:
+    """Print the values of tasks.inspect_checkpoint as tables."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=UNBOUND)
+    budgets = description["budgets"]
+    kind = "one model" if budgets is None else f"an elastic checkpoint of {len(budgets)} budgets"
+    console.print(f"{description['directory']}: {kind}", style="bold", soft_wrap=True)
+    console.print(facts(description))
+    console.print()
+    console.print(members(description))
+
+
+def facts(description: dict) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    files, layers = description["files"], len(description["kept_layers"])
+    weights = files[0] if len(files) == 1 else f"{len(files)} files"
+    dtypes, tokenizer = " and ".join(description["dtypes"]), "with" if description["tokenizer"] else "without a"
+    table.add_row("model", f"nemotron_h, {layers} layers, {description['parameters']:,} parameters")
+    table.add_row("text", f"vocabulary {description['vocab_size']:,}, context {description['context']:,} tokens")
+    table.add_row("disk", f"{size(description['bytes'])} in {weights}, {dtypes}, {tokenizer} tokenizer")
+    table.add_row("from", provenance(description["provenance"]))
+    return table
+
+
+def provenance(source: dict | None) -> str:
+    if source is None:
+        return "unknown (no dvc.lock around it names it)"
+    seed = "" if source["seed"] is None else f", seed {source['seed']}"
+    return f"stage {source['stage']} in {source['workspace']}{seed}; dvc.lock: {source['output']} {source['md5']}"
+
+
+def members(description: dict) -> Table:
+    """A row for the model itself, and one per budget."""
+    budgets = description["budgets"]
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    if budgets is not None:
+        table.add_column("budget", no_wrap=True)
+        for heading in ("target", "share"):
+            table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("parameters", "layers", *HEADINGS.values()):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("pattern", overflow="fold")
+    own = {"target": 1.0, "share": 1.0, **description}
+    for name, values in [("(parent)", own), *(budgets or {}).items()]:
+        head = [] if budgets is None else [name, f"{values['target']:g}", f"{values['share']:.4f}"]
+        counts = [f"{values['parameters']:,}", f"{len(values['kept_layers'])}/{len(own['kept_layers'])}"]
+        table.add_row(*head, *counts, *(width(values["widths"][field]) for field in HEADINGS), values["pattern"])
+    return table
+
+
+def width(value: int | list[int] | None) -> str:
+    """One width, or those of the layers in order."""
+    if value is None:
+        return "–"
+    return " ".join(map(str, value)) if isinstance(value, list) else f"{value:,}"
+
+
+def size(num_bytes: int) -> str:
+    for unit, factor in {"GB": 10**9, "MB": 10**6, "kB": 10**3}.items():
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:,.1f} {unit}"
+    return f"{num_bytes} bytes"

@@ -1,0 +1,130 @@
+"""The results' columns for people: what each is called, its unit, how it was measured, and how it is written."""
+
+from dataclasses import dataclass
+
+from tasks.tables import Scores
+
+TASKS = {
+    "chains": "sums mod 10 of {n} steps, the steps worked out before the answer",
+    "chains_direct": "sums mod 10 of {n} steps, answered at once: the control",
+    "recall": "the value of a key among {n} pairs",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its name, unit ("" where it has none), how it was measured, and the format of its numbers."""
+
+    name: str
+    unit: str
+    how: str
+    form: str = ".4f"
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.unit}" if self.unit else self.name
+
+    def write(self, value) -> str:
+        """A number as text; a dash where the column does not apply."""
+        return "–" if value is None or value != value else format(value, self.form)
+
+    def round(self, value) -> int | float | None:
+        """A number as the table has it."""
+        if value is None or isinstance(value, int):
+            return value
+        return float(format(value, self.form))
+
+
+def describe(settings, scores: Scores) -> dict[str, Column]:
+    """Every numeric column of `tables.results` that is shown, in the order in which it is."""
+    parent = scores["parent"]["parent"]
+    return _size() | _text(settings, parent) | _cost(parent) | _tasks(settings, parent)
+
+
+def _size() -> dict[str, Column]:
+    return {
+        "parameters": Column("parameters", "", "Counted in the extracted directory as transformers loads it.", ",.0f"),
+        "share": Column("share", "of parent", "Parameters, over the parent's.", ".4f"),
+    }
+
+
+def _text(settings, parent: dict) -> dict[str, Column]:
+    section = settings.evaluate
+    tokens = ", ".join(f"{parent[f'tokens_{source}']:,} of {source}" for source in section.held_out)
+    where = f"Held-out text, {parent['tokens']:,} predicted tokens ({tokens}), in windows of {section.sequence_length}."
+    columns = {
+        "loss": Column("loss", "nats/token", f"Cross-entropy with the next token, mean over tokens. {where}"),
+        "kl_to_parent": Column(
+            "KL to parent", "nats/token", "KL(parent ‖ model) of the next token's distribution, on the same tokens."
+        ),
+        "gap_closed": Column(
+            "gap closed",
+            "share",
+            "What training won back of the loss between the zero-shot slice and the parent.",
+            ".3f",
+        ),
+        "bits_per_byte": Column(
+            "bpb", "bits/byte", "The same cross-entropy in bits, over the bytes of the text: all sources together."
+        ),
+    }
+    for source in section.held_out:
+        columns[f"bits_per_byte_{source}"] = Column(f"bpb {source}", "bits/byte", f"The same, on {source} alone.")
+    return columns
+
+
+def _cost(parent: dict) -> dict[str, Column]:
+    latency, memory, place = parent["latency"], parent["memory"], parent["environment"]
+    device = f"{place['device']}, {latency['threads']} thread{'s' * (latency['threads'] != 1)}"
+    ratio = (
+        "Over the parent's in the same process, the two in turns at every step: the median of the steps' ratios. "
+        "Compare this between models and runs; milliseconds depend on what else the machine does."
+    )
+    return {
+        "ms_per_token": Column(
+            "time per token",
+            "ms",
+            f"One sequence, greedy, {latency['new_tokens']} tokens after a prompt of {latency['prompt_tokens']}, with "
+            f"transformers' cache: the median of {latency['repeats'] * latency['new_tokens']} steps in "
+            f"{latency['repeats']} repeats; {device}, {memory['element_type']}.",
+            ".2f",
+        ),
+        "latency_ratio": Column("time per token", "× parent", ratio, ".2f"),
+        "prefill_ms": Column(
+            "prompt",
+            "ms",
+            f"The prompt of {latency['prompt_tokens']} tokens read at once, up to its last logits: the median of "
+            f"{latency['repeats']}; {device}, {memory['element_type']}.",
+            ".2f",
+        ),
+        "prefill_ratio": Column(
+            "prompt", "× parent", "Over the parent's in the same process: the median of the repeats' ratios.", ".2f"
+        ),
+        "weight_mib": Column(
+            "weights",
+            "MiB",
+            f"Bytes of all parameters in {memory['element_type']}, as evaluated; 1 MiB = 2²⁰ bytes.",
+            ".3f",
+        ),
+        "cache_mib": Column(
+            "cache",
+            "MiB",
+            f"Bytes of keys, values, SSM states and convolution states in transformers' cache for one sequence of "
+            f"{memory['cache_tokens']:,} tokens; counted, not estimated.",
+            ".3f",
+        ),
+    }
+
+
+def _tasks(settings, parent: dict) -> dict[str, Column]:
+    columns = {}
+    for task in settings.evaluate.tasks:
+        kind, _, length = task.rpartition("_")
+        result = parent["tasks"][task]
+        columns[task] = Column(
+            task,
+            "exact match",
+            f"{TASKS[kind].format(n=length).capitalize()}. Share of {result['items']} items answered exactly, "
+            f"greedy, through lm-eval; ± is the standard error √(p(1−p)/n). Guessing scores {result['chance']:.3f}.",
+            ".3f",
+        )
+    return columns

@@ -1,0 +1,45 @@
+"""`elastic extract`: one member of a family as a Hugging Face directory, wherever the caller wants it."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from elastic_core import cost, elastic_checkpoint, extract, hf
+from elastic_core.submodel import Submodel
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written."""
+
+    submodel: Submodel
+    num_parameters: int
+    parent_num_parameters: int
+    num_bytes: int
+    seconds: float
+
+
+def export(
+    family: Path, budget: str | None, out: Path, heterogeneous: str = "remote_code", dtype: str | None = None
+) -> Export:
+    """Cut the budget's submodel out of `family` into `out`; ValueError for what the caller has to change."""
+    begin = time.monotonic()
+    submodel = extract(
+        family, find_budget(family, budget), out, heterogeneous, getattr(torch, dtype) if dtype else None
+    )
+    config = hf.read_config(family)
+    num_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    counts = cost.num_parameters(config, submodel), cost.num_parameters(config)
+    return Export(submodel, *counts, num_bytes, time.monotonic() - begin)
+
+
+def find_budget(family: Path, budget: str | None) -> Submodel:
+    """The budget's submodel, or an error that lists those which `family` has."""
+    names = elastic_checkpoint.read(family)["budgets"]
+    if budget is None:
+        raise ValueError(
+            f"--budget: none given; allowed: {', '.join(names)}, a share of the parent as 0.75, a count as 9B"
+        )
+    return elastic_checkpoint.find_submodel(family, budget)

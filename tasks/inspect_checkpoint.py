@@ -1,0 +1,105 @@
+"""`elastic inspect`: what a model directory holds, as plain values; from its headers, without reading a weight."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from transformers import NemotronHConfig
+
+from elastic_core import elastic_checkpoint, hf
+from elastic_core.cost import num_parameters
+from elastic_core.layout import block_pattern, layers_of, parameter_layout
+from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel
+
+DROPPED = "·"  # stands in a pattern for a layer that the parent has and the member has not
+
+
+def inspect_checkpoint(directory: Path) -> dict:
+    """What the directory is and says of itself; ValueError where its tensors are not those of its config.json."""
+    config, own = read_sizes(directory)
+    sizes = own.sizes(config)
+    shapes = {name: tuple(dim.count(sizes) for dim in dims) for name, dims in parameter_layout(config).items()}
+    reader = hf.TensorReader(directory)
+    reader.check(shapes)
+    files = sorted({file for file, _ in reader.files.values()})
+    elastic = (directory / elastic_checkpoint.FILE).is_file()
+    return {
+        "directory": str(directory),
+        "kind": "elastic" if elastic else "plain",
+        "vocab_size": config.vocab_size,
+        "context": config.max_position_embeddings,
+        **member(config, own),
+        "bytes": sum((directory / file).stat().st_size for file in files),
+        "files": files,
+        "dtypes": sorted({str(reader.read(name, slice(0, 0)).dtype).removeprefix("torch.") for name in shapes}),
+        "tokenizer": any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")),
+        "budgets": read_budgets(directory, config) if elastic else None,
+        "provenance": find_provenance(directory),
+    }
+
+
+def read_sizes(directory: Path) -> tuple[NemotronHConfig, Submodel]:
+    """The directory's configuration and sizes: one whose widths differ between layers is a submodel of the widest."""
+    values, _ = NemotronHConfig.get_config_dict(directory, local_files_only=True)  # an OSError names a broken file
+    widths = {field: values[field] for field in PER_LAYER if isinstance(values.get(field), list)}
+    if not widths or values.get("model_type") != NemotronHConfig.model_type:
+        return hf.read_config(directory), Submodel()
+    values |= {field: max(entries) for field, entries in widths.items()}
+    values.pop("auto_map", None)
+    return hf.check_config(NemotronHConfig.from_dict(values), str(directory)), Submodel(**widths)
+
+
+def member(config, submodel: Submodel) -> dict:
+    """Parameters, layers and widths; a width that differs between layers has an entry per kept layer of its type."""
+    submodel = submodel.resolve(config)
+    kept, pattern = submodel.kept_layers, block_pattern(config)
+    widths = {}
+    for field, (character, _) in WIDTHS.items():
+        value, layers = getattr(submodel, field), layers_of(config, character)
+        if isinstance(value, tuple):
+            value = [size for layer, size in zip(layers, value, strict=True) if layer in kept]
+        widths[field] = value if character is None or set(layers) & set(kept) else None  # None: no such layers
+    return {
+        "parameters": num_parameters(config, submodel),
+        "pattern": "".join(character if i in kept else DROPPED for i, character in enumerate(pattern)),
+        "kept_layers": list(kept),
+        "widths": widths,
+    }
+
+
+def read_budgets(directory: Path, config) -> dict[str, dict]:
+    """The trained budgets, with the share of the parent that each really has."""
+    content, full = elastic_checkpoint.read(directory), num_parameters(config)
+    budgets = {}
+    for name, entry in content["budgets"].items():
+        values = member(config, Submodel(**entry["submodel"]))
+        budgets[name] = {"target": entry["target"], "share": values["parameters"] / full, **values}
+    return budgets
+
+
+def find_provenance(directory: Path) -> dict | None:
+    """Which stage wrote the directory with which parameters, as the dvc.lock around it says; None without one."""
+    directory = directory.resolve()
+    for workspace in directory.parents:
+        lock = workspace / "dvc.lock"
+        if lock.is_file():
+            stages = YAML(typ="safe").load(lock).get("stages", {})
+            return _writer(stages, directory.relative_to(workspace), workspace)
+    return None
+
+
+def _writer(stages: Mapping, path: Path, workspace: Path) -> dict | None:
+    for name, stage in stages.items():
+        for out in stage.get("outs", ()):
+            if path.is_relative_to(out["path"]):
+                parameters = {
+                    key: value for values in stage.get("params", {}).values() for key, value in values.items()
+                }
+                return {
+                    "workspace": str(workspace),
+                    "stage": name,
+                    "output": out["path"],
+                    "md5": out.get("md5"),
+                    "seed": parameters.get("seed"),
+                }
+    return None
