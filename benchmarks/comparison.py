@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from torch.profiler import ProfilerActivity, profile
+
 ROOT = Path(__file__).resolve().parents[1]
 MB = 1e6
 
@@ -45,6 +47,22 @@ def in_turn(
 def median_ratio(times: dict[str, list[float]], above: str, below: str) -> float:
     """The median over repeats of one way's time over the other's in the same round: a loaded machine slows both."""
     return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+
+def peak_allocated(function: Callable[[], object]) -> int:
+    """Bytes that torch's allocator held at most while `function` ran, beyond what it held before. CPU only.
+
+    From every allocation that the profiler records: exact and the same in every run, but blind to what is not a tensor
+    (workspaces of libraries).
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        function()
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def peak_memory(imports: str, body: str) -> tuple[int, int]:

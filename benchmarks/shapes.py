@@ -64,10 +64,12 @@ def random_model(config: NemotronHConfig, seed: int) -> ElasticModel:
     return model
 
 
-def scan_inputs(device: torch.device, length: int, heads=8, channels=64, groups=2, states=64) -> tuple[Tensor, ...]:
-    """x, dt, A, B, C, D of one sequence."""
+def scan_inputs(
+    device: torch.device, length: int, heads=8, channels=64, groups=2, states=64, sequences=1
+) -> tuple[Tensor, ...]:
+    """x, dt, A, B, C, D of one sequence, or of several."""
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    x, dt = draw(1, length, heads, channels), F.softplus(draw(1, length, heads) - 2)
+    x, dt = draw(sequences, length, heads, channels), F.softplus(draw(sequences, length, heads) - 2)
     A, D = -torch.exp(draw(heads)), draw(heads)
-    B, C = draw(1, length, groups, states), draw(1, length, groups, states)
+    B, C = draw(sequences, length, groups, states), draw(sequences, length, groups, states)
     return tuple(value.to(device) for value in (x, dt, A, B, C, D))

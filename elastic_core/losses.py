@@ -90,12 +90,12 @@ def _chunk_loss(student, labels, teacher_logits, ce_weight, kl_weight, temperatu
         probs = torch.exp(difference, out=teacher_logits)
         kl = (difference.sub_(tempered).mul_(probs).sum(-1) * live).sum()
         factor = kl_weight * temperature  # T² from the loss, 1/T from the logits
-        grad = tempered.exp_()
-        if tempered is logprobs:
-            grad.mul_(ce_weight + factor)
+        if ce_weight and tempered is logprobs:
+            grad = logprobs.exp_().mul_(ce_weight + factor).sub_(probs, alpha=factor)
         else:
-            grad.mul_(factor).add_(logprobs.exp_(), alpha=ce_weight)
-        grad.sub_(probs, alpha=factor)
+            grad = tempered.exp_().sub_(probs).mul_(factor)  # exactly zero for a student that equals its teacher
+            if ce_weight:
+                grad.add_(logprobs.exp_(), alpha=ce_weight)
     if ce_weight:
         grad.scatter_add_(-1, safe, torch.full_like(grad[:, :1], -ce_weight))
     return grad, ce, kl
@@ -116,8 +116,8 @@ def distillation_loss(
 
     hidden (..., H) and head (V, H) of the student; labels (...), IGNORED where a position takes no part; `teacher` its
     hidden states (..., H') and head (V, H'), never differentiated; CE at temperature 1, KL at `temperature`, in nats,
-    both detached. `chunk`: tokens whose logits exist at a time (None: as `CHUNK` says). `num_live` () is what to divide by instead of the number of positions that take part: where other
-    processes hold more of them.
+    both detached. `chunk`: tokens whose logits exist at a time (None: as `CHUNK` says). `num_live` () is what to divide
+    by instead of the number of positions that take part: where other processes hold more of them.
     """
     if teacher is not None:
         teacher = teacher[0].detach().flatten(0, -2), teacher[1].detach()

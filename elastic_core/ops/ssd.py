@@ -66,12 +66,11 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, chunk, block):
-        y, kept = torch.empty_like(x, memory_format=torch.contiguous_format), []
+        y, kept = _empty(x, chunk), []
         for rows, parts in _blocks(x.shape, chunk, block):
             state = None
             for part in parts:
-                at = rows, part
-                p = _prepare(x[at], dt[at], A, B[at], C[at], chunk)
+                p = _prepare(x[rows, part], dt[rows, part], A, B[rows, part], C[rows, part], chunk)
                 out = _decay(p.total, x.dtype).mul_(p.scores) @ p.x_dt  # (B, c, G, R, Q, P)
                 if x.shape[1] > chunk:
                     states = _carry(p.B.mT @ _side_by_side(p.x_dt, p.to_end), p.from_start[..., -1], state)
@@ -79,41 +78,45 @@ class _Scan(torch.autograd.Function):
                     out.addcmul_(_apart(across, out.shape), p.from_start[..., None])
                     state = states[:, -1]
                     kept += [states, across]
-                torch.addcmul(_by_position(out, x[at]), x[at], D[:, None], out=y[at])
+                D_ = D.view(*out.shape[2:4], 1, 1)
+                torch.addcmul(out, p.x, D_, out=_grouped(y[rows, part], p.B.shape))
         ctx.save_for_backward(x, dt, A, B, C, D, *kept)
         ctx.sizes = chunk, block
-        return y
+        return y[:, : x.shape[1]]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, dt, A, B, C, D, *kept = ctx.saved_tensors
         chunk, block = ctx.sizes
-        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)]
+        grads = [_empty(t, chunk) for t in (x, dt[..., None], B, C)]
         grad_A, grad_D = torch.zeros_like(A, dtype=torch.float64), torch.zeros_like(D)
         for rows, parts in reversed(_blocks(x.shape, chunk, block)):
             grad_state = None
             for part in reversed(parts):
-                at = rows, part
-                p = _prepare(x[at], dt[at], A, B[at], C[at], chunk)
-                g = _grouped(_padded(grad[at], chunk), p.B.shape).contiguous()
+                p = _prepare(x[rows, part], dt[rows, part], A, B[rows, part], C[rows, part], chunk)
+                g = _grouped(_padded(grad[rows, part], chunk), p.B.shape).contiguous()
                 across, states = (kept.pop(), kept.pop()) if kept else (None, None)
                 of_x_dt, of_decay, of_B, of_C, grad_state = _differentiate(p, g, states, across, grad_state)
-                of_x_dt, of_decay = _by_position(of_x_dt, x[at]), _by_position(of_decay[..., None], x[at])[..., 0]
-                grad_x, grad_dt, grad_B, grad_C = (t[at] for t in grads)
-                torch.mul(of_x_dt, dt[at][..., None], out=grad_x).addcmul_(grad[at], D[:, None])
-                grad_dt.copy_((of_x_dt * x[at]).sum(-1).add_(of_decay * A))
-                grad_B.copy_(_by_position(of_B.unsqueeze(3), x[at]))
-                grad_C.copy_(_by_position(of_C.unsqueeze(3), x[at]))
-                grad_A += (of_decay * dt[at]).sum((0, 1))
-                grad_D += (grad[at] * x[at]).sum((0, 1, 3))
-        return grads[0], grads[1], grad_A.to(A.dtype), grads[2], grads[3], grad_D, None, None
+                grad_x, grad_dt, grad_B, grad_C = (_grouped(t[rows, part], p.B.shape) for t in grads)
+                D_, A_ = (t.view(*g.shape[2:4], 1, 1) for t in (D, A))
+                torch.mul(of_x_dt, p.dt, out=grad_x).addcmul_(g, D_)
+                of_decay = of_decay[..., None]
+                grad_dt.copy_((of_x_dt * p.x).sum(-1, keepdim=True).add_(of_decay * A_))
+                grad_B.copy_(of_B.unsqueeze(3))
+                grad_C.copy_(of_C.unsqueeze(3))
+                grad_A += (of_decay * p.dt).sum((0, 1, 4, 5)).flatten()
+                grad_D += (g * p.x).sum((0, 1, 4, 5)).flatten()
+        grad_x, grad_dt, grad_B, grad_C = (t[:, : x.shape[1]] for t in grads)
+        return grad_x, grad_dt.squeeze(-1), grad_A.to(A.dtype), grad_B, grad_C, grad_D, None, None
 
 
 class _Block(NamedTuple):
     """What both passes need of a block: inputs by group, and the decays' exponents."""
 
-    x_dt: Tensor  # (B, c, G, R, Q, P)
+    x: Tensor  # (B, c, G, R, Q, P), a view
+    dt: Tensor  # (B, c, G, R, Q, 1), a view
+    x_dt: Tensor  # their product
     B: Tensor  # (B, c, G, Q, N)
     C: Tensor
     total: Tensor  # (B, c, G, R, Q): log2 of the decay since the chunk's start; double, see _decay
@@ -127,12 +130,12 @@ def _blocks(shape: torch.Size, chunk: int, block: int) -> list[tuple[slice, list
     batch, length, heads, _ = shape
     together = min(batch, max(1, block // (heads * chunk * chunk)))
     step = chunk * max(1, block // (together * heads * chunk * chunk))
-    parts = [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    parts = [slice(start, start + step) for start in range(0, length, step)]  # the last may end beyond the sequence
     return [(slice(start, min(start + together, batch)), parts) for start in range(0, batch, together)]
 
 
 def _prepare(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> _Block:
-    # Padding has no input and no decay: states pass through it, outputs and gradients are cut off by _by_position.
+    # Padding has no input and no decay: states pass through it, what they get of outputs and gradients is cut off.
     x, dt, B, C = (_padded(t, chunk) for t in (x, dt[..., None], B, C))
     shape = (x.shape[0], x.shape[1] // chunk, B.shape[2], chunk, B.shape[3])
     B, C = (_grouped(t, shape).squeeze(3).contiguous() for t in (B, C))
@@ -142,7 +145,7 @@ def _prepare(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int)
     # Powers of two, for torch's exp is several times slower on CPUs, and slower still where the result underflows.
     total = decay.double().mul_(1 / math.log(2)).cumsum(-1)
     to_end = (total[..., -1:] - total).to(x.dtype).exp2()
-    return _Block(x_dt, B, C, total, total.to(x.dtype).exp2(), to_end, (C @ B.mT).unsqueeze(3))
+    return _Block(x, dt, x_dt, B, C, total, total.to(x.dtype).exp2(), to_end, (C @ B.mT).unsqueeze(3))
 
 
 def _differentiate(p: _Block, grad: Tensor, states: Tensor | None, across: Tensor | None, grad_state: Tensor | None):
@@ -221,6 +224,11 @@ def _decay(total: Tensor, dtype: torch.dtype) -> Tensor:
     return difference.exp2_().tril_()
 
 
+def _empty(t: Tensor, chunk: int) -> Tensor:
+    """Memory for something of the shape of t (B, L, ...), up to a multiple of `chunk` positions."""
+    return t.new_empty(t.shape[0], t.shape[1] + -t.shape[1] % chunk, *t.shape[2:])
+
+
 def _padded(t: Tensor, chunk: int) -> Tensor:
     """(B, L, ...) with zeros at the end, up to a multiple of `chunk` positions."""
     padding = -t.shape[1] % chunk
@@ -231,11 +239,6 @@ def _grouped(t: Tensor, shape: tuple[int, ...]) -> Tensor:
     """(B, c·Q, G·R, ...) → (B, c, G, R, Q, ...), a view; `shape` begins with (B, c, G, Q)."""
     _, chunks, groups, chunk, *_ = shape
     return t.unflatten(1, (chunks, chunk)).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2, 5)
-
-
-def _by_position(t: Tensor, like: Tensor) -> Tensor:
-    """(B, c, G, R, Q, ...) → (B, L, G·R, ...) without padding, L that of `like`."""
-    return t.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, : like.shape[1]]
 
 
 def _side_by_side(t: Tensor, scale: Tensor) -> Tensor:

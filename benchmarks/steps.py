@@ -1,0 +1,173 @@
+"""Steps of the default parent: what a budget costs against a model of its own, masks, gates and transformers.
+
+Random weights and tokens in the shapes of params.yaml. A pass is forward and backward of the model and of a loss from
+the text; a whole step is teacher, student, distillation, backward, clipping and AdamW.
+"""
+
+import functools
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from benchmarks.comparison import in_turn, median_ratio
+from benchmarks.report import Row, at_most, measured
+from benchmarks.shapes import RandomTokens, random_model
+from elastic_core import ElasticModel, Submodel, extract
+from elastic_core.choices import Choices, ElasticSpace
+from elastic_core.curriculum import Loss, Routing, Stage
+from elastic_core.elastic_checkpoint import Member
+from elastic_core.losses import distillation_loss, resource_loss
+from elastic_core.router import Router, noise_generator
+from elastic_core.run import Run
+from elastic_core.training import train_step
+
+PARAMS = Path(__file__).resolve().parents[1] / "params.yaml"
+ALONE, MASKED, SOFT, TRANSFORMERS = 1.05, 0.55, 1.10, 0.6
+HALF = Submodel(88, None, 256, 6, 24, 4)  # of the default parent's FLOPs
+SMALL = Submodel(72, (0, 1, 2, 3, 4, 6, 7), 256, 4, 20, 4)
+REPEATS = 25
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    params = yaml.safe_load(PARAMS.read_text())
+    config, repeats = parent_config(params), 1 if quick else REPEATS
+    stages = {name: params[name] for name in ("train_short", "train_extended")}
+    sizes = {name: (2, 24) if quick else (s["batch_size"], s["sequence_length"]) for name, s in stages.items()}
+    yield from slices(config, sizes["train_short"], repeats)
+    yield from gates(config, params, sizes["train_short"], repeats)
+    for name, size in sizes.items():
+        yield from whole_steps(config, params, name, size, repeats)
+
+
+def parent_config(params: dict) -> NemotronHConfig:
+    shape = dict(params["parent"]["model"])
+    pattern = NemotronHConfig._pattern_to_list(shape.pop("pattern"))
+    return NemotronHConfig(
+        vocab_size=params["prepare_data"]["vocab_size"], layers_block_type=pattern, conv_kernel=4, **shape
+    )
+
+
+def one_pass(model: ElasticModel, size: tuple[int, int], make_cut: Callable) -> Callable[[], None]:
+    """Forward and backward of a loss from the text; `make_cut` gives what to compute with, and a loss to add."""
+    ids, labels = RandomTokens(model.config.vocab_size, size[1]).batch(0, size[0])
+
+    def take() -> None:
+        cut, more = make_cut()
+        loss = distillation_loss(model.hidden_states(ids, cut), model.head(cut), labels, None, 1.0, 0.0)[0]
+        (loss + more).backward()
+        model.zero_grad(set_to_none=True)
+
+    return take
+
+
+def flops(take: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        take()
+    return counter.get_total_flops()
+
+
+def compare(check: str, what: str, ways: dict[str, Callable], repeats: int, goal: float, note: str = "") -> Row:
+    """The first of two ways against the second; no goal in a quick run, whose shapes are mostly overhead."""
+    times, (first, second) = in_turn(ways, repeats), ways
+    ratio, note = median_ratio(times, first, second), f" ({min(times[first]) * 1e3:.0f} ms{note})"
+    return at_most(check, what, ratio, goal, note) if repeats > 1 else measured(check, what, f"{ratio:.2f} ×{note}")
+
+
+def slices(config: NemotronHConfig, size: tuple[int, int], repeats: int) -> Iterator[Row]:
+    """A slice against a model of its own, and against the whole model with everything else masked."""
+    model = random_model(config, 0)
+    for name, submodel in {"half of the FLOPs": HALF, "small": SMALL}.items():
+        submodel, cut = submodel.resolve(config), model.cut(submodel)
+        with tempfile.TemporaryDirectory() as directory:
+            model.save_pretrained(f"{directory}/parent")
+            extract(f"{directory}/parent", submodel, f"{directory}/alone")
+            alone = ElasticModel.from_pretrained(f"{directory}/alone")
+        its_cut, masks = alone.cut(), model.cut(gates=one_hot_gates(model, submodel))
+        sliced = one_pass(model, size, lambda cut=cut: (cut, 0.0))
+        ways = {"slice": sliced, "alone": one_pass(alone, size, lambda cut=its_cut: (cut, 0.0))}
+        yield compare("hard pass against its own model", f"{name}, {tokens(size)}", ways, repeats, ALONE)
+        ways = {"slice": sliced, "masked": one_pass(model, size, lambda cut=masks: (cut, 0.0))}
+        share = flops(ways["slice"]) / flops(ways["masked"])
+        goal = MASKED if submodel.hidden_size == HALF.hidden_size else MASKED * share / 0.5
+        note = f", {share:.2f} of the FLOPs"
+        yield compare("hard pass against masks", f"{name}, {tokens(size)}", ways, repeats, goal, note)
+
+
+def one_hot_gates(model: ElasticModel, submodel: Submodel) -> dict[str, torch.Tensor]:
+    """Masks of a submodel at full size, without a gradient: the least that masking costs."""
+    sizes, config = submodel.sizes(model.config), model.config
+    gates = {"depth": torch.zeros(len(config.layers_block_type))}
+    gates["depth"][list(submodel.kept_layers)] = 1
+    for dims in model.layout.values():
+        for unit in (leaf for dim in dims for leaf in dim.leaves()):
+            gates[unit.key] = torch.zeros(unit.size)
+            gates[unit.key][unit.prefix(sizes[unit.key])] = 1
+    return gates
+
+
+def gates(config: NemotronHConfig, params: dict, size: tuple[int, int], repeats: int) -> Iterator[Row]:
+    """The router's soft mode, its own gradient included, against the plain full model."""
+    model, router = random_model(config, 0), make_router(config, params)
+
+    def soft():
+        probs = router.probs(1, 1.0, 1.0, noise_generator(0, 0, 0))
+        target = router.targets[1] * sum(p.numel() for p in model.parameters())
+        return model.cut(gates=router.space.soft_gates(probs)), resource_loss(router.space.cost(probs), target)
+
+    cut = model.cut()
+    ways = {"soft": one_pass(model, size, soft), "plain": one_pass(model, size, lambda: (cut, 0.0))}
+    yield compare("soft pass against the plain full one", tokens(size), ways, repeats, SOFT)
+
+
+def make_router(config: NemotronHConfig, params: dict) -> Router:
+    torch.manual_seed(0)
+    choices = {name: tuple(sizes) for name, sizes in params["choices"].items()}
+    space = ElasticSpace(config, Choices(**choices), tuple(range(len(config.layers_block_type))))
+    return Router(space, tuple(params["budgets"].values()))
+
+
+def whole_steps(config: NemotronHConfig, params: dict, name: str, size: tuple[int, int], repeats: int) -> Iterator[Row]:
+    """A step of training against the same with transformers' model, at its own chunk size and at one that suits it."""
+    stage = Stage(
+        size[1], size[0], steps=10**6, learning_rate=1e-3, mixture={"random": 1.0}, loss=Loss(0.0, 1.0),
+        budget_shares={"full": 1.0},
+    )  # fmt: skip
+    data = RandomTokens(config.vocab_size, size[1])
+    model, teacher = random_model(config, 0), random_model(config, 1)
+    members = {"full": Member(1.0, model.full)}
+    run = Run(model, stage, data, {"full": 1.0}, members, None, Routing(), teacher)
+    ways = {"ours": functools.partial(train_step, run), "theirs": transformers_step(config, data, size)}
+    yield compare("whole step against transformers", f"{name}, {tokens(size)}", ways, repeats, TRANSFORMERS)
+    config = NemotronHConfig(**{**config.to_dict(), "chunk_size": 32})
+    times = in_turn({**ways, "theirs": transformers_step(config, data, size)}, repeats)
+    what = f"{name}, {tokens(size)}, their chunk_size 32"
+    yield measured("whole step against transformers", what, f"{median_ratio(times, 'ours', 'theirs'):.2f} ×")
+
+
+def transformers_step(config: NemotronHConfig, data: RandomTokens, size: tuple[int, int]) -> Callable[[], None]:
+    """The same step as one writes it with transformers and torch alone."""
+    student, teacher = (NemotronHForCausalLM(config) for _ in range(2))
+    teacher.requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(student.train().parameters(), lr=1e-3, fused=True)
+
+    def take() -> None:
+        ids, _ = data.batch(0, size[0])
+        with torch.no_grad():
+            target = teacher(ids, use_cache=False).logits.log_softmax(-1)
+        logprobs = student(ids, use_cache=False).logits.log_softmax(-1)
+        F.kl_div(logprobs.flatten(0, 1), target.flatten(0, 1), reduction="batchmean", log_target=True).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return take
+
+
+def tokens(size: tuple[int, int]) -> str:
+    return f"{size[0]} × {size[1]} tokens"
