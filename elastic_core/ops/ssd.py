@@ -126,12 +126,13 @@ class _Block(NamedTuple):
 
 
 def _blocks(shape: torch.Size, chunk: int, block: int) -> list[tuple[slice, list[slice]]]:
-    """Sequences, and the positions of every block of them: not more than `block` entries of decays, or one chunk."""
+    """Sequences, and the positions of every block of them: about `block` entries of decays, or one chunk of one."""
     batch, length, heads, _ = shape
-    together = min(batch, max(1, block // (heads * chunk * chunk)))
-    step = chunk * max(1, block // (together * heads * chunk * chunk))
+    size = heads * chunk * chunk  # of one chunk
+    together = -(-batch // min(batch, max(1, round(batch * size / block))))
+    step = chunk * max(1, block // (together * size))
     parts = [slice(start, start + step) for start in range(0, length, step)]  # the last may end beyond the sequence
-    return [(slice(start, min(start + together, batch)), parts) for start in range(0, batch, together)]
+    return [(slice(start, start + together), parts) for start in range(0, batch, together)]
 
 
 def _prepare(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> _Block:
@@ -160,8 +161,8 @@ def _differentiate(p: _Block, grad: Tensor, states: Tensor | None, across: Tenso
     # With respect to total_i: a row sum minus a column sum of weights ⊙ grad_weights. Both must be sums of the very
     # same numbers, in double: where the decay is strong, nearly all of them cancel in the sum over i that makes
     # grad_decay, and what is left of rounding would be multiplied by dt, or by A.
-    product = weights.mul_(against).double()
-    grad_total = product.sum(-1) - product.sum(-2)
+    product = weights.mul_(against)
+    grad_total = product.sum(-1, dtype=torch.float64) - product.sum(-2, dtype=torch.float64)
     grad_scores = decay.mul_(against).sum(3)  # (B, c, G, Q, Q)
     grad_B, grad_C = grad_scores.mT @ p.C, grad_scores @ p.B
     if states is not None:
