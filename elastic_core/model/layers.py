@@ -10,10 +10,9 @@ from transformers.activations import ACT2FN
 
 from elastic_core.layout import Layout
 from elastic_core.model.cut import Cut
+from elastic_core.ops import kernels
 from elastic_core.ops.activation import relu_squared
-from elastic_core.ops.conv import causal_conv_silu
 from elastic_core.ops.norm import group_rms_norm, rms_norm
-from elastic_core.ops.ssd import ssd
 
 
 def add_parameters(module: nn.Module, layout: Layout) -> None:
@@ -101,30 +100,37 @@ class Mamba(nn.Module):
         projected = F.linear(x, weight("in_proj.weight"), weight("in_proj.bias"))
         z, conv, dt = projected.split([inner, inner + 2 * states, heads], dim=-1)
         cut.observe(f"mamba.{self.layer}", conv[..., :inner].unflatten(-1, (heads, channels)))
-        conv = causal_conv_silu(conv, weight("conv1d.weight"), weight("conv1d.bias"))
+        conv = kernels.conv_silu(conv, weight("conv1d.weight"), weight("conv1d.bias"), x.dtype)
         y, B, C = conv.split([inner, states, states], dim=-1)
-        # Time step, decay and scan in float32 at least, whatever the rest computes in.
+        # Time step and decay in float32 at least, whatever the rest computes in; the scan's sums too.
         wide = torch.promote_types(x.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + weight("dt_bias")).clamp(min=self.time_step_min)
-        y = ssd(
-            y.to(wide).unflatten(-1, (heads, channels)),
+        y = kernels.scan(
+            y.unflatten(-1, (heads, channels)),
             dt,
             -torch.exp(weight("A_log").to(wide)),
-            B.to(wide).unflatten(-1, (self.groups, self.state_size)),
-            C.to(wide).unflatten(-1, (self.groups, self.state_size)),
+            B.unflatten(-1, (self.groups, self.state_size)),
+            C.unflatten(-1, (self.groups, self.state_size)),
             weight("D"),
+            x.dtype,
         )
-        y = y.flatten(2) * F.silu(z.to(wide))
-        head_key, channel_key = f"mamba_heads.{self.layer}", f"mamba_channels.{self.layer}"
-        if (gate := self._gate(cut.gate(head_key), cut.gate(channel_key), cut)) is not None:
-            y = y * gate.to(y.dtype)
-        num_live = cut.num_live(head_key) * cut.num_live(channel_key) / self.groups
-        y = group_rms_norm(y, weight("norm.weight"), self.eps, self.groups, num_live)
+        y = self._gated_norm(y.flatten(2), z, weight("norm.weight"), cut, x.dtype)
         return F.linear(
-            y.to(x.dtype),
+            y,
             cut.writing_weight(self, self.layout, "out_proj.weight", self.layer),
             cut.writing_bias(self, self.layout, "out_proj.bias", self.layer),
         )
+
+    def _gated_norm(self, y: Tensor, z: Tensor, weight: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
+        """norm(y · silu(z) · gates), where the norm counts the live channels."""
+        head_key, channel_key = f"mamba_heads.{self.layer}", f"mamba_channels.{self.layer}"
+        gate = self._gate(cut.gate(head_key), cut.gate(channel_key), cut)
+        if gate is None:
+            return kernels.gated_norm(y, z, weight, self.eps, self.groups, dtype)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        y = y.to(wide) * F.silu(z.to(wide)) * gate.to(wide)
+        num_live = cut.num_live(head_key) * cut.num_live(channel_key) / self.groups
+        return group_rms_norm(y, weight, self.eps, self.groups, num_live).to(dtype)
 
     def _gate(self, heads: Tensor | None, channels: Tensor | None, cut: Cut) -> Tensor | None:
         """The gates of heads and of channels as one, (heads · channels,)."""

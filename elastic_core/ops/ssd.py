@@ -78,8 +78,8 @@ class _Scan(torch.autograd.Function):
                     out.addcmul_(_apart(across, out.shape), p.from_start[..., None])
                     state = states[:, -1]
                     kept += [states, across]
-                D_ = D.view(*out.shape[2:4], 1, 1)
-                torch.addcmul(out, p.x, D_, out=_grouped(y[rows, part], p.B.shape))
+                out.addcmul_(p.x, D.view(*out.shape[2:4], 1, 1))
+                _grouped(y[rows, part], p.B.shape).copy_(out)
         ctx.save_for_backward(x, dt, A, B, C, D, *kept)
         ctx.sizes = chunk, block
         return y[:, : x.shape[1]]
@@ -100,9 +100,9 @@ class _Scan(torch.autograd.Function):
                 of_x_dt, of_decay, of_B, of_C, grad_state = _differentiate(p, g, states, across, grad_state)
                 grad_x, grad_dt, grad_B, grad_C = (_grouped(t[rows, part], p.B.shape) for t in grads)
                 D_, A_ = (t.view(*g.shape[2:4], 1, 1) for t in (D, A))
-                torch.mul(of_x_dt, p.dt, out=grad_x).addcmul_(g, D_)
                 of_decay = of_decay[..., None]
                 grad_dt.copy_((of_x_dt * p.x).sum(-1, keepdim=True).add_(of_decay * A_))
+                grad_x.copy_(of_x_dt.mul_(p.dt).addcmul_(g, D_))
                 grad_B.copy_(of_B.unsqueeze(3))
                 grad_C.copy_(of_C.unsqueeze(3))
                 grad_A += (of_decay * p.dt).sum((0, 1, 4, 5)).flatten()
