@@ -10,10 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CORE = {"torch", "transformers", "numpy", "safetensors", "tokenizers"}
 # Places behind URLs: torch itself needs fsspec; botocore and aiohttp, which s3fs brings, are asked for their errors.
 STORAGE = {"elastic_core/filesystem.py": {"fsspec", "botocore", "aiohttp"}}
+KERNELS = {"elastic_core/ops/kernels.py": {"mamba_ssm", "causal_conv1d"}}  # where they are installed, on a GPU
 OPTIONAL = {
     "aiohttp",
     "altair",
     "botocore",
+    "causal_conv1d",
     "datasets",
     "dvc",
     "fastapi",
@@ -63,7 +65,7 @@ def name_of(path: Path) -> str:
 
 @pytest.mark.parametrize("path", files("elastic_core"), ids=name_of)
 def test_the_core_needs_little(path):
-    allowed = CORE | {"elastic_core"} | sys.stdlib_module_names | STORAGE.get(name_of(path), set())
+    allowed = CORE | {"elastic_core"} | sys.stdlib_module_names | (STORAGE | KERNELS).get(name_of(path), set())
     if path.name.endswith(".py.txt"):  # travels with exported models, so it knows transformers only
         allowed = (allowed | {"huggingface_hub"}) - {"elastic_core"}
     assert tops(path) <= allowed
@@ -88,6 +90,7 @@ def test_optional_packages_are_imported_in_one_file_each():
                 users.setdefault(name, set()).add(name_of(path))
     assert {name: paths for name, paths in users.items() if len(paths) > 1} == {}
     assert users["lm_eval"] == {"tasks/evaluate.py"} and users["altair"] == {"tasks/charts.py"}
+    assert users["mamba_ssm"] == users["causal_conv1d"] == {"elastic_core/ops/kernels.py"}
     assert users["tensorboard"] == users["wandb"] == {"tasks/tracking.py"}
 
 
