@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from transformers import NemotronHConfig
 
-from benchmarks import speed
+from benchmarks import kernels, speed
+from benchmarks.kernels import deviation
 from benchmarks.report import FAIL, Row, holds, not_measured, table, within, write
-from benchmarks.shapes import RandomTokens, Shape, random_model, scan_inputs
+from benchmarks.shapes import RandomTokens, Shape, random_model
 from elastic_core import Submodel, model_files
 from elastic_core.checkpoint import Checkpoints
 from elastic_core.choices import Choices, ElasticSpace
@@ -32,7 +32,6 @@ from elastic_core.curriculum import Loss, Routing, Stage
 from elastic_core.distributed import Execution, Ranks, average_gradients, whole
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.layout import layers_of
-from elastic_core.ops.ssd import ssd, ssd_naive
 from elastic_core.router import Router
 from elastic_core.run import Run, named_parameters, resume, save, state_tensors, trained_modules
 from elastic_core.training import accumulate_gradients, train_step
@@ -40,7 +39,6 @@ from elastic_core.training import accumulate_gradients, train_step
 # Gradients, as the largest deviation over each tensor's largest entry. float32: sums in another order. bfloat16: three
 # digits per product, and sums of gradients rounded at another place than autocast does.
 FLOAT32, BFLOAT16 = 1e-4, 5e-2
-TRITON = 5e-2  # its products of float32 run in TF32, three digits, and the gradient of A cancels; not tried yet
 PLAIN = Execution()
 BUDGETS = {"full": 1.0, "uneven": 0.7, "small": 0.4}
 
@@ -113,14 +111,6 @@ def gradients(setting: Setting, ranks: Ranks, execution=PLAIN, precision="float3
     return found | {f"loss {i}": result["loss"].cpu() for i, result in enumerate(results)}
 
 
-def deviation(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest relative deviation of any tensor; inf where others have a gradient, nan where one is nan."""
-    if found.keys() != expected.keys():
-        return float("inf")
-    scales = {name: value.abs().max().clamp(min=1e-12) for name, value in expected.items()}
-    return torch.stack([(found[name] - expected[name]).abs().max() / scales[name] for name in expected]).max().item()
-
-
 def check_sharding(setting: Setting) -> Iterator[Row]:
     """One rank's shards against the same model without a process group."""
     for precision, bound in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
@@ -168,39 +158,11 @@ def equal_states(one: Run, two: Run) -> bool:
     return one.step == two.step and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def scan(function, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Output of a scan and the gradient of every input, for a fixed direction."""
-    inputs = [value.detach().clone().requires_grad_() for value in inputs]
-    y = function(*inputs)
-    direction = torch.linspace(-1, 1, y.shape[-1], dtype=y.dtype, device=y.device)
-    (y * direction).sum().backward()
-    return {"y": y.detach(), **{name: v.grad for name, v in zip(("x", "dt", "A", "B", "C", "D"), inputs, strict=True)}}
+def check_operations(setting: Setting) -> Iterator[Row]:
+    yield from kernels.measure(setting.device, FLOAT32)
 
 
-def check_scan(setting: Setting) -> Iterator[Row]:
-    """The state space scan against its plain recurrence in float64, and Triton's kernels against both."""
-    inputs = scan_inputs(setting.device, 300 if setting.device.type == "cuda" else 75)
-    exact = scan(ssd_naive, tuple(value.double() for value in inputs))
-    for chunk in (32, 128):
-        found = scan(functools.partial(ssd, chunk=chunk), inputs)
-        yield within("scan = recurrence", f"output and gradients, chunk {chunk}", deviation(found, exact), FLOAT32)
-    what = "mamba_chunk_scan_combined, output and gradients"
-    if setting.device.type != "cuda":
-        yield not_measured("Triton = ours", what, "on GPUs only")
-        return
-    try:
-        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError as error:
-        yield not_measured("Triton = ours", what, f"not installed ({error})")
-        return
-
-    def fused(x, dt, A, B, C, D):
-        return mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=128, D=D)
-
-    yield within("Triton = ours", what, deviation(scan(fused, inputs), scan(ssd, inputs)), TRITON)
-
-
-CHECKS = (check_sharding, check_execution, check_resume, check_scan)
+CHECKS = (check_sharding, check_execution, check_resume, check_operations)
 
 
 def environment(device: torch.device) -> dict:

@@ -15,11 +15,15 @@ from elastic_core.cost import num_parameters
 from elastic_core.curriculum import Loss, Stage
 from elastic_core.distributed import Execution, Ranks
 from elastic_core.elastic_checkpoint import Member
+from elastic_core.layout import layers_of
+from elastic_core.ops import kernels
 from elastic_core.ops.ssd import ssd
 from elastic_core.run import Run
 from elastic_core.training import train_step
 
 WARM_UP, REPEATS = 2, 9
+LONG = Shape("1.2 B", 2048, "M-M-M*-M-M-M*-M-M-M*-M-M-", 65536, 49152, 1, groups=8)
+PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12}  # dense bfloat16
 BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
 
 
@@ -40,9 +44,12 @@ def measure(ranks: Ranks, shapes: tuple[Shape, ...]) -> Iterator[Row]:
             yield not_measured("step, compiled", shape.name, "on GPUs only")
     if not is_gpu:
         yield not_measured("scan", "forward and backward", "on GPUs only")
+        yield not_measured("step", f"{LONG.name}, {LONG.length:,} tokens of context", "on GPUs only")
         return
+    yield from step_rows(ranks, LONG, Execution(activation_checkpointing=True), False)
     for chunk in (32, 64, 128, 256):
         yield scan_row(ranks.device, chunk)
+    yield kernel_row(ranks.device)
 
 
 def half_of(config) -> Submodel:
@@ -81,6 +88,7 @@ def step_rows(ranks: Ranks, shape: Shape, execution: Execution, must_gain: bool)
         return take
 
     kind = "step, compiled" if execution.compile else "step"
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
     try:
         times, memory = interleaved({name: step(name) for name in budgets}, ranks.device)
     except torch.cuda.OutOfMemoryError:
@@ -90,12 +98,27 @@ def step_rows(ranks: Ranks, shape: Shape, execution: Execution, must_gain: bool)
         rate = shape.length * shape.sequences / times[name]
         held = f", at most {memory[name] / 1e9:.1f} GB" if memory[name] else ""
         what = f"{shape.name}, {name} ({shares[name]:.2f} of the parameters)"
-        yield measured(kind, what, f"{times[name] * 1e3:.1f} ms, {rate:,.0f} tokens/s{held}")
+        used = model_flops(config, budgets[name], shape.length) * rate
+        share = f", {used / 1e12:.0f} TFLOP/s" + (f" ({used / PEAK[device]:.0%} of its peak)" if device in PEAK else "")
+        yield measured(kind, what, f"{times[name] * 1e3:.1f} ms, {rate:,.0f} tokens/s{share}{held}")
     ratio, what = times["half"] / times["full"], f"{shape.name}, half / full"
     if must_gain:
         yield Row(kind, what, f"{ratio:.2f}", "< 1", PASS if ratio < 1 else FAIL)
     else:
         yield measured(kind, what, f"{ratio:.2f}")
+
+
+def model_flops(config, submodel: Submodel, length: int) -> float:
+    """Floating-point operations of a training step per token, as MFU counts them: without recomputation.
+
+    Six per weight that is multiplied (all but the embeddings'), and those of attention's scores.
+    """
+    weights = num_parameters(config, submodel) - config.vocab_size * submodel.hidden_size
+    attention = sum(i in submodel.kept_layers for i in layers_of(config, "*"))
+    heads = (
+        submodel.num_attention_heads if isinstance(submodel.num_attention_heads, int) else config.num_attention_heads
+    )
+    return 6 * weights + 6 * attention * heads * config.head_dim * length  # half of the scores are masked
 
 
 def release() -> None:
@@ -137,3 +160,19 @@ def scan_row(device: torch.device, chunk: int) -> Row:
     times, memory = interleaved({"scan": both}, device)
     result = f"{times['scan'] * 1e3:.1f} ms, at most {memory['scan'] / 1e9:.1f} GB"
     return measured("scan", f"12B's layer, 8,192 tokens, forward and backward, chunk {chunk}", result)
+
+
+def kernel_row(device: torch.device) -> Row:
+    """The same by what training in bfloat16 takes."""
+    release()
+    what = "12B's layer, 8,192 tokens, forward and backward, Triton"
+    if reason := kernels.missing().get("scan"):
+        return not_measured("scan", what, reason)
+    x, dt, A, B, C, D = scan_inputs(device, 8192, heads=128, channels=80, groups=8, states=128)
+    inputs = tuple(value.requires_grad_() for value in (x.bfloat16(), dt, A, B.bfloat16(), C.bfloat16(), D))
+
+    def both() -> None:
+        torch.autograd.grad(kernels.scan(*inputs, torch.bfloat16).sum(), inputs)
+
+    times, memory = interleaved({"scan": both}, device)
+    return measured("scan", what, f"{times['scan'] * 1e3:.1f} ms, at most {memory['scan'] / 1e9:.1f} GB")

@@ -1,0 +1,105 @@
+"""The operations of a Mamba-2 layer on this device: torch's scan against its recurrence, kernels against torch."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.report import Row, measured, not_measured, within
+from benchmarks.shapes import scan_inputs
+from elastic_core.ops import kernels
+from elastic_core.ops.conv import causal_conv_silu
+from elastic_core.ops.ssd import ssd, ssd_naive
+
+# Kernels read and write bfloat16, three digits; the gradients of A and D are sums of such numbers over all positions,
+# and A's cancels. Against torch's float32; not tried yet.
+TRITON = 5e-2
+# heads, channels, groups, states: whole, and as slices leave them (heads per group and channels that are no power of 2)
+LAYERS = ((8, 64, 2, 64), (6, 40, 2, 64), (12, 80, 4, 128))
+
+
+def deviation(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The largest relative deviation of any tensor; inf where others have a gradient, nan where one is nan."""
+    if found.keys() != expected.keys():
+        return float("inf")
+    scales = {name: value.abs().max().clamp(min=1e-12) for name, value in expected.items()}
+    return torch.stack([(found[name] - expected[name]).abs().max() / scales[name] for name in expected]).max().item()
+
+
+def both_passes(function: Callable, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Output of a function and the gradient of every input, for a fixed direction."""
+    inputs = [value.detach().clone().requires_grad_() for value in inputs]
+    y = function(*inputs)
+    direction = torch.linspace(-1, 1, y.shape[-1], dtype=y.dtype, device=y.device)
+    (y * direction).sum().backward()
+    return {"y": y.detach().float()} | {f"input {i}": value.grad.float() for i, value in enumerate(inputs)}
+
+
+def measure(device: torch.device, bound: float) -> Iterator[Row]:
+    """All rows; `bound` is float32's rounding."""
+    is_gpu = device.type == "cuda"
+    inputs = scan_inputs(device, 300 if is_gpu else 75)
+    exact = both_passes(ssd_naive, tuple(value.double() for value in inputs))
+    for chunk in (32, 128):
+        found = both_passes(functools.partial(ssd, chunk=chunk), inputs)
+        yield within("scan = recurrence", f"output and gradients, chunk {chunk}", deviation(found, exact), bound)
+    missing = kernels.missing() if is_gpu else dict.fromkeys(("scan", "convolution", "gated norm"), "on GPUs only")
+    for name, compare in (("scan", scans), ("convolution", convolutions), ("gated norm", norms)):
+        if name in missing:
+            yield not_measured("kernel = torch", f"{name}, output and gradients", missing[name])
+            continue
+        for layer in LAYERS:
+            heads, channels, groups, states = layer
+            what = f"{name}, {heads} heads of {channels}, {groups} groups, state {states}: output and gradients"
+            yield within("kernel = torch", what, compare(device, *layer), TRITON)
+    if is_gpu:
+        yield measured(
+            "kernels", "taken by training in bfloat16", ", ".join(missing) + " missing" if missing else "all"
+        )
+
+
+def rounded(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What bfloat16 can hold, as float32, so that both ways begin at the same numbers."""
+    return tuple(value.bfloat16().float() for value in values)
+
+
+def scans(device: torch.device, heads: int, channels: int, groups: int, states: int) -> float:
+    inputs = scan_inputs(device, 300, heads, channels, groups, states)
+    x, B, C = rounded((inputs[0], inputs[3], inputs[4]))
+    inputs = x, inputs[1], inputs[2], B, C, inputs[5]
+    fast = both_passes(lambda *values: kernels.scan(*values, torch.bfloat16), inputs)
+    return deviation(fast, both_passes(ssd, inputs))
+
+
+def convolutions(device: torch.device, heads: int, channels: int, groups: int, states: int) -> float:
+    """On a slice of a wider projection, which begins where the gate ends and is not contiguous."""
+    inner, size = heads * channels, heads * channels + 2 * groups * states
+    draw = torch.Generator().manual_seed(0)
+    projected = torch.randn(2, 300, inner + size + heads, generator=draw).to(device)
+    weight, bias = (torch.randn(*shape, generator=draw).to(device) for shape in ((size, 1, 4), (size,)))
+    inputs = *rounded((projected,)), weight, bias
+
+    def fast(projected: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return kernels.conv_silu(projected.bfloat16()[..., inner : inner + size], weight, bias, torch.bfloat16)
+
+    def slow(projected: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return causal_conv_silu(projected[..., inner : inner + size], weight, bias)
+
+    return deviation(both_passes(fast, inputs), both_passes(slow, inputs))
+
+
+def norms(device: torch.device, heads: int, channels: int, groups: int, states: int) -> float:
+    draw, inner = torch.Generator().manual_seed(0), heads * channels
+    y, z = rounded(tuple(torch.randn(2, 300, inner, generator=draw).to(device) for _ in range(2)))
+    weight = torch.randn(inner, generator=draw).to(device)
+
+    def slow(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        grouped = (y * F.silu(z)).unflatten(-1, (groups, -1))
+        return F.rms_norm(grouped, grouped.shape[-1:], eps=1e-5).flatten(-2) * weight
+
+    def fast(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+        return kernels.gated_norm(y, z, weight, 1e-5, groups, torch.bfloat16)
+
+    return deviation(both_passes(fast, (y, z, weight)), both_passes(slow, (y, z, weight)))
