@@ -8,6 +8,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def test_small_shapes_of_steps_scan_and_losses():
+    command = [sys.executable, "-m", "benchmarks.bench", "steps", "scan", "losses", "--quick"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for check in ("hard pass against masks", "soft pass", "whole step", "scan = transformers'", "chunked loss = whole"):
+        assert f"| {check}" in done.stdout
+    assert "| fail" not in done.stdout
+
+
 def test_small_shapes_of_ranking_and_of_all_that_reads_and_writes(tmp_path):
     command = [
         sys.executable,
