@@ -1,6 +1,7 @@
 # make run [PROFILE=smoke]   the whole pipeline, from a parent to an evaluated family
 # make test                  the test suite
 # make soak [TRIALS=50]      kill runs at random moments, many times, and compare what they end at (an hour)
+# make bench [SECTIONS="steps scan"]   every goal of speed and size against its alternative (half an hour for all)
 # make dashboard             Prefect server, worker and deployment in the foreground; then
 #                            .venv/bin/prefect deployment run elastic/full --watch
 # make lint                  ruff
@@ -17,7 +18,7 @@ export TOKENIZERS_PARALLELISM ?= true
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 
-.PHONY: run test soak dashboard lint
+.PHONY: run test soak bench dashboard lint
 run: $(SETUP) $(PAGE)
 	@$(VENV)/bin/python -m flows.cli run $(PROFILE)
 
@@ -27,6 +28,9 @@ test: $(SETUP) $(PAGE)
 
 soak: $(SETUP)
 	$(VENV)/bin/python -m tests.soak --trials $(TRIALS)
+
+bench: $(SETUP)
+	$(VENV)/bin/python -m benchmarks.bench $(SECTIONS)
 
 dashboard: $(SETUP) $(PAGE)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m flows.dashboard

@@ -89,7 +89,7 @@ def own_teacher(ranks, data, directory):
     return trained(ranks, data, stage=stage, teacher=False)
 
 
-# Later on, the norm of a nearly silent group makes gradients leap: at 0.3 % of noise in the weights, which is bfloat16's,
+# Later on, the norm of a nearly silent group makes gradients leap: with 0.3 % of noise in the weights, as bfloat16 has,
 # their norm goes from 0.8 to 2.7, on one rank too.
 HALF = {"precision": "bfloat16", "steps": 8}
 
