@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 from elastic_core.data import IGNORED_LABEL as IGNORED  # the label of a position that takes no part
 
 CHUNK = 1024  # tokens whose logits exist at a time, at most
-SMALLEST, PARTS = 256, 16  # a loss is taken in so many parts, where they have enough tokens to fill matrix products
+# With a large vocabulary fewer, down to what still fills matrix products: 64 MB of float32 logits, where they suffice.
+SMALLEST, ENTRIES = 512, 2**24
 
 
 def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
@@ -124,7 +125,7 @@ def distillation_loss(
     elif kl_weight:
         raise ValueError("kl_weight: distillation needs a teacher; pass one, or set kl_weight to 0")
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    chunk = chunk or min(CHUNK, max(SMALLEST, -(-len(labels) // PARTS)))
+    chunk = chunk or min(CHUNK, max(SMALLEST, ENTRIES // len(head)))
     return DistillationLoss.apply(hidden, head, labels, teacher, ce_weight, kl_weight, temperature, chunk, num_live)
 
 

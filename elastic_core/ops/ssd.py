@@ -16,8 +16,9 @@ CHUNK = 64  # positions: long enough to fill matrix products, with few enough (Q
 CHUNK_OF_SMALL_STATES = 32  # where a state of fewer than SMALL entries costs little to carry, and there are many chunks
 SMALL = 4096
 CHUNK_ON_GPU = 128
-# Entries of the (Q, Q) decays that exist at a time: 1 MB, which stays in a core's cache from one operation to the next.
-BLOCK, BLOCK_ON_GPU = 2**18, 2**26
+# Entries of the (Q, Q) decays that exist at a time: 2 MB for each thread, near enough to stay in its cache from one
+# operation to the next, and enough for an operation to be shared out.
+BLOCK, BLOCK_ON_GPU = 2**19, 2**26
 
 
 def ssd_naive(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -58,7 +59,8 @@ def ssd(
     at_most = min(chunk or CHUNK_ON_GPU, length)
     even = -(-length // -(-length // at_most))  # as many chunks, but alike, so that little is padded
     with torch.autocast(x.device.type, enabled=False):  # float32 products, whatever the layers around compute in
-        return _Scan.apply(x, dt, A, B, C, D, even, block or (BLOCK if is_cpu else BLOCK_ON_GPU))
+        block = block or (BLOCK * torch.get_num_threads() if is_cpu else BLOCK_ON_GPU)
+        return _Scan.apply(x, dt, A, B, C, D, even, block)
 
 
 class _Scan(torch.autograd.Function):
