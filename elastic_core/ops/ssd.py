@@ -16,8 +16,8 @@ CHUNK = 64  # positions: long enough to fill matrix products, with few enough (Q
 CHUNK_OF_SMALL_STATES = 32  # where a state of fewer than SMALL entries costs little to carry, and there are many chunks
 SMALL = 4096
 CHUNK_ON_GPU = 128
-# Entries of the (Q, Q) decays that exist at a time: 2 MB for each thread, near enough to stay in its cache from one
-# operation to the next, and enough for an operation to be shared out.
+# Entries of the (Q, Q) decays that exist at a time: 2 MB, near enough to stay in the cache from one operation to the
+# next, and enough for threads to share an operation.
 BLOCK, BLOCK_ON_GPU = 2**19, 2**26
 
 
@@ -59,7 +59,7 @@ def ssd(
     at_most = min(chunk or CHUNK_ON_GPU, length)
     even = -(-length // -(-length // at_most))  # as many chunks, but alike, so that little is padded
     with torch.autocast(x.device.type, enabled=False):  # float32 products, whatever the layers around compute in
-        block = block or (BLOCK * torch.get_num_threads() if is_cpu else BLOCK_ON_GPU)
+        block = block or (BLOCK if is_cpu else BLOCK_ON_GPU)
         return _Scan.apply(x, dt, A, B, C, D, even, block)
 
 
@@ -160,18 +160,17 @@ def _differentiate(p: _Block, grad: Tensor, states: Tensor | None, across: Tenso
     decay, against = _decay(p.total, grad.dtype), grad @ p.x_dt.mT
     weights = decay * p.scores
     grad_x = weights.mT @ grad
-    # With respect to total_i: a row sum minus a column sum of weights ⊙ grad_weights. Both must be sums of the very
-    # same numbers, in double: where the decay is strong, nearly all of them cancel in the sum over i that makes
-    # grad_decay, and what is left of rounding would be multiplied by dt, or by A.
-    product = weights.mul_(against)
-    grad_total = product.sum(-1, dtype=torch.float64) - product.sum(-2, dtype=torch.float64)
+    # With respect to a_j: what lies in rows i ≥ j and columns k < j of weights ⊙ grad_weights. As row sums minus column
+    # sums it would nearly cancel where the decay is strong, and what is left of rounding is multiplied by dt, or by A.
+    ones = decay.new_ones(decay.shape[-2:])
+    grad_decay = (weights.mul_(against) @ ones.triu(1)).tril_().sum(-2).double()
     grad_scores = decay.mul_(against).sum(3)  # (B, c, G, Q, Q)
     grad_B, grad_C = grad_scores.mT @ p.C, grad_scores @ p.B
     if states is not None:
         before, last = states[:, :-1], p.from_start[..., -1]  # (B, c, G, N, R·P), (B, c, G, R)
         grad_across = _side_by_side(grad, p.from_start)  # (B, c, G, Q, R·P)
         of_rows = _by_head(grad_across * across, grad.shape).sum(-1)
-        grad_total += of_rows.transpose(3, 4)
+        grad_total = of_rows.transpose(3, 4).double()
         grad_C += grad_across @ before.mT
         grad_states, grad_state = _carry_back(p.C.mT @ grad_across, last, grad_state)  # of what each chunk adds
         grad_B += _side_by_side(p.x_dt, p.to_end) @ grad_states.mT
@@ -180,8 +179,9 @@ def _differentiate(p: _Block, grad: Tensor, states: Tensor | None, across: Tenso
         grad_total -= through_end
         of_last = _by_head((grad_states * before).sum(-2), grad.shape).sum(-1) * last
         grad_total[..., -1] += through_end.sum(-1) + of_last
+        grad_decay += grad_total.flip(-1).cumsum(-1).flip(-1)
         grad_x.addcmul_(grad_added, p.to_end[..., None])
-    return grad_x, grad_total.flip(-1).cumsum(-1).flip(-1), grad_B, grad_C, grad_state
+    return grad_x, grad_decay, grad_B, grad_C, grad_state
 
 
 def _carry(added: Tensor, last: Tensor, state: Tensor | None) -> Tensor:
