@@ -124,6 +124,14 @@ def test_progress_is_thinned_out_and_its_end_is_shown():
     assert len(list(output.read_lines([*bar, b"\n"], every=0))) == 101
 
 
+def test_commands_are_fast_unless_the_caller_has_chosen_otherwise(monkeypatch):
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    found = output.environment()
+    assert found["MALLOC_TRIM_THRESHOLD_"] == output.SPEED["MALLOC_TRIM_THRESHOLD_"] and found["OMP_NUM_THREADS"] == "7"
+    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
+
+
 def test_lines_come_while_the_command_runs(tmp_path):
     times = []
     code = "import time; print('a'); time.sleep(1); print('b'); raise SystemExit(4)"
