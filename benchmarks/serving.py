@@ -1,5 +1,6 @@
 """All budgets from one set of weights (elastic_core/nested.py), against one model in memory and stand-alone ones."""
 
+import statistics
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from benchmarks.comparison import in_turn, median_ratio
 from benchmarks.report import Row, at_most, holds, measured
 from benchmarks.shapes import Shape, random_model
-from benchmarks.speed import interleaved
 from elastic_core import Submodel, elastic_checkpoint, extract
 from elastic_core.cost import num_parameters
 from elastic_core.elastic_checkpoint import Member
@@ -17,7 +18,7 @@ from elastic_core.nested import NestedModel
 
 SHAPE = Shape("60 M", 512, "M-M*-M-M*-M-", 16384, 64, 1, groups=4)
 QUICK = Shape("tiny", 64, "M-*M-", 256, 16, 1, head=16)
-PROMPT, NEW = 32, 24
+PROMPT, NEW, REPEATS = 32, 24, 9
 
 
 def rows(quick: bool) -> Iterator[Row]:
@@ -104,16 +105,17 @@ def _speed(nested: NestedModel, alone: dict, shape: Shape) -> Iterator[Row]:
     def repeated(decoder: _Decoder):
         return lambda: [decoder() for _ in range(NEW)]
 
-    def in_turn() -> None:
+    def switched() -> None:
         for _ in range(NEW):
             for decoder in turns:
                 decoder()
 
     steps = {name: repeated(decoder) for name, decoder in decoders.items()}
-    times, _ = interleaved({**steps, "in turn": in_turn}, torch.device("cpu"))
+    times = in_turn({**steps, "switched": switched}, REPEATS)
     for name in alone:
-        ratio = times[f"nested {name}"] / times[f"alone {name}"]
-        note = f" ({1e3 * times[f'nested {name}'] / NEW:.1f} ms)"
+        ratio = median_ratio(times, f"nested {name}", f"alone {name}")
+        note = f" ({1e3 * statistics.median(times[f'nested {name}']) / NEW:.1f} ms)"
         yield measured("serving", f"a token at budget {name}, nested / extracted model", f"{ratio:.2f} ×{note}")
-    apart = sum(times[f"nested {name}"] for name in alone)
-    yield at_most("serving", "budgets switched at every token / one after the other", times["in turn"] / apart, 1.05)
+    times["apart"] = [sum(round_) for round_ in zip(*(times[f"nested {name}"] for name in alone), strict=True)]
+    ratio = median_ratio(times, "switched", "apart")
+    yield at_most("serving", "budgets switched at every token / one after the other", ratio, 1.05)

@@ -1,6 +1,5 @@
 """How long it takes until something is said: the command line's help, and a run in which nothing is left to do."""
 
-import os
 import statistics
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.comparison import ROOT, in_turn
 from benchmarks.report import FAIL, PASS, Row, not_measured
+from flows.output import environment
 
 HELP_SECONDS, REPRO_SECONDS = 1.0, 5.0
 REPEATS = 5
@@ -33,10 +33,6 @@ def repro(repeats: int) -> Row:
             if dry.returncode == 0 and "up to date" in dry.stdout:
                 return seconds("start-up", "dvc repro, nothing to do", dvc, workspace, repeats, REPRO_SECONDS)
     return not_measured("start-up", "dvc repro, nothing to do", "no finished run here: `make run PROFILE=smoke` first")
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 def seconds(check: str, what: str, command: list[str], directory: Path, repeats: int, bound: float) -> Row:

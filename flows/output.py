@@ -17,6 +17,12 @@ from flows.guard import guarded
 
 TAIL_LINES = 20  # of a command's output, kept for the error it may end with
 PROGRESS_SECONDS = 5.0  # between two lines of one progress bar
+# What makes stages fast, unless the caller has chosen otherwise: as in the Makefile, whose comments say why.
+SPEED = {
+    "TOKENIZERS_PARALLELISM": "true",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "2147483647",
+}
 
 # A line and how it ended. A carriage return at the very end stays unread: the next byte tells whether it is "\r\n".
 _LINE = re.compile(r"([^\r\n]*)(\r?\n|\r(?=[^\n]))")
@@ -35,9 +41,10 @@ def follow(command: list[str], workspace: Path, log: Callable[[str], None]) -> t
 
 
 def environment() -> dict[str, str]:
-    """This process's, in which `python` (so says dvc.yaml) is this one, and nothing waits in a buffer."""
+    """This process's, in which `python` (so says dvc.yaml) is this one, stages are fast, and no buffer holds lines."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {**SPEED, "OMP_NUM_THREADS": str(cores), **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def read_chunks(process: subprocess.Popen, source: int) -> Iterator[bytes]:

@@ -13,6 +13,18 @@ addEventListener("click", (event) => {
 // An artifact's page shows what was there when it was opened. With this it follows one that is kept up to date: the
 // same id in other letters is another page to the router, which asks the server again and draws only what has changed.
 const lastUpdate = {};
+let spellings = 0;
+
+// A spelling that was there before would show what was known then for a moment; so the letters count in binary.
+function spellAgain(id) {
+  let bits = ++spellings;
+  return id.toLowerCase().replace(/[a-f]/g, (letter) => {
+    const isOne = bits % 2 === 1;
+    bits = Math.floor(bits / 2);
+    return isOne ? letter.toUpperCase() : letter;
+  });
+}
+
 setInterval(async () => {
   const id = location.pathname.match(/^\/artifacts\/artifact\/([0-9a-f-]+)$/i)?.[1];
   if (!id || document.hidden) return;
@@ -20,9 +32,8 @@ setInterval(async () => {
   if (!reply?.ok) return;
   const artifact = await reply.json();
   if (lastUpdate[artifact.id] && lastUpdate[artifact.id] !== artifact.updated) {
-    const other = id === id.toLowerCase() ? id.toUpperCase() : id.toLowerCase();
     const { $router } = document.querySelector("#app").__vue_app__.config.globalProperties;
-    if (location.pathname.endsWith(id)) $router.replace(location.pathname.replace(id, other));
+    if (location.pathname.endsWith(id)) $router.replace(location.pathname.replace(id, spellAgain(id)));
   }
   lastUpdate[artifact.id] = artifact.updated;
 }, 3000);

@@ -25,13 +25,11 @@ def mend(directory: Path, server_url: str) -> None:
     """Put the policy and the script into the first version's page, once the server has unpacked it."""
     page, script = directory / "v1" / "index.html", SCRIPT.read_text()
     begin, end = "<!-- mended -->", "<!-- -->"
-    head = (
-        f'<meta http-equiv="Content-Security-Policy" content="{policy(server_url, script)}"><script>{script}</script>'
-    )
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy(server_url, script)}">'
     text = page.read_text()
     if begin in text:  # by an earlier start, perhaps on another port
         text = text.partition(begin)[0] + text.partition(end)[2]
-    page.write_text(text.replace("<head>", f"<head>{begin}{head}{end}", 1))
+    page.write_text(text.replace("<head>", f"<head>{begin}{meta}<script>{script}</script>{end}", 1))
 
 
 def policy(server_url: str, script: str) -> str:

@@ -1,6 +1,5 @@
 """`elastic run`: the pipeline in this terminal, by DVC and without a server."""
 
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +8,6 @@ from pathlib import Path
 from flows.output import follow
 from flows.stages import reproduce, select, stage_names
 from tasks import workspace as workspaces
-
-# As in the Makefile, whose comments say why.
-SPEED = {
-    "TOKENIZERS_PARALLELISM": "true",
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "2147483647",
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,6 @@ def run_pipeline(
     workspace = workspaces.prepare(profile, root, budgets, overrides)
     if workspace != root:
         log(f"workspace: {workspace}")
-    _set_environment()
     _check_parameters(workspace, log)
     # One DVC for all of them starts once; stage by stage it would do so nine times.
     todo: list[str | None] = [None] if chosen == names and not force else list(chosen)
@@ -69,13 +60,6 @@ def read_budgets(texts: Iterable[str]) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"--budget: got {text!r}; allowed: NAME=SHARE, such as small=0.4") from None
     return budgets
-
-
-def _set_environment() -> None:
-    """What makes stages fast here, unless the caller has chosen otherwise."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    for name, value in {**SPEED, "OMP_NUM_THREADS": str(cores)}.items():
-        os.environ.setdefault(name, value)
 
 
 def _check_parameters(workspace: Path, log: Callable[[str], None]) -> None:

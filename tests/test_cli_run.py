@@ -92,8 +92,6 @@ def set_params(checkout, wait=0, fail=0):
 @pytest.fixture
 def run(checkout, monkeypatch):
     """What a run in `checkout` says where there is no terminal, on stdout and on stderr."""
-    for name in (*flows.run.SPEED, "OMP_NUM_THREADS"):  # it sets those that are missing
-        monkeypatch.setenv(name, "1")
     pipeline = functools.partial(flows.run.run_pipeline, root=checkout)
     monkeypatch.setattr(flows.run, "run_pipeline", pipeline)
 

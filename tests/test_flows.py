@@ -20,7 +20,7 @@ pytest.importorskip("dvc")
 from flows_fixture.driver import MARK, Dashboard, marked, set_params, wait_for
 from prefect.exceptions import ParameterTypeError
 
-from flows import compare, elastic, output, publish, stages
+from flows import compare, elastic, output, pages, publish, stages
 from flows.guard import guarded
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +122,14 @@ def test_progress_is_thinned_out_and_its_end_is_shown():
     assert list(output.read_lines([*bar, b"\ndone\n"], every=3600)) == ["0 %", "100 %", "done"]
     assert list(output.read_lines([b"1 %\r", b"2 %\r", b"3 %\r"], every=3600)) == ["1 %", "3 %"]
     assert len(list(output.read_lines([*bar, b"\n"], every=0))) == 101
+
+
+def test_commands_are_fast_unless_the_caller_has_chosen_otherwise(monkeypatch):
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    found = output.environment()
+    assert found["MALLOC_TRIM_THRESHOLD_"] == output.SPEED["MALLOC_TRIM_THRESHOLD_"] and found["OMP_NUM_THREADS"] == "7"
+    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
 
 
 def test_lines_come_while_the_command_runs(tmp_path):
@@ -227,6 +235,8 @@ def test_wrong_parameters_stop_the_flow_before_any_stage(pipeline, caplog):
         elastic.elastic(overrides=["steps 5"])
     with pytest.raises(ParameterTypeError, match="budgets"):
         elastic.elastic(budgets=[{"name": "twice", "share": 2}])
+    with pytest.raises(ValueError, match="a name is there twice: half, half"):
+        elastic.elastic(budgets=[{"name": "half", "share": 0.5}, {"name": "half", "share": 0.6}])
     with pytest.raises(ValueError, match=r"nothing is left from report until prepare_data"):
         elastic.elastic(from_stage="report", until_stage="prepare_data")
     with pytest.raises(ValueError, match=r"(?s)parameters are not valid.*train.seconds: expected an integer"):
@@ -298,6 +308,14 @@ def test_which_runs_are_compared(tmp_path):
         compare.choose(names[:1], None, None)
 
 
+def test_a_run_of_any_name_has_a_directory_of_its_own(tmp_path):
+    assert publish.directory_of("../../my run", "1234567890", tmp_path) == tmp_path / "my-run"
+    assert publish.directory_of("..", "1234567890", tmp_path) == tmp_path / "1234567890"
+    write_run(tmp_path, "mine", "2026-01-01", [])
+    of_another = tmp_path / compare.NAMED
+    assert publish.directory_of("mine", "1234567890", of_another) == of_another / "mine-12345678"
+
+
 # --- the dashboard, from outside -------------------------------------------------------------------------------------
 
 
@@ -310,6 +328,20 @@ def test_dashboard_refuses_a_taken_port_and_a_wrong_url(checkout):
     assert "cannot listen on 127.0.0.1" in output and "choose another port" in output
     dashboard.environment["PREFECT_API_URL"] = "https://example.org/api"
     assert "api.url is 'https://example.org/api' but the server" in dashboard.refused()
+
+
+def test_pages_are_mended_once(tmp_path):
+    pages.only_first_version(tmp_path)
+    pages.only_first_version(tmp_path)
+    assert not (tmp_path / "v2").exists()
+    (tmp_path / "v1").mkdir()
+    page = tmp_path / "v1/index.html"
+    page.write_text("<html><head><title>Prefect</title></head></html>")
+    for port in (1, 2):
+        pages.mend(tmp_path, f"http://127.0.0.1:{port}")
+        assert page.read_text().count("<script>") == 1
+    assert "ws://127.0.0.1:2" in page.read_text() and "127.0.0.1:1" not in page.read_text()
+    assert page.read_text().endswith("<title>Prefect</title></head></html>")
 
 
 @pytest.mark.slow

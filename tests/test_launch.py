@@ -183,7 +183,7 @@ def test_workers_attach_to_a_running_cluster(tmp_path):
         subprocess.run([*start, "--disable-usage-stats"], env=environment, check=True, capture_output=True, timeout=60)
         environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
         command = [sys.executable, "-c", ATTACH, str(tmp_path)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "StageError: the loss is nan\n" in done.stdout
     for name in ("good", "bad"):

@@ -297,7 +297,7 @@ def test_what_cannot_be_used_is_refused_at_once(s3, monkeypatch, caplog, environ
     start = time.monotonic()
     with pytest.raises(StorageError, match=words) as caught:
         storage.check_access(url or s3.place, writing)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 10  # half a second where the machine is not busy
     assert isinstance(caught.value, StorageUnavailable) == ("no answer" in str(caught.value))
     assert caught.value.__context__ is None or caught.value.__suppress_context__  # no traceback shows the cause
     given = [SECRET, *(value for value in environment.values() if value)]

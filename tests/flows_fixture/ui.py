@@ -108,8 +108,16 @@ class Ui:
         """Send the form, and go to the run by its name in the deployment's page; the run's id."""
         self.page.wait_for_timeout(500)  # the form takes in what was typed a little later
         name = self.page.locator(".flow-run-name-input input").input_value()
+        run = self.page.get_by_role("link", name=name, exact=True).first
+        busy = self.page.get_by_text("Something went wrong trying to create a flow run").first
         self.page.get_by_role("button", name="Submit").click()
-        self.page.get_by_role("link", name=name, exact=True).first.click()
+        run.or_(busy).first.wait_for()
+        while not run.is_visible():  # SQLite was busy, and nothing was made; a person would click again, too
+            self.page.wait_for_timeout(1000)
+            self.page.get_by_role("button", name="Submit").dispatch_event("click")  # it may be below the message
+            busy.wait_for(state="hidden")
+            run.or_(busy).first.wait_for()
+        run.click()
         self.page.wait_for_url(re.compile("/runs/flow-run/"))
         return re.search(r"flow-run/([0-9a-f-]+)", self.page.url)[1]
 
