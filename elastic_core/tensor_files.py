@@ -22,7 +22,7 @@ from torch import Tensor
 
 from elastic_core.in_order import in_order
 
-BLOCK_BYTES = 1 << 20  # stays in the processor's cache between reading, cutting and writing
+BLOCK_BYTES = 1 << 21  # some thousand rows at a time, and yet about what a core's cache holds
 WRITERS = 2  # threads: while one is in the kernel, the other cuts
 _CODES = {
     torch.float64: "F64",
