@@ -1,4 +1,4 @@
-"""Every goal of speed and size against its alternative, in one table: `python -m benchmarks.bench`.
+"""Every goal of speed and size against its alternative, in one table: `make bench`.
 
 Times are medians of interleaved repeats and are compared by ratio within one run only. `--quick` measures smaller
 shapes, for a test that everything runs. Writes benchmarks/results/<machine>.json; exits with 1 where a goal is missed.
@@ -16,7 +16,7 @@ import torch
 from benchmarks.report import FAIL, table, write
 
 # Each is a module of this package with a function `rows(quick: bool) -> Iterator[Row]`.
-SECTIONS = ("ranking", "extraction", "serving", "preparation", "checkpoints", "start_up")
+SECTIONS = ("steps", "scan", "losses", "ranking", "extraction", "serving", "preparation", "checkpoints", "start_up")
 RESULTS = Path(__file__).with_name("results")
 
 

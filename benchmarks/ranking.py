@@ -18,14 +18,14 @@ MOST = 0.45
 # A layer's weight in the residual stream: the errors of a trained parent's layers lie this far apart and farther (the
 # smoke profile's: 4 and more between neighbours in the ranking); those of random layers alone would be all alike.
 LOUDEST, QUIETEST = 1.0, 0.15
-REPEATS = 3
+REPEATS = 2
 
 
 def rows(quick: bool) -> Iterator[Row]:
     shape = Shape("ranking", 32, "M-*M-", 64, 16, 4, head=16)
     if not quick:
-        pattern = "".join(itertools.islice(itertools.cycle("M-M*-M-"), 16))
-        shape = Shape("ranking", 128, pattern, 1024, 96, 8, head=32)
+        pattern = "".join(itertools.islice(itertools.cycle("M-M*-M-"), 14))
+        shape = Shape("ranking", 64, pattern, 512, 64, 8, head=16)
     model = uneven_model(shape)
     draw = torch.Generator().manual_seed(1)
     size = (shape.sequences, shape.length)

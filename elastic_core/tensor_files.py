@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from elastic_core.in_order import in_order
 
-BLOCK_BYTES = 1 << 20  # stays in the processor's cache between reading, cutting and writing
+BLOCK_BYTES = 1 << 21  # some thousand rows at a time, and yet about what a core's cache holds
 WRITERS = 2  # threads: while one is in the kernel, the other cuts
 _CODES = {
     torch.float64: "F64",
@@ -113,7 +114,7 @@ class TensorFile:
             header[name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
-        self._start = 8 + len(text)
+        self._start, self._lock = 8 + len(text), Lock()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._write(len(text).to_bytes(8, "little") + text, 0)
         os.ftruncate(self._file, self._start + end)
@@ -128,9 +129,10 @@ class TensorFile:
     def _write(self, data, offset: int) -> None:
         view = memoryview(data)
         try:
-            while view:
-                written = os.pwrite(self._file, view, offset)
-                view, offset = view[written:], offset + written
+            with self._lock:  # the system lets one write at a time into a file, and would have the other thread spin
+                while view:
+                    written = os.pwrite(self._file, view, offset)
+                    view, offset = view[written:], offset + written
         except OSError as error:  # a full disk, for instance
             raise OSError(error.errno, os.strerror(error.errno), str(self.path)) from None
 
