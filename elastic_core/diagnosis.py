@@ -91,7 +91,7 @@ def describe(line: tuple[str, float, float]) -> str:
 def _data(run: Run, microbatch: int) -> str:
     """Which data a microbatch of this step read, over all ranks."""
     size = run.stage.batch_size // run.stage.microbatches
-    first = run.step * run.stage.batch_size + microbatch * size
+    first = run.stage.first_sample(run.step, microbatch)
     sources = sorted({run.data.sources[i] for i in run.data.source_indices(first, size)})
     return f"Data: samples {first} to {first + size - 1} ({', '.join(sources)})."
 

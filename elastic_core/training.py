@@ -23,6 +23,7 @@ from elastic_core.data import IGNORED_LABEL
 from elastic_core.diagnosis import NonFiniteError, explain_gradient, explain_loss
 from elastic_core.distributed import average_gradients, clip_gradients, gradient_norm
 from elastic_core.losses import distillation_loss, resource_loss
+from elastic_core.model import ElasticModel
 from elastic_core.router import anneal, noise_generator
 from elastic_core.run import Run, members_of, resume, save, trained_modules
 from elastic_core.selection import select_family
@@ -60,7 +61,8 @@ def train_step(run: Run) -> dict:
     stage, modules = run.stage, trained_modules(run)
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak"] * stage.learning_rate_factor(run.step)
-    dealt = deal(stage.budget_shares or dict.fromkeys(run.budgets, 1.0), stage.microbatches, run.seed, run.step)
+    shares = stage.budget_shares or dict.fromkeys(run.budgets, 1.0)
+    dealt = deal(shares, stage.microbatches, run.seed, run.step, stage.budgets_per_batch)
     mode = "hard" if run.members else "soft"
     results = accumulate_gradients(run, dealt)
     average_gradients(modules, run.ranks)
@@ -96,9 +98,11 @@ def accumulate_gradients(run: Run, dealt: list[str]) -> list[dict]:
     """
     batches = [microbatch_data(run, microbatch) for microbatch in range(len(dealt))]
     num_live = run.ranks.sum(torch.stack([(labels != IGNORED_LABEL).sum() for _, labels in batches])).clamp(min=1)
-    results = []
+    results, taught = [], {}
     for microbatch, (budget, (input_ids, labels)) in enumerate(zip(dealt, batches, strict=True)):
-        result = microbatch_loss(run, microbatch, budget, input_ids, labels, num_live[microbatch])
+        if microbatch % run.stage.budgets_per_batch == 0:
+            taught = {}  # what teachers make of these sequences, for all microbatches that read them
+        result = microbatch_loss(run, microbatch, budget, input_ids, labels, num_live[microbatch], taught)
         total = run.ranks.world * result["loss"]  # gradients are averaged over ranks, losses are parts of a sum
         if result["router_loss"] is not None:
             total = total + run.routing.weight * result["router_loss"]
@@ -109,12 +113,13 @@ def accumulate_gradients(run: Run, dealt: list[str]) -> list[dict]:
 
 def microbatch_data(run: Run, microbatch: int) -> tuple[Tensor, Tensor]:
     """This rank's input ids and labels of a microbatch, (size / ranks, L) each, in CPU memory."""
-    size = run.stage.batch_size // run.stage.microbatches
-    part = run.ranks.part(size)
-    return run.data.batch(run.step * run.stage.batch_size + microbatch * size + part.start, part.stop - part.start)
+    part = run.ranks.part(run.stage.batch_size // run.stage.microbatches)
+    return run.data.batch(run.stage.first_sample(run.step, microbatch) + part.start, part.stop - part.start)
 
 
-def microbatch_loss(run: Run, microbatch: int, budget: str, input_ids: Tensor, labels: Tensor, num_live) -> dict:
+def microbatch_loss(
+    run: Run, microbatch: int, budget: str, input_ids: Tensor, labels: Tensor, num_live: Tensor, taught: dict
+) -> dict:
     """Losses of one microbatch on one budget: `loss` and `router_loss` to differentiate, the rest for the eyes.
 
     `loss`, `ce` and `kl` are this rank's parts of means over the `num_live` positions that all ranks have together.
@@ -123,8 +128,11 @@ def microbatch_loss(run: Run, microbatch: int, budget: str, input_ids: Tensor, l
     input_ids, labels = input_ids.to(device), labels.to(device)
     cut, router_loss, num_parameters = choose_cut(run, microbatch, budget)
     with precision(run.stage, device):
-        teacher = teacher_states(run, microbatch, budget, input_ids)
+        teacher = teacher_states(run, microbatch, budget, input_ids, taught)
         hidden = run.model.hidden_states(input_ids, cut)
+        if teacher is not None:
+            model, states = teacher
+            teacher = states, model.head(run.cut_of(model))  # after a forward pass, which gathers a sharded head
         loss, ce, kl = distillation_loss(
             hidden,
             run.model.head(cut),
@@ -154,22 +162,22 @@ def choose_cut(run: Run, microbatch: int, budget: str):
 
 
 @torch.no_grad()
-def teacher_states(run: Run, microbatch: int, budget: str, input_ids: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The teacher's hidden states and head: the frozen parent, or the family's own full model; None for no teacher.
+def teacher_states(
+    run: Run, microbatch: int, budget: str, input_ids: Tensor, taught: dict[ElasticModel, Tensor]
+) -> tuple[ElasticModel, Tensor] | None:
+    """The teacher, frozen parent or the family's own full model, and its hidden states; None for no teacher.
 
-    The full budget is not its own teacher: where the teacher is trainable it learns from the text alone.
+    `taught` remembers what each teacher made of these sequences. The full budget is not its own teacher: where the
+    teacher is trainable it learns from the text alone.
     """
-    if run.stage.loss_of(budget).kl_weight == 0:
+    model = run.frozen_teacher
+    if uses_trainable_teacher(run.stage, run.step, microbatch):
+        model = None if run.budgets[budget] == 1.0 else run.model
+    if model is None or run.stage.loss_of(budget).kl_weight == 0:
         return None
-    if not uses_trainable_teacher(run.stage, run.step, microbatch):
-        if run.frozen_teacher is None:
-            return None
-        cut = run.cut_of(run.frozen_teacher)
-        return run.frozen_teacher.hidden_states(input_ids, cut), run.frozen_teacher.head(cut)
-    if run.budgets[budget] == 1.0:
-        return None
-    cut = run.cut_of(run.model)
-    return run.model.hidden_states(input_ids, cut), run.model.head(cut)
+    if model not in taught:
+        taught[model] = model.hidden_states(input_ids, run.cut_of(model))
+    return model, taught[model]
 
 
 def precision(stage: Stage, device: torch.device):

@@ -95,6 +95,12 @@ def own_teacher(ranks, data, directory):
 HALF = {"precision": "bfloat16", "steps": BEFORE_LEAPS}
 
 
+def shared_pass(ranks, data, directory):
+    """The teacher, the trained model itself, reads what three microbatches share once."""
+    stage = {"teacher": "trainable", "loss": Loss(1.0, 1.0), "steps": BEFORE_LEAPS, "budgets_per_batch": 3}
+    return trained(ranks, data, stage=stage, teacher=False)
+
+
 def half(ranks, data, directory):
     return trained(ranks, data, stage=HALF)
 
@@ -266,6 +272,7 @@ CASES = (
     recomputed,
     copies,
     own_teacher,
+    shared_pass,
     half,
     half_soft,
     half_recomputed,

@@ -45,6 +45,23 @@ def test_dealing_is_a_function_of_seed_and_step_alone():
     assert len({tuple(step) for step in first}) > 5  # places inside a step are shuffled
 
 
+def test_microbatches_that_share_sequences_differ_in_budget():
+    shares = {"a": 0.5, "b": 0.3, "c": 0.2}
+    for step in range(50):
+        dealt = deal(shares, 8, 1, step, together=2)
+        assert all(first != second for first, second in zip(dealt[::2], dealt[1::2], strict=True))
+        assert Counter(dealt) == Counter(deal(shares, 8, 1, step))
+    assert Counter(deal({"a": 1.0}, 4, 0, 0, together=4)) == {"a": 4}  # where it cannot be helped
+
+
+def test_every_sequence_is_read_once_by_each_group():
+    stage = make_stage(microbatches=6, budgets_per_batch=3)  # two sequences a microbatch
+    assert [stage.first_sample(0, microbatch) for microbatch in range(6)] == [0, 0, 0, 2, 2, 2]
+    assert stage.first_sample(1, 0) == 4
+    plain = make_stage(microbatches=6)
+    assert [plain.first_sample(step, i) for step in range(2) for i in range(6)] == list(range(0, 24, 2))
+
+
 def test_learning_rate_end_points():
     for schedule in ("constant", "linear", "cosine"):
         stage = make_stage(warmup_steps=10, schedule=schedule, final_learning_rate=0.2)
@@ -92,6 +109,10 @@ def test_mixed_teachers_move_linearly_from_the_parent_to_the_family():
         ({"checkpoint_every": 0}, r"stage\.checkpoint_every: got 0"),
         ({"keep_checkpoints": 0}, r"stage\.keep_checkpoints: got 0"),
         ({"microbatches": 5}, r"stage\.batch_size: got 12; allowed: a multiple of microbatches \(5\)"),
+        (
+            {"microbatches": 3, "budgets_per_batch": 2},
+            r"stage\.microbatches: got 3; allowed: a multiple of budgets_per_batch \(2\)",
+        ),
         ({"learning_rate": 0.0}, r"stage\.learning_rate: got 0\.0; allowed: above 0"),
         ({"warmup_steps": -1}, r"stage\.warmup_steps: got -1"),
         ({"final_learning_rate": 1.5}, r"stage\.final_learning_rate: got 1\.5; allowed: 0 to 1 of the peak"),

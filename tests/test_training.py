@@ -128,23 +128,29 @@ def naive_loss(logits, teacher_logits, labels, weights):
     return weights.ce_weight * ce + weights.kl_weight * t**2 * kl, ce, kl
 
 
+@pytest.mark.parametrize("together", [1, 3])
 @pytest.mark.parametrize("routed", [False, True], ids=["hard", "soft"])
-def test_gradient_of_a_whole_step_is_that_of_plain_losses_on_whole_logits(data, routed):
+def test_gradient_of_a_whole_step_is_that_of_plain_losses_on_whole_logits(data, routed, together):
     weights = {"full": Loss(1.0, 0.0), "medium": Loss(0.3, 0.7, 2.0), "small": Loss(0.0, 1.0)}
-    stage = make_stage(batch_size=10, microbatches=5, gradient_clip=1e9, loss_by_budget=weights)
+    stage = make_stage(
+        batch_size=12, microbatches=6, budgets_per_batch=together, gradient_clip=1e9, loss_by_budget=weights
+    )
     run = make_run(data, stage, routed, routing=Routing(weight=0.5, dead_zone=0.0), seed=4)
     with torch.no_grad():
         for parameter in run.teacher.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9)))
     model, router = copy.deepcopy(run.model), copy.deepcopy(run.router)
+    passes = []
+    run.teacher.model.register_forward_hook(lambda *_: passes.append(1))
     found, row = gradients_of_first_step(run)
 
     dealt = [result["budget"] for result in row["microbatches"]]
     assert set(dealt) == set(BUDGETS)
-    input_ids, labels = run.data.batch(0, 10)
+    assert len(passes) == (2 if together == 3 else len(dealt) - dealt.count("full"))  # full learns from text alone
+    input_ids, labels = run.data.batch(0, 12)
     assert (labels == IGNORED_LABEL).any()  # some rows are padded
     for i, budget in enumerate(dealt):
-        part = slice(2 * i, 2 * i + 2)
+        part = slice(2 * (i // together), 2 * (i // together) + 2)
         if routed:
             from elastic_core.router import noise_generator
 
