@@ -47,7 +47,7 @@ TINY = Shape("tiny", 64, "M-*M-", 256, 33, 2, head=16)  # an odd length
 CHECKED = Shape("checked", 512, "M-*M-M-*", 4096, 257, 2)
 TIMED = (
     Shape("0.2 B", 1024, "M-M-M*-M-M-M*-", 32768, 2048, 8, groups=8),
-    Shape("1.2 B", 2048, "M-M-M*-M-M-M*-M-M-M*-M-M-", 65536, 4096, 4, groups=8),
+    Shape("1.2 B", 2048, "M-M-M*-M-M-M*-M-M-M*-M-M-", 65536, 8192, 2, groups=8),
 )
 
 

@@ -23,6 +23,7 @@ from elastic_core.training import train_step
 
 WARM_UP, REPEATS = 2, 9
 LONG = Shape("1.2 B", 2048, "M-M-M*-M-M-M*-M-M-M*-M-M-", 65536, 49152, 1, groups=8)
+BUSY = 0.45  # goal: share of the peak, by the operations that a step has to do
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA H200": 989e12}  # dense bfloat16
 BYTES_PER_PARAMETER = 16  # float32 weight, gradient and two moments
 
@@ -35,11 +36,11 @@ def measure(ranks: Ranks, shapes: tuple[Shape, ...]) -> Iterator[Row]:
         if is_gpu and needed > 0.6 * torch.cuda.get_device_properties(ranks.device).total_memory:
             yield not_measured("step", shape.name, f"needs {needed / 1e9:.0f} GB for its state alone")
             continue
-        must_gain = is_gpu and shape is shapes[-1]  # smaller ones may be bound by launching kernels
-        yield from step_rows(ranks, shape, Execution(activation_checkpointing=True), must_gain)
+        is_large = is_gpu and shape is shapes[-1]  # smaller ones may be bound by launching kernels
+        yield from step_rows(ranks, shape, Execution(activation_checkpointing=True), is_large)
         compiled = Execution(activation_checkpointing=True, compile=True)
         if is_gpu:
-            yield from step_rows(ranks, shape, compiled, must_gain)
+            yield from step_rows(ranks, shape, compiled, is_large)
         else:
             yield not_measured("step, compiled", shape.name, "on GPUs only")
     if not is_gpu:
@@ -66,7 +67,7 @@ def half_of(config) -> Submodel:
     ).resolve(config)
 
 
-def step_rows(ranks: Ranks, shape: Shape, execution: Execution, must_gain: bool) -> Iterator[Row]:
+def step_rows(ranks: Ranks, shape: Shape, execution: Execution, is_large: bool) -> Iterator[Row]:
     """Steps from text alone, without a teacher: of the full model and of half of it in turn, in bfloat16."""
     release()
     config = shape.config()
@@ -101,8 +102,11 @@ def step_rows(ranks: Ranks, shape: Shape, execution: Execution, must_gain: bool)
         used = model_flops(config, budgets[name], shape.length) * rate
         share = f", {used / 1e12:.0f} TFLOP/s" + (f" ({used / PEAK[device]:.0%} of its peak)" if device in PEAK else "")
         yield measured(kind, what, f"{times[name] * 1e3:.1f} ms, {rate:,.0f} tokens/s{share}{held}")
+        if is_large and name == "full" and device in PEAK:
+            busy, context = used / PEAK[device], f"{shape.name}, context of {shape.length:,}"
+            yield Row(f"{kind}, utilisation", context, f"{busy:.1%}", f"≥ {BUSY:.0%}", PASS if busy >= BUSY else FAIL)
     ratio, what = times["half"] / times["full"], f"{shape.name}, half / full"
-    if must_gain:
+    if is_large:
         yield Row(kind, what, f"{ratio:.2f}", "< 1", PASS if ratio < 1 else FAIL)
     else:
         yield measured(kind, what, f"{ratio:.2f}")
