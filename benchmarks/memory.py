@@ -7,6 +7,7 @@ workspaces of kernels and NCCL, the CUDA context (leave about a tenth). For bflo
 
 import argparse
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -26,11 +27,11 @@ GB = 1e9
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of storages that operations have made and that are still alive."""
+    """Counts the bytes of storages that operations have made and that are still alive, but for those of `given`."""
 
-    def __init__(self):
+    def __init__(self, given: Iterable[Tensor] = ()):
         super().__init__()
-        self.sizes: dict[int, int] = {}
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in given}
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -61,7 +62,7 @@ def layer_bytes(config, layer: int, sequences: int, length: int) -> int:
                 if parameter.dim() == 2:
                     module.register_parameter(name, nn.Parameter(parameter.detach().to(torch.bfloat16)))
         x = torch.empty(sequences, length, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        with Alive() as alive:
+        with Alive([x, *block.parameters()]) as alive:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 y = block(x, cut)
             y.backward(torch.empty_like(y))
@@ -76,7 +77,7 @@ def loss_bytes(config, sequences: int, length: int) -> int:
         heads = [torch.empty(config.vocab_size, config.hidden_size, dtype=torch.bfloat16) for _ in range(2)]
         labels = torch.empty(tokens, dtype=torch.int64)
         hidden.requires_grad_(), heads[0].requires_grad_()
-        with Alive() as alive, torch.autocast("cpu", dtype=torch.bfloat16):
+        with Alive([hidden, teacher, *heads]) as alive, torch.autocast("cpu", dtype=torch.bfloat16):
             loss, *_ = distillation_loss(hidden, heads[0], labels, (teacher, heads[1]))
             loss.backward()
     return alive.peak

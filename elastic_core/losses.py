@@ -53,6 +53,7 @@ class DistillationLoss(torch.autograd.Function):
             else:
                 grad_head += (grad.T @ scaled).to(wide)
             sums += torch.stack([ce, kl]).double()
+            del grad  # before the next chunk's matrices are there
         ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
         ce, kl = (sums / num_live).to(wide)
         loss = ce_weight * ce + kl_weight * temperature**2 * kl
