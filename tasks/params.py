@@ -264,9 +264,9 @@ def check_family(params: Params, where: str) -> None:
     Which layers depth drops is still open, so a budget is refused here only where it cannot be met whether the
     largest or the smallest layers go first; train_short checks again with the real order.
     """
-    from elastic_core import hf
+    from elastic_core import families, hf
     from elastic_core.choices import ElasticSpace
-    from elastic_core.layout import count, layer_index, parameter_layout
+    from elastic_core.layout import count, layer_index
     from elastic_core.selection import check_budgets
     from tasks.parent import model_config
 
@@ -277,7 +277,7 @@ def check_family(params: Params, where: str) -> None:
         else:
             config = model_config(parent.model, params.prepare_data.vocab_size)
         layers: dict[int, int] = {}
-        for name, dims in parameter_layout(config).items():
+        for name, dims in families.parameter_layout(config).items():
             if (layer := layer_index(name)) is not None:
                 layers[layer] = layers.get(layer, 0) + count({name: dims}, {}, keep=lambda _: 1)
         problems = []

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, distributed, hf, model_files, storage
+from elastic_core import ElasticModel, distributed, families, hf, model_files, storage
 from elastic_core.config import ConfigError
 from elastic_core.data import PackedSequences, TokenData, check_tokenizer
 from elastic_core.distributed import Ranks
 from elastic_core.elastic_checkpoint import Member
-from elastic_core.layout import block_pattern
 from elastic_core.run import Run
 from tasks import params, places, train
 from tasks.endings import errors_as_text
@@ -82,7 +81,7 @@ def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> Non
     config = model_config(settings.parent.model, manifest.vocab_size, **tokens)
     model = initialise(config, settings.seed)
     if ranks.rank == 0:
-        print(f"parent: {sum(p.numel() for p in model.parameters()):,} parameters, layers {block_pattern(config)}")
+        print(f"parent: {sum(p.numel() for p in model.parameters()):,} parameters, layers {families.pattern(config)}")
     run = Run(
         distributed.place(model, ranks, settings.compute.execution, stage.precision),
         stage,

@@ -6,7 +6,7 @@ import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from elastic_core import ElasticModel, Submodel
-from elastic_core.layout import layers_of
+from elastic_core.families.nemotron_h import layers_of
 
 
 def random_config(seed: int) -> NemotronHConfig:

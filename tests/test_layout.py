@@ -9,7 +9,8 @@ from parents import random_config, random_elastic, random_ids, random_submodel
 from transformers import NemotronHForCausalLM
 
 from elastic_core import layout
-from elastic_core.layout import Concat, Fixed, Product, Units, kept_rows, narrow, parameter_layout, permute
+from elastic_core.families import parameter_layout
+from elastic_core.layout import Concat, Fixed, Product, Units, kept_rows, narrow, permute
 
 
 def in_groups(size: int, kept: int, groups: int = 1) -> list[int]:

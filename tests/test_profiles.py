@@ -11,7 +11,7 @@ from transformers import NemotronHConfig
 from elastic_core.choices import ElasticSpace
 from elastic_core.config import ConfigError
 from elastic_core.cost import num_parameters
-from elastic_core.layout import layers_of
+from elastic_core.families.nemotron_h import layers_of
 from elastic_core.selection import check_budgets
 from elastic_core.submodel import Submodel
 from tasks import params
