@@ -59,6 +59,7 @@ class ElasticSpace:
         if sorted(self.depth_ranking) != list(range(num_layers)):
             raise ValueError(f"depth_ranking: got {self.depth_ranking}; expected every layer 0..{num_layers - 1} once")
         self.units = families.units(config)
+        _check_expressible(config, choices, where)
         self.slots = [slot for axis in AXES for slot in self._slots(axis, choices, where)]
         self.keep = torch.zeros(len(self.slots[-1].sizes), num_layers)  # (depth choices, layers)
         for row, depth in zip(self.keep, self.slots[-1].sizes, strict=True):
@@ -158,3 +159,18 @@ class ElasticSpace:
                 values = tuple(sizes[key] for key in keys)
                 fields[name] = values if name in PER_LAYER else values[0]
         return Submodel(**fields).resolve(self.config)
+
+
+def _check_expressible(config, choices: Choices, where: str) -> None:
+    """Raise ConfigError where the router could choose what no directory of the parent's family can say."""
+    family = families.of(config)
+    if family.MODELING_FILE is None:
+        for name in choices.heterogeneous:
+            require(
+                name == "intermediate_size", f"{where}.heterogeneous", name, f"intermediate_size ({config.model_type})"
+            )
+    for hidden_size in choices.hidden_size or (config.hidden_size,):
+        for num_heads in choices.num_attention_heads or (config.num_attention_heads,):
+            problem = family.size_problem(config, hidden_size, num_heads)
+            if problem is not None:
+                raise ConfigError(f"{where}.{problem}")

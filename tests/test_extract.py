@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from parents import random_config, random_ids, random_submodel, randomise, relative_error, save_random_parent
+from parents import CONFIGS, random_config, random_ids, random_submodel, randomise, relative_error, save_random_parent
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
@@ -143,9 +143,10 @@ def test_refuses_incomplete_directories(parent, damage):
 # Out
 
 
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("seed", range(4))
-def test_save_pretrained_is_loaded_by_transformers(tmp_path, seed):
-    reference = save_random_parent(tmp_path / "a", seed)
+def test_save_pretrained_is_loaded_by_transformers(tmp_path, seed, family):
+    reference = save_random_parent(tmp_path / "a", seed, CONFIGS[family](seed))
     model, ids = ElasticModel.from_pretrained(tmp_path / "a"), random_ids(reference.config, seed)
     model.save_pretrained(tmp_path / "b")
     with torch.no_grad():

@@ -20,10 +20,11 @@ A family is a table of named dimensions and the forward of its layers. Its modul
 
 from types import ModuleType
 
+import elastic_core.families.llama as llama
 import elastic_core.families.nemotron_h as nemotron_h
 from elastic_core.layout import Layout, Units
 
-FAMILIES = {model_type: family for family in (nemotron_h,) for model_type in family.MODELS}
+FAMILIES = {model_type: family for family in (nemotron_h, llama) for model_type in family.MODELS}
 
 
 def find(model_type: str | None, where: str) -> ModuleType:
