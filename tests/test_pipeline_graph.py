@@ -34,7 +34,8 @@ ROUTER = {"elastic_core.router", "elastic_core.selection", "elastic_core.choices
 FORWARD = {"elastic_core.layers", "elastic_core.cut"}  # a family's file has its layers too
 FORWARD |= {f"elastic_core.ops.{name}" for name in ("kernels", "activation", "norm")}
 UNUSED = {
-    "prepare_data": {"elastic_core.hf"},  # how the files of a tokenizer are named
+    # How the files of a tokenizer are named, and those of a package's model, of which only the tokenizer is read.
+    "prepare_data": {"elastic_core.hf", "elastic_core.tensor_files", "elastic_core.families"},
     "parent": RANKING | ROUTER | {"tasks.prepare_data"},  # its tokenizer is in artifacts/data
     "train_short": RANKING,
     "train_extended": RANKING | ROUTER,

@@ -20,6 +20,7 @@ OPTIONAL = {
     "dvc",
     "fastapi",
     "fsspec",
+    "gguf",
     "jinja2",
     "lm_eval",
     "mamba_ssm",
