@@ -55,7 +55,9 @@ def assert_alike(pair, single, loss=LOSS, weight=WEIGHT):
         assert (pair["weights"][name] - value).abs().max() <= weight * value.abs().max(), name
 
 
-@pytest.mark.parametrize("name", ["hard", "soft", "straight_through", "recomputed", "copies", "own_teacher"])
+@pytest.mark.parametrize(
+    "name", ["hard", "soft", "straight_through", "recomputed", "copies", "own_teacher", "tied_llama"]
+)
 def test_two_ranks_give_the_loss_curve_of_one_process(pair, data, tmp_path, name):  # noqa: F811
     assert_alike(pair[0][name], getattr(cases, name)(ALONE, data, tmp_path))
 

@@ -26,6 +26,8 @@ from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.config import ConfigError
 from elastic_core.cost import num_parameters
 from elastic_core.submodel import full_sizes
+from flows.inspection import show
+from tasks.inspect_checkpoint import inspect_checkpoint
 
 PER_LAYER = ("intermediate_size", "num_attention_heads")
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -369,6 +371,14 @@ def test_generation_with_and_without_cache(tmp_path, seed):
         for _ in range(8):
             ours = torch.cat([ours, elastic(ours, submodel)[:, -1:].argmax(-1)], 1)
     assert torch.equal(cached, plain) and torch.equal(ours, plain)
+
+
+def test_it_is_inspected(parent):
+    found = inspect_checkpoint(parent)
+    assert (found["model_type"], found["pattern"], found["parameters"]) == ("llama", "LLL", num_parameters(BASE))
+    widths = {"hidden_size": 24, "intermediate_size": 19, "num_attention_heads": 6}
+    assert found["widths"] == widths | {"mamba_num_heads": None, "mamba_head_dim": None}
+    show(found)
 
 
 def test_old_files_frequencies_are_left_out(parent):
