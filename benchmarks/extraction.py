@@ -17,7 +17,8 @@ from transformers import NemotronHConfig
 from benchmarks.comparison import MB, in_turn, median_ratio, peak_memory
 from benchmarks.report import FAIL, PASS, Row, at_least, measured, not_measured
 from elastic_core import Submodel, extract, hf
-from elastic_core.layout import parameter_layout
+from elastic_core.families import parameter_layout
+from elastic_core.families.nemotron_h import disk_name
 from elastic_core.tensor_files import Entry
 
 SHARE_OF_CP, SLACK = 0.8, 300 * MB
@@ -50,7 +51,7 @@ class Repeated:
 def write_checkpoint(directory: Path, config: NemotronHConfig, shard_bytes: int = SHARD_BYTES) -> int:
     """A sharded bfloat16 directory of `config`; returns the bytes of its largest tensor."""
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
-    shapes = {name: tuple(dim.size for dim in dims) for name, dims in parameter_layout(config).items()}
+    shapes = {disk_name(name): tuple(dim.size for dim in dims) for name, dims in parameter_layout(config).items()}
     entries = {name: Entry(torch.bfloat16, shape) for name, shape in shapes.items()}
     with hf.whole_directory(directory) as partial:
         hf.write_config(partial, config, dtype="bfloat16")

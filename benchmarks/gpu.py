@@ -31,7 +31,7 @@ from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.curriculum import Loss, Routing, Stage
 from elastic_core.distributed import Execution, Ranks, average_gradients, whole
 from elastic_core.elastic_checkpoint import Member
-from elastic_core.layout import layers_of
+from elastic_core.families.nemotron_h import layers_of
 from elastic_core.router import Router
 from elastic_core.run import Run, named_parameters, resume, save, state_tensors, trained_modules
 from elastic_core.training import accumulate_gradients, train_step

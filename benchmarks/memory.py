@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from elastic_core import hf
-from elastic_core.layout import Layout, block_pattern, layer_index, layers_of, parameter_layout
+from elastic_core.cut import Cut
+from elastic_core.families import parameter_layout
+from elastic_core.families.nemotron_h import Block, layers_of, pattern
+from elastic_core.layout import Layout, layer_index
 from elastic_core.losses import distillation_loss
-from elastic_core.model.cut import Cut
-from elastic_core.model.layers import Block
-from elastic_core.submodel import full_submodel
+from elastic_core.submodel import full_sizes
 
 GB = 1e9
 
@@ -52,11 +53,11 @@ class Alive(TorchDispatchMode):
 def layer_bytes(config, layer: int, sequences: int, length: int) -> int:
     """At most alive while one layer is computed again and differentiated, without its weights."""
     layout = parameter_layout(config)
-    cut = Cut(config, layout, torch.device("cpu"), full_submodel(config))
+    cut = Cut(layout, torch.device("cpu"), full_sizes(config), tuple(range(len(pattern(config)))))
     prefix = f"model.layers.{layer}."
     mine = {name.removeprefix(prefix): dims for name, dims in layout.items() if name.startswith(prefix)}
     with FakeTensorMode():
-        block = Block(config, block_pattern(config)[layer], layer, mine)
+        block = Block(config, layer, mine)
         for module in block.modules():  # as gathered: matrices in bfloat16
             for name, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.dim() == 2:
@@ -102,7 +103,7 @@ def estimate(config, shards: int, sequences: int, length: int, teacher_on_gpu: b
     layout = parameter_layout(config)
     matrices, rest = count_parameters(layout)
     root = count_parameters({name: dims for name, dims in layout.items() if layer_index(name) is None})[0]
-    layers = [layers_of(config, character)[0] for character in dict.fromkeys(block_pattern(config))]
+    layers = [layers_of(config, character)[0] for character in dict.fromkeys(pattern(config))]
     largest = max(
         count_parameters({name: dims for name, dims in layout.items() if layer_index(name) == layer})[0]
         for layer in layers
@@ -113,7 +114,7 @@ def estimate(config, shards: int, sequences: int, length: int, teacher_on_gpu: b
         "embeddings and heads of both, gathered": 2 * 2 * root,
         "their gradients, and as float32 on their way": (2 + 4) * root,
         "two gathered blocks, one block's gradients": (2 * 2 + 2 + 4) * largest,
-        "inputs of the blocks": 2 * len(block_pattern(config)) * sequences * length * config.hidden_size,
+        "inputs of the blocks": 2 * len(pattern(config)) * sequences * length * config.hidden_size,
         "the largest layer again, or the loss": float(
             max(
                 *(layer_bytes(config, layer, sequences, length) for layer in layers),

@@ -15,7 +15,7 @@ from elastic_core.cost import num_parameters
 from elastic_core.curriculum import Loss, Stage
 from elastic_core.distributed import Execution, Ranks
 from elastic_core.elastic_checkpoint import Member
-from elastic_core.layout import layers_of
+from elastic_core.families.nemotron_h import layers_of
 from elastic_core.ops import kernels
 from elastic_core.ops.ssd import ssd
 from elastic_core.run import Run

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elastic_core import families
 from elastic_core.config import ConfigError, require
 from elastic_core.cost import expected_num_parameters
-from elastic_core.layout import AXES, elastic_units, layers_of, parameter_layout
-from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel
+from elastic_core.layout import AXES
+from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
 
-FIELDS = {**{axis: name for name, (_, axis) in WIDTHS.items()}, "depth": "depth"}  # axis → name in the configuration
+FIELDS = {**{axis: name for name, axis in WIDTHS.items()}, "depth": "depth"}  # axis → name in the configuration
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ class ElasticSpace:
 
     def __init__(self, config, choices: Choices, depth_ranking: tuple[int, ...], where: str = "choices"):
         self.config, self.depth_ranking = config, tuple(depth_ranking)
-        num_layers = len(config.layers_block_type)
+        num_layers = families.num_layers(config)
         if sorted(self.depth_ranking) != list(range(num_layers)):
             raise ValueError(f"depth_ranking: got {self.depth_ranking}; expected every layer 0..{num_layers - 1} once")
-        self.units = elastic_units(parameter_layout(config))
+        self.units = families.units(config)
+        _check_expressible(config, choices, where)
         self.slots = [slot for axis in AXES for slot in self._slots(axis, choices, where)]
         self.keep = torch.zeros(len(self.slots[-1].sizes), num_layers)  # (depth choices, layers)
         for row, depth in zip(self.keep, self.slots[-1].sizes, strict=True):
@@ -67,12 +69,12 @@ class ElasticSpace:
     def _slots(self, axis: str, choices: Choices, where: str) -> list[Slot]:
         field = FIELDS[axis]
         if axis == "depth":
-            full, keys, groups = len(self.config.layers_block_type), ("depth",), 1
+            full, keys, groups = families.num_layers(self.config), ("depth",), 1
         else:
-            keys = tuple(key for key in self.units if key.split(".")[0] == axis)
+            keys = tuple(keys_of(self.units, axis))
             if not keys:  # the parent has no such layers
                 return []
-            full, groups = getattr(self.config, field), self.units[keys[0]].groups
+            full, groups = self.units[keys[0]].size, self.units[keys[0]].groups
         sizes = getattr(choices, field) or (full,)
         multiples = f", in multiples of {groups}" if groups > 1 else ""
         valid = all(1 <= size <= full and size % groups == 0 for size in sizes)
@@ -152,10 +154,23 @@ class ElasticSpace:
         """The submodel of one combination."""
         sizes = {key: slot.sizes[index] for slot, index in zip(self.slots, indices, strict=True) for key in slot.keys}
         fields = {"kept_layers": self.depth_ranking[: sizes["depth"]]}
-        for name, (character, axis) in WIDTHS.items():
-            if axis == "hidden":
-                fields[name] = sizes[axis]
-            elif layers := layers_of(self.config, character):
-                values = tuple(sizes[f"{axis}.{i}"] for i in layers)
+        for name, axis in WIDTHS.items():
+            if keys := keys_of(self.units, axis):
+                values = tuple(sizes[key] for key in keys)
                 fields[name] = values if name in PER_LAYER else values[0]
         return Submodel(**fields).resolve(self.config)
+
+
+def _check_expressible(config, choices: Choices, where: str) -> None:
+    """Raise ConfigError where the router could choose what no directory of the parent's family can say."""
+    family = families.of(config)
+    if family.MODELING_FILE is None:
+        for name in choices.heterogeneous:
+            require(
+                name == "intermediate_size", f"{where}.heterogeneous", name, f"intermediate_size ({config.model_type})"
+            )
+    for hidden_size in choices.hidden_size or (config.hidden_size,):
+        for num_heads in choices.num_attention_heads or (config.num_attention_heads,):
+            problem = family.size_problem(config, hidden_size, num_heads)
+            if problem is not None:
+                raise ConfigError(f"{where}.{problem}")

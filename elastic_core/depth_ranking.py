@@ -67,7 +67,7 @@ class LogitError:
         """The sum for one batch (see `full`) whose residual stream x has still to pass `layers`."""
         for layer in layers:
             x = self.model.model.layers[layer](x, self.cut)
-        return self._squared((self.model.model.norm_f(x, self.cut) - full).double())
+        return self._squared((self.model.model.final_norm(x, self.cut) - full).double())
 
 
 def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[int, float]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from elastic_core import families
 from elastic_core.distributed import local
-from elastic_core.layout import block_pattern, layer_index
+from elastic_core.layout import layer_index
 from elastic_core.run import Run, named_parameters
 
 ADVICE = "lower learning_rate, or start from the last checkpoint with other data"
@@ -61,7 +62,7 @@ def explain_gradient(run: Run, microbatches: list[dict]) -> str:
 def layer_statistics(run: Run, cut, input_ids: Tensor) -> list[tuple[str, float, float]]:
     """Per step of the forward pass its name, the largest finite magnitude and the share of numbers not finite."""
     lines: list[tuple[str, float, float]] = []
-    pattern = block_pattern(run.model.config)
+    pattern = families.pattern(run.model.config)
 
     def watch(name: str):
         def look(module, inputs, output: Tensor) -> None:
@@ -73,7 +74,7 @@ def layer_statistics(run: Run, cut, input_ids: Tensor) -> list[tuple[str, float,
 
     trunk = run.model.model
     handles = [layer.register_forward_hook(watch(f"layer {i} ({pattern[i]})")) for i, layer in enumerate(trunk.layers)]
-    handles.append(trunk.norm_f.register_forward_hook(watch("the final norm")))
+    handles.append(trunk.final_norm.register_forward_hook(watch("the final norm")))
     try:
         run.model.hidden_states(input_ids.to(run.ranks.device), cut)
     finally:

@@ -40,7 +40,7 @@ class Execution:
 
     `shard_over`: how many workers share one copy of the weights (None: all); groups of so many hold copies and
     average gradients. `activation_checkpointing` keeps only each block's input and computes the rest again in the
-    backward pass. `compile` runs each block's norm and mixer through torch.compile, a graph per layer and shape.
+    backward pass. `compile` runs the parts of each block through torch.compile, a graph per layer and shape.
     `offload_teacher` keeps a frozen teacher's shards in CPU memory.
     """
 
@@ -231,7 +231,7 @@ def make_mesh(ranks: Ranks, shard_over: int | None) -> DeviceMesh:
 
 
 def compile_blocks(model: ElasticModel) -> None:
-    """Compile norms and mixers one by one: the hooks of sharding and recomputation sit on the blocks around them.
+    """Compile every block's parts one by one: the hooks of sharding and recomputation sit on the blocks around them.
 
     Every layer meets a shape per budget, the full one (the teacher's too) and the router's soft mode, with and
     without gradients; at torch's limit of 8 graphs per function the rest would silently run uncompiled.
@@ -240,8 +240,8 @@ def compile_blocks(model: ElasticModel) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4 * limit)
     for block in model.model.layers:
-        block.norm.compile(dynamic=False)
-        block.mixer.compile(dynamic=False)
+        for part in block.children():
+            part.compile(dynamic=False)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What makes a `nemotron_h` directory elastic: ``elastic.json`` beside the weights, naming a submodel per budget."""
+"""What makes a model directory elastic: ``elastic.json`` beside the weights, naming a submodel per budget."""
 
 import json
 import os

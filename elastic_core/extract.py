@@ -12,12 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_core import elastic_checkpoint, hf
-from elastic_core.layout import Layout, kept_rows, layer_index, layers_of, parameter_layout
-from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel
+from elastic_core import elastic_checkpoint, families, hf
+from elastic_core.layout import kept_rows, layer_index, layer_of
+from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
 from elastic_core.tensor_files import Entry, Stored
-
-MODELING_FILE = "modeling_elastic_nemotron_h.py"
 
 
 def extract(
@@ -30,10 +28,11 @@ def extract(
     """Cut a submodel out of a checkpoint directory into `out_directory`, whole or not at all, and return it resolved.
 
     `submodel_or_budget`: a Submodel; or, where the directory has an ``elastic.json``, a budget's name or target (see
-    `elastic_checkpoint.find_submodel`). A homogeneous submodel becomes a stock `nemotron_h` directory. Widths that
+    `elastic_checkpoint.find_submodel`). A homogeneous submodel becomes a stock directory of its family. Widths that
     differ between layers need ``heterogeneous``: ``remote_code`` adds a modeling file (load it with
     ``trust_remote_code=True``), ``pad`` fills MLPs with zeros to the widest, which is exact and loads anywhere.
-    `dtype` None keeps the stored element type. Tensors are read, cut and written in blocks of rows.
+    Raises ValueError for sizes that the family cannot express. `dtype` None keeps the stored element type. Tensors are
+    read, cut and written in blocks of rows.
     """
     if heterogeneous not in ("remote_code", "pad"):
         raise ValueError(f"heterogeneous: got {heterogeneous!r}; allowed: 'remote_code', 'pad'")
@@ -54,20 +53,19 @@ def extract(
         hf.write_config(partial, config, **changes)
         hf.write_tensors(partial, {name: cut.entry for name, cut in tensors.items()}, tensors.items())
         if "auto_map" in changes:
-            source = resources.files("elastic_core").joinpath(MODELING_FILE + ".txt").read_text()
-            (partial / MODELING_FILE).write_text(source)
+            file = families.of(config).MODELING_FILE
+            (partial / file).write_text(resources.files("elastic_core").joinpath(file + ".txt").read_text())
         hf.copy_tokenizer(elastic_directory, partial)
     return submodel
 
 
 def _cut_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dict[str, CutTensor]:
-    """The kept layers' tensors, to be cut to size as they are written, and renumbered."""
-    layout: Layout = parameter_layout(config)
+    """The kept layers' tensors by their names on disk, to be cut to size as they are written, and renumbered."""
+    layout, disk_name = families.parameter_layout(config), families.of(config).disk_name
     reader.check({name: tuple(dim.size for dim in dims) for name, dims in layout.items()})
     sizes = submodel.sizes(config)
     number = {layer: i for i, layer in enumerate(submodel.kept_layers)}
-    widest = {f"ffn.{i}": _widest(config, submodel, "intermediate_size") for i in layers_of(config, "-")}
-    final = sizes | widest if pad else sizes
+    final = sizes | (dict.fromkeys(keys_of(sizes, "ffn"), _widest(config, submodel)) if pad else {})
     tensors = {}
     for name, dims in layout.items():
         layer = layer_index(name)
@@ -77,7 +75,7 @@ def _cut_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dict[s
         cut = CutTensor(reader.stored(name), [kept_rows(dim, sizes) for dim in dims], shape, dtype)
         if layer is not None:
             name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
-        tensors[name] = cut
+        tensors[disk_name(name)] = cut
     return tensors
 
 
@@ -125,41 +123,41 @@ def _part(runs: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[
 
 
 def _kept_entries(config, submodel: Submodel, field: str) -> list[int]:
-    """A per-layer width's entries for the kept layers of its type, in order."""
-    value, character = getattr(submodel, field), WIDTHS[field][0]
-    kept = [layer in submodel.kept_layers for layer in layers_of(config, character)]
-    entries = value if isinstance(value, tuple) else (value,) * len(kept)
-    return [entry for entry, keep in zip(entries, kept, strict=True) if keep]
+    """A per-layer width's entries for the kept layers that have it, in order."""
+    sizes = submodel.sizes(config)
+    return [sizes[key] for key in keys_of(sizes, WIDTHS[field]) if layer_of(key) in submodel.kept_layers]
 
 
-def _widest(config, submodel: Submodel, field: str) -> int:
-    return max(_kept_entries(config, submodel, field), default=getattr(config, field))
+def _widest(config, submodel: Submodel) -> int:
+    """The width to which padding fills the MLPs."""
+    return max(_kept_entries(config, submodel, "intermediate_size"), default=config.intermediate_size)
 
 
 def config_changes(config, submodel: Submodel, pad: bool = False) -> dict:
-    """What a submodel's configuration has that differs from the parent's."""
-    changes = {
-        "hidden_size": submodel.hidden_size,
-        "mamba_head_dim": submodel.mamba_head_dim,
-        "head_dim": config.head_dim,
-        "layers_block_type": [config.layers_block_type[i] for i in submodel.kept_layers],
-    }
-    for field in PER_LAYER:
+    """What a submodel's configuration has that differs from the parent's; ValueError for what it cannot say."""
+    family, widths = families.of(config), {}
+    for field in WIDTHS:
         value = getattr(submodel, field)
-        if not isinstance(value, tuple):
-            changes[field] = value
-        elif not pad:
-            changes[field] = _kept_entries(config, submodel, field)
-        elif field == "intermediate_size":
-            changes[field] = _widest(config, submodel, field)
-        else:
-            raise ValueError(f"{field}: differs between layers; only MLP widths can be padded, use 'remote_code'")
-    if any(isinstance(changes[field], list) for field in PER_LAYER):
-        module = MODELING_FILE.removesuffix(".py")
-        changes |= {
-            "auto_map": {
-                "AutoConfig": f"{module}.ElasticNemotronHConfig",
-                "AutoModelForCausalLM": f"{module}.ElasticNemotronHForCausalLM",
-            },
-        }
+        if isinstance(value, tuple):
+            value = _kept_entries(config, submodel, field)
+            if pad and field == "intermediate_size":
+                value = max(value)
+            elif pad and family.MODELING_FILE is not None:
+                raise ValueError(f"{field}: differs between layers; only MLP widths can be padded, use 'remote_code'")
+            elif family.MODELING_FILE is None:
+                advice = ", or heterogeneous='pad' (zeros in the MLPs)" if field == "intermediate_size" else ""
+                raise ValueError(
+                    f"{field}: got {value}, which a directory of model_type {config.model_type} cannot express; "
+                    f"allowed: one size for all layers{advice}"
+                )
+        if value is not None:
+            widths[field] = value
+    problem = family.size_problem(config, submodel.hidden_size, submodel.num_attention_heads)
+    if problem is not None:
+        raise ValueError(problem)
+    changes = family.config_changes(config, submodel.kept_layers, widths)
+    if any(isinstance(widths.get(field), list) for field in PER_LAYER):
+        module = family.MODELING_FILE.removesuffix(".py")
+        names = zip(("AutoConfig", "AutoModelForCausalLM"), family.REMOTE_CLASSES, strict=True)
+        changes["auto_map"] = {auto: f"{module}.{name}" for auto, name in names}
     return changes

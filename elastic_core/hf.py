@@ -1,4 +1,4 @@
-"""Names, configurations and tensors to and from Hugging Face directories of the `nemotron_h` family."""
+"""Configurations and tensors to and from Hugging Face directories, under the names of their families (families/)."""
 
 import json
 import os
@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
-from transformers import NemotronHConfig
+from transformers import PreTrainedConfig
 
-from elastic_core import storage, tensor_files
-from elastic_core.layout import block_pattern, pattern_of
+from elastic_core import families, storage, tensor_files
 from elastic_core.submodel import PER_LAYER
 from elastic_core.tensor_files import Entry, Rows, Stored
 
@@ -28,58 +27,37 @@ TOKENIZER_FILES = (
 SHARD_BYTES = 5 * 2**30
 
 
-def read_config(directory: str | os.PathLike) -> NemotronHConfig:
-    """The configuration of a `nemotron_h` directory or URL, checked for what this library can express."""
+def read_config(directory: str | os.PathLike) -> PreTrainedConfig:
+    """The configuration of a directory or URL of a known family, checked for what this library can express."""
     with storage.local_files(directory, ("config.json",)) as local:
         return _read_config(local, str(directory))
 
 
-def _read_config(local: Path, directory: str) -> NemotronHConfig:
-    path = local / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{directory}: no config.json; expected a Hugging Face directory of model_type nemotron_h")
-    values = json.loads(path.read_text())
-    if values.get("model_type") != "nemotron_h":
-        raise ValueError(
-            f"{directory}: model_type is {values.get('model_type')!r}; allowed: 'nemotron_h' "
-            "(hybrid Mamba-2 / attention / MLP decoders)"
-        )
+def _read_config(local: Path, directory: str) -> PreTrainedConfig:
+    values = read_values(local, directory)
+    config_class, _ = families.find(values.get("model_type"), directory).MODELS[values["model_type"]]
     if any(isinstance(values.get(field), list) for field in PER_LAYER):
         raise ValueError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it was cut from")
-    return check_config(NemotronHConfig.from_pretrained(local), directory)
+    return check_config(config_class.from_pretrained(local), directory)
+
+
+def read_values(local: Path, directory: str) -> dict:
+    """What config.json says."""
+    path = local / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{directory}: no config.json; expected a Hugging Face directory of model_type "
+            f"{' or '.join(families.FAMILIES)}"
+        )
+    return json.loads(path.read_text())
 
 
 def check_config(config, where: str = "config"):
     """Return `config` if every part of it is supported; raise ValueError naming the first that is not."""
-    pattern = block_pattern(config)
-    checks = [
-        ("E" not in pattern, f"layer types {pattern!r}; mixture-of-experts layers (E) are not supported yet"),
-        (not config.tie_word_embeddings, "tie_word_embeddings=true; transformers keeps nemotron_h heads untied"),
-        (
-            config.mamba_num_heads % config.n_groups == 0,
-            f"mamba_num_heads={config.mamba_num_heads} is not a multiple of n_groups={config.n_groups}",
-        ),
-        (
-            config.num_attention_heads % config.num_key_value_heads == 0,
-            f"num_attention_heads={config.num_attention_heads} is not a multiple of "
-            f"num_key_value_heads={config.num_key_value_heads}",
-        ),
-        (config.mamba_hidden_act == "silu", f"mamba_hidden_act={config.mamba_hidden_act!r}; allowed: 'silu'"),
-    ]
-    for holds, problem in checks:
+    for holds, problem in families.find(config.model_type, where).requirements(config):
         if not holds:
             raise ValueError(f"{where}: {problem}")
     return config
-
-
-def canonical_name(name: str) -> str:
-    """transformers' parameter name of a tensor on disk, where the trunk is called ``backbone`` or ``model``."""
-    return "model." + name.removeprefix("backbone.") if name.startswith("backbone.") else name
-
-
-def disk_name(name: str) -> str:
-    """The name that transformers and vLLM write and read."""
-    return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 class TensorReader:
@@ -95,7 +73,10 @@ class TensorReader:
                 files = dict.fromkeys(file.keys(), "model.safetensors")
         else:
             raise ValueError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
-        self.files = {canonical_name(name): (file, name) for name, file in files.items() if not name.startswith("mtp.")}
+        model_type = read_values(self.directory, str(directory)).get("model_type")
+        canonical_name = families.find(model_type, str(directory)).canonical_name
+        named = ((canonical_name(name), (file, name)) for name, file in files.items())
+        self.files = {name: found for name, found in named if name is not None}
         self._headers: dict[str, dict[str, Stored]] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -135,20 +116,20 @@ def write_tensors(
 ) -> None:
     """Write tensors of the given `entries` as safetensors shards of at most `shard_bytes`, and their index.
 
-    `tensors` are taken one by one, in any order: whole, or whatever gives their rows (see tensor_files.py).
+    Names are those on disk. `tensors` are taken one by one, in any order: whole, or whatever gives their rows (see
+    tensor_files.py).
     """
     shards, size = [{}], 0
     for name, entry in entries.items():
         if shards[-1] and size + entry.num_bytes > shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][disk_name(name)] = entry
+        shards[-1][name] = entry
         size += entry.num_bytes
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = ["model.safetensors"]
-    named = ((disk_name(name), rows) for name, rows in tensors)
-    tensor_files.write({directory / file: shard for file, shard in zip(files, shards, strict=True)}, named)
+    tensor_files.write({directory / file: shard for file, shard in zip(files, shards, strict=True)}, tensors)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(entry.num_bytes for entry in entries.values())
@@ -160,10 +141,9 @@ def write_config(directory: Path, config, **changes) -> None:
     """Write config.json: the values of `config` with `changes`."""
     values = json.loads(config.to_json_string(use_diff=False))
     values.pop("auto_map", None)  # names modeling files that are not copied
-    values |= {"architectures": ["NemotronHForCausalLM"], **changes}
-    # vLLM and SGLang read the layers from these two, and fall back to another model's where they are missing.
-    values["hybrid_override_pattern"] = pattern_of(values["layers_block_type"])
-    values["num_hidden_layers"] = len(values["layers_block_type"])
+    family = families.of(config)
+    values |= {"architectures": [family.MODELS[config.model_type][1].__name__], **changes}
+    values |= family.file_values(values)
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 

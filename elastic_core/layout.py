@@ -1,7 +1,8 @@
 """Named dimensions: which rows of which tensor belong to which unit of which elastic axis.
 
-Every dimension of every parameter is described once, in `parameter_layout`. Sorting, slicing, extraction, parameter
-counts and nestedness are all readings of that one table; nothing about sizes or row order is written anywhere else.
+Every dimension of every parameter is described once, in the `parameter_layout` of its family (families/). Sorting,
+slicing, extraction, parameter counts and nestedness are all readings of that one table; nothing about sizes or row
+order is written anywhere else.
 
 A *unit key* names one elastic width: ``hidden`` for the whole model, and per parent layer i ``ffn.i``,
 ``mamba_heads.i``, ``mamba_channels.i`` and ``attention_heads.i``. *Sizes* map unit keys to kept sizes; a *pick* maps
@@ -108,91 +109,15 @@ Dim = Fixed | Units | Product | Concat
 Layout = dict[str, tuple[Dim, ...]]
 
 
-def block_pattern(config) -> str:
-    """The layer types of a `nemotron_h` configuration as pattern characters, for example ``M-M*-``."""
-    return pattern_of(config.layers_block_type)
-
-
-def pattern_of(block_types: Iterable[str]) -> str:
-    """Pattern characters of a list of layer types."""
-    characters = {
-        "linear_attention": "M",
-        "mamba": "M",
-        "full_attention": "*",
-        "attention": "*",
-        "mlp": "-",
-        "moe": "E",
-    }
-    return "".join(characters[block_type] for block_type in block_types)
-
-
-def layers_of(config, character: str) -> list[int]:
-    """Indices of the parent's layers of one type."""
-    return [i for i, c in enumerate(block_pattern(config)) if c == character]
-
-
-def parameter_layout(config) -> Layout:
-    """Name and dimensions of every parameter of a `nemotron_h` model with layers M, * and -, in file order.
-
-    Names are those of `transformers.NemotronHForCausalLM.named_parameters()`.
-    """
-    hidden, vocab = Units("hidden", config.hidden_size), Fixed(config.vocab_size)
-    mixers = {"M": _mamba_layout, "*": _attention_layout, "-": _mlp_layout}
-    layout: Layout = {"model.embeddings.weight": (vocab, hidden)}
-    for i, character in enumerate(block_pattern(config)):
-        layout[f"model.layers.{i}.norm.weight"] = (hidden,)
-        for name, dims in mixers[character](config, i, hidden).items():
-            layout[f"model.layers.{i}.mixer.{name}"] = dims
-    layout["model.norm_f.weight"] = (hidden,)
-    layout["lm_head.weight"] = (vocab, hidden)
-    return layout
-
-
-def _mamba_layout(config, i: int, hidden: Units) -> Layout:
-    heads = Units(f"mamba_heads.{i}", config.mamba_num_heads, groups=config.n_groups)
-    inner = Product((heads, Units(f"mamba_channels.{i}", config.mamba_head_dim)))
-    states = Fixed(config.n_groups * config.ssm_state_size)
-    conv = Concat((inner, states, states))  # x | B | C
-    projection = Concat((inner, conv, heads))  # z | x | B | C | dt
-    layout = {
-        "in_proj.weight": (projection, hidden),
-        "conv1d.weight": (conv, Fixed(1), Fixed(config.conv_kernel)),
-        "dt_bias": (heads,),
-        "A_log": (heads,),
-        "D": (heads,),
-        "norm.weight": (inner,),
-        "out_proj.weight": (hidden, inner),
-    }
-    if config.use_conv_bias:
-        layout["conv1d.bias"] = (conv,)
-    if config.use_bias:
-        layout |= {"in_proj.bias": (projection,), "out_proj.bias": (hidden,)}
-    return layout
-
-
-def _attention_layout(config, i: int, hidden: Units) -> Layout:
-    head_dim = Fixed(config.head_dim)
-    heads = Units(f"attention_heads.{i}", config.num_attention_heads, groups=config.num_key_value_heads)
-    query, key_value = Product((heads, head_dim)), Product((Fixed(config.num_key_value_heads), head_dim))
-    return {
-        "q_proj.weight": (query, hidden),
-        "k_proj.weight": (key_value, hidden),
-        "v_proj.weight": (key_value, hidden),
-        "o_proj.weight": (hidden, query),
-    }
-
-
-def _mlp_layout(config, i: int, hidden: Units) -> Layout:
-    ffn = Units(f"ffn.{i}", config.intermediate_size)
-    layout = {"up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
-    if config.mlp_bias:
-        layout |= {"up_proj.bias": (ffn,), "down_proj.bias": (hidden,)}
-    return layout
-
-
 def layer_index(name: str) -> int | None:
     """The layer to which a parameter belongs, or None for embeddings, final norm and head."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
+
+
+def layer_of(key: str) -> int | None:
+    """The layer to which a unit key belongs, or None for what the whole model shares."""
+    _, _, layer = key.partition(".")
+    return int(layer) if layer else None
 
 
 def elastic_units(layout: Layout) -> dict[str, Units]:

@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, NemotronHConfig, NemotronHForCausalLM
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from elastic_core import elastic_checkpoint, hf
+from elastic_core import elastic_checkpoint, families, hf
 from elastic_core.cost import num_parameters
-from elastic_core.extract import MODELING_FILE, config_changes
-from elastic_core.layout import Dim, kept_rows, layer_index, parameter_layout
+from elastic_core.extract import config_changes
+from elastic_core.layout import Dim, kept_rows, layer_index
 from elastic_core.submodel import Submodel, full_submodel
 
 Budget = str | float | Submodel
@@ -41,7 +41,7 @@ class NestedModel:
 
     def __init__(self, directory: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str):
         self.directory, self.config = directory, hf.read_config(directory)
-        self.layout = parameter_layout(self.config)
+        self.layout = families.parameter_layout(self.config)
         content = elastic_checkpoint.read(directory)
         self.budgets = {
             name: Submodel(**entry["submodel"]).resolve(self.config) for name, entry in content["budgets"].items()
@@ -49,7 +49,7 @@ class NestedModel:
         path = [Submodel(**values).resolve(self.config) for values in content["path"]]
         self.chain = nested_chain(self.config, [*self.budgets.values(), *path, full_submodel(self.config)])
         self._orders: dict[Dim, Tensor | None] = {}
-        self._models: dict[Submodel, NemotronHForCausalLM] = {}
+        self._models: dict[Submodel, PreTrainedModel] = {}
         self.weights: dict[str, Tensor] = {}  # by name, rows and columns in the order of `_order`
         reader = hf.TensorReader(directory)
         for name, dims in self.layout.items():
@@ -70,7 +70,7 @@ class NestedModel:
         """
         return cls(directory, dtype, device)
 
-    def at(self, budget: Budget) -> NemotronHForCausalLM:
+    def at(self, budget: Budget) -> PreTrainedModel:
         """The transformers model of one budget: for all that transformers can do, on the shared weights."""
         submodel = self.submodel(budget)
         if submodel not in self._models:
@@ -131,7 +131,7 @@ class NestedModel:
             raise ValueError("this submodel is nested with the checkpoint's budgets, but needs rows in between theirs")
         return number, None if torch.equal(places, torch.arange(number)) else places
 
-    def _build(self, submodel: Submodel) -> NemotronHForCausalLM:
+    def _build(self, submodel: Submodel) -> PreTrainedModel:
         """A transformers model whose parameters are views of the weights, but for short ones that are copied."""
         model = _empty_model(self.config, submodel)
         sizes, number = submodel.sizes(self.config), {layer: i for i, layer in enumerate(submodel.kept_layers)}
@@ -146,6 +146,7 @@ class NestedModel:
             if layer is not None:
                 name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
             _set_parameter(model, name, weight, [place for _, place in places])
+        families.of(self.config).finish(model, weight.device)
         return model.eval()
 
 
@@ -190,26 +191,32 @@ def _as_projection(model: nn.Module, name: str, linear: nn.Linear) -> Projection
     return projection
 
 
-def _empty_model(config, submodel: Submodel) -> NemotronHForCausalLM:
+def _empty_model(config, submodel: Submodel) -> PreTrainedModel:
     """The transformers model of a submodel, without storage; of the modeling file's class where widths differ."""
-    model_class = NemotronHForCausalLM if submodel.is_homogeneous else _modeling_file().ElasticNemotronHForCausalLM
+    family = families.of(config)
+    _, model_class = family.MODELS[config.model_type]
+    if not submodel.is_homogeneous:
+        model_class = getattr(_modeling_file(family.MODELING_FILE), family.REMOTE_CLASSES[1])
     with torch.device("meta"):
         return model_class(_submodel_config(config, submodel))
 
 
-def _submodel_config(config, submodel: Submodel) -> NemotronHConfig:
+def _submodel_config(config, submodel: Submodel) -> PreTrainedConfig:
     """A submodel's configuration, read from a file as an extracted model's is."""
-    config_class = NemotronHConfig if submodel.is_homogeneous else _modeling_file().ElasticNemotronHConfig
+    family = families.of(config)
     with tempfile.TemporaryDirectory() as directory:
         hf.write_config(Path(directory), config, **config_changes(config, submodel))
+        config_class, _ = family.MODELS[config.model_type]
+        if not submodel.is_homogeneous:
+            config_class = getattr(_modeling_file(family.MODELING_FILE), family.REMOTE_CLASSES[0])
         return config_class.from_pretrained(directory)
 
 
 @functools.cache
-def _modeling_file():
+def _modeling_file(file: str):
     """The modeling file that travels with heterogeneous exports, imported from this package."""
-    name = MODELING_FILE.removesuffix(".py")
-    path = resources.files("elastic_core").joinpath(MODELING_FILE + ".txt")
+    name = file.removesuffix(".py")
+    path = resources.files("elastic_core").joinpath(file + ".txt")
     loader = SourceFileLoader(name, str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
@@ -272,25 +279,17 @@ class Conversation:
 
 def part_of_cache(config, cache: Cache, larger: Submodel, smaller: Submodel) -> Cache:
     """A cache for `smaller` with what the cache of `larger`, within which it lies, holds of its heads and layers."""
-    layout, part = parameter_layout(config), DynamicCache(config=_submodel_config(config, smaller))
+    layout, part = families.parameter_layout(config), DynamicCache(config=_submodel_config(config, smaller))
     sizes, larger_sizes = smaller.sizes(config), larger.sizes(config)
 
-    def within(dim: Dim) -> Tensor:
-        """Where the smaller one's rows stand among the larger one's."""
+    def within(layer: int, name: str) -> Tensor:
+        """Where the smaller one's rows of a layer's parameter stand among the larger one's."""
+        dim = layout[f"model.layers.{layer}.{name}"][0]
         rows, larger_rows = kept_rows(dim, sizes), kept_rows(dim, larger_sizes)
         rows, larger_rows = (torch.arange(r) if isinstance(r, int) else r for r in (rows, larger_rows))
         return torch.searchsorted(larger_rows.contiguous(), rows.contiguous())
 
     for number, layer in enumerate(smaller.kept_layers):
         state = cache.layers[larger.kept_layers.index(layer)]
-        mixer = f"model.layers.{layer}.mixer."
-        if f"{mixer}q_proj.weight" in layout:  # every budget has all KV heads
-            part.update(state.keys, state.values, number)
-        elif f"{mixer}A_log" in layout:
-            conv, recurrent = state.conv_states[0], state.recurrent_states[0]  # (B, C, K), (B, heads, channels, N)
-            conv_rows = within(layout[f"{mixer}conv1d.weight"][0])
-            heads = within(layout[f"{mixer}A_log"][0])
-            part.update_conv_state(conv.index_select(1, conv_rows.to(conv.device)), number)
-            recurrent = recurrent.index_select(1, heads.to(recurrent.device))[:, :, : smaller.mamba_head_dim]
-            part.update_recurrent_state(recurrent.contiguous(), layer_idx=number)
+        families.of(config).copy_state(config, layer, state, functools.partial(within, layer), part, number)
     return part

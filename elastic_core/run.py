@@ -13,11 +13,11 @@ from elastic_core.checkpoint import Checkpoints
 from elastic_core.config import ConfigError
 from elastic_core.cost import num_parameters
 from elastic_core.curriculum import Routing, Stage
+from elastic_core.cut import Cut
 from elastic_core.data import PackedSequences
 from elastic_core.distributed import Ranks, local
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.model import ElasticModel
-from elastic_core.model.cut import Cut
 from elastic_core.router import Router
 from elastic_core.submodel import Submodel
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from elastic_core.layout import block_pattern, elastic_units, layers_of, parameter_layout
+from elastic_core import families
+from elastic_core.layout import Units, layer_of
 
-# Submodel field → pattern character of the layers it belongs to (None: the whole model) and unit key.
+# Submodel field → the axis of its unit keys; which layers have such a key is for the family's table to say.
 WIDTHS = {
-    "hidden_size": (None, "hidden"),
-    "intermediate_size": ("-", "ffn"),
-    "mamba_num_heads": ("M", "mamba_heads"),
-    "mamba_head_dim": ("M", "mamba_channels"),
-    "num_attention_heads": ("*", "attention_heads"),
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "mamba_num_heads": "mamba_heads",
+    "mamba_head_dim": "mamba_channels",
+    "num_attention_heads": "attention_heads",
 }
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 
@@ -26,7 +28,8 @@ class Submodel:
     """Sizes of one nested model; None stands for the parent's own size.
 
     `kept_layers` are indices into the parent's layers. A width in `PER_LAYER` is an int for all layers, or one entry
-    per parent layer of its type (entries of dropped layers are ignored). Hashable; lists become tuples.
+    per parent layer that has it (entries of dropped layers are ignored). A width that the parent's family does not have
+    stays None. Hashable; lists become tuples.
     """
 
     hidden_size: int | None = None
@@ -52,30 +55,27 @@ class Submodel:
         size, so that equal models compare equal.
         Raises ValueError for a size that the parent cannot give.
         """
-        kept = self._checked_layers(config)
+        kept, units = self._checked_layers(config), families.units(config)
         fields = {"kept_layers": kept}
-        for name, (character, axis) in WIDTHS.items():
-            full = getattr(config, name)
+        for name, axis in WIDTHS.items():
+            keys = keys_of(units, axis)
+            full = units[keys[0]].size if keys else getattr(config, name, None)
             value = getattr(self, name)
             value = full if value is None else value
             if isinstance(value, tuple):
-                value = self._checked_entries(config, name, character, value, kept)
+                value = self._checked_entries(name, keys, value, kept, full)
             for size in value if isinstance(value, tuple) else (value,):
-                _check_size(config, name, axis, size, full)
+                _check_size(name, size, full, units[keys[0]].groups if keys else 1)
             fields[name] = value
         return Submodel(**fields)
 
     def sizes(self, config) -> dict[str, int]:
         """Kept size of every unit key of the layout (of dropped layers too, where they do not matter)."""
-        resolved, sizes = self.resolve(config), {}
-        for name, (character, axis) in WIDTHS.items():
-            value = getattr(resolved, name)
-            if character is None:
-                sizes[axis] = value
-                continue
-            layers = layers_of(config, character)
-            values = value if isinstance(value, tuple) else (value,) * len(layers)
-            sizes.update({f"{axis}.{i}": size for i, size in zip(layers, values, strict=True)})
+        resolved, units, sizes = self.resolve(config), families.units(config), {}
+        for name, axis in WIDTHS.items():
+            value, keys = getattr(resolved, name), keys_of(units, axis)
+            values = value if isinstance(value, tuple) else (value,) * len(keys)
+            sizes.update(zip(keys, values, strict=True))
         return sizes
 
     def is_within(self, other: Submodel, config) -> bool:
@@ -83,7 +83,7 @@ class Submodel:
         mine, theirs = self.resolve(config), other.resolve(config)
         my_sizes, their_sizes = mine.sizes(config), theirs.sizes(config)
         kept = set(mine.kept_layers)
-        used = {key for key in my_sizes if key == "hidden" or int(key.split(".")[1]) in kept}
+        used = {key for key in my_sizes if layer_of(key) is None or layer_of(key) in kept}
         return kept <= set(theirs.kept_layers) and all(my_sizes[key] <= their_sizes[key] for key in used)
 
     @property
@@ -96,7 +96,7 @@ class Submodel:
         return dataclasses.asdict(self)
 
     def _checked_layers(self, config) -> tuple[int, ...]:
-        num_layers = len(block_pattern(config))
+        num_layers = families.num_layers(config)
         kept = tuple(range(num_layers)) if self.kept_layers is None else self.kept_layers
         if (
             isinstance(kept, int)
@@ -110,20 +110,24 @@ class Submodel:
         return tuple(sorted(kept))
 
     @staticmethod
-    def _checked_entries(config, name, character, value, kept) -> Width:
+    def _checked_entries(name: str, keys: list[str], value: tuple[int, ...], kept, full: int) -> Width:
         if name not in PER_LAYER:
             raise ValueError(f"{name}: got {value}; allowed: one size for the whole model")
-        layers = layers_of(config, character)
-        if len(value) != len(layers):
+        if len(value) != len(keys):
             raise ValueError(
-                f"{name}: got {len(value)} entries; allowed: one size, or one per parent layer of type "
-                f"{character!r}, of which there are {len(layers)}"
+                f"{name}: got {len(value)} entries; allowed: one size, or one per parent layer that has it, "
+                f"of which there are {len(keys)}"
             )
-        live = {size for i, size in zip(layers, value, strict=True) if i in kept}
-        full = getattr(config, name)
+        entries = [(size, layer_of(key) in kept) for key, size in zip(keys, value, strict=True)]
+        live = {size for size, is_kept in entries if is_kept}
         if len(live) <= 1:
             return live.pop() if live else full
-        return tuple(size if i in kept else full for i, size in zip(layers, value, strict=True))
+        return tuple(size if is_kept else full for size, is_kept in entries)
+
+
+def keys_of(units: Mapping[str, Units], axis: str) -> list[str]:
+    """The unit keys of one axis, in the order of the layers."""
+    return [key for key in units if key.partition(".")[0] == axis]
 
 
 def _as_ints(value) -> int | tuple[int, ...]:
@@ -134,9 +138,11 @@ def _as_ints(value) -> int | tuple[int, ...]:
         return tuple(operator.index(item) for item in value)
 
 
-def _check_size(config, name: str, axis: str, size: int, full: int) -> None:
-    groups = {"mamba_heads": config.n_groups, "attention_heads": config.num_key_value_heads}.get(axis, 1)
-    if not 1 <= size <= full or size % groups:
+def _check_size(name: str, size: int | None, full: int | None, groups: int) -> None:
+    if full is None:
+        if size is not None:
+            raise ValueError(f"{name}: got {size}; allowed: nothing, a parent of this family has no such width")
+    elif not 1 <= size <= full or size % groups:
         multiple = f", multiples of {groups} (every group keeps as many)" if groups > 1 else ""
         raise ValueError(f"{name}: got {size}; allowed: {groups} to {full}, the parent's own{multiple}")
 
@@ -148,4 +154,4 @@ def full_submodel(config) -> Submodel:
 
 def full_sizes(config) -> dict[str, int]:
     """Full size of every unit key."""
-    return {key: unit.size for key, unit in elastic_units(parameter_layout(config)).items()}
+    return {key: unit.size for key, unit in families.units(config).items()}

@@ -34,7 +34,7 @@ def facts(description: dict) -> Table:
     files, layers = description["files"], len(description["kept_layers"])
     weights = files[0] if len(files) == 1 else f"{len(files)} files"
     dtypes, tokenizer = " and ".join(description["dtypes"]), "with" if description["tokenizer"] else "without a"
-    table.add_row("model", f"nemotron_h, {layers} layers, {description['parameters']:,} parameters")
+    table.add_row("model", f"{description['model_type']}, {layers} layers, {description['parameters']:,} parameters")
     table.add_row("text", f"vocabulary {description['vocab_size']:,}, context {description['context']:,} tokens")
     table.add_row("disk", f"{size(description['bytes'])} in {weights}, {dtypes}, {tokenizer} tokenizer")
     table.add_row("from", provenance(description["provenance"]))

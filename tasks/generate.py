@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from elastic_core import elastic_checkpoint, extract
-from elastic_core.extract import MODELING_FILE
+from elastic_core.families.nemotron_h import MODELING_FILE
 from tasks.export import find_budget
 from tasks.params import TOKENIZERS
 

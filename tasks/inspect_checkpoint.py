@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ruamel.yaml import YAML
-from transformers import NemotronHConfig
+from transformers import PreTrainedConfig
 
-from elastic_core import elastic_checkpoint, hf
+from elastic_core import elastic_checkpoint, families, hf
 from elastic_core.cost import num_parameters
-from elastic_core.layout import block_pattern, layers_of, parameter_layout
-from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel
+from elastic_core.layout import layer_of
+from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
 
 DROPPED = "·"  # stands in a pattern for a layer that the parent has and the member has not
 
@@ -18,13 +18,14 @@ def inspect_checkpoint(directory: Path) -> dict:
     """What the directory is and says of itself; ValueError where its tensors are not those of its config.json."""
     config, own = read_sizes(directory)
     sizes = own.sizes(config)
-    shapes = {name: tuple(dim.count(sizes) for dim in dims) for name, dims in parameter_layout(config).items()}
+    shapes = {name: tuple(dim.count(sizes) for dim in dims) for name, dims in families.parameter_layout(config).items()}
     reader = hf.TensorReader(directory)
     reader.check(shapes)
     files = sorted({file for file, _ in reader.files.values()})
     elastic = (directory / elastic_checkpoint.FILE).is_file()
     return {
         "directory": str(directory),
+        "model_type": config.model_type,
         "kind": "elastic" if elastic else "plain",
         "vocab_size": config.vocab_size,
         "context": config.max_position_embeddings,
@@ -38,30 +39,30 @@ def inspect_checkpoint(directory: Path) -> dict:
     }
 
 
-def read_sizes(directory: Path) -> tuple[NemotronHConfig, Submodel]:
+def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:
     """The directory's configuration and sizes: one whose widths differ between layers is a submodel of the widest."""
-    values, _ = NemotronHConfig.get_config_dict(directory, local_files_only=True)  # an OSError names a broken file
+    values, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)  # an OSError names a broken file
     widths = {field: values[field] for field in PER_LAYER if isinstance(values.get(field), list)}
-    if not widths or values.get("model_type") != NemotronHConfig.model_type:
+    if not widths or values.get("model_type") not in families.FAMILIES:
         return hf.read_config(directory), Submodel()
     values |= {field: max(entries) for field, entries in widths.items()}
     values.pop("auto_map", None)
-    return hf.check_config(NemotronHConfig.from_dict(values), str(directory)), Submodel(**widths)
+    config_class, _ = families.find(values["model_type"], str(directory)).MODELS[values["model_type"]]
+    return hf.check_config(config_class.from_dict(values), str(directory)), Submodel(**widths)
 
 
 def member(config, submodel: Submodel) -> dict:
-    """Parameters, layers and widths; a width that differs between layers has an entry per kept layer of its type."""
+    """Parameters, layers and widths; a width that differs between layers has an entry per kept layer that has it."""
     submodel = submodel.resolve(config)
-    kept, pattern = submodel.kept_layers, block_pattern(config)
-    widths = {}
-    for field, (character, _) in WIDTHS.items():
-        value, layers = getattr(submodel, field), layers_of(config, character)
+    kept, units, widths = submodel.kept_layers, families.units(config), {}
+    for field, axis in WIDTHS.items():
+        value, layers = getattr(submodel, field), [layer_of(key) for key in keys_of(units, axis)]
         if isinstance(value, tuple):
             value = [size for layer, size in zip(layers, value, strict=True) if layer in kept]
-        widths[field] = value if character is None or set(layers) & set(kept) else None  # None: no such layers
+        widths[field] = value if layers == [None] or set(layers) & set(kept) else None  # None: no such layers
     return {
         "parameters": num_parameters(config, submodel),
-        "pattern": "".join(character if i in kept else DROPPED for i, character in enumerate(pattern)),
+        "pattern": "".join(c if i in kept else DROPPED for i, c in enumerate(families.pattern(config))),
         "kept_layers": list(kept),
         "widths": widths,
     }

@@ -15,6 +15,7 @@ from elastic_core.config import load as load_section
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.depth_ranking import METHODS
 from elastic_core.importance import AGGREGATIONS
+from tasks import gguf_parent
 from tasks.endings import errors_as_text
 from tasks.footprint import Latency
 from tasks.launch import Compute
@@ -67,7 +68,7 @@ class ParentModel:
 
 @dataclass(frozen=True)
 class Parent:
-    """The parent: a Hugging Face directory or its URL (see tasks.places), or (path null) a model trained here."""
+    """The parent: a Hugging Face directory, its URL (see tasks.places) or a package, or (path null) trained here."""
 
     path: str | None = None
     model: ParentModel | None = None
@@ -79,6 +80,8 @@ class Parent:
                 require(getattr(self, name) is not None, name, None, "a section, as long as parent.path is null")
             weights = self.training.loss
             require(weights.kl_weight == 0, "training.loss.kl_weight", weights.kl_weight, "0: a parent has no teacher")
+        elif gguf_parent.is_package(self.path):
+            gguf_parent.find_file(self.path)
         elif not storage.is_url(self.path):
             there = (Path(self.path) / "config.json").is_file()
             require(there, "path", self.path, "a Hugging Face directory with a config.json, or null")
@@ -264,22 +267,27 @@ def check_family(params: Params, where: str) -> None:
     Which layers depth drops is still open, so a budget is refused here only where it cannot be met whether the
     largest or the smallest layers go first; train_short checks again with the real order.
     """
-    from elastic_core import hf
+    from elastic_core import families, hf
     from elastic_core.choices import ElasticSpace
-    from elastic_core.layout import count, layer_index, parameter_layout
+    from elastic_core.layout import count, layer_index
     from elastic_core.selection import check_budgets
     from tasks.parent import model_config
 
     parent = params.parent
     try:
-        if parent.path:
+        if gguf_parent.is_package(parent.path):
+            config = gguf_parent.read_config(parent.path)
+        elif parent.path:
             config = hf.read_config(parent.path)
         else:
             config = model_config(parent.model, params.prepare_data.vocab_size)
         layers: dict[int, int] = {}
-        for name, dims in parameter_layout(config).items():
+        for name, dims in families.parameter_layout(config).items():
             if (layer := layer_index(name)) is not None:
                 layers[layer] = layers.get(layer, 0) + count({name: dims}, {}, keep=lambda _: 1)
+        if families.of(config).MODELING_FILE is None and params.choices.heterogeneous:
+            allowed = f"pad, as long as choices.heterogeneous is set for a parent of model_type {config.model_type}"
+            require(params.extract.heterogeneous == "pad", f"{where}: extract.heterogeneous", "remote_code", allowed)
         problems = []
         for order in (sorted(layers, key=layers.get), sorted(layers, key=layers.get, reverse=True)):
             space = ElasticSpace(config, params.choices, tuple(order), f"{where}: choices")

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, distributed, hf, model_files, storage
+from elastic_core import ElasticModel, distributed, families, hf, model_files, storage
 from elastic_core.config import ConfigError
 from elastic_core.data import PackedSequences, TokenData, check_tokenizer
 from elastic_core.distributed import Ranks
 from elastic_core.elastic_checkpoint import Member
-from elastic_core.layout import block_pattern
 from elastic_core.run import Run
-from tasks import params, places, train
+from tasks import gguf_parent, params, places, train
 from tasks.endings import errors_as_text
 from tasks.prepare_data import load_tokenizer
 
@@ -43,8 +42,8 @@ def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
 
 
 def import_parent(path: str, data: TokenData) -> None:
-    """Check a parent's directory or URL against the data and copy it, as float32 master weights."""
-    config = hf.read_config(path)
+    """Check a parent's directory, URL or package against the data and copy it, as float32 master weights."""
+    config = gguf_parent.read_config(path) if gguf_parent.is_package(path) else hf.read_config(path)
     check_tokenizer(data, load_tokenizer(path), config.vocab_size, f"parent.path ({path})")
     with local_parent(path) as directory:
         ElasticModel.from_pretrained(directory).save_pretrained(OUT, tokenizer_from=directory)
@@ -52,25 +51,33 @@ def import_parent(path: str, data: TokenData) -> None:
 
 @contextmanager
 def local_parent(path: str) -> Iterator[Path]:
-    """The parent's directory; of a URL a copy, which is gone at the end.
+    """The parent's directory; of a URL or package a copy, which is gone at the end.
 
     It lies beside the checkpoints: their disk is made for such sizes, which a temporary directory's may not be, and
     a killed download goes on there, file by file.
     """
-    if not storage.is_url(path):
+    copy = train.LOCAL / "parent-download"
+    if gguf_parent.is_package(path):
+        gguf_parent.write_directory(path, copy)
+    elif storage.is_url(path):
+        download_parent(path, copy)
+    else:
         yield Path(path)
         return
-    with storage.local_files(path, ("model.safetensors.index.json",)) as small:
-        index, weights = small / "model.safetensors.index.json", {"model.safetensors"}
-        if index.is_file():
-            weights = {index.name, *json.loads(index.read_text())["weight_map"].values()}
-    copy = train.LOCAL / "parent-download"
-    shutil.rmtree(copy, ignore_errors=True)
-    storage.download_directory(path, copy, only={"config.json", *hf.TOKENIZER_FILES, *weights})
     try:
         yield copy
     finally:
         shutil.rmtree(copy)
+
+
+def download_parent(path: str, copy: Path) -> None:
+    """Fetch what is needed of a model behind a URL."""
+    with storage.local_files(path, ("model.safetensors.index.json",)) as small:
+        index, weights = small / "model.safetensors.index.json", {"model.safetensors"}
+        if index.is_file():
+            weights = {index.name, *json.loads(index.read_text())["weight_map"].values()}
+    shutil.rmtree(copy, ignore_errors=True)
+    storage.download_directory(path, copy, only={"config.json", *hf.TOKENIZER_FILES, *weights})
 
 
 def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> None:
@@ -82,7 +89,7 @@ def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> Non
     config = model_config(settings.parent.model, manifest.vocab_size, **tokens)
     model = initialise(config, settings.seed)
     if ranks.rank == 0:
-        print(f"parent: {sum(p.numel() for p in model.parameters()):,} parameters, layers {block_pattern(config)}")
+        print(f"parent: {sum(p.numel() for p in model.parameters()):,} parameters, layers {families.pattern(config)}")
     run = Run(
         distributed.place(model, ranks, settings.compute.execution, stage.precision),
         stage,

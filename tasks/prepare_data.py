@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from elastic_core import hf, storage
 from elastic_core.config import ConfigError, require
 from elastic_core.data import vocabulary_sha256
 from elastic_core.token_files import SPLITS, Manifest, Source, SplitWriter
+from tasks import gguf_parent
 from tasks.corpora import Bible, Files, Sympy
 from tasks.encoding import Encoder, num_cores
 from tasks.endings import errors_as_text
@@ -118,7 +120,11 @@ def train_tokenizer(sources: dict, vocab_size: int, num_characters: int, seed: i
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in a directory or behind a URL; ValueError where there is none, or it cannot write documents."""
+    """The tokenizer in a directory or package or behind a URL; ValueError where none is, or it cannot end documents."""
+    if gguf_parent.is_package(directory):
+        with tempfile.TemporaryDirectory(prefix="elastic-") as written:
+            gguf_parent.write_tokenizer(str(directory), Path(written))
+            return load_tokenizer(written)
     if not storage.is_url(directory) and not Path(directory).is_dir():
         raise ValueError(
             f"tokenizer {str(directory)!r}: no such directory; parent.path is a model's directory, or null"

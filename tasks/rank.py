@@ -24,7 +24,7 @@ def work(arguments: dict, ranks: Ranks) -> None:
     part = ranks.part(section.batch_size, "rank.batch_size")
     size = part.stop - part.start
     batches = [sequences.batch(i * section.batch_size + part.start, size)[0] for i in range(section.batches)]
-    min_depth = min(settings.choices.depth or (len(model.config.layers_block_type),))
+    min_depth = min(settings.choices.depth or (len(model.model.layers),))
     bars: dict[str, tqdm] = {}
 
     def progress(what: str, done: int, total: int) -> None:

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from elastic_core.layout import AXES, block_pattern
+from elastic_core import families
+from elastic_core.layout import AXES
 from elastic_core.submodel import WIDTHS, Submodel
 from tasks.metrics import read_rows
 
@@ -140,7 +141,7 @@ def settled() -> int | None:
 
 
 def parent_config() -> SimpleNamespace:
-    """The parent's config.json; as the rank stage writes it, with a type for every layer."""
+    """The parent's config.json; as the rank stage writes it, every value said."""
     return SimpleNamespace(**json.loads((ARTIFACTS / "rank" / "model" / "config.json").read_text()))
 
 
@@ -149,8 +150,8 @@ def router(scores: Scores, config) -> pd.DataFrame:
 
     Both are missing for a layer that is dropped.
     """
-    names = {axis: name for name, (_, axis) in WIDTHS.items()}
-    pattern, rows = block_pattern(config), []
+    names = {axis: name for name, axis in WIDTHS.items()}
+    pattern, rows = families.pattern(config), []
     for budget, versions in scores.items():
         if budget == "parent":
             continue
@@ -183,7 +184,7 @@ def importance(config) -> pd.DataFrame:
 
     Relative to the best unit of the layer; of many units, the mean of those around a rank.
     """
-    names, pattern = {axis: name for name, (_, axis) in WIDTHS.items()}, block_pattern(config)
+    names, pattern = {axis: name for name, axis in WIDTHS.items()}, families.pattern(config)
     rows = []
     ranking = json.loads((ARTIFACTS / "rank" / "ranking.json").read_text())
     for key in sorted(ranking["scores"], key=lambda key: _place(key)):
@@ -207,7 +208,7 @@ def _place(key: str) -> tuple[int, int]:
 def depth(config) -> pd.DataFrame:
     """The layers in the order in which they were judged, least important first: layer, score."""
     scores = json.loads((ARTIFACTS / "rank" / "ranking.json").read_text())["depth_scores"]
-    pattern = block_pattern(config)
+    pattern = families.pattern(config)
     return pd.DataFrame(
         {"layer": [layer_name(layer, pattern) for layer in scores], "score": [float(s) for s in scores.values()]}
     )

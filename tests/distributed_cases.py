@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parents import random_elastic
+from parents import random_elastic, random_llama_config
 from test_router import CONFIG
 from test_training import BUDGETS, MEMBERS, TEXT, make_router, make_stage
 
@@ -29,17 +29,19 @@ from tasks import launch
 # FFN and attention widths differ by layer; layer 3 is gone in one budget, layers 3 and 4 in another.
 UNEVEN = Submodel(14, (0, 1, 2, 4), (16, 24), 4, 6, 4).resolve(CONFIG)
 PLAIN = Execution()
+TIED = random_llama_config(12)
+assert TIED.tie_word_embeddings and TIED.num_hidden_layers == 3
 # Later on, the norm of a nearly silent group makes gradients leap: with 0.3 % of noise in the weights, as bfloat16 has,
 # their norm goes from 0.8 to 2.7, on one rank too; and what float32 rounds off grows to a thousandth.
 BEFORE_LEAPS = 8
 FAMILY = MEMBERS | {"medium": Member(0.7, UNEVEN)}
 
 
-def start(ranks, data, execution=PLAIN, routed=False, teacher=True, members=None, stage=None, **values):
+def start(ranks, data, execution=PLAIN, routed=False, teacher=True, members=None, stage=None, config=CONFIG, **values):
     """A run like test_training's, placed on these ranks."""
     stage = make_stage(batch_size=12, microbatches=3, **(stage or {}))
     members = None if routed else members or FAMILY
-    model, frozen = random_elastic(0, CONFIG), random_elastic(7, CONFIG)
+    model, frozen = random_elastic(0, config), random_elastic(7, config)
     return Run(
         place(model, ranks, execution, stage.precision),
         stage,
@@ -85,6 +87,14 @@ def recomputed(ranks, data, directory):
 def copies(ranks, data, directory):
     """Every rank has all weights; gradients are averaged."""
     return trained(ranks, data, execution=Execution(shard_over=1))
+
+
+def tied_llama(ranks, data, directory):
+    """One matrix is embeddings and head; the layers of the other family, and one of them gone in a budget."""
+    small = Submodel(8, (0, 2), 9, num_attention_heads=2)
+    members = {"full": Member(1.0, Submodel()), "small": Member(0.45, small)}
+    members = {name: Member(member.target, member.submodel.resolve(TIED)) for name, member in members.items()}
+    return trained(ranks, data, config=TIED, members=members)
 
 
 def own_teacher(ranks, data, directory):
@@ -273,6 +283,7 @@ CASES = (
     copies,
     own_teacher,
     shared_pass,
+    tied_llama,
     half,
     half_soft,
     half_recomputed,

@@ -1,12 +1,12 @@
-"""Random `nemotron_h` parents: every parameter random, so that no zero bias or unit norm hides a mistake."""
+"""Random parents of all families: every parameter random, so that no zero bias or unit norm hides a mistake."""
 
 import random
 
 import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import LlamaConfig, NemotronHConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from elastic_core import ElasticModel, Submodel
-from elastic_core.layout import layers_of
+from elastic_core import ElasticModel, Submodel, families
+from elastic_core.families.nemotron_h import layers_of
 
 
 def random_config(seed: int) -> NemotronHConfig:
@@ -36,6 +36,46 @@ def random_config(seed: int) -> NemotronHConfig:
     )
 
 
+def random_llama_config(seed: int):
+    """A small Llama, Qwen2 or Qwen3 of odd sizes, with and without biases, tied heads and scaled rotary positions."""
+    rng = random.Random(seed)
+    kv_heads, scaled = rng.choice([1, 2, 3]), {"original_max_position_embeddings": 16}
+    num_heads = kv_heads * rng.choice([1, 2, 3])
+    values = {
+        "vocab_size": rng.choice([37, 64]),
+        "hidden_size": num_heads * rng.choice([3, 5, 8]),  # transformers' Llama takes no others
+        "num_hidden_layers": rng.randint(2, 4),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": rng.choice([4, 6, 10]),
+        "intermediate_size": rng.choice([19, 40]),
+        "hidden_act": rng.choice(["silu", "silu", "gelu"]),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "max_position_embeddings": 64,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "rope_parameters": rng.choice(
+            [
+                {"rope_type": "default", "rope_theta": 1e4},
+                {"rope_type": "linear", "rope_theta": 1e3, "factor": 2.0},
+                {"rope_type": "yarn", "rope_theta": 1e3, "factor": 4.0, **scaled},
+                {
+                    **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, **scaled},
+                    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+                },
+            ]
+        ),
+    }
+    biases = {"attention_bias": rng.random() < 0.5, "mlp_bias": rng.random() < 0.5}
+    kind = rng.choice([LlamaConfig, LlamaConfig, Qwen2Config, Qwen3Config])
+    if kind is not Qwen2Config:  # whose biases are not for the configuration to say
+        values["attention_bias"] = biases["attention_bias"]
+    return kind(**values, mlp_bias=biases["mlp_bias"]) if kind is LlamaConfig else kind(**values)
+
+
+CONFIGS = {"nemotron_h": random_config, "llama": random_llama_config}
+
+
 def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Draw every parameter anew, at scales that keep all of them visible in the logits."""
     generator = torch.Generator().manual_seed(seed)
@@ -55,20 +95,29 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
     return model
 
 
-def save_random_parent(directory, seed: int, config: NemotronHConfig | None = None) -> NemotronHForCausalLM:
+def random_reference(seed: int, config=None) -> PreTrainedModel:
+    """A random transformers model."""
+    config = config or random_config(seed)
+    _, model_class = families.of(config).MODELS[config.model_type]
+    return randomise(model_class(config), seed).eval()
+
+
+def save_random_parent(directory, seed: int, config=None) -> PreTrainedModel:
     """A random transformers model, saved to `directory`."""
-    model = randomise(NemotronHForCausalLM(config or random_config(seed)), seed).eval()
+    model = random_reference(seed, config)
     model.save_pretrained(directory)
     return model
 
 
-def random_elastic(seed: int, config: NemotronHConfig | None = None) -> ElasticModel:
+def random_elastic(seed: int, config=None) -> ElasticModel:
     return randomise(ElasticModel(config or random_config(seed)), seed).eval()
 
 
 def random_submodel(config, seed: int, heterogeneous: tuple[str, ...] = (), all_layers: bool = False) -> Submodel:
     """Random sizes; the fields named in `heterogeneous` differ by layer."""
     rng = random.Random(seed)
+    if config.model_type != "nemotron_h":
+        return _random_llama_submodel(config, rng, heterogeneous, all_layers)
     groups = {"mamba_num_heads": config.n_groups, "num_attention_heads": config.num_key_value_heads}
     characters = {"intermediate_size": "-", "mamba_num_heads": "M", "num_attention_heads": "*"}
 
@@ -82,6 +131,30 @@ def random_submodel(config, seed: int, heterogeneous: tuple[str, ...] = (), all_
     num_layers = len(config.layers_block_type)
     kept = range(num_layers) if all_layers else sorted(rng.sample(range(num_layers), rng.randint(1, num_layers)))
     return Submodel(kept_layers=tuple(kept), **widths)
+
+
+def _random_llama_submodel(config, rng: random.Random, heterogeneous, all_layers: bool) -> Submodel:
+    """Sizes that transformers' Llama takes, where no head count differs: hidden channels in multiples of the heads."""
+    num_layers, groups = config.num_hidden_layers, config.num_key_value_heads
+
+    def num_heads():
+        return rng.randint(1, config.num_attention_heads // groups) * groups
+
+    def ffn():
+        return rng.randint(1, config.intermediate_size)
+
+    heads = num_heads()
+    hidden_size = rng.randint(1, config.hidden_size // heads) * heads
+    return Submodel(
+        hidden_size=hidden_size,
+        kept_layers=range(num_layers)
+        if all_layers
+        else sorted(rng.sample(range(num_layers), rng.randint(1, num_layers))),
+        intermediate_size=tuple(ffn() for _ in range(num_layers)) if "intermediate_size" in heterogeneous else ffn(),
+        num_attention_heads=tuple(num_heads() for _ in range(num_layers))
+        if "num_attention_heads" in heterogeneous
+        else heads,
+    )
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

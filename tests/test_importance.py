@@ -1,11 +1,12 @@
 """Importance against naive computations: activations hooked out of transformers, layers removed one by one."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parents import random_config, random_elastic, random_ids, randomise, relative_error, save_random_parent
+from parents import CONFIGS, random_config, random_elastic, random_ids, randomise, relative_error, save_random_parent
 from test_layout import in_groups
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
@@ -79,12 +80,15 @@ def test_width_scores_equal_the_naive_ones(seed, aggregation):
 
 
 def groups_of(config, key):
-    return {"mamba_heads": config.n_groups, "attention_heads": config.num_key_value_heads}.get(key.split(".")[0], 1)
+    fields = {"mamba_heads": "n_groups", "attention_heads": "num_key_value_heads"}
+    axis = key.split(".")[0]
+    return getattr(config, fields[axis]) if axis in fields else 1
 
 
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("seed", range(8))
-def test_sorting_changes_order_and_nothing_else(tmp_path, seed):
-    save_random_parent(tmp_path / "parent", seed)
+def test_sorting_changes_order_and_nothing_else(tmp_path, seed, family):
+    save_random_parent(tmp_path / "parent", seed, CONFIGS[family](seed))
     model = ElasticModel.from_pretrained(tmp_path / "parent")
     config, batches = model.config, batches_of(model.config, seed)
     with torch.no_grad():
@@ -107,19 +111,20 @@ def test_sorting_changes_order_and_nothing_else(tmp_path, seed):
     assert moved > len(again.scores) / 2
 
 
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("seed", range(4))
-def test_a_slice_of_the_sorted_model_keeps_the_best_units(seed):
+def test_a_slice_of_the_sorted_model_keeps_the_best_units(seed, family):
     """Cutting after sorting is masking the highest scores before it."""
-    model = random_elastic(seed).double()
+    model = random_elastic(seed, CONFIGS[family](seed)).double()
     config, batches = model.config, batches_of(model.config, seed)
     ranking = rank(model, batches, depth_method="one_shot_nmse")
     submodel = Submodel(
         hidden_size=config.hidden_size // 2,
         intermediate_size=config.intermediate_size // 3,
-        mamba_num_heads=config.n_groups,
-        mamba_head_dim=config.mamba_head_dim // 2,
         num_attention_heads=config.num_key_value_heads,
     )
+    if family == "nemotron_h":
+        submodel = replace(submodel, mamba_num_heads=config.n_groups, mamba_head_dim=config.mamba_head_dim // 2)
     gates = {}
     for key, size in submodel.sizes(config).items():
         groups, scores = groups_of(config, key), ranking.scores[key]

@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
-from parents import random_config, random_elastic, random_ids, random_submodel
-from transformers import NemotronHForCausalLM
+from parents import CONFIGS, random_config, random_elastic, random_ids, random_submodel
 
-from elastic_core import layout
-from elastic_core.layout import Concat, Fixed, Product, Units, kept_rows, narrow, parameter_layout, permute
+from elastic_core import families, layout
+from elastic_core.families import parameter_layout
+from elastic_core.layout import Concat, Fixed, Product, Units, elastic_units, kept_rows, narrow, permute
 
 
 def in_groups(size: int, kept: int, groups: int = 1) -> list[int]:
@@ -132,14 +132,17 @@ def test_permute_moves_every_row_to_the_place_of_its_units(seed):
         assert {place.get(unit, unit) for unit in labels[old]} == set(labels[row])
 
 
+@pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("seed", range(12))
-def test_layout_has_the_names_shapes_and_order_of_transformers(seed):
-    config = random_config(seed)
+def test_layout_has_the_names_and_shapes_of_transformers(seed, family):
+    config = CONFIGS[family](seed)
     with torch.device("meta"):
-        reference = {name: tuple(p.shape) for name, p in NemotronHForCausalLM(config).named_parameters()}
-    ours = {name: tuple(dim.size for dim in dims) for name, dims in parameter_layout(config).items()}
-    assert ours == reference
-    assert {name: tuple(p.shape) for name, p in random_elastic(seed).named_parameters()} == reference
+        model = families.of(config).MODELS[config.model_type][1](config)
+    reference = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    layout = families.parameter_layout(config)
+    assert {name: tuple(dim.size for dim in dims) for name, dims in layout.items()} == reference
+    assert {name: tuple(p.shape) for name, p in random_elastic(seed, config).named_parameters()} == reference
+    assert elastic_units(layout) == families.units(config)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from parents import random_config, random_ids, random_submodel, relative_error, save_random_parent
+from parents import CONFIGS, random_config, random_ids, random_submodel, relative_error, save_random_parent
 from transformers import AutoModelForCausalLM
 
-from elastic_core import Submodel, elastic_checkpoint, extract, hf
+from elastic_core import Submodel, elastic_checkpoint, extract, families, hf
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.nested import NestedModel, nested_chain, part_of_cache
 
@@ -17,27 +17,31 @@ PER_LAYER = ("intermediate_size", "mamba_num_heads")
 
 def half(config, submodel: Submodel) -> Submodel:
     """About half of every width of a submodel, in the steps that the parent's groups allow."""
-    steps = {"mamba_num_heads": config.n_groups, "num_attention_heads": config.num_key_value_heads}
+    steps = {"num_attention_heads": config.num_key_value_heads}
+    if config.model_type == "nemotron_h":
+        steps["mamba_num_heads"] = config.n_groups
+    else:
+        steps["hidden_size"] = config.num_attention_heads  # of which all smaller numbers here are divisors
 
     def cut(size: int, step: int) -> int:
         return max(step, size // 2 // step * step)
 
-    values = dataclasses.asdict(submodel)
+    values = {name: value for name, value in dataclasses.asdict(submodel).items() if value is not None}
     for name in values.keys() - {"kept_layers"}:
         size, step = values[name], steps.get(name, 1)
         values[name] = tuple(cut(s, step) for s in size) if isinstance(size, tuple) else cut(size, step)
     return Submodel(**values).resolve(config)
 
 
-def make_family(directory, seed: int, heterogeneous=()) -> dict[str, Submodel]:
+def make_family(directory, seed: int, heterogeneous=(), kind: str = "nemotron_h") -> dict[str, Submodel]:
     """A random parent with three nested budgets and one in between, the smallest without the last layer."""
-    config = random_config(seed)
+    config = CONFIGS[kind](seed)
     config.time_step_min, config.eos_token_id = 1e-30, None  # see tests/test_extract.py
     save_random_parent(directory, seed, config)
     config = hf.read_config(directory)
     big = random_submodel(config, seed, heterogeneous, all_layers=True).resolve(config)
     small = half(config, big)
-    kept = small.kept_layers[:-1] if config.layers_block_type[-1] != "full_attention" else small.kept_layers
+    kept = small.kept_layers[:-1] if families.pattern(config)[-1] != "*" else small.kept_layers
     small = dataclasses.replace(small, kept_layers=kept).resolve(config)
     budgets = {"full": Submodel().resolve(config), "big": big, "small": small}
     between = dataclasses.replace(big, hidden_size=small.hidden_size)
@@ -46,7 +50,9 @@ def make_family(directory, seed: int, heterogeneous=()) -> dict[str, Submodel]:
 
 
 @pytest.fixture(
-    scope="module", params=[(1, ()), (4, ()), (7, PER_LAYER), (9, ())], ids=lambda param: f"seed {param[0]}"
+    scope="module",
+    params=[(1, ()), (4, ()), (7, PER_LAYER), (9, ()), (2, (), "llama"), (3, (), "llama"), (6, (), "llama")],
+    ids=lambda param: " ".join(map(str, ("seed", param[0], *param[2:]))),
 )
 def family(request, tmp_path_factory):
     """A family's directory, its budgets, the model that serves them all, and the extracted ones."""

@@ -239,7 +239,7 @@ def test_a_parent_without_a_tokenizer(values, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model_type": "llama"}, r"model_type is 'llama'; allowed: 'nemotron_h'"),
+        ({"model_type": "gpt2"}, r"model_type is 'gpt2'; allowed: 'nemotron_h'"),
         ({"layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba"]}, r"mixture-of-experts layers \(E\)"),
         ({"intermediate_size": [24, 16]}, r"a heterogeneous submodel cannot be a parent"),
         ({"n_groups": 3}, r"mamba_num_heads=4 is not a multiple of n_groups=3"),

@@ -31,11 +31,16 @@ NO_RESULT = {
 # What a stage imports and does not run: stage 1 alone has a router; a ranking is read from the artifact.
 RANKING = {"elastic_core.importance"}
 ROUTER = {"elastic_core.router", "elastic_core.selection", "elastic_core.choices"}
+FORWARD = {"elastic_core.layers", "elastic_core.cut"}  # a family's file has its layers too
+FORWARD |= {f"elastic_core.ops.{name}" for name in ("kernels", "activation", "norm")}
 UNUSED = {
-    "prepare_data": {"elastic_core.hf"},  # how the files of a tokenizer are named
+    # How the files of a tokenizer are named, and those of a package's model, of which only the tokenizer is read.
+    "prepare_data": {"elastic_core.hf", "elastic_core.tensor_files", "elastic_core.families"},
     "parent": RANKING | ROUTER | {"tasks.prepare_data"},  # its tokenizer is in artifacts/data
     "train_short": RANKING,
     "train_extended": RANKING | ROUTER,
+    "extract": FORWARD,
+    "report": FORWARD,
 }
 NOT_IMPORTED = {  # code that is read by another way
     "extract": {"elastic_core/modeling_elastic_nemotron_h.py.txt"},

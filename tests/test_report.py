@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = Path("/usr/bin/chromium")
 TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
 CONFIG = {
+    "model_type": "nemotron_h",
     "layers_block_type": [TYPES[character] for character in "M*-M"],
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, and each optional package in one file only."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ OPTIONAL = {
     "dvc",
     "fastapi",
     "fsspec",
+    "gguf",
     "jinja2",
     "lm_eval",
     "mamba_ssm",
@@ -123,6 +125,14 @@ def test_dependencies_have_no_circles_inside_the_core():
             for other in imports(path):
                 if other.startswith("elastic_core.") and other != module:
                     assert module not in reachable(other), f"{module} and {other}"
+
+
+def test_what_is_one_familys_own_is_said_in_its_file_only():
+    own = re.compile(r"layers_block_type|NemotronH|Llama|Qwen|embed_tokens|norm_f\b|\bmixer|self_attn|backbone")
+    for path in (ROOT / "elastic_core").rglob("*.py"):
+        found = sorted(set(own.findall(path.read_text())))
+        assert not found or path.parent.name == "families", path
+    assert {path.stem for path in (ROOT / "elastic_core/families").glob("*.py")} == {"__init__", "nemotron_h", "llama"}
 
 
 def test_stages_are_named_alike_everywhere():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from elastic_core import ElasticModel, extract, hf, tensor_files
 from elastic_core.extract import CutTensor
+from elastic_core.families.nemotron_h import disk_name
 from elastic_core.layout import kept_rows, narrow
 from elastic_core.tensor_files import Entry, read_header, write
 
@@ -107,7 +108,7 @@ def test_cuts_are_those_of_narrow(tmp_path, monkeypatch, seed, block_bytes):
             if int(path[2]) not in number:
                 continue
             path[2] = str(number[int(path[2])])
-        cut = found.pop(hf.disk_name(".".join(path)))
+        cut = found.pop(disk_name(".".join(path)))
         assert torch.equal(cut, narrow(parameter.detach(), model.layout[name], sizes)), name
     assert not found
 

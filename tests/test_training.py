@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from parents import random_elastic
+from parents import random_elastic, random_llama_config, relative_error
 from test_router import CONFIG, RANKING, SIZES
+from transformers import AutoModelForCausalLM
 
-from elastic_core import ElasticModel, Submodel
+from elastic_core import ElasticModel, Submodel, elastic_checkpoint, extract, rank, sort_
 from elastic_core.checkpoint import Checkpoints
 from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.cost import num_parameters
@@ -396,6 +397,41 @@ def test_the_router_itself_finds_its_budgets(trained):
         assert np.mean(costs[-8:]) == pytest.approx(target, rel=0.08), budget
     off = [np.mean([r["router_loss"] for r in part if r["budget"] == "small"]) for part in (soft[:30], soft[-30:])]
     assert off[1] < 0.3 * off[0]
+
+
+def test_a_llama_becomes_a_family(data, tmp_path):
+    """Ranked, sorted, routed, trained and cut out: every budget is a stock Llama and computes what the family does."""
+    config = random_llama_config(11)
+    assert config.model_type == "llama" and not config.tie_word_embeddings and config.num_attention_heads == 6
+    model = random_elastic(11, config)
+    ranking = rank(model, [data_batch(data, start) for start in (0, 4)])
+    teacher = copy.deepcopy(sort_(model, ranking))
+    sizes = {"hidden_size": (30, 24, 18), "intermediate_size": tuple(range(19, 2, -1)), "num_attention_heads": (6, 2)}
+    space = ElasticSpace(config, Choices(**sizes, depth=(4, 3, 2)), ranking.depth)
+    torch.manual_seed(0)
+    router = Router(space, tuple(BUDGETS.values()))
+    stage = make_stage(steps=40, learning_rate=3e-3)
+    rows = PackedSequences(data, stage.mixture, stage.sequence_length, seed=1)
+    routing = Routing(share=0.6, dead_zone=0.02)
+    run = Run(model, stage, rows, BUDGETS, router=router, teacher=teacher, routing=routing, seed=2)
+    losses = [[part["kl"] for part in row["microbatches"] if part["budget"] == "small"] for row in train(run)]
+    assert np.mean(losses[-5:]) < np.mean(losses[25:30])  # sliced since step 24
+    model.save_pretrained(tmp_path / "family")
+    elastic_checkpoint.write(tmp_path / "family", config, run.members, [])
+    input_ids, _ = rows.batch(0, 2)
+    for budget, target in BUDGETS.items():
+        submodel = extract(tmp_path / "family", budget, tmp_path / budget)
+        extracted = AutoModelForCausalLM.from_pretrained(tmp_path / budget)
+        count = sum(parameter.numel() for parameter in extracted.parameters())
+        assert count == num_parameters(config, submodel) and abs(count / num_parameters(config) / target - 1) < 0.05
+        with torch.no_grad():
+            logits = extracted(input_ids, use_cache=False).logits
+            assert relative_error(model(input_ids, submodel), logits) < 1e-5
+
+
+def data_batch(data, start):
+    """Four rows of text, as a calibration batch."""
+    return PackedSequences(data, {"text": 1.0}, 16, seed=3).batch(start, 4)[0]
 
 
 def test_the_router_settles_as_soon_as_its_choice_stays_the_same_within_budget(data):

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from elastic_core.layout import Dim, Layout, kept_rows, take
-from elastic_core.submodel import Submodel
 
 Observer = Callable[[str, Tensor], None]
 
@@ -25,16 +24,14 @@ class Cut:
 
     def __init__(
         self,
-        config,
         layout: Layout,
         device: torch.device,
-        submodel: Submodel,
+        sizes: Mapping[str, int],
+        kept_layers: tuple[int, ...],
         gates: Mapping[str, Tensor] | None = None,
         observe: Observer | None = None,
     ):
-        submodel = submodel.resolve(config)
-        self.sizes = submodel.sizes(config)
-        self.kept_layers = submodel.kept_layers
+        self.sizes, self.kept_layers = sizes, kept_layers
         shared = {id(gate): gate.to(device) for gate in (gates or {}).values()}  # the router stays in CPU memory
         self.gates = {key: shared[id(gate)] for key, gate in (gates or {}).items()}
         # Looked up once per cut, not in every forward: a compiled forward then finds constants, and an index is

@@ -9,32 +9,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_core import hf
-from elastic_core.layout import Layout, block_pattern, layer_index, parameter_layout
-from elastic_core.model.cut import Cut, Observer
-from elastic_core.model.layers import Block, Norm, add_parameters
+from elastic_core import families, hf
+from elastic_core.cut import Cut, Observer
+from elastic_core.layers import Norm, add_parameters, part_of
+from elastic_core.layout import Layout
 from elastic_core.submodel import Submodel, full_submodel
 from elastic_core.tensor_files import Entry
 
+HEAD = "lm_head.weight"
+
 
 class Trunk(nn.Module):
-    """Embeddings, layers and final norm: token ids to the hidden states that the head reads."""
+    """Embeddings, layers and final norm, under the family's names: token ids to the states that the head reads."""
 
     def __init__(self, config, layout: Layout):
         super().__init__()
-        self.layout = {"embeddings.weight": layout["model.embeddings.weight"]}
+        family, layout = families.of(config), part_of(layout, "model")
+        self.embeddings_name, self.final_norm_name = f"{family.EMBEDDINGS}.weight", family.FINAL_NORM
+        self.layout = {self.embeddings_name: layout[self.embeddings_name]}
         add_parameters(self, self.layout)
-        layers = [{} for _ in block_pattern(config)]
-        for name, dims in layout.items():
-            if (layer := layer_index(name)) is not None:
-                layers[layer][name.split(".", 3)[3]] = dims
         self.layers = nn.ModuleList(
-            Block(config, character, i, layers[i]) for i, character in enumerate(block_pattern(config))
+            family.Block(config, i, part_of(layout, f"layers.{i}")) for i in range(families.num_layers(config))
         )
-        self.norm_f = Norm(config, {"weight": layout["model.norm_f.weight"]})
+        self.add_module(family.FINAL_NORM, Norm(family.norm_eps(config), part_of(layout, family.FINAL_NORM)))
+
+    @property
+    def final_norm(self) -> Norm:
+        return self.get_submodule(self.final_norm_name)
+
+    def embedding_weight(self, cut: Cut) -> Tensor:
+        """The embeddings' weight (vocab, kept hidden)."""
+        return cut.weight(self, self.layout, self.embeddings_name)
 
     def embed(self, input_ids: Tensor, cut: Cut) -> Tensor:
-        x = F.embedding(input_ids, cut.weight(self, self.layout, "embeddings.weight"))
+        x = F.embedding(input_ids, self.embedding_weight(cut))
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as where weights are gathered so
             x = x.to(torch.get_autocast_dtype(x.device.type))
         gate = cut.gate("hidden")
@@ -44,24 +52,28 @@ class Trunk(nn.Module):
         x = self.embed(input_ids, cut)  # (B, L, hidden)
         for i in cut.kept_layers:
             x = self.layers[i](x, cut)
-        return self.norm_f(x, cut)
+        return self.final_norm(x, cut)
 
 
 class ElasticModel(nn.Module):
-    """A `nemotron_h` model of which every submodel is a part. `.config` is transformers', `.full` the whole model."""
+    """A model of which every submodel is a part. `.config` is transformers', `.full` the whole model.
+
+    With tied embeddings there is no `lm_head`: one parameter serves as both.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = hf.check_config(config)
-        self.layout = parameter_layout(config)
+        self.layout = families.parameter_layout(config)
         self.full = full_submodel(config)
         self.model = Trunk(config, self.layout)
-        self.lm_head = nn.Module()
-        add_parameters(self.lm_head, {"weight": self.layout["lm_head.weight"]})
+        if HEAD in self.layout:
+            self.lm_head = nn.Module()
+            add_parameters(self.lm_head, part_of(self.layout, "lm_head"))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ElasticModel:
-        """Load a Hugging Face `nemotron_h` directory, tensor by tensor, as master weights of `dtype`.
+        """Load a Hugging Face directory of a known family, tensor by tensor, as master weights of `dtype`.
 
         Raises ValueError for another family, unsupported layers, or tensors that do not match the configuration.
         """
@@ -83,7 +95,7 @@ class ElasticModel(nn.Module):
         return model, reader
 
     def save_pretrained(self, directory: str | os.PathLike, tokenizer_from: str | os.PathLike | None = None) -> None:
-        """Write a plain `nemotron_h` directory, whole or not at all, with the tokenizer of another directory."""
+        """Write a plain Hugging Face directory, whole or not at all, with the tokenizer of another directory."""
         parameters = dict(self.named_parameters())
         self.write(directory, ((name, parameters[name].detach().cpu()) for name in self.layout), tokenizer_from)
 
@@ -94,11 +106,13 @@ class ElasticModel(nn.Module):
         tokenizer_from: str | os.PathLike | None = None,
     ) -> None:
         """`save_pretrained` with the parameters given one by one, all of the layout's and in its order."""
-        parameters = dict(self.named_parameters())
-        entries = {name: Entry(parameters[name].dtype, tuple(parameters[name].shape)) for name in self.layout}
+        parameters, disk_name = dict(self.named_parameters()), families.of(self.config).disk_name
+        entries = {
+            disk_name(name): Entry(parameters[name].dtype, tuple(parameters[name].shape)) for name in self.layout
+        }
         with hf.whole_directory(directory) as partial:
-            hf.write_config(partial, self.config, dtype=str(self.lm_head.weight.dtype).removeprefix("torch."))
-            hf.write_tensors(partial, entries, tensors)
+            hf.write_config(partial, self.config, dtype=str(self._any_matrix().dtype).removeprefix("torch."))
+            hf.write_tensors(partial, entries, ((disk_name(name), rows) for name, rows in tensors))
             if tokenizer_from is not None:
                 hf.copy_tokenizer(tokenizer_from, partial)
 
@@ -109,8 +123,12 @@ class ElasticModel(nn.Module):
         observe: Observer | None = None,
     ) -> Cut:
         """What `hidden_states` and `head` compute with; make it once for several calls."""
-        device = self.lm_head.weight.device
-        return Cut(self.config, self.layout, device, submodel or self.full, gates, observe)
+        submodel = (submodel or self.full).resolve(self.config)
+        sizes = submodel.sizes(self.config)
+        return Cut(self.layout, self._any_matrix().device, sizes, submodel.kept_layers, gates, observe)
+
+    def _any_matrix(self) -> Tensor:
+        return self.get_parameter(next(iter(self.layout)))
 
     def hidden_states(self, input_ids: Tensor, cut: Cut) -> Tensor:
         """Final normed hidden states (B, L, kept hidden) of token ids (B, L)."""
@@ -118,7 +136,7 @@ class ElasticModel(nn.Module):
 
     def head(self, cut: Cut) -> Tensor:
         """The head's weight (vocab, kept hidden): logits = hidden_states @ head.T"""
-        return cut.weight(self, self.layout, "lm_head.weight")
+        return cut.weight(self, self.layout, HEAD) if HEAD in self.layout else self.model.embedding_weight(cut)
 
     def forward(
         self, input_ids: Tensor, submodel: Submodel | None = None, gates: Mapping[str, Tensor] | None = None

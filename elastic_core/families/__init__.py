@@ -1,0 +1,59 @@
+"""Model families: what of the library depends on whose layers a model is made of; one module per family.
+
+A family is a table of named dimensions and the forward of its layers. Its module has:
+
+- `MODELS`: model_type → transformers' configuration and causal language model; `EMBEDDINGS`, `FINAL_NORM`: what those
+  parts of the trunk are called; `norm_eps(config)`.
+- `requirements(config)`: what has to hold of a parent, and what to say where it does not.
+- `pattern(config)`: a character per layer, for people. `units(config)`: every unit key with its size and groups.
+  `parameter_layout(config)`: the table, made of those.
+- `Block(config, layer, layout)`: a layer, `forward(x, cut)`.
+- `canonical_name(name)` of a tensor in a file (None: left out), `disk_name(name)` of a parameter, and
+  `file_values(values)`: what config.json says besides.
+- `config_changes(config, kept_layers, widths)` of a submodel, where a list has an entry per kept layer;
+  `MODELING_FILE`: what travels with a model whose widths differ between layers, with `REMOTE_CLASSES`, or None where
+  such a model cannot be expressed; `size_problem(config, hidden_size, num_attention_heads)`: why transformers would
+  refuse a directory of these sizes, or None.
+- `finish(model, device)`: what a model of transformers without storage needs besides its parameters;
+  `copy_state(config, layer, state, within, cache, number)`: a part of what a layer remembers of a text (nested.py).
+"""
+
+from types import ModuleType
+
+import elastic_core.families.llama as llama
+import elastic_core.families.nemotron_h as nemotron_h
+from elastic_core.layout import Layout, Units
+
+FAMILIES = {model_type: family for family in (nemotron_h, llama) for model_type in family.MODELS}
+
+
+def find(model_type: str | None, where: str) -> ModuleType:
+    """The family of a model_type; ValueError where there is none."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"{where}: model_type is {model_type!r}; allowed: {', '.join(map(repr, FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def of(config) -> ModuleType:
+    """The family of a configuration."""
+    return find(config.model_type, "config")
+
+
+def units(config) -> dict[str, Units]:
+    """Every unit key of a configuration's models, with its full size and groups, in the order of the layers."""
+    return of(config).units(config)
+
+
+def parameter_layout(config) -> Layout:
+    """Name and dimensions of every parameter of a configuration's models, in file order."""
+    return of(config).parameter_layout(config)
+
+
+def pattern(config) -> str:
+    """The layers as characters, one each, for people."""
+    return of(config).pattern(config)
+
+
+def num_layers(config) -> int:
+    """How many layers the parent has."""
+    return len(pattern(config))

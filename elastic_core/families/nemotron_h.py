@@ -1,0 +1,314 @@
+"""The family `nemotron_h`: hybrids of Mamba-2, grouped-query attention and MLP layers, one mixer per layer.
+
+What it says, and how the rest of the library asks for it, is told in families/__init__.py.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, NemotronHConfig, NemotronHForCausalLM
+from transformers.activations import ACT2FN
+
+from elastic_core.cut import Cut
+from elastic_core.layers import Norm, add_parameters, causal_attention, part_of
+from elastic_core.layout import Concat, Fixed, Layout, Product, Units
+from elastic_core.ops import kernels
+from elastic_core.ops.activation import relu_squared
+from elastic_core.ops.norm import group_rms_norm
+
+MODELS = {"nemotron_h": (NemotronHConfig, NemotronHForCausalLM)}
+EMBEDDINGS, FINAL_NORM = "embeddings", "norm_f"
+MODELING_FILE = "modeling_elastic_nemotron_h.py"
+REMOTE_CLASSES = ("ElasticNemotronHConfig", "ElasticNemotronHForCausalLM")
+CHARACTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
+
+
+def requirements(config) -> list[tuple[bool, str]]:
+    """What has to hold of a configuration, and what to say where it does not."""
+    types = pattern(config)
+    return [
+        ("E" not in types, f"layer types {types!r}; mixture-of-experts layers (E) are not supported yet"),
+        (not config.tie_word_embeddings, "tie_word_embeddings=true; transformers keeps nemotron_h heads untied"),
+        (
+            config.mamba_num_heads % config.n_groups == 0,
+            f"mamba_num_heads={config.mamba_num_heads} is not a multiple of n_groups={config.n_groups}",
+        ),
+        (
+            config.num_attention_heads % config.num_key_value_heads == 0,
+            f"num_attention_heads={config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}",
+        ),
+        (config.mamba_hidden_act == "silu", f"mamba_hidden_act={config.mamba_hidden_act!r}; allowed: 'silu'"),
+    ]
+
+
+def norm_eps(config) -> float:
+    """The epsilon of the norms."""
+    return config.layer_norm_epsilon
+
+
+def pattern(config) -> str:
+    """The layer types as characters, for example ``M-M*-``."""
+    return pattern_of(config.layers_block_type)
+
+
+def pattern_of(block_types: Iterable[str]) -> str:
+    """Pattern characters of a list of layer types."""
+    return "".join(CHARACTERS[block_type] for block_type in block_types)
+
+
+def layers_of(config, character: str) -> list[int]:
+    """Indices of the parent's layers of one type."""
+    return [i for i, c in enumerate(pattern(config)) if c == character]
+
+
+# Names and sizes
+
+
+def units(config) -> dict[str, Units]:
+    """Every unit key with its full size and groups."""
+    found = {"hidden": Units("hidden", config.hidden_size)}
+    for i, character in enumerate(pattern(config)):
+        if character == "M":
+            found[f"mamba_heads.{i}"] = Units(f"mamba_heads.{i}", config.mamba_num_heads, groups=config.n_groups)
+            found[f"mamba_channels.{i}"] = Units(f"mamba_channels.{i}", config.mamba_head_dim)
+        elif character == "*":
+            key, groups = f"attention_heads.{i}", config.num_key_value_heads
+            found[key] = Units(key, config.num_attention_heads, groups)
+        elif character == "-":
+            found[f"ffn.{i}"] = Units(f"ffn.{i}", config.intermediate_size)
+    return found
+
+
+def parameter_layout(config) -> Layout:
+    """Name and dimensions of every parameter of a model with layers M, * and -, in file order.
+
+    Names are those of `transformers.NemotronHForCausalLM.named_parameters()`.
+    """
+    keys, vocab = units(config), Fixed(config.vocab_size)
+    hidden, mixers = keys["hidden"], {"M": _mamba_layout, "*": _attention_layout, "-": _mlp_layout}
+    layout: Layout = {"model.embeddings.weight": (vocab, hidden)}
+    for i, character in enumerate(pattern(config)):
+        layout[f"model.layers.{i}.norm.weight"] = (hidden,)
+        for name, dims in mixers[character](config, i, keys).items():
+            layout[f"model.layers.{i}.mixer.{name}"] = dims
+    layout["model.norm_f.weight"] = (hidden,)
+    layout["lm_head.weight"] = (vocab, hidden)
+    return layout
+
+
+def _mamba_layout(config, i: int, keys: dict[str, Units]) -> Layout:
+    hidden, heads = keys["hidden"], keys[f"mamba_heads.{i}"]
+    inner = Product((heads, keys[f"mamba_channels.{i}"]))
+    states = Fixed(config.n_groups * config.ssm_state_size)
+    conv = Concat((inner, states, states))  # x | B | C
+    projection = Concat((inner, conv, heads))  # z | x | B | C | dt
+    layout = {
+        "in_proj.weight": (projection, hidden),
+        "conv1d.weight": (conv, Fixed(1), Fixed(config.conv_kernel)),
+        "dt_bias": (heads,),
+        "A_log": (heads,),
+        "D": (heads,),
+        "norm.weight": (inner,),
+        "out_proj.weight": (hidden, inner),
+    }
+    if config.use_conv_bias:
+        layout["conv1d.bias"] = (conv,)
+    if config.use_bias:
+        layout |= {"in_proj.bias": (projection,), "out_proj.bias": (hidden,)}
+    return layout
+
+
+def _attention_layout(config, i: int, keys: dict[str, Units]) -> Layout:
+    head_dim = Fixed(config.head_dim)
+    hidden, heads = keys["hidden"], keys[f"attention_heads.{i}"]
+    query, key_value = Product((heads, head_dim)), Product((Fixed(config.num_key_value_heads), head_dim))
+    return {
+        "q_proj.weight": (query, hidden),
+        "k_proj.weight": (key_value, hidden),
+        "v_proj.weight": (key_value, hidden),
+        "o_proj.weight": (hidden, query),
+    }
+
+
+def _mlp_layout(config, i: int, keys: dict[str, Units]) -> Layout:
+    hidden, ffn = keys["hidden"], keys[f"ffn.{i}"]
+    layout = {"up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
+    if config.mlp_bias:
+        layout |= {"up_proj.bias": (ffn,), "down_proj.bias": (hidden,)}
+    return layout
+
+
+# Files
+
+
+def canonical_name(name: str) -> str | None:
+    """transformers' parameter name of a tensor on disk, where the trunk is called ``backbone`` or ``model``.
+
+    None for what is left out: the heads of multi-token prediction.
+    """
+    if name.startswith("mtp."):
+        return None
+    return "model." + name.removeprefix("backbone.") if name.startswith("backbone.") else name
+
+
+def disk_name(name: str) -> str:
+    """The name that transformers and vLLM write and read."""
+    return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+
+
+def file_values(values: dict) -> dict:
+    """What config.json says besides: where vLLM and SGLang read the layers, and else assume another model's."""
+    types = values["layers_block_type"]
+    return {"hybrid_override_pattern": pattern_of(types), "num_hidden_layers": len(types)}
+
+
+def size_problem(config, hidden_size: int, num_attention_heads: int) -> str | None:
+    """What is wrong with these sizes in one directory: never anything."""
+    return None
+
+
+def config_changes(config, kept_layers: Sequence[int], widths: dict[str, int | list[int]]) -> dict:
+    """What a submodel's configuration has that differs from the parent's; a list has an entry per kept layer."""
+    types = [config.layers_block_type[i] for i in kept_layers]
+    return widths | {"head_dim": config.head_dim, "layers_block_type": types}
+
+
+def finish(model: nn.Module, device: torch.device) -> None:
+    """Give a model of transformers that was made without storage what it has besides parameters: nothing here."""
+
+
+def copy_state(config, layer: int, state, within: Callable[[str], Tensor], cache: Cache, number: int) -> None:
+    """Put what a smaller submodel has room for of a layer's `state` into its cache, as layer `number`.
+
+    `within(name)`: where the smaller one's rows of a parameter of the layer stand among the larger one's.
+    """
+    character = pattern(config)[layer]
+    if character == "*":  # every budget has all KV heads
+        cache.update(state.keys, state.values, number)
+    elif character == "M":
+        conv, recurrent = state.conv_states[0], state.recurrent_states[0]  # (B, C, K), (B, heads, channels, N)
+        heads = within("mixer.A_log")
+        channels = len(within("mixer.norm.weight")) // len(heads)
+        cache.update_conv_state(conv.index_select(1, within("mixer.conv1d.weight").to(conv.device)), number)
+        recurrent = recurrent.index_select(1, heads.to(recurrent.device))[:, :, :channels]
+        cache.update_recurrent_state(recurrent.contiguous(), layer_idx=number)
+
+
+# Layers
+
+
+class MLP(nn.Module):
+    """W2 · act(W1 x), not gated."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.layout, self.layer, self.units = layout, layer, f"ffn.{layer}"
+        self.act = relu_squared if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        x = F.linear(x, cut.weight(self, self.layout, "up_proj.weight"), cut.weight(self, self.layout, "up_proj.bias"))
+        cut.observe(self.units, x)
+        weight = cut.writing_weight(self, self.layout, "down_proj.weight", self.layer, self.units)
+        return F.linear(self.act(x), weight, cut.writing_bias(self, self.layout, "down_proj.bias", self.layer))
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention without positional embedding; query heads are cut inside their KV group."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.layout, self.layer, self.units = layout, layer, f"attention_heads.{layer}"
+        self.head_dim, self.num_key_value_heads = config.head_dim, config.num_key_value_heads
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        num_heads, num_kv = cut.sizes[self.units], self.num_key_value_heads
+        query, key, value = (
+            F.linear(x, cut.weight(self, self.layout, f"{name}_proj.weight")).unflatten(-1, (heads, self.head_dim))
+            for name, heads in (("q", num_heads), ("k", num_kv), ("v", num_kv))
+        )
+        cut.observe(self.units, query)
+        y = causal_attention(query, key, value)
+        return F.linear(y, cut.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units))
+
+
+class Mamba(nn.Module):
+    """Mamba-2. Heads are cut inside their group, channels alike in every head; B and C stay whole."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.layout, self.layer = layout, layer
+        self.groups, self.state_size = config.n_groups, config.ssm_state_size
+        self.eps = config.layer_norm_epsilon
+        self.time_step_min = config.time_step_min  # transformers' only limit on dt
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        heads, channels = cut.sizes[f"mamba_heads.{self.layer}"], cut.sizes[f"mamba_channels.{self.layer}"]
+        inner, states = heads * channels, self.groups * self.state_size
+
+        def weight(name: str) -> Tensor | None:
+            return cut.weight(self, self.layout, name)
+
+        projected = F.linear(x, weight("in_proj.weight"), weight("in_proj.bias"))
+        z, conv, dt = projected.split([inner, inner + 2 * states, heads], dim=-1)
+        cut.observe(f"mamba.{self.layer}", conv[..., :inner].unflatten(-1, (heads, channels)))
+        conv = kernels.conv_silu(conv, weight("conv1d.weight"), weight("conv1d.bias"), x.dtype)
+        y, B, C = conv.split([inner, states, states], dim=-1)
+        # Time step and decay in float32 at least, whatever the rest computes in; the scan's sums too.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + weight("dt_bias")).clamp(min=self.time_step_min)
+        y = kernels.scan(
+            y.unflatten(-1, (heads, channels)),
+            dt,
+            -torch.exp(weight("A_log").to(wide)),
+            B.unflatten(-1, (self.groups, self.state_size)),
+            C.unflatten(-1, (self.groups, self.state_size)),
+            weight("D"),
+            x.dtype,
+        )
+        y = self._gated_norm(y.flatten(2), z, weight("norm.weight"), cut, x.dtype)
+        return F.linear(
+            y,
+            cut.writing_weight(self, self.layout, "out_proj.weight", self.layer),
+            cut.writing_bias(self, self.layout, "out_proj.bias", self.layer),
+        )
+
+    def _gated_norm(self, y: Tensor, z: Tensor, weight: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
+        """norm(y · silu(z) · gates), where the norm counts the live channels."""
+        head_key, channel_key = f"mamba_heads.{self.layer}", f"mamba_channels.{self.layer}"
+        gate = self._gate(cut.gate(head_key), cut.gate(channel_key), cut)
+        if gate is None:
+            return kernels.gated_norm(y, z, weight, self.eps, self.groups, dtype)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        y = y.to(wide) * F.silu(z.to(wide)) * gate.to(wide)
+        num_live = cut.num_live(head_key) * cut.num_live(channel_key) / self.groups
+        return group_rms_norm(y, weight, self.eps, self.groups, num_live).to(dtype)
+
+    def _gate(self, heads: Tensor | None, channels: Tensor | None, cut: Cut) -> Tensor | None:
+        """The gates of heads and of channels as one, (heads · channels,)."""
+        if heads is None and channels is None:
+            return None
+        sizes = cut.sizes[f"mamba_heads.{self.layer}"], cut.sizes[f"mamba_channels.{self.layer}"]
+        if channels is None:
+            return heads[:, None].expand(sizes).flatten()
+        return channels.expand(sizes).flatten() if heads is None else torch.outer(heads, channels).flatten()
+
+
+MIXERS = {"M": Mamba, "*": Attention, "-": MLP}
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)); the mixer gates what it writes."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.norm = Norm(norm_eps(config), part_of(layout, "norm"))
+        self.mixer = MIXERS[pattern(config)[layer]](config, layer, part_of(layout, "mixer"))
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return x + self.mixer(self.norm(x, cut), cut)

@@ -1,1 +1,0 @@
-from elastic_core.model.elastic import ElasticModel as ElasticModel
