@@ -114,7 +114,7 @@ def test_every_option_is_explained(command):
 def test_completion_knows_profiles_stages_and_budgets(monkeypatch, family):
     from flows import cli
 
-    assert cli.complete_profile("sm") == ["smoke"] and "default" in cli.complete_profile("")
+    assert cli.complete_profile("smok") == ["smoke"] and "default" in cli.complete_profile("")
     assert cli.complete_stage("train") == ["train_short", "train_extended"]
     monkeypatch.setattr(families, "find", lambda: family)
     assert cli.complete_budget("") == list(MEMBERS) and cli.complete_budget("s") == ["small"]

@@ -201,8 +201,8 @@ def test_places_that_cannot_be_used_are_refused(project, changes, words):
 def test_a_parent_on_s3_of_another_kind_or_without_tokenizer(s3, project):
     url = storage.join(s3.place, "models", "parent")
     values = json.loads(storage.read_bytes(storage.join(url, "config.json")))
-    storage.write_bytes(storage.join(url, "config.json"), json.dumps(values | {"model_type": "llama"}).encode())
-    with pytest.raises(ConfigError, match=r"^params\.yaml: parent: s3://test/\w+/models/parent: model_type is 'llama'"):
+    storage.write_bytes(storage.join(url, "config.json"), json.dumps(values | {"model_type": "gpt2"}).encode())
+    with pytest.raises(ConfigError, match=r"^params\.yaml: parent: s3://test/\w+/models/parent: model_type is 'gpt2'"):
         places.check(params.load())
     storage.remove(storage.join(url, "tokenizer.json"))
     with pytest.raises(ConfigError, match=r"^params\.yaml: parent\.path: .*a directory with its tokenizer too"):
