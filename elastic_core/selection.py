@@ -28,8 +28,8 @@ def check_budgets(space: ElasticSpace, budgets: dict[str, float], tolerance: flo
         if found is None:
             nearest = costs.flatten()[(costs.flatten() - target * full).abs().argmin()].item()
             raise ConfigError(
-                f"budgets.{name}: got {target} ({target * full:,.0f} parameters), which no combination of `choices` "
-                f"that is nested in the larger budgets reaches within {tolerance:.0%}; the choices give "
+                f"budgets.{name}: got {target:.6g} ({space.metric.text(target * full)}), which no combination of "
+                f"`choices` that is nested in the larger budgets reaches within {tolerance:.0%}; the choices give "
                 f"{costs.min().item() / full:.3f} to 1.0, nearest {nearest / full:.3f}; change budgets or choices"
             )
         bound = found
@@ -109,7 +109,7 @@ def _best_step(space, table, target, indices, steps) -> Tensor | None:
 def select_family(router: Router, scale: float = 1.0, tolerance: float = TOLERANCE) -> list[list[int]]:
     """Choice indices of every budget: the router's most probable ones that are nested and within tolerance."""
     space, bound, family = router.space, [0] * len(router.space.slots), []
-    full = space.num_parameters(bound)
+    full = space.exact_cost(bound)
     with torch.no_grad():
         for index, target in enumerate(router.targets):
             if target < 1.0:
@@ -117,7 +117,7 @@ def select_family(router: Router, scale: float = 1.0, tolerance: float = TOLERAN
                 found = select(space, log_probs, target * full, bound, tolerance)
                 if found is None:
                     raise ConfigError(
-                        f"budgets: no submodel inside the next larger one is within {tolerance:.0%} of {target}; "
+                        f"budgets: no submodel inside the next larger one is within {tolerance:.0%} of {target:.6g}; "
                         "give `choices` finer steps"
                     )
                 bound = found

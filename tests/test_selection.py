@@ -102,7 +102,7 @@ def test_descent_keeps_what_is_within_budget_and_moves_what_is_least_certain():
     space = large_space()
     chosen = [min(1, len(slot.sizes) - 1) for slot in space.slots]
     certain = [10.0 * torch.eye(len(slot.sizes))[i] for slot, i in zip(space.slots, chosen, strict=True)]
-    count = space.num_parameters(chosen)
+    count = space.exact_cost(chosen)
     start = [0] * len(space.slots)
     assert select(space, certain, count, start, 0.01) == chosen
     certain[3] = torch.zeros(len(space.slots[3].sizes))  # one layer's MLP does not care
@@ -189,7 +189,7 @@ def test_stage_1_checks_the_budgets_with_the_real_order_of_the_layers(tmp_path, 
     monkeypatch.setattr(stage, "RANK", tmp_path)
     monkeypatch.setattr(stage, "make_job", lambda *arguments: "its job")
     choices = Choices(depth=(5, 4))
-    share = ElasticSpace(CONFIG, choices, RANKING).num_parameters([0] * 5 + [1]) / FULL
+    share = ElasticSpace(CONFIG, choices, RANKING).exact_cost([0] * 5 + [1]) / FULL
     settings = SimpleNamespace(
         choices=choices, budgets={"full": 1.0, "small": share}, train_short=None, routing=None, seed=0
     )
