@@ -20,6 +20,7 @@ from elastic_core.cost import PARAMETERS, Memory, Metric, exact_cost
 COUNTS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 BYTES = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
 BYTES |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
+SMALLEST_COUNT = 1000  # a bare number below is no model, but a share gone wrong, such as 75 or 1.5
 TOKENS = {"": 1, "K": 2**10, "M": 2**20}
 SPELLING = re.compile(
     r"(?P<number>[\d.]+(e[+-]?\d+)?)\s*(?P<unit>[a-z]*)\s*"
@@ -102,7 +103,8 @@ def parse(given: Spelling, where: str = "budget", names: Iterable[str] = ()) -> 
     unit = found["unit"].upper() if found else ""
     in_bytes = unit in BYTES
     setting = found is not None and (found["context"] or found["batch"])
-    if not 0 < amount < math.inf or unit not in {"", *COUNTS, *BYTES} or (setting and not in_bytes):
+    absurd = unit == "" and 1 < amount < SMALLEST_COUNT
+    if not 0 < amount < math.inf or absurd or unit not in {"", *COUNTS, *BYTES} or (setting and not in_bytes):
         known = f"one of {', '.join(names)}, " if names else ""
         raise ConfigError(f"{where}: got {given!r}; allowed: {known}{ALLOWED}")
     if not in_bytes:
@@ -154,8 +156,10 @@ def shares(budgets: Mapping[str, Spelling], metric: Metric, config, where: str =
     for name, given in budgets.items():
         key = f"{where}.{name}"
         budget = parse(given, key)
-        measure, target, full = budget.target(metric, config, key)
-        setting = f" ({measure.setting})" if measure.setting else ""
-        require(target <= full, key, given, f"up to the parent's own {measure.text(full)}{setting}")
-        found[name] = budget.amount if budget.kind == "share" else target / full
+        found[name] = budget.amount
+        if budget.kind != "share":
+            measure, target, full = budget.target(metric, config, key)
+            setting = f" ({measure.setting})" if measure.setting else ""
+            require(target <= full, key, given, f"up to the parent's own {measure.text(full)}{setting}")
+            found[name] = target / full
     return found

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 class Parameters:
     """The number of parameters. Multilinear in sizes that are drawn independently: the expectation is exact."""
 
+    name: ClassVar = "parameters"
+
     def count(self, config, sizes: Mapping, keep: Callable[[int], object]):
         return count(parameter_layout(config), sizes, keep)
 
@@ -49,7 +52,7 @@ class Parameters:
 
     def to_json(self) -> str | dict:
         """What `read_metric` reads."""
-        return "parameters"
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Memory:
     not the maximum of the layers' expectations, which is counted instead: a lower bound of it, exact where every
     choice is certain, and differentiable but where layers tie (there the gradient is shared).
     """
+
+    name: ClassVar = "memory"
 
     context: int
     batch: int = 1
@@ -131,7 +136,7 @@ class Memory:
 
     def to_json(self) -> str | dict:
         """What `read_metric` reads."""
-        return {"metric": "memory", **dataclasses.asdict(self)}
+        return {"metric": self.name, **dataclasses.asdict(self)}
 
 
 Metric = Parameters | Memory
@@ -140,11 +145,11 @@ PARAMETERS = Parameters()
 
 def read_metric(value: str | dict) -> Metric:
     """The metric of an ``elastic.json``. Raises ValueError for one that a later version may know."""
-    if value == "parameters":
+    if value == Parameters.name:
         return PARAMETERS
     try:
         fields = dict(value)
-        if fields.pop("metric") == "memory":
+        if fields.pop("metric") == Memory.name:
             return Memory(**fields)
     except (TypeError, ValueError, KeyError):
         pass

@@ -75,8 +75,8 @@ Budget = Annotated[
         "--budget",
         "-b",
         metavar="BUDGET",
-        help="A trained budget's name; or a share of the parent's parameters (0.75) or a count of them (9B, 1.2M), "
-        "served by the nearest nested model.",
+        help="A trained budget's name; or a share of the parent (0.75), a count of parameters (9B, 1.2M) or memory "
+        "(16GiB@128k×8: context × sequences), served by the nearest nested model.",
         autocompletion=complete_budget,
         show_default=False,
     ),
@@ -99,7 +99,10 @@ def run(
     budgets: Annotated[
         list[str] | None,
         typer.Option(
-            "--budget", "-b", metavar="NAME=SHARE", help="Train this family instead: once per member, `small=0.4`."
+            "--budget",
+            "-b",
+            metavar="NAME=BUDGET",
+            help="Train this family instead: once per member, `small=0.4`, `small=9B` or `small=16GiB@128k`.",
         ),
     ] = None,
     settings: Annotated[

@@ -40,6 +40,7 @@ def find_budget(family: Path, budget: str | None) -> Submodel:
     names = elastic_checkpoint.read(family)["budgets"]
     if budget is None:
         raise ValueError(
-            f"--budget: none given; allowed: {', '.join(names)}, a share of the parent as 0.75, a count as 9B"
+            f"--budget: none given; allowed: {', '.join(names)}, a share of the parent as 0.75, a count as 9B, "
+            "memory as 16GiB@128k"
         )
     return elastic_checkpoint.find_submodel(family, budget)

@@ -39,9 +39,9 @@ def test_spellings(given, amount, kind, context, batch):
     assert parse(given).is_full == (kind == "share" and amount == 1)
 
 
-NUMBERS = ["", "B", "9X", "large", "-1", "-9B", 0, -0.5, True, None, "nan", "inf", float("nan"), "1.2.3", "9e999", "1e"]
+NUMBERS = ["", "B", "9X", "large", "-1", "-9B", 0, -0.5, 1.5, 75, True, None, "nan", "inf", float("nan"), "1.2.3"]
 SETTINGS = ["9B@128k", "0.5@4k", "9B×8", "16GiB@", "16GiB@k", "16GiB@1.5k", "16GiB×", "16GiB@128k×8×2", "16GiB@128g"]
-OTHERS = ["@128k", "0GiB@4k", "16iB@4k", "16GiB@-5", "16 GiB of memory"]
+OTHERS = ["9e999", "1e", "@128k", "0GiB@4k", "16iB@4k", "16GiB@-5", "16 GiB of memory"]
 
 
 @pytest.mark.parametrize("given", [*NUMBERS, *SETTINGS, *OTHERS])

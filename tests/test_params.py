@@ -107,7 +107,7 @@ def section(name, changes):
         # budgets
         (
             put("budgets", "small", 1.5),
-            r"budgets\.small: got 1\.5; allowed: a share of the parent's parameters, up to 1",
+            r"budgets\.small: got 1\.5; allowed: a fraction as 0\.75, a count as 9B, memory as 16GiB@128k",
         ),
         (put("budgets", "small", 0), r"budgets\.small: got 0\.0; allowed"),
         (put("budgets", "small", 0.7), r"budgets: got \[1\.0, 0\.7, 0\.7\]; allowed: different targets"),

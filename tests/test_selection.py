@@ -11,7 +11,7 @@ from transformers import NemotronHConfig
 
 from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.config import ConfigError
-from elastic_core.cost import num_parameters
+from elastic_core.cost import PARAMETERS, num_parameters
 from elastic_core.importance import Ranking
 from elastic_core.selection import LARGEST_GRID, check_budgets, select, select_family
 from tasks import train as stage
@@ -191,7 +191,12 @@ def test_stage_1_checks_the_budgets_with_the_real_order_of_the_layers(tmp_path, 
     choices = Choices(depth=(5, 4))
     share = ElasticSpace(CONFIG, choices, RANKING).exact_cost([0] * 5 + [1]) / FULL
     settings = SimpleNamespace(
-        choices=choices, budgets={"full": 1.0, "small": share}, train_short=None, routing=None, seed=0
+        choices=choices,
+        budgets={"full": 1.0, "small": share},
+        metric=PARAMETERS,
+        train_short=None,
+        routing=None,
+        seed=0,
     )
     Ranking({}, {}, RANKING).save(tmp_path / "ranking.json")
     assert stage.short_job(settings) == "its job"

@@ -1,0 +1,113 @@
+"""Budgets of params.yaml: what they are counted in, whether they make sense, and whether a parent can give them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from elastic_core import storage
+from elastic_core.budgets import Spelling, family_metric, parse, shares
+from elastic_core.config import ConfigError, require
+
+if TYPE_CHECKING:
+    from tasks.params import Params
+
+
+def check_budgets(params: Params) -> None:
+    """Check names and spellings; and what they come to, where that needs no parent. Raises ConfigError."""
+    require(bool(params.budgets), "budgets", params.budgets, "one or more")
+    family_metric(params.cost, params.budgets)
+    parsed = []
+    for section, budgets in (("budgets", params.budgets), ("untrained", params.untrained)):
+        for name in budgets:
+            allowed = "names of letters, digits and _, other than parent"
+            require(name.isidentifier() and name != "parent", section, name, allowed)
+        parsed.append({name: parse(given, f"{section}.{name}") for name, given in budgets.items()})
+    for name in params.untrained:
+        require(name not in params.budgets, "untrained", name, "names that are not in budgets")
+    if all(budget.kind == "share" for budgets in parsed for budget in budgets.values()):
+        check_targets(params, *({name: budget.amount for name, budget in budgets.items()} for budgets in parsed))
+
+
+def check_targets(params: Params, budgets: Mapping[str, float], untrained: Mapping[str, float]) -> None:
+    """Check targets, all of them shares of the parent in one metric. Raises ConfigError."""
+    for section, given, targets in (("budgets", params.budgets, budgets), ("untrained", params.untrained, untrained)):
+        distinct = len(set(targets.values())) == len(targets)
+        require(distinct, section, [given[name] for name in targets], "different targets")
+    trained = set(budgets.values())
+    for name, target in untrained.items():
+        allowed = f"a share between the trained {min(trained)} and {max(trained)}, and none of them"
+        if parse(params.untrained[name]).kind != "share":
+            allowed += f" (this is {target:.4g} of the parent)"
+        between = min(trained) < target < max(trained) and target not in trained
+        require(between, f"untrained.{name}", params.untrained[name], allowed)
+
+
+def resolve(params: Params, config) -> dict[str, float]:
+    """The trained budgets as shares of the parent's cost, largest first. Raises ConfigError."""
+    targets = shares(params.budgets, params.metric, config)
+    return dict(sorted(targets.items(), key=lambda item: -item[1]))
+
+
+def resolve_served(params: Params, config) -> dict[str, float]:
+    """All budgets as shares of the parent's cost: an untrained one that is counted in something else, in that."""
+    return resolve(params, config) | shares(params.untrained, params.metric, config, "untrained")
+
+
+def resolve_comparable(params: Params, config) -> dict[str, float]:
+    """All budgets that are counted as the trained ones are, as shares of the parent's cost."""
+    return resolve(params, config) | shares(_comparable(params), params.metric, config, "untrained")
+
+
+def _comparable(params: Params) -> dict[str, Spelling]:
+    """The untrained budgets that are counted as the trained ones are."""
+    return {
+        name: given
+        for name, given in params.untrained.items()
+        if parse(given).metric(params.metric, f"untrained.{name}") == params.metric
+    }
+
+
+def check_family(params: Params, where: str) -> None:
+    """Check budgets and choices against the parent's architecture, before the depth ranking is known.
+
+    Which layers depth drops is still open, so a budget is refused here only where it cannot be met whether the
+    costliest or the cheapest layers go first; train_short checks again with the real order.
+    """
+    from elastic_core import hf
+    from elastic_core.choices import ElasticSpace
+    from elastic_core.layout import layer_index, parameter_layout
+    from elastic_core.selection import check_budgets
+    from tasks.parent import model_config
+
+    parent, metric = params.parent, params.metric
+    try:
+        if parent.path:
+            config = hf.read_config(parent.path)
+        else:
+            config = model_config(parent.model, params.prepare_data.vocab_size)
+    except (ConfigError, storage.StorageError):
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}: parent: {error}") from None
+    try:
+        targets = resolve(params, config)
+        shares(params.untrained, metric, config, "untrained")
+        check_targets(params, targets, shares(_comparable(params), metric, config, "untrained"))
+        problems, layers = [], sorted({layer_index(name) for name in parameter_layout(config)} - {None})
+        for reverse in (False, True):
+            order = sorted(layers, key=lambda layer: layer_cost(metric, config, layer), reverse=reverse)
+            space = ElasticSpace(config, params.choices, tuple(order), "choices", metric)
+            try:
+                check_budgets(space, targets)
+            except ConfigError as error:
+                problems.append(error)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if len(problems) == 2:
+        raise ConfigError(f"{where}: {problems[0]}")
+
+
+def layer_cost(metric, config, layer: int) -> float:
+    """What a model of this one layer costs."""
+    return metric.count(config, {}, keep=lambda other: int(other == layer))
