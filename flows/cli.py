@@ -169,6 +169,7 @@ def extract(
 
     - `elastic extract models/small --budget small`
     - `elastic extract path/to/family models/9b --budget 9B --dtype bfloat16`
+    - `elastic extract models/served --budget 16GiB@128k×8`
     """
     with clear_errors("stopped; nothing was written"):
         if len(paths) > 2:
@@ -182,9 +183,11 @@ def extract(
         family = families.find(*paths[:-1])
         written = export(family, budget, out, heterogeneous, dtype)
         share = written.num_parameters / written.parent_num_parameters
+        memory = f"{written.memory}\n" if written.memory else ""
         say(
             f"{out}: {written.num_parameters:,} parameters, {share:.1%} of {written.parent_num_parameters:,} in "
-            f"{family}; {written.num_bytes:,} bytes of weights in {written.seconds:.1f} s\n{written.submodel}"
+            f"{family}; {written.num_bytes:,} bytes of weights in {written.seconds:.1f} s\n"
+            f"{memory}{written.submodel}"
         )
 
 
