@@ -100,14 +100,14 @@ class Memory:
     def parts(self, config, sizes: Mapping, keep: Callable[[int], object]) -> dict:
         """Bytes by reason: weights, kv_cache, ssm_state, conv_state, activations."""
         layout = parameter_layout(config)
-        quantised = {name: dims for name, dims in layout.items() if len(dims) == 2 and layer_index(name) is not None}
-        rest = {name: dims for name, dims in layout.items() if name not in quantised}
+        matrices = {name: dims for name, dims in layout.items() if len(dims) == 2 and layer_index(name) is not None}
+        rest = {name: dims for name, dims in layout.items() if name not in matrices}
         kept = cache_layouts(config, layout, self.batch, self.context)
         types = {"kv_cache": self.cache, "ssm_state": self.state, "conv_state": self.conv_state}
-        unquantised = "bf16" if self.weights in QUANTISED else self.weights
+        of_rest = "bf16" if self.weights in QUANTISED else self.weights
         return {
-            "weights": PRECISIONS[self.weights] * count(quantised, sizes, keep)
-            + PRECISIONS[unquantised] * count(rest, sizes, keep),
+            "weights": PRECISIONS[self.weights] * count(matrices, sizes, keep)
+            + PRECISIONS[of_rest] * count(rest, sizes, keep),
             **{name: PRECISIONS[types[name]] * count(kept[name], sizes, keep) for name in types},
             "activations": self._activations(config, layout, sizes, keep),
         }
@@ -158,9 +158,7 @@ def read_metric(value: str | dict) -> Metric:
 
 def exact_cost(metric: Metric, config, submodel: Submodel | None = None) -> int | float:
     """Cost of `submodel` (None: the parent)."""
-    submodel = (submodel or Submodel()).resolve(config)
-    kept = set(submodel.kept_layers)
-    return metric.count(config, submodel.sizes(config), keep=lambda layer: int(layer in kept))
+    return metric.count(config, *_certain(config, submodel))
 
 
 def expected_cost(metric: Metric, config, sizes: Mapping[str, Tensor], keep_probs: Tensor) -> Tensor:
@@ -179,9 +177,14 @@ def num_parameters(config, submodel: Submodel | None = None) -> int:
 
 def memory_parts(metric: Memory, config, submodel: Submodel | None = None) -> dict[str, int | float]:
     """Bytes of `submodel` (None: the parent) by reason, see `Memory.parts`."""
+    return metric.parts(config, *_certain(config, submodel))
+
+
+def _certain(config, submodel: Submodel | None) -> tuple[dict[str, int], Callable[[int], int]]:
+    """`sizes` and `keep` of one submodel."""
     submodel = (submodel or Submodel()).resolve(config)
     kept = set(submodel.kept_layers)
-    return metric.parts(config, submodel.sizes(config), keep=lambda layer: int(layer in kept))
+    return submodel.sizes(config), lambda layer: int(layer in kept)
 
 
 def cache_layouts(config, layout: Layout, batch: int, context: int) -> dict[str, Layout]:

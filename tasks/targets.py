@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from elastic_core import storage
 from elastic_core.budgets import Spelling, family_metric, parse, shares
 from elastic_core.config import ConfigError, require
+from elastic_core.cost import PARAMETERS
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -71,13 +72,9 @@ def _comparable(params: Params) -> dict[str, Spelling]:
 def check_family(params: Params, where: str) -> None:
     """Check budgets and choices against the parent's architecture, before the depth ranking is known.
 
-    Which layers depth drops is still open, so a budget is refused here only where it cannot be met whether the
-    costliest or the cheapest layers go first; train_short checks again with the real order.
+    Raises ConfigError. train_short checks again, with the order in which layers really go.
     """
     from elastic_core import hf
-    from elastic_core.choices import ElasticSpace
-    from elastic_core.layout import layer_index, parameter_layout
-    from elastic_core.selection import check_budgets
     from tasks.parent import model_config
 
     parent, metric = params.parent, params.metric
@@ -94,20 +91,40 @@ def check_family(params: Params, where: str) -> None:
         targets = resolve(params, config)
         shares(params.untrained, metric, config, "untrained")
         check_targets(params, targets, shares(_comparable(params), metric, config, "untrained"))
-        problems, layers = [], sorted({layer_index(name) for name in parameter_layout(config)} - {None})
-        for reverse in (False, True):
-            order = sorted(layers, key=lambda layer: layer_cost(metric, config, layer), reverse=reverse)
-            space = ElasticSpace(config, params.choices, tuple(order), "choices", metric)
-            try:
-                check_budgets(space, targets)
-            except ConfigError as error:
-                problems.append(error)
+        _check_choices(params, config, targets)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    if len(problems) == 2:
-        raise ConfigError(f"{where}: {problems[0]}")
 
 
-def layer_cost(metric, config, layer: int) -> float:
-    """What a model of this one layer costs."""
-    return metric.count(config, {}, keep=lambda other: int(other == layer))
+def _check_choices(params: Params, config, targets: Mapping[str, float]) -> None:
+    """Refuse what cannot be met whichever layers depth drops, as far as two orders of them can tell.
+
+    Parameters: what can be met neither where the largest layers go first nor where the smallest do. Memory has layers
+    that cost much more than others, so that an order in between may fit where neither end does: only what is below all
+    choices at their smallest, where the costliest layers go first, is refused.
+    """
+    from elastic_core.choices import ElasticSpace
+    from elastic_core.elastic_checkpoint import TOLERANCE
+    from elastic_core.layout import layer_index, parameter_layout
+    from elastic_core.selection import check_budgets
+
+    metric, layers = params.metric, sorted({layer_index(name) for name in parameter_layout(config)} - {None})
+    costs = {layer: metric.count(config, {}, keep=lambda other, layer=layer: int(other == layer)) for layer in layers}
+    orders = [sorted(layers, key=costs.get), sorted(layers, key=costs.get, reverse=True)]
+    spaces = [ElasticSpace(config, params.choices, tuple(order), "choices", metric) for order in orders]
+    if metric != PARAMETERS:
+        grid = spaces[0].grid_costs()
+        smallest, full = grid.min().item(), grid.max().item()
+        for name, target in targets.items():
+            allowed = f"{metric.number(smallest)}, with all choices at their smallest, to {metric.text(full)}"
+            enough = target * full * (1 + TOLERANCE) >= smallest
+            require(enough, f"budgets.{name}", params.budgets[name], f"{allowed} ({metric.setting})")
+        return
+    problems = []
+    for space in spaces:
+        try:
+            check_budgets(space, targets)
+        except ConfigError as error:
+            problems.append(error)
+    if len(problems) == len(spaces):
+        raise problems[0]

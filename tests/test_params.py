@@ -192,7 +192,7 @@ def section(name, changes):
         ),
         (
             lambda values: values.update(cost=MEMORY, budgets={**values["budgets"], "small": "20KiB"}),
-            r"budgets\.small: got 0\.0\d+ \(20\.00 KiB\), which no combination of `choices` .* reaches within 2%",
+            r"budgets\.small: got '20KiB'; allowed: \d+\.\d+ KiB, with all choices at their smallest, to .* \(512 t",
         ),
         (put("budgets", "small", 0.02), r"budgets\.small: got 0\.02 .*the choices give 0\.\d+ to 1\.0, nearest"),
         # choices
