@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from elastic_core import storage
 from elastic_core.budgets import Spelling, family_metric, parse, shares
 from elastic_core.config import ConfigError, require
-from elastic_core.cost import PARAMETERS
+from elastic_core.cost import Memory, Metric, exact_cost
 
 if TYPE_CHECKING:
     from tasks.params import Params
@@ -97,34 +98,47 @@ def check_family(params: Params, where: str) -> None:
 
 
 def _check_choices(params: Params, config, targets: Mapping[str, float]) -> None:
-    """Refuse what cannot be met whichever layers depth drops, as far as two orders of them can tell.
-
-    Parameters: what can be met neither where the largest layers go first nor where the smallest do. Memory has layers
-    that cost much more than others, so that an order in between may fit where neither end does: only what is below all
-    choices at their smallest, where the costliest layers go first, is refused.
-    """
-    from elastic_core.choices import ElasticSpace
-    from elastic_core.elastic_checkpoint import TOLERANCE
-    from elastic_core.layout import layer_index, parameter_layout
+    """Refuse what cannot be met whichever layers depth drops, as far as that can be told before they are ranked."""
     from elastic_core.selection import check_budgets
 
-    metric, layers = params.metric, sorted({layer_index(name) for name in parameter_layout(config)} - {None})
-    costs = {layer: metric.count(config, {}, keep=lambda other, layer=layer: int(other == layer)) for layer in layers}
-    orders = [sorted(layers, key=costs.get), sorted(layers, key=costs.get, reverse=True)]
-    spaces = [ElasticSpace(config, params.choices, tuple(order), "choices", metric) for order in orders]
-    if metric != PARAMETERS:
-        grid = spaces[0].grid_costs()
-        smallest, full = grid.min().item(), grid.max().item()
-        for name, target in targets.items():
-            allowed = f"{metric.number(smallest)}, with all choices at their smallest, to {metric.text(full)}"
-            enough = target * full * (1 + TOLERANCE) >= smallest
-            require(enough, f"budgets.{name}", params.budgets[name], f"{allowed} ({metric.setting})")
+    if isinstance(params.metric, Memory):
+        _check_memory(params, config, targets)
         return
     problems = []
-    for space in spaces:
+    for space in _extreme_spaces(params.metric, params, config):
         try:
             check_budgets(space, targets)
         except ConfigError as error:
             problems.append(error)
-    if len(problems) == len(spaces):
+    if len(problems) == 2:  # neither where the largest layers go first nor where the smallest do
         raise problems[0]
+
+
+def _check_memory(params: Params, config, targets: Mapping[str, float]) -> None:
+    """Refuse memory that is below all choices at their smallest, where the costliest layers go first.
+
+    And no more: some layers cost much more than others, so that an order in between may fit where neither end does.
+    """
+    from elastic_core.elastic_checkpoint import TOLERANCE
+
+    metric = params.metric
+    step = dataclasses.replace(metric, chunk=1)  # activations, a maximum, are no sum of what each layer costs
+    space, _ = _extreme_spaces(step, params, config)
+    smallest, full = space.grid_costs().min().item(), exact_cost(metric, config)
+    allowed = (
+        f"{metric.number(smallest)}, with all choices at their smallest, to {metric.text(full)} ({metric.setting})"
+    )
+    for name, target in targets.items():
+        enough = target * full * (1 + TOLERANCE) >= smallest
+        require(enough, f"budgets.{name}", params.budgets[name], allowed)
+
+
+def _extreme_spaces(metric: Metric, params: Params, config) -> list:
+    """The choices where the costliest layers go first, and where the cheapest do."""
+    from elastic_core.choices import ElasticSpace
+    from elastic_core.layout import layer_index, parameter_layout
+
+    layers = sorted({layer_index(name) for name in parameter_layout(config)} - {None})
+    costs = {layer: metric.count(config, {}, keep=lambda other, layer=layer: int(other == layer)) for layer in layers}
+    orders = (sorted(layers, key=costs.get), sorted(layers, key=costs.get, reverse=True))
+    return [ElasticSpace(config, params.choices, tuple(order), "choices", metric) for order in orders]
