@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elastic_core import families
 from elastic_core.config import ConfigError, require
-from elastic_core.cost import expected_num_parameters
+from elastic_core.cost import PARAMETERS, Metric, expected_cost
 from elastic_core.layout import AXES
 from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
 
@@ -50,11 +50,19 @@ class ElasticSpace:
     """All decisions of a parent's family, and their translation to sizes, masks, costs and submodels.
 
     A combination is a list of choice indices, one per slot; a distribution is a list of probability vectors, one per
-    slot, each (number of choices,). `depth_ranking` lists layers from the most to the least important.
+    slot, each (number of choices,). `depth_ranking` lists layers from the most to the least important; costs are in
+    the unit of `metric`.
     """
 
-    def __init__(self, config, choices: Choices, depth_ranking: tuple[int, ...], where: str = "choices"):
-        self.config, self.depth_ranking = config, tuple(depth_ranking)
+    def __init__(
+        self,
+        config,
+        choices: Choices,
+        depth_ranking: tuple[int, ...],
+        where: str = "choices",
+        metric: Metric = PARAMETERS,
+    ):
+        self.config, self.depth_ranking, self.metric = config, tuple(depth_ranking), metric
         num_layers = families.num_layers(config)
         if sorted(self.depth_ranking) != list(range(num_layers)):
             raise ValueError(f"depth_ranking: got {self.depth_ranking}; expected every layer 0..{num_layers - 1} once")
@@ -87,26 +95,26 @@ class ElasticSpace:
         return [Slot(axis, (key,), sizes) for key in keys] if per_layer else [Slot(axis, keys, sizes)]
 
     def cost(self, probs: list[Tensor]) -> Tensor:
-        """Expected number of parameters under independent distributions, differentiable (eq. 12)."""
+        """Expected cost under independent distributions, differentiable (eq. 12)."""
         sizes = {}
         for slot, prob in zip(self.slots, probs, strict=True):
             expected = prob @ torch.tensor(slot.sizes, dtype=prob.dtype)
             sizes.update(dict.fromkeys(slot.keys, expected))
-        return expected_num_parameters(self.config, sizes, probs[-1] @ self.keep.to(probs[-1].dtype))
+        return expected_cost(self.metric, self.config, sizes, probs[-1] @ self.keep.to(probs[-1].dtype))
 
-    def num_parameters(self, indices: list[int]) -> int:
-        """Exact number of parameters of one combination."""
-        return round(self.costs(torch.tensor([indices])).item())
+    def exact_cost(self, indices: list[int]) -> float:
+        """Cost of one combination."""
+        return self.costs(torch.tensor([indices])).item()
 
     def costs(self, indices: Tensor) -> Tensor:
-        """Number of parameters (float64) of many combinations at once: (N, slots) int64 → (N,)."""
+        """Costs (float64) of many combinations at once: (N, slots) int64 → (N,)."""
         sizes = {}
         for slot, column in zip(self.slots, indices.T, strict=True):
             sizes.update(dict.fromkeys(slot.keys, torch.tensor(slot.sizes, dtype=torch.float64)[column]))
-        return expected_num_parameters(self.config, sizes, self.keep.double()[indices[:, -1]].T)
+        return expected_cost(self.metric, self.config, sizes, self.keep.double()[indices[:, -1]].T)
 
     def grid_costs(self, slots: list[Slot] | None = None) -> Tensor:
-        """Number of parameters of every combination (float64), one dimension per slot (per-layer choices: per axis)."""
+        """Cost of every combination (float64), one dimension per slot (per-layer choices: per axis)."""
         slots = slots or self.axis_slots()
         sizes = {}
         for dim, slot in enumerate(slots):
@@ -114,7 +122,7 @@ class ElasticSpace:
             shape[dim] = len(slot.sizes)
             sizes.update(dict.fromkeys(slot.keys, torch.tensor(slot.sizes, dtype=torch.float64).view(shape)))
         keep = self.keep.double().T.reshape(self.keep.shape[1], *[1] * (len(slots) - 1), -1)
-        costs = expected_num_parameters(self.config, sizes, keep)
+        costs = expected_cost(self.metric, self.config, sizes, keep)
         return costs.expand([len(slot.sizes) for slot in slots])
 
     def axis_slots(self) -> list[Slot]:

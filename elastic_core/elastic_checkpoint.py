@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_core import hf
-from elastic_core.cost import num_parameters
+from elastic_core.budgets import parse
+from elastic_core.cost import PARAMETERS, Metric, exact_cost, num_parameters, read_metric
 from elastic_core.submodel import Submodel, full_submodel
 
 FILE = "elastic.json"
@@ -15,14 +16,23 @@ TOLERANCE = 0.02  # an extracted model is within this share of its budget
 
 @dataclass(frozen=True)
 class Member:
-    """One budget of the family: its target as a fraction of the parent's parameters, and its submodel."""
+    """One budget of the family: its target as a fraction of the parent's cost, and its submodel."""
 
     target: float
     submodel: Submodel
 
 
-def write(directory: str | os.PathLike, config, members: dict[str, Member], path: list[Submodel]) -> None:
-    """Write ``elastic.json``: the trained `members`, and `path`, nested submodels in between, largest first."""
+def write(
+    directory: str | os.PathLike,
+    config,
+    members: dict[str, Member],
+    path: list[Submodel],
+    metric: Metric = PARAMETERS,
+) -> None:
+    """Write ``elastic.json``: the trained `members`, and `path`, nested submodels in between, largest first.
+
+    `metric` is what the members' targets are fractions of.
+    """
     entries = {
         name: {
             "target": member.target,
@@ -32,7 +42,7 @@ def write(directory: str | os.PathLike, config, members: dict[str, Member], path
         for name, member in members.items()
     }
     content = {
-        "cost": "parameters",
+        "cost": metric.to_json(),
         "parent_num_parameters": num_parameters(config),
         "budgets": entries,
         "path": [submodel.to_dict() for submodel in path],
@@ -51,38 +61,23 @@ def read(directory: str | os.PathLike) -> dict:
 def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel:
     """The submodel for a budget: a trained budget's name, or a target that need not have been trained.
 
-    A target is a fraction of the parent's parameters (0.75) or an absolute number of them (9e9, "9B", "1.2M"). It is
-    served by the nested submodel whose size is nearest, trained or in between.
+    A target is a fraction of the parent's cost in the family's metric (0.75), an absolute number of parameters (9e9,
+    "9B", "1.2M"), or bytes of memory ("16GiB@128k×8", see `elastic_core.budgets`), whatever the family was trained
+    for. It is served by the nested submodel that is nearest in what is asked for, trained or in between.
     """
     content = read(directory)
     if budget in content["budgets"]:
         return Submodel(**content["budgets"][budget]["submodel"])
-    config = hf.read_config(directory)
-    full = num_parameters(config)
-    target = _target(budget, full, content["budgets"])
+    config, names = hf.read_config(directory), ", ".join(content["budgets"])
+    metric, target, full = parse(budget, names=content["budgets"]).target(read_metric(content["cost"]), config)
     members = [Submodel(**entry["submodel"]) for entry in content["budgets"].values()]
     candidates = [full_submodel(config), *members, *(Submodel(**values) for values in content["path"])]
-    costs = {submodel.resolve(config): num_parameters(config, submodel) for submodel in candidates}
-    smallest = min(costs.values())
+    costs = {submodel.resolve(config): exact_cost(metric, config, submodel) for submodel in candidates}
     best = min(costs, key=lambda submodel: abs(costs[submodel] - target))
     if target > full or abs(costs[best] / target - 1) > TOLERANCE:
+        setting = f" ({metric.setting})" if metric.setting else ""
         raise ValueError(
-            f"budget: got {budget!r} ({target:,.0f} parameters); allowed: {smallest:,} to {full:,} parameters, or one "
-            f"of {', '.join(content['budgets'])}; the nearest submodel has {costs[best]:,}"
+            f"budget: got {budget!r} ({metric.text(target)}); allowed: {metric.number(min(costs.values()))} to "
+            f"{metric.text(full)}{setting}, or one of {names}; the nearest submodel has {metric.number(costs[best])}"
         )
     return best
-
-
-def _target(budget: str | float, full: int, names) -> float:
-    """A budget as a number of parameters."""
-    units = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
-    try:
-        text = str(budget).strip()
-        value = float(text[:-1]) * units[text[-1].upper()] if text[-1:].upper() in units else float(text)
-    except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise ValueError(
-            f"budget: got {budget!r}; allowed: one of {', '.join(names)}, a fraction as 0.75, a count as 9B"
-        )
-    return value * full if value <= 1 else value

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elastic_core.checkpoint import Checkpoints
 from elastic_core.config import ConfigError
-from elastic_core.cost import num_parameters
+from elastic_core.cost import PARAMETERS, Metric, exact_cost
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.cut import Cut
 from elastic_core.data import PackedSequences
@@ -26,9 +26,10 @@ from elastic_core.submodel import Submodel
 class Run:
     """One stage's training run.
 
-    `budgets` maps names to targets (fractions of the parent), largest first. With a `router` the submodels are still
-    open; `members` names them once they are chosen, or from the start where they are given. Model and teacher are
-    placed (see `distributed.place`) on `ranks.device`; the router stays in CPU memory, alike on every rank.
+    `budgets` maps names to targets (fractions of the parent's cost), largest first. With a `router` the submodels are
+    still open; `members` names them once they are chosen, or from the start where they are given. Costs are in the
+    router's metric, or, where there is none, in `metric`. Model and teacher are placed (see `distributed.place`) on
+    `ranks.device`; the router stays in CPU memory, alike on every rank.
     """
 
     model: ElasticModel
@@ -39,6 +40,7 @@ class Run:
     router: Router | None = None
     routing: Routing = field(default_factory=Routing)
     teacher: ElasticModel | None = None
+    metric: Metric = PARAMETERS
     seed: int = 0
     checkpoints: str | os.PathLike | None = None
     ranks: Ranks = field(default_factory=Ranks)
@@ -56,10 +58,12 @@ class Run:
         self.ranks.part(self.stage.batch_size // self.stage.microbatches, "batch_size / microbatches")
         check_budgets(self)
         check_teacher(self)
-        self.num_parameters = num_parameters(self.model.config)
+        if self.router is not None:
+            self.metric = self.router.space.metric
+        self.parent_cost = exact_cost(self.metric, self.model.config)
         self.optimizer = make_optimizer(self.model, self.router, self.stage, self.routing)
         self.frozen_teacher = None if self.teacher is None else self.teacher.requires_grad_(False).eval()
-        self._sizes: dict[str, int] = {}
+        self._costs: dict[str, float] = {}
         self._cuts: dict[tuple[int, Submodel], Cut] = {}
 
     def cut_of(self, model: ElasticModel, submodel: Submodel | None = None) -> Cut:
@@ -69,11 +73,11 @@ class Run:
             self._cuts[key] = model.cut(submodel)
         return self._cuts[key]
 
-    def member_size(self, budget: str) -> int:
-        """Number of parameters of a budget's submodel, once it is chosen."""
-        if budget not in self._sizes:
-            self._sizes[budget] = num_parameters(self.model.config, self.members[budget].submodel)
-        return self._sizes[budget]
+    def member_cost(self, budget: str) -> float:
+        """Cost of a budget's submodel, once it is chosen."""
+        if budget not in self._costs:
+            self._costs[budget] = exact_cost(self.metric, self.model.config, self.members[budget].submodel)
+        return self._costs[budget]
 
 
 def check_budgets(run: Run) -> None:

@@ -20,36 +20,80 @@ def check_budgets(space: ElasticSpace, budgets: dict[str, float], tolerance: flo
     costs = space.grid_costs()
     full = costs.flatten()[0].item()
     uniform = [torch.zeros(len(slot.sizes)) for slot in space.slots]
-    bound = [0] * len(space.slots)
+    bound, inside = [0] * len(space.slots), None
     for name, target in sorted(budgets.items(), key=lambda item: -item[1]):
         if not 0 < target <= 1:
             raise ConfigError(f"budgets.{name}: got {target}; allowed: a fraction of the parent in (0, 1]")
-        found = select(space, uniform, target * full, bound, tolerance)
-        if found is None:
+        if _can_be_looked_through(space):
+            here = _within(space, target * full, tolerance)
+            inside = here if inside is None else here & _smaller(inside)
+            found = bool(inside.any())
+        else:
+            bound = select(space, uniform, target * full, bound, tolerance)
+            found = bound is not None
+        if not found:
             nearest = costs.flatten()[(costs.flatten() - target * full).abs().argmin()].item()
             raise ConfigError(
-                f"budgets.{name}: got {target} ({target * full:,.0f} parameters), which no combination of `choices` "
-                f"that is nested in the larger budgets reaches within {tolerance:.0%}; the choices give "
+                f"budgets.{name}: got {target:.6g} ({space.metric.text(target * full)}), which no combination of "
+                f"`choices` that is nested in the larger budgets reaches within {tolerance:.0%}; the choices give "
                 f"{costs.min().item() / full:.3f} to 1.0, nearest {nearest / full:.3f}; change budgets or choices"
             )
-        bound = found
+
+
+def _can_be_looked_through(space: ElasticSpace) -> bool:
+    """Whether every axis chooses once, or the combinations are few enough to look at all of them."""
+    num_combinations = math.prod(len(slot.sizes) for slot in space.slots)
+    return len(space.slots) == len(space.axis_slots()) or num_combinations <= LARGEST_GRID
+
+
+def _within(space: ElasticSpace, target: float, tolerance: float) -> Tensor:
+    """Which combinations cost `target`, a dimension per slot."""
+    return (space.grid_costs(space.slots) / target - 1).abs() <= tolerance
+
+
+def _smaller(chosen: Tensor) -> Tensor:
+    """Which combinations are nested in one of the `chosen` ones: no index is lower than there."""
+    for dim in range(chosen.dim()):
+        chosen = chosen.byte().cummax(dim).values.bool()
+    return chosen
+
+
+def with_smaller_ones(space: ElasticSpace, targets: tuple[float, ...], tolerance: float) -> list[Tensor | None]:
+    """For each target, the combinations that meet it and have inside of them some for all smaller targets.
+
+    What is cheapest to look at first may leave nothing for the rest: memory comes in lumps as large as a layer's cache.
+    None where there are too many combinations, or none is left.
+    """
+    if not _can_be_looked_through(space):
+        return [None] * len(targets)
+    found, dims = [], tuple(range(len(space.slots)))
+    for target in reversed(targets):
+        here = _within(space, target * space.exact_cost([0] * len(space.slots)), tolerance)
+        if found:
+            here &= _smaller(found[-1].flip(dims)).flip(dims)  # nested the other way round: those around the smaller
+        found.append(here)
+    return [here if here.any() else None for here in reversed(found)]
 
 
 def select(
-    space: ElasticSpace, log_probs: list[Tensor], target: float, bound: list[int], tolerance: float
+    space: ElasticSpace,
+    log_probs: list[Tensor],
+    target: float,
+    bound: list[int],
+    tolerance: float,
+    allowed: Tensor | None = None,
 ) -> list[int] | None:
     """The most probable combination whose cost is within `tolerance` of `target`, nested in the combination `bound`.
 
-    Exact where every axis chooses once, or the combinations are few enough to look at all of them; with many
-    per-layer choices a descent from the most probable one. None where nothing is found.
+    Exact, and one of those `allowed`, where all combinations can be looked at; with many per-layer choices a descent
+    from the most probable one. None where nothing is found.
     """
-    num_combinations = math.prod(len(slot.sizes) for slot in space.slots)
-    if len(space.slots) == len(space.axis_slots()) or num_combinations <= LARGEST_GRID:
-        return _select_on_grid(space, log_probs, target, bound, tolerance)
+    if _can_be_looked_through(space):
+        return _select_on_grid(space, log_probs, target, bound, tolerance, allowed)
     return _select_by_descent(space, log_probs, target, bound, tolerance)
 
 
-def _select_on_grid(space, log_probs, target, bound, tolerance) -> list[int] | None:
+def _select_on_grid(space, log_probs, target, bound, tolerance, allowed) -> list[int] | None:
     corner = tuple(slice(low, None) for low in bound)
     costs = space.grid_costs(space.slots)[corner]
     scores = torch.zeros((), dtype=torch.float64)
@@ -58,6 +102,8 @@ def _select_on_grid(space, log_probs, target, bound, tolerance) -> list[int] | N
     deviation = (costs / target - 1).abs()
     # Among equally probable combinations (as before training) the nearest one.
     scores = (scores - 1e-3 * deviation).masked_fill(deviation > tolerance, -torch.inf)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed[corner], -torch.inf)
     best = int(scores.argmax())
     if scores.flatten()[best] == -torch.inf:
         return None
@@ -109,15 +155,15 @@ def _best_step(space, table, target, indices, steps) -> Tensor | None:
 def select_family(router: Router, scale: float = 1.0, tolerance: float = TOLERANCE) -> list[list[int]]:
     """Choice indices of every budget: the router's most probable ones that are nested and within tolerance."""
     space, bound, family = router.space, [0] * len(router.space.slots), []
-    full = space.num_parameters(bound)
+    full, allowed = space.exact_cost(bound), with_smaller_ones(space, router.targets, tolerance)
     with torch.no_grad():
         for index, target in enumerate(router.targets):
             if target < 1.0:
                 log_probs = [prob.clamp(min=1e-30).log() for prob in router.probs(index, scale=scale)]
-                found = select(space, log_probs, target * full, bound, tolerance)
+                found = select(space, log_probs, target * full, bound, tolerance, allowed[index])
                 if found is None:
                     raise ConfigError(
-                        f"budgets: no submodel inside the next larger one is within {tolerance:.0%} of {target}; "
+                        f"budgets: no submodel inside the next larger one is within {tolerance:.0%} of {target:.6g}; "
                         "give `choices` finer steps"
                     )
                 bound = found

@@ -126,7 +126,7 @@ def microbatch_loss(
     """
     weights, device = run.stage.loss_of(budget), run.ranks.device
     input_ids, labels = input_ids.to(device), labels.to(device)
-    cut, router_loss, num_parameters = choose_cut(run, microbatch, budget)
+    cut, router_loss, cost = choose_cut(run, microbatch, budget)
     with precision(run.stage, device):
         teacher = teacher_states(run, microbatch, budget, input_ids, taught)
         hidden = run.model.hidden_states(input_ids, cut)
@@ -143,18 +143,18 @@ def microbatch_loss(
             weights.temperature,
             num_live=num_live,
         )
-    return {"loss": loss, "ce": ce, "kl": kl, "num_parameters": num_parameters, "router_loss": router_loss}
+    return {"loss": loss, "ce": ce, "kl": kl, "cost": cost, "router_loss": router_loss}
 
 
 def choose_cut(run: Run, microbatch: int, budget: str):
-    """The part of the model that this microbatch computes with, its resource loss, and its (expected) parameters."""
+    """The part of the model that this microbatch computes with, its resource loss, and its expected cost."""
     if run.members is not None:
         return run.cut_of(run.model, run.members[budget].submodel), None, None
     index, space = list(run.budgets).index(budget), run.router.space
     tau, scale = anneal(run.step / (run.routing.share * run.stage.steps), run.routing.temperatures, run.routing.scales)
     probs = run.router.probs(index, tau, scale, noise_generator(run.seed, run.step, microbatch))
     cost = space.cost(probs)
-    loss = resource_loss(cost, run.budgets[budget] * run.num_parameters, run.routing.dead_zone)
+    loss = resource_loss(cost, run.budgets[budget] * run.parent_cost, run.routing.dead_zone)
     if run.routing.mode == "soft":
         return run.model.cut(gates=space.soft_gates(probs)), loss, cost.detach()
     indices = [int(prob.argmax()) for prob in probs]
@@ -197,9 +197,9 @@ def read_out(run: Run, dealt: list[str], results: list[dict], norms: list[Tensor
     microbatches = []
     for i, (budget, result) in enumerate(zip(dealt, results, strict=True)):
         loss, ce, kl = losses[3 * i : 3 * i + 3]
-        row = {"budget": budget, "total": loss, "loss": loss, "ce": ce, "kl": kl, "num_parameters": None}
+        row = {"budget": budget, "total": loss, "loss": loss, "ce": ce, "kl": kl, "cost": None}
         if result["router_loss"] is not None:
-            row["num_parameters"], row["router_loss"] = result["num_parameters"].item(), result["router_loss"].item()
+            row["cost"], row["router_loss"] = result["cost"].item(), result["router_loss"].item()
             row["total"] += run.routing.weight * row["router_loss"]
         microbatches.append(row)
     return microbatches, [model_norm, *(norm.item() for norm in norms[1:])]
@@ -211,10 +211,10 @@ def means_by_budget(run: Run, microbatches: list[dict]) -> dict[str, dict]:
     for budget in dict.fromkeys(row["budget"] for row in microbatches):
         rows = [row for row in microbatches if row["budget"] == budget]
         means[budget] = {key: sum(row[key] for row in rows) / len(rows) for key in ("loss", "ce", "kl")}
-        cost = rows[-1]["num_parameters"]
+        cost = rows[-1]["cost"]
         if cost is None:
-            cost = run.member_size(budget)
-        means[budget]["budget_error"] = abs(cost / (run.budgets[budget] * run.num_parameters) - 1)
+            cost = run.member_cost(budget)
+        means[budget]["budget_error"] = abs(cost / (run.budgets[budget] * run.parent_cost) - 1)
     return means
 
 
@@ -237,7 +237,7 @@ def settle(run: Run) -> None:
     """Fix the family when the router's choice has been the same, and within budget, for long enough, or time is up."""
     routing, choices = run.routing, run.router.choices()
     within = all(
-        abs(run.router.space.num_parameters(choice) / (target * run.num_parameters) - 1) <= max(routing.dead_zone, 1e-3)
+        abs(run.router.space.exact_cost(choice) / (target * run.parent_cost) - 1) <= max(routing.dead_zone, 1e-3)
         for choice, target in zip(choices, run.router.targets, strict=True)
     )
     run.settled_for = run.settled_for + 1 if within and choices == run.last_choices else 0

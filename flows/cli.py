@@ -75,8 +75,8 @@ Budget = Annotated[
         "--budget",
         "-b",
         metavar="BUDGET",
-        help="A trained budget's name; or a share of the parent's parameters (0.75) or a count of them (9B, 1.2M), "
-        "served by the nearest nested model.",
+        help="A trained budget's name; or a share of the parent (0.75), a count of parameters (9B, 1.2M) or memory "
+        "(16GiB@128k×8: context × sequences), served by the nearest nested model.",
         autocompletion=complete_budget,
         show_default=False,
     ),
@@ -99,7 +99,10 @@ def run(
     budgets: Annotated[
         list[str] | None,
         typer.Option(
-            "--budget", "-b", metavar="NAME=SHARE", help="Train this family instead: once per member, `small=0.4`."
+            "--budget",
+            "-b",
+            metavar="NAME=BUDGET",
+            help="Train this family instead: once per member, `small=0.4`, `small=9B` or `small=16GiB@128k`.",
         ),
     ] = None,
     settings: Annotated[
@@ -166,6 +169,7 @@ def extract(
 
     - `elastic extract models/small --budget small`
     - `elastic extract path/to/family models/9b --budget 9B --dtype bfloat16`
+    - `elastic extract models/served --budget 16GiB@128k×8`
     """
     with clear_errors("stopped; nothing was written"):
         if len(paths) > 2:
@@ -179,9 +183,11 @@ def extract(
         family = families.find(*paths[:-1])
         written = export(family, budget, out, heterogeneous, dtype)
         share = written.num_parameters / written.parent_num_parameters
+        memory = f"{written.memory}\n" if written.memory else ""
         say(
             f"{out}: {written.num_parameters:,} parameters, {share:.1%} of {written.parent_num_parameters:,} in "
-            f"{family}; {written.num_bytes:,} bytes of weights in {written.seconds:.1f} s\n{written.submodel}"
+            f"{family}; {written.num_bytes:,} bytes of weights in {written.seconds:.1f} s\n"
+            f"{memory}{written.submodel}"
         )
 
 

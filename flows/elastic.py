@@ -34,7 +34,7 @@ class Budget(BaseModel):
     """A member of the family."""
 
     name: str = Field(pattern=r"^[A-Za-z_]\w*$", description="Of its models and its row in the results.")
-    share: float = Field(gt=0, le=1, description="Of the parent's parameters; 1 is the parent itself.")
+    share: float = Field(gt=0, le=1, description="Of the parent, as `cost` counts; 1 is the parent itself.")
 
 
 @flow(name="elastic")

@@ -36,6 +36,10 @@ def facts(description: dict) -> Table:
     dtypes, tokenizer = " and ".join(description["dtypes"]), "with" if description["tokenizer"] else "without a"
     table.add_row("model", f"{description['model_type']}, {layers} layers, {description['parameters']:,} parameters")
     table.add_row("text", f"vocabulary {description['vocab_size']:,}, context {description['context']:,} tokens")
+    if (memory := description["memory"]) is not None:
+        table.add_row(
+            "memory", f"{mebibytes(memory['parent'])} MiB for {memory['setting']}, which budgets are shares of"
+        )
     table.add_row("disk", f"{size(description['bytes'])} in {weights}, {dtypes}, {tokenizer} tokenizer")
     table.add_row("from", provenance(description["provenance"]))
     return table
@@ -50,18 +54,23 @@ def provenance(source: dict | None) -> str:
 
 def members(description: dict) -> Table:
     """A row for the model itself, and one per budget."""
-    budgets = description["budgets"]
+    budgets, memory = description["budgets"], description["memory"]
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     if budgets is not None:
         table.add_column("budget", no_wrap=True)
         for heading in ("target", "share"):
             table.add_column(heading, justify="right", no_wrap=True)
+    for heading in () if memory is None else ("memory\nbudget, MiB", "memory,\nMiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("parameters", "layers", *HEADINGS.values()):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("pattern", overflow="fold")
     own = {"target": 1.0, "share": 1.0, **description}
+    if memory is not None:
+        own |= {"cost": memory["parent"], "target_cost": memory["parent"]}
     for name, values in [("(parent)", own), *(budgets or {}).items()]:
         head = [] if budgets is None else [name, f"{values['target']:g}", f"{values['share']:.4f}"]
+        head += [] if memory is None else [mebibytes(values[key]) for key in ("target_cost", "cost")]
         counts = [f"{values['parameters']:,}", f"{len(values['kept_layers'])}/{len(own['kept_layers'])}"]
         table.add_row(*head, *counts, *(width(values["widths"][field]) for field in HEADINGS), values["pattern"])
     return table
@@ -72,6 +81,10 @@ def width(value: int | list[int] | None) -> str:
     if value is None:
         return "–"
     return " ".join(map(str, value)) if isinstance(value, list) else f"{value:,}"
+
+
+def mebibytes(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.3f}"
 
 
 def size(num_bytes: int) -> str:

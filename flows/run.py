@@ -22,7 +22,7 @@ class Selection:
 def run_pipeline(
     profile: str,
     selection: Selection,
-    budgets: Mapping[str, float] | None,
+    budgets: Mapping[str, float | str] | None,
     overrides: Iterable[str],
     force: bool,
     log: Callable[[str], None],
@@ -50,15 +50,18 @@ def run_pipeline(
     return workspace
 
 
-def read_budgets(texts: Iterable[str]) -> dict[str, float]:
-    """``NAME=SHARE`` per member; whether a family can have such members, tasks.params checks."""
+def read_budgets(texts: Iterable[str]) -> dict[str, float | str]:
+    """``NAME=BUDGET`` per member; whether a family can have such members, tasks.params checks."""
     budgets = {}
     for text in texts:
-        name, _, share = text.partition("=")
+        name, _, budget = text.partition("=")
+        if not budget[:1].isdigit() and not budget.startswith("."):
+            allowed = "NAME=BUDGET, such as small=0.4, small=9B or small=16GiB@128k"
+            raise ValueError(f"--budget: got {text!r}; allowed: {allowed}")
         try:
-            budgets[name] = float(share)
+            budgets[name] = float(budget)
         except ValueError:
-            raise ValueError(f"--budget: got {text!r}; allowed: NAME=SHARE, such as small=0.4") from None
+            budgets[name] = budget
     return budgets
 
 

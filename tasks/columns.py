@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from elastic_core.cost import Memory
 from tasks.tables import Scores
 
 TASKS = {
@@ -38,13 +39,35 @@ class Column:
 def describe(settings, scores: Scores) -> dict[str, Column]:
     """Every numeric column of `tables.results` that is shown, in the order in which it is."""
     parent = scores["parent"]["parent"]
-    return _size() | _text(settings, parent) | _cost(parent) | _tasks(settings, parent)
+    memory = _memory(settings.metric, parent) if isinstance(settings.metric, Memory) else {}
+    return _size() | memory | _text(settings, parent) | _cost(parent) | _tasks(settings, parent)
 
 
 def _size() -> dict[str, Column]:
     return {
         "parameters": Column("parameters", "", "Counted in the extracted directory as transformers loads it.", ",.0f"),
         "share": Column("share", "of parent", "Parameters, over the parent's.", ".4f"),
+    }
+
+
+def _memory(metric: Memory, parent: dict) -> dict[str, Column]:
+    measured = parent["memory"]
+    return {
+        "budget_mib": Column("memory budget", "MiB", f"What was asked for, at {metric.setting}.", ",.3f"),
+        "serving_mib": Column(
+            "memory",
+            "MiB",
+            f"Predicted for serving at {metric.setting}: weights, keys and values, states of the Mamba layers, and the "
+            "activations of the widest layer; the engine's own memory is not counted.",
+            ",.3f",
+        ),
+        "predicted_mib": Column(
+            "weights and cache, predicted",
+            "MiB",
+            f"By the same count for {measured['cache_tokens']:,} tokens in {measured['element_type']} without "
+            "activations: to compare with weights and cache as they were counted.",
+            ",.3f",
+        ),
     }
 
 

@@ -1,5 +1,6 @@
 """Which pictures the report shows, under which headings, and what is said of each."""
 
+from elastic_core.cost import Metric
 from tasks import charts, params, tables
 from tasks.charts import Figure
 
@@ -21,7 +22,9 @@ def sections(settings: "params.Params", scores: tables.Scores, frame) -> dict[st
                 charts.won_back(frame, budgets),
             ),
         ],
-        "What the router chose": _router_figures(tables.router(scores, config), curves, settled, budgets),
+        "What the router chose": _router_figures(
+            settings.metric, tables.router(scores, config), curves, settled, budgets
+        ),
         "Importance": _importance_figures(settings, config),
     }
     return {name: figures for name, figures in found.items() if figures}
@@ -77,7 +80,7 @@ def _training_figures(settings: "params.Params", curves, settled: int | None, bu
     return found
 
 
-def _router_figures(kept, curves, settled: int | None, budgets: list[str]) -> list[Figure]:
+def _router_figures(metric: Metric, kept, curves, settled: int | None, budgets: list[str]) -> list[Figure]:
     short = curves[curves["stage"] == "train_short"]
     return [
         Figure(
@@ -89,8 +92,8 @@ def _router_figures(kept, curves, settled: int | None, budgets: list[str]) -> li
         ),
         Figure(
             "Stage 1: distance from the budget",
-            "Of the number of parameters that the router expects, then of those that it chose.",
-            charts.curve(short, "budget_error", "|parameters ÷ budget − 1|", budgets, settled),
+            f"Of the {metric.name} that the router expects, then of what it chose.",
+            charts.curve(short, "budget_error", f"|{metric.name} ÷ budget − 1|", budgets, settled),
         ),
     ]
 

@@ -1,5 +1,6 @@
 """`elastic inspect`: what a model directory holds, as plain values; from its headers, without reading a weight."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from ruamel.yaml import YAML
 from transformers import PreTrainedConfig
 
 from elastic_core import elastic_checkpoint, families, hf
-from elastic_core.cost import num_parameters
+from elastic_core.cost import Memory, exact_cost, num_parameters, read_metric
 from elastic_core.layout import layer_of
 from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
 
@@ -34,6 +35,7 @@ def inspect_checkpoint(directory: Path) -> dict:
         "files": files,
         "dtypes": sorted({str(reader.read(name, slice(0, 0)).dtype).removeprefix("torch.") for name in shapes}),
         "tokenizer": any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")),
+        "memory": read_memory(directory, config) if elastic else None,
         "budgets": read_budgets(directory, config) if elastic else None,
         "provenance": find_provenance(directory),
     }
@@ -69,13 +71,27 @@ def member(config, submodel: Submodel) -> dict:
 
 
 def read_budgets(directory: Path, config) -> dict[str, dict]:
-    """The trained budgets, with the share of the parent that each really has."""
-    content, full = elastic_checkpoint.read(directory), num_parameters(config)
-    budgets = {}
+    """The trained budgets, with the share of the parent that each really has, in what budgets are counted in.
+
+    Where that is memory, also bytes: `cost`, and `target_cost`, what was asked for.
+    """
+    content = elastic_checkpoint.read(directory)
+    metric, budgets = read_metric(content["cost"]), {}
+    full = exact_cost(metric, config)
     for name, entry in content["budgets"].items():
-        values = member(config, Submodel(**entry["submodel"]))
-        budgets[name] = {"target": entry["target"], "share": values["parameters"] / full, **values}
+        submodel, target = Submodel(**entry["submodel"]), entry["target"]
+        cost = exact_cost(metric, config, submodel)
+        bytes_of = {"cost": cost, "target_cost": target * full} if isinstance(metric, Memory) else {}
+        budgets[name] = {"target": target, "share": cost / full, **bytes_of, **member(config, submodel)}
     return budgets
+
+
+def read_memory(directory: Path, config) -> dict | None:
+    """The setting of a family whose budgets are memory and the parent's bytes in it; None for any other."""
+    metric = read_metric(elastic_checkpoint.read(directory)["cost"])
+    if not isinstance(metric, Memory):
+        return None
+    return {**dataclasses.asdict(metric), "setting": metric.setting, "parent": exact_cost(metric, config)}
 
 
 def find_provenance(directory: Path) -> dict | None:

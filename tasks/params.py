@@ -9,9 +9,11 @@ from typing import Literal
 import yaml
 
 from elastic_core import storage
+from elastic_core.budgets import Cost, Spelling, family_metric, parse
 from elastic_core.choices import Choices
 from elastic_core.config import ConfigError, require
 from elastic_core.config import load as load_section
+from elastic_core.cost import Metric
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.depth_ranking import METHODS
 from elastic_core.importance import AGGREGATIONS
@@ -20,6 +22,7 @@ from tasks.endings import errors_as_text
 from tasks.footprint import Latency
 from tasks.launch import Compute
 from tasks.prepare_data import PrepareData
+from tasks.targets import check_budgets, check_family
 from tasks.tracking import Tracking
 
 FILE = "params.yaml"
@@ -152,14 +155,15 @@ class Report:
 class Params:
     """The whole of params.yaml."""
 
-    budgets: dict[str, float]  # trained
+    budgets: dict[str, Spelling]  # trained; tasks.targets says what they come to
     prepare_data: PrepareData
     parent: Parent
     rank: Rank
     train_short: Stage
     train_extended: Stage
     evaluate: Evaluate
-    untrained: dict[str, float] = field(default_factory=dict)  # cut from the submodels in between
+    untrained: dict[str, Spelling] = field(default_factory=dict)  # cut from the submodels in between
+    cost: Cost = field(default_factory=Cost)
     choices: Choices = field(default_factory=Choices)
     routing: Routing = field(default_factory=Routing)
     extract: Extract = field(default_factory=Extract)
@@ -170,7 +174,12 @@ class Params:
     seed: int = 0
 
     @property
-    def served(self) -> dict[str, float]:
+    def metric(self) -> Metric:
+        """What budgets are counted in."""
+        return family_metric(self.cost, self.budgets)
+
+    @property
+    def served(self) -> dict[str, Spelling]:
         """All budgets that are extracted and evaluated, trained or not."""
         return {**self.budgets, **self.untrained}
 
@@ -179,7 +188,7 @@ class Params:
         for name, hours in self.time_limits.items():
             require(name in STAGES, "time_limits", name, ", ".join(STAGES))
             require(hours > 0, f"time_limits.{name}", hours, "hours, above 0")
-        self._check_budgets()
+        check_budgets(self)
         stages = {"train_short": self.train_short, "train_extended": self.train_extended}
         for name, stage in stages.items():
             self._check_shares(name, stage)
@@ -211,29 +220,12 @@ class Params:
 
     def _check_teacher(self, name: str, stage: Stage) -> None:
         """A teacher that is trained along is the full budget, which then has to learn something else than itself."""
-        full = [budget for budget, target in self.budgets.items() if target == 1.0]
+        full = [budget for budget, given in self.budgets.items() if parse(given).is_full]
         require(bool(full), f"{name}.teacher", stage.teacher, "frozen, as long as no budget is 1.0")
         allowed = f"above 0: a {stage.teacher} teacher must itself learn from text"
         weight, share = stage.loss_of(full[0]).ce_weight, stage.budget_shares.get(full[0], 1.0)
         require(weight > 0, f"{name}.loss_by_budget.{full[0]}.ce_weight", weight, allowed)
         require(share > 0, f"{name}.budget_shares.{full[0]}", share, allowed)
-
-    def _check_budgets(self) -> None:
-        require(bool(self.budgets), "budgets", self.budgets, "one or more")
-        for section, budgets in (("budgets", self.budgets), ("untrained", self.untrained)):
-            for name in budgets:
-                allowed = "names of letters, digits and _, other than parent"
-                require(name.isidentifier() and name != "parent", section, name, allowed)
-            targets = list(budgets.values())
-            require(len(set(targets)) == len(targets), section, targets, "different targets")
-        for name, target in self.budgets.items():
-            require(0 < target <= 1, f"budgets.{name}", target, "a share of the parent's parameters, up to 1")
-        trained = set(self.budgets.values())
-        for name, target in self.untrained.items():
-            require(name not in self.budgets, "untrained", name, "names that are not in budgets")
-            allowed = f"a share between the trained {min(trained)} and {max(trained)}, and none of them"
-            between = min(trained) < target < max(trained) and target not in trained
-            require(between, f"untrained.{name}", target, allowed)
 
 
 def task_names(section: PrepareData) -> list[str]:
@@ -259,48 +251,6 @@ def load(path: str | Path = FILE) -> Params:
     if not storage.is_url(params.parent.path):
         check_family(params, str(path))
     return params
-
-
-def check_family(params: Params, where: str) -> None:
-    """Check budgets and choices against the parent's architecture, before the depth ranking is known.
-
-    Which layers depth drops is still open, so a budget is refused here only where it cannot be met whether the
-    largest or the smallest layers go first; train_short checks again with the real order.
-    """
-    from elastic_core import families, hf
-    from elastic_core.choices import ElasticSpace
-    from elastic_core.layout import count, layer_index
-    from elastic_core.selection import check_budgets
-    from tasks.parent import model_config
-
-    parent = params.parent
-    try:
-        if gguf_parent.is_package(parent.path):
-            config = gguf_parent.read_config(parent.path)
-        elif parent.path:
-            config = hf.read_config(parent.path)
-        else:
-            config = model_config(parent.model, params.prepare_data.vocab_size)
-        layers: dict[int, int] = {}
-        for name, dims in families.parameter_layout(config).items():
-            if (layer := layer_index(name)) is not None:
-                layers[layer] = layers.get(layer, 0) + count({name: dims}, {}, keep=lambda _: 1)
-        if families.of(config).MODELING_FILE is None and params.choices.heterogeneous:
-            allowed = f"pad, as long as choices.heterogeneous is set for a parent of model_type {config.model_type}"
-            require(params.extract.heterogeneous == "pad", f"{where}: extract.heterogeneous", "remote_code", allowed)
-        problems = []
-        for order in (sorted(layers, key=layers.get), sorted(layers, key=layers.get, reverse=True)):
-            space = ElasticSpace(config, params.choices, tuple(order), f"{where}: choices")
-            try:
-                check_budgets(space, params.budgets)
-            except ConfigError as error:
-                problems.append(error)
-    except (ConfigError, storage.StorageError):
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{where}: parent: {error}") from None
-    if len(problems) == 2:
-        raise ConfigError(f"{where}: {problems[0]}")
 
 
 @errors_as_text()

@@ -9,7 +9,8 @@ import json
 import os
 from pathlib import Path
 
-from tasks import charts, columns, figures, page, params, tables, vega
+from elastic_core.cost import Memory
+from tasks import charts, columns, figures, page, params, predictions, tables, targets, vega
 from tasks.charts import Figure
 from tasks.endings import errors_as_text
 
@@ -96,12 +97,18 @@ def as_text(settings: "params.Params", rows: list[dict], found: list[dict], note
 @errors_as_text()
 def main() -> None:
     settings = params.load()
-    scores = tables.read_scores(settings.served)
+    config = tables.parent_config()
+    scores = tables.read_scores(targets.resolve_served(settings, config))
     frame, described = tables.results(scores), columns.describe(settings, scores)
+    if isinstance(settings.metric, Memory):
+        budgets = targets.resolve_comparable(settings, config)
+        frame = frame.assign(**predictions.columns(scores, config, settings.metric, budgets))
     rows, found = table(frame, described, tables.chance(scores)), findings(frame)
     pictures, note = figures.sections(settings, scores, frame), NOTE
     if settings.untrained:
         note += f" Served without having been trained: {', '.join(settings.untrained)}."
+    if isinstance(settings.metric, Memory):
+        note += f" {predictions.note(settings.metric)}"
     write(OUT / "report.html", page.render(settings, scores, frame, described, pictures, found, note))
     write(OUT / "report.md", as_text(settings, rows, found, note, described, pictures))
     write(OUT / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ import torch
 
 from elastic_core import elastic_checkpoint, hf, model_files, storage
 from elastic_core.choices import ElasticSpace
-from elastic_core.cost import num_parameters
+from elastic_core.cost import PARAMETERS, exact_cost, num_parameters, read_metric
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.data import PackedSequences, TokenData, check_tokenizer
 from elastic_core.digests import run_key
@@ -30,6 +30,7 @@ from tasks import params, places
 from tasks.endings import errors_as_text
 from tasks.launch import launch, only_one
 from tasks.progress import Recorder, followed
+from tasks.targets import resolve
 
 DATA, RANK, SHORT = Path("artifacts/data"), Path("artifacts/rank"), Path("artifacts/train_short/model")
 LOCAL = Path("checkpoints")  # what only this machine needs: locks, metrics of runs that are under way, digests
@@ -64,22 +65,26 @@ def make_job(settings: "params.Params", name: str, configuration: dict, inputs: 
     return Job(name, run_key(configuration, [DATA, *inputs], LOCAL / "digests.json"))
 
 
-def family(settings: "params.Params") -> dict[str, float]:
-    """The budgets, largest first."""
-    return dict(sorted(settings.budgets.items(), key=lambda item: -item[1]))
-
-
 def short_job(settings: "params.Params") -> Job:
     """Stage 1, after a last check of the budgets: what params.yaml's own check did not know is the layers' order."""
-    space = ElasticSpace(hf.read_config(RANK / "model"), settings.choices, Ranking.load(RANK / "ranking.json").depth)
-    check_budgets(space, settings.budgets)
+    space = make_space(settings, hf.read_config(RANK / "model"))
+    targets = resolve(settings, space.config)
+    check_budgets(space, targets)
     configuration = {
         "stage": settings.train_short,
         "routing": settings.routing,
-        "budgets": family(settings),
+        "budgets": targets,
         "choices": settings.choices,
     }
+    if space.metric != PARAMETERS:  # which earlier runs, without a choice, have in no key
+        configuration["cost"] = space.metric
     return make_job(settings, "train_short", configuration, [RANK])
+
+
+def make_space(settings: "params.Params", config) -> ElasticSpace:
+    """The family's choices, in the metric of its budgets."""
+    ranking = Ranking.load(RANK / "ranking.json")
+    return ElasticSpace(config, settings.choices, ranking.depth, metric=settings.metric)
 
 
 def extended_job(settings: "params.Params") -> Job:
@@ -88,10 +93,10 @@ def extended_job(settings: "params.Params") -> Job:
 
 def train_short(settings: "params.Params", job: Job, ranks: Ranks) -> None:
     """Stage 1: from the sorted parent to a family; the router learns first, then its choice trains sliced."""
-    stage, source, budgets = settings.train_short, RANK / "model", family(settings)
+    stage, source = settings.train_short, RANK / "model"
     model = model_files.from_pretrained(source, ranks, settings.compute.execution, stage.precision)
     torch.manual_seed(settings.seed)  # the router's initial weights
-    space = ElasticSpace(model.config, settings.choices, Ranking.load(RANK / "ranking.json").depth)
+    space, budgets = make_space(settings, model.config), resolve(settings, model.config)
     router = Router(space, tuple(budgets.values()))
     run = make_run(settings, job, stage, model, budgets, ranks, router=router)
     run_to_end(run, settings, job, out_directory(job.name) / "metrics.jsonl")
@@ -107,13 +112,17 @@ def train_extended(settings: "params.Params", job: Job, ranks: Ranks) -> None:
         name: Member(entry["target"], Submodel(**entry["submodel"])) for name, entry in content["budgets"].items()
     }
     budgets = {name: member.target for name, member in members.items()}
-    run = make_run(settings, job, stage, model, budgets, ranks, members=members)
+    metric = read_metric(content["cost"])
+    run = make_run(settings, job, stage, model, budgets, ranks, members=members, metric=metric)
     run_to_end(run, settings, job, out_directory(job.name) / "metrics.jsonl")
     save_family(run, job.name, SHORT, [Submodel(**values) for values in content["path"]])
 
 
-def make_run(settings, job: Job, stage: Stage, model, budgets, ranks: Ranks, members=None, router=None) -> Run:
-    """The run of one stage, with the sorted parent as frozen teacher where the stage wants one."""
+def make_run(settings, job: Job, stage: Stage, model, budgets, ranks: Ranks, **family) -> Run:
+    """The run of one stage, with the sorted parent as frozen teacher where the stage wants one.
+
+    `family`: the router, or the members and the metric of their budgets.
+    """
     data = TokenData(DATA)
     check_tokenizer(data, RANK / "model", model.config.vocab_size, "the parent")
     seed = settings.seed + (2 if job.name == "train_short" else 3)  # every stage sees its own order of the data
@@ -128,9 +137,8 @@ def make_run(settings, job: Job, stage: Stage, model, budgets, ranks: Ranks, mem
         stage,
         sequences,
         budgets,
-        members=members,
-        router=router,
-        routing=settings.routing if router else Routing(),
+        **family,
+        routing=settings.routing if "router" in family else Routing(),
         teacher=teacher,
         seed=seed,
         checkpoints=job.checkpoints(settings),
@@ -146,20 +154,21 @@ def save_family(run: Run, name: str, source: Path, path: list[Submodel]) -> None
     """Write the elastic checkpoint and a summary of the family's sizes."""
     config, target = run.model.config, out_directory(name) / "model"
     model_files.save_pretrained(run.model, target, run.ranks, tokenizer_from=source)
-    full, summary = num_parameters(config), {}
+    full, summary = run.parent_cost, {}
     for budget, member in run.members.items():
-        count = num_parameters(config, member.submodel)
+        cost = exact_cost(run.metric, config, member.submodel)
         summary[budget] = {
             "target": member.target,
-            "num_parameters": count,
-            "deviation": count / (member.target * full) - 1,
+            "num_parameters": num_parameters(config, member.submodel),
+            "deviation": cost / (member.target * full) - 1,
             **member.submodel.to_dict(),
         }
         if run.ranks.rank == 0:
-            print(f"{name}: {budget}: {count:,} parameters, {count / full:.3f} of the parent (target {member.target})")
+            share = f"{cost / full:.3f} of the parent (target {member.target:.6g})"
+            print(f"{name}: {budget}: {run.metric.text(cost)}, {share}")
     with run.ranks.first_alone() as is_first:
         if is_first:
-            elastic_checkpoint.write(target, config, run.members, path)
+            elastic_checkpoint.write(target, config, run.members, path, run.metric)
             (out_directory(name) / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 

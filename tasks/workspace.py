@@ -29,7 +29,7 @@ def profile_names(root: Path = ROOT) -> list[str]:
 def prepare(
     profile: str = "default",
     root: Path = ROOT,
-    budgets: Mapping[str, float] | None = None,
+    budgets: Mapping[str, float | str] | None = None,
     overrides: Iterable[str] = (),
 ) -> Path:
     """The directory in which `profile` runs, brought up to date with the checkout's tracked and new files.
@@ -57,7 +57,9 @@ def prepare(
     return workspace
 
 
-def _directory_name(profile: str, budgets: Mapping[str, float] | None, changes: list[tuple[list[str], object]]) -> str:
+def _directory_name(
+    profile: str, budgets: Mapping[str, float | str] | None, changes: list[tuple[list[str], object]]
+) -> str:
     if not budgets and not changes:
         return profile
     description = json.dumps([dict(budgets or {}), changes], sort_keys=True, default=str)
@@ -91,7 +93,7 @@ def _set(values, path: list[str], value) -> None:
     values[path[-1]] = value
 
 
-def _replace_budgets(parameters, budgets: Mapping[str, float]) -> None:
+def _replace_budgets(parameters, budgets: Mapping[str, float | str]) -> None:
     parameters["budgets"] = dict(budgets)
     for section in filter(lambda section: isinstance(section, dict), parameters.values()):
         if set(section.get("budget_shares", budgets)) != set(budgets):

@@ -8,7 +8,7 @@ from parents import random_config, random_submodel
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from elastic_core import ElasticModel, Submodel
-from elastic_core.cost import expected_num_parameters, num_parameters
+from elastic_core.cost import PARAMETERS, expected_cost, num_parameters
 
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 REAL = {  # name: hidden, FFN, query heads, Mamba heads, published count, pattern
@@ -70,7 +70,7 @@ def test_expected_count_at_one_hot_is_the_count(seed):
     submodel = random_submodel(config, seed, PER_LAYER)
     sizes = {key: torch.tensor(float(size), dtype=torch.float64) for key, size in submodel.sizes(config).items()}
     keep = torch.tensor([float(i in submodel.kept_layers) for i in range(len(config.layers_block_type))]).double()
-    assert expected_num_parameters(config, sizes, keep).item() == num_parameters(config, submodel)
+    assert expected_cost(PARAMETERS, config, sizes, keep).item() == num_parameters(config, submodel)
 
 
 def test_expected_count_is_the_expectation_over_independent_choices():
@@ -120,7 +120,7 @@ def test_expected_count_is_the_expectation_over_independent_choices():
     keep = torch.stack(
         [probs["depth"] @ torch.tensor([float(i in c) for c in choices["depth"]]).double() for i in range(4)]
     )
-    expected = expected_num_parameters(config, sizes, keep)
+    expected = expected_cost(PARAMETERS, config, sizes, keep)
     assert abs(expected.item() / enumerated.item() - 1) < 1e-14
     leaves = list(probs.values())
     for ours, theirs in zip(*(torch.autograd.grad(v, leaves) for v in (expected, enumerated)), strict=True):
@@ -136,5 +136,5 @@ def test_expected_count_of_a_grid_in_one_call():
         for key in submodels[0].sizes(config)
     }
     keep = torch.tensor([[float(i in s.kept_layers) for s in submodels] for i in range(len(config.layers_block_type))])
-    counts = expected_num_parameters(config, sizes, keep.double())
+    counts = expected_cost(PARAMETERS, config, sizes, keep.double())
     assert counts.tolist() == [num_parameters(config, s) for s in submodels]

@@ -10,7 +10,10 @@ from parents import save_random_parent
 from test_router import CONFIG
 
 from elastic_core.config import ConfigError
+from elastic_core.cost import PARAMETERS, Memory, exact_cost, num_parameters
 from tasks import params
+from tasks.parent import model_config
+from tasks.targets import resolve, resolve_served
 from tasks.workspace import _merge
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +67,32 @@ def test_untrained_budgets_are_served_beside_the_trained_ones(values, tmp_path, 
     assert "compact" not in settings.budgets
 
 
+MEMORY = {"metric": "memory", "context": 512, "batch": 2}
+
+
+def test_absolute_budgets(values, tmp_path, monkeypatch):
+    """Of the parent that params.yaml describes: a count, and bytes, whose setting the budgets may say as well."""
+    values["budgets"] |= {"medium": "77K"}
+    values["untrained"] = {"compact": 0.6, "long": "300KiB@8k"}  # counted in something else: left to the extraction
+    settings = load(values, tmp_path, monkeypatch)
+    config = model_config(settings.parent.model, settings.prepare_data.vocab_size)
+    full = num_parameters(config)
+    assert settings.metric == PARAMETERS
+    assert resolve(settings, config) == {"full": 1.0, "medium": pytest.approx(77e3 / full), "small": 0.45}
+    serving = exact_cost(Memory(8192), config)
+    expected = {"compact": 0.6, "long": pytest.approx(300 * 2**10 / serving)}
+    assert {name: share for name, share in resolve_served(settings, config).items() if name in expected} == expected
+    metric = Memory(512, 2)
+    asked = 0.7 * exact_cost(metric, config)
+    values |= {"cost": {"metric": "memory"}, "untrained": {}}
+    values["budgets"] |= {"medium": f"{asked / 2**10:.6f}KiB@512×2"}
+    settings = load(values, tmp_path, monkeypatch)
+    assert settings.metric == metric
+    assert list(resolve(settings, config).values()) == [1.0, pytest.approx(0.7), 0.45]
+    values["cost"] = MEMORY
+    assert load(values, tmp_path, monkeypatch).metric == metric
+
+
 def put(*path_and_value):
     *path, key, value = path_and_value
 
@@ -107,7 +136,7 @@ def section(name, changes):
         # budgets
         (
             put("budgets", "small", 1.5),
-            r"budgets\.small: got 1\.5; allowed: a share of the parent's parameters, up to 1",
+            r"budgets\.small: got 1\.5; allowed: a fraction as 0\.75, a count as 9B, memory as 16GiB@128k",
         ),
         (put("budgets", "small", 0), r"budgets\.small: got 0\.0; allowed"),
         (put("budgets", "small", 0.7), r"budgets: got \[1\.0, 0\.7, 0\.7\]; allowed: different targets"),
@@ -121,6 +150,50 @@ def section(name, changes):
         (put("untrained", {"other": 0.7}), r"untrained\.other: got 0\.7; allowed: .*none of them"),
         (put("untrained", {"tiny": 0.3}), r"untrained\.tiny: got 0\.3; allowed: a share between the trained 0\.45"),
         (put("untrained", ["tiny"]), r"untrained: expected "),
+        (
+            put("budgets", "small", "9B"),
+            r"budgets\.small: got '9B'; allowed: up to the parent's own 1\d\d,\d\d\d param",
+        ),
+        (
+            put("budgets", "small", "70%"),
+            r"budgets\.small: got '70%'; allowed: a fraction as 0\.75, a count as 9B, mem",
+        ),
+        (put("budgets", "small", "1K"), r"budgets\.small: got 0\.00\d+ \(1,000 parameters\), which no combination of"),
+        (put("budgets", "small", "77.4060K"), r"budgets: got \[1\.0, 0\.7, '77\.4060K'\]; allowed: different targets"),
+        (
+            put("untrained", {"tiny": "20K"}),
+            r"untrained\.tiny: got '20K'; .* none of them \(this is 0\.1\d+ of the pare",
+        ),
+        (
+            put("untrained", {"huge": "2GiB@1k"}),
+            r"untrained\.huge: got '2GiB@1k'; allowed: up to the parent's own \d.* M",
+        ),
+        (put("untrained", {"some": "200KiB"}), r"untrained\.some: got '200KiB'; allowed: bytes at a context in tokens"),
+        # what budgets are counted in
+        (put("budgets", "small", "90KiB@4k"), r"budgets\.small: got '90KiB@4k'; .* set cost: {metric: memory}"),
+        (
+            put("cost", {"metric": "memory"}),
+            r"cost\.context: got None; allowed: tokens, such as 131072, here or in a bu",
+        ),
+        (put("cost", {"metric": "time"}), r"cost\.metric: got 'time'; allowed: 'parameters', 'memory'"),
+        (put("cost", {"context": 8}), r"cost\.context: got 8; allowed: nothing, as long as metric is parameters"),
+        (put("cost", {**MEMORY, "cache": "fp2"}), r"cost\.cache: got 'fp2'; allowed: float32, bf16, fp8, int8, fp4"),
+        (
+            lambda values: values.update(cost=MEMORY, budgets={**values["budgets"], "small": "77K"}),
+            r"budgets\.small: got '77K'; allowed: a share of the parent's memory, or bytes",
+        ),
+        (
+            lambda values: values.update(cost=MEMORY, budgets={**values["budgets"], "small": "300KiB@8k"}),
+            r"budgets\.small: got '300KiB@8k'; allowed: the context of section cost and of the other budgets, 512",
+        ),
+        (
+            lambda values: values.update(cost=MEMORY, budgets={**values["budgets"], "small": "1GiB"}),
+            r"budgets\.small: got '1GiB'; allowed: up to the parent's own \d.* MiB \(512 tokens × 2, weights bf16",
+        ),
+        (
+            lambda values: values.update(cost=MEMORY, budgets={**values["budgets"], "small": "20KiB"}),
+            r"budgets\.small: got '20KiB'; allowed: \d+\.\d+ KiB, with all choices at their smallest, to .* \(512 t",
+        ),
         (put("budgets", "small", 0.02), r"budgets\.small: got 0\.02 .*the choices give 0\.\d+ to 1\.0, nearest"),
         # choices
         (put("choices", "hidden_size", [40, 32]), r"choices\.hidden_size: got \[40, 32\]; .*own 48"),

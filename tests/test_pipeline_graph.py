@@ -24,7 +24,7 @@ BUDGETS = yaml.safe_load((ROOT / "params.yaml").read_text())["budgets"]
 # how work is launched, shown and kept.
 NO_RESULT = {
     *("tasks", "tasks.lifeline", "tasks.params", "tasks.places", "tasks.launch", "tasks.progress", "tasks.tracking"),
-    "tasks.endings",
+    *("tasks.endings", "tasks.targets"),
     *("elastic_core.config", "elastic_core.storage", "elastic_core.checkpoint", "elastic_core.digests"),
     "elastic_core.diagnosis",
 }

@@ -51,7 +51,7 @@ def row(step: int, mode="soft", budget="full", loss=2.0, kl=0.5, error=0.013, **
         "skipped": 0,
         "memory_bytes": 3 * GIB,
         "budgets": {budget: numbers | {"budget_error": error}},
-        "microbatches": [{"budget": budget, **numbers, "num_parameters": None}],
+        "microbatches": [{"budget": budget, **numbers, "cost": None}],
     } | changes
 
 

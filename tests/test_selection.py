@@ -11,7 +11,7 @@ from transformers import NemotronHConfig
 
 from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.config import ConfigError
-from elastic_core.cost import num_parameters
+from elastic_core.cost import PARAMETERS, Memory, exact_cost, num_parameters
 from elastic_core.importance import Ranking
 from elastic_core.selection import LARGEST_GRID, check_budgets, select, select_family
 from tasks import train as stage
@@ -102,7 +102,7 @@ def test_descent_keeps_what_is_within_budget_and_moves_what_is_least_certain():
     space = large_space()
     chosen = [min(1, len(slot.sizes) - 1) for slot in space.slots]
     certain = [10.0 * torch.eye(len(slot.sizes))[i] for slot, i in zip(space.slots, chosen, strict=True)]
-    count = space.num_parameters(chosen)
+    count = space.exact_cost(chosen)
     start = [0] * len(space.slots)
     assert select(space, certain, count, start, 0.01) == chosen
     certain[3] = torch.zeros(len(space.slots[3].sizes))  # one layer's MLP does not care
@@ -138,6 +138,60 @@ def test_check_budgets(heterogeneous):
     coarse = make_space(heterogeneous, **{name: SIZES[name][:1] for name in SIZES} | {"hidden_size": (16, 8)})
     with pytest.raises(ConfigError, match=r"budgets\.medium: got 0\.8 .*change budgets or choices"):
         check_budgets(coarse, {"full": 1.0, "medium": 0.8})
+
+
+CHAINS = [
+    (0.9, 0.55),
+    (0.75, 0.5),
+    (0.7, 0.35),
+    (0.6, 0.45),
+    (0.8, 0.6, 0.4),
+    (0.7, 0.6, 0.5),
+    (0.45, 0.3),
+    (0.95, 0.5),
+]
+
+
+def test_costs_that_come_in_lumps_are_nested_where_they_can_be():
+    """Of a cache that is larger than all weights: against chains of combinations that are looked for one by one."""
+    metric = Memory(400, chunk=1)
+    sizes = {**SIZES, "mamba_head_dim": (6, 3), "hidden_size": (16, 13, 10), "intermediate_size": (24, 12)}
+    space = ElasticSpace(LARGE, Choices(**sizes | {"depth": (8, 7, 6, 5)}), (0, 1, 4, 6, 3, 5, 7, 2), metric=metric)
+    full = exact_cost(metric, LARGE)
+    shares = {
+        indices: exact_cost(metric, LARGE, space.submodel(list(indices))) / full
+        for indices in itertools.product(*(range(len(slot.sizes)) for slot in space.slots))
+    }
+
+    def chain(targets, bound):
+        if not targets:
+            return True
+        inside = [
+            indices
+            for indices, share in shares.items()
+            if abs(share / targets[0] - 1) <= 0.02 and all(i >= low for i, low in zip(indices, bound, strict=True))
+        ]
+        return any(chain(targets[1:], indices) for indices in inside)
+
+    start, outcomes = [0] * len(space.slots), []
+    for targets in CHAINS:
+        budgets, possible = {f"b{i}": target for i, target in enumerate(targets)}, chain(targets, start)
+        if not possible:
+            with pytest.raises(ConfigError, match=r"budgets\.b\d: got 0\.\d+ \(\d+\.\d+ KiB\), which no combination"):
+                check_budgets(space, budgets)
+            outcomes.append("impossible")
+            continue
+        check_budgets(space, budgets)
+        for seed in range(4):
+            router = make_router(space, seed, targets)
+            family = select_family(router)
+            assert all(abs(shares[tuple(i)] / t - 1) <= 0.02 for i, t in zip(family, targets, strict=True))
+            for larger, smaller in itertools.pairwise(family):
+                assert all(i >= low for i, low in zip(smaller, larger, strict=True))
+            log_probs = [prob.clamp(min=1e-30).log() for prob in router.probs(0)]
+            greedy = select(space, log_probs, targets[0] * full, start, 0.02)
+            outcomes.append("as most probable" if family[0] == greedy else "with room for the rest")
+    assert set(outcomes) == {"impossible", "as most probable", "with room for the rest"}
 
 
 def test_a_family_that_cannot_be_nested_says_so():
@@ -189,9 +243,14 @@ def test_stage_1_checks_the_budgets_with_the_real_order_of_the_layers(tmp_path, 
     monkeypatch.setattr(stage, "RANK", tmp_path)
     monkeypatch.setattr(stage, "make_job", lambda *arguments: "its job")
     choices = Choices(depth=(5, 4))
-    share = ElasticSpace(CONFIG, choices, RANKING).num_parameters([0] * 5 + [1]) / FULL
+    share = ElasticSpace(CONFIG, choices, RANKING).exact_cost([0] * 5 + [1]) / FULL
     settings = SimpleNamespace(
-        choices=choices, budgets={"full": 1.0, "small": share}, train_short=None, routing=None, seed=0
+        choices=choices,
+        budgets={"full": 1.0, "small": share},
+        metric=PARAMETERS,
+        train_short=None,
+        routing=None,
+        seed=0,
     )
     Ranking({}, {}, RANKING).save(tmp_path / "ranking.json")
     assert stage.short_job(settings) == "its job"

@@ -7,6 +7,8 @@ A family is a table of named dimensions and the forward of its layers. Its modul
 - `requirements(config)`: what has to hold of a parent, and what to say where it does not.
 - `pattern(config)`: a character per layer, for people. `units(config)`: every unit key with its size and groups.
   `parameter_layout(config)`: the table, made of those.
+- `kept_state(config)`: what a layer keeps of a text, as layouts `kv_cache` (of a token), `ssm_state` and `conv_state`
+  (of a sequence).
 - `Block(config, layer, layout)`: a layer, `forward(x, cut)`.
 - `canonical_name(name)` of a tensor in a file (None: left out), `disk_name(name)` of a parameter, and
   `file_values(values)`: what config.json says besides.
@@ -47,6 +49,11 @@ def units(config) -> dict[str, Units]:
 def parameter_layout(config) -> Layout:
     """Name and dimensions of every parameter of a configuration's models, in file order."""
     return of(config).parameter_layout(config)
+
+
+def kept_state(config) -> dict[str, Layout]:
+    """What the layers keep of a text: `kv_cache` of every token, `ssm_state` and `conv_state` of every sequence."""
+    return of(config).kept_state(config)
 
 
 def pattern(config) -> str:

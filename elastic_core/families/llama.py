@@ -135,6 +135,13 @@ def _has_bias(config, name: str) -> bool:
     return name != "self_attn.o_proj" if config.model_type == "qwen2" else config.attention_bias
 
 
+def kept_state(config) -> dict[str, Layout]:
+    """What layers keep of a text: keys and values of every token."""
+    layout = parameter_layout(config)
+    names = (name for name in layout if name.endswith((".k_proj.weight", ".v_proj.weight")))
+    return {"kv_cache": {name: layout[name][:1] for name in names}}
+
+
 # Files
 
 

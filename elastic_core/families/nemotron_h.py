@@ -141,6 +141,19 @@ def _mlp_layout(config, i: int, keys: dict[str, Units]) -> Layout:
     return layout
 
 
+def kept_state(config) -> dict[str, Layout]:
+    """What layers keep of a text, named and measured by the parameters that write it: see families/__init__.py."""
+    kept: dict[str, Layout] = {"kv_cache": {}, "ssm_state": {}, "conv_state": {}}
+    for name, dims in parameter_layout(config).items():
+        if name.endswith((".k_proj.weight", ".v_proj.weight")):
+            kept["kv_cache"][name] = (dims[0],)
+        elif name.endswith(".conv1d.weight"):  # as many tokens as the kernel is long
+            kept["conv_state"][name] = (dims[0], dims[-1])
+        elif name.endswith(".mixer.out_proj.weight"):  # every inner channel has a state
+            kept["ssm_state"][name] = (dims[1], Fixed(config.ssm_state_size))
+    return kept
+
+
 # Files
 
 

@@ -1,0 +1,157 @@
+"""Training under a budget in bytes: the family lands on it, and what is cut is what memory is made of."""
+
+import dataclasses
+
+import pytest
+import torch
+from parents import random_elastic, random_ids
+from test_training import data, make_stage  # noqa: F401 (a fixture)
+from transformers import AutoModelForCausalLM, NemotronHConfig
+
+from elastic_core import elastic_checkpoint, extract
+from elastic_core.budgets import Cost, family_metric, shares
+from elastic_core.choices import Choices, ElasticSpace
+from elastic_core.cost import PARAMETERS, Memory, exact_cost, memory_parts, num_parameters
+from elastic_core.curriculum import Routing
+from elastic_core.data import PackedSequences
+from elastic_core.families.nemotron_h import layers_of
+from elastic_core.router import Router
+from elastic_core.run import Run
+from elastic_core.selection import path_between
+from elastic_core.training import train
+from tasks import footprint
+
+CONFIG = NemotronHConfig(
+    vocab_size=32,
+    hidden_size=16,
+    layers_block_type=NemotronHConfig._pattern_to_list("M*-M*-"),
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    intermediate_size=24,
+    ssm_state_size=8,
+    mamba_num_heads=4,
+    mamba_head_dim=6,
+    n_groups=2,
+)
+RANKING = (0, 2, 3, 1, 5, 4)  # the second attention goes first, then an MLP
+CHOICES = Choices(
+    hidden_size=tuple(range(16, 7, -1)),
+    intermediate_size=tuple(range(24, 7, -2)),
+    mamba_num_heads=(4, 2),
+    mamba_head_dim=(6, 5, 4, 3, 2),
+    num_attention_heads=(4, 2),
+    depth=(6, 5, 4),
+)
+FULL = num_parameters(CONFIG)
+SHARE = 0.62  # of the parent, in every metric
+LONG = Cost(metric="memory", chunk=1)  # of one token: a step of decoding
+MANY = Cost(metric="memory", context=8, weights="fp8", chunk=1)
+
+
+def train_family(data, cost, budgets):  # noqa: F811
+    """A run of 80 steps, soft for 60, and its rows."""
+    metric = family_metric(cost, budgets)
+    targets = shares(budgets, metric, CONFIG)
+    stage = make_stage(steps=80, learning_rate=1e-2)
+    torch.manual_seed(0)
+    router = Router(ElasticSpace(CONFIG, CHOICES, RANKING, metric=metric), tuple(targets.values()))
+    run = Run(
+        random_elastic(0, CONFIG),
+        stage,
+        PackedSequences(data, stage.mixture, stage.sequence_length, seed=1),
+        targets,
+        router=router,
+        routing=Routing(share=0.75, learning_rate=3e-2),
+        teacher=random_elastic(0, CONFIG),
+    )
+    return run, list(train(run))
+
+
+@pytest.fixture(scope="module")
+def families(data):  # noqa: F811
+    """At the same share of the parent: a long text in little room, many short ones, and parameters."""
+    long, many = (exact_cost(metric, CONFIG) for metric in (Memory(512, chunk=1), Memory(8, 64, "fp8", chunk=1)))
+    return {
+        "long": (SHARE * long, *train_family(data, LONG, {"full": 1.0, "small": f"{SHARE * long / 2**10:.3f}KiB@512"})),
+        "many": (
+            SHARE * many,
+            *train_family(data, MANY, {"full": 1.0, "small": f"{SHARE * many / 2**20:.6f}MiB@8×64"}),
+        ),
+        "parameters": (SHARE * FULL, *train_family(data, Cost(), {"full": 1.0, "small": SHARE})),
+    }
+
+
+@pytest.mark.parametrize("name", ["long", "many", "parameters"])
+def test_a_family_lands_on_its_budget(families, name):
+    asked, run, rows = families[name]
+    small = run.members["small"].submodel
+    assert abs(exact_cost(run.metric, CONFIG, small) / asked - 1) <= 0.02
+    assert run.members["full"].submodel == run.model.full and run.members["small"].target == pytest.approx(SHARE, 1e-4)
+    assert {row["mode"] for row in rows} == {"soft", "hard"}
+    errors = [row["budgets"]["small"]["budget_error"] for row in rows if "small" in row["budgets"]]
+    assert (
+        errors[-1] == pytest.approx(abs(exact_cost(run.metric, CONFIG, small) / asked - 1), abs=1e-4)
+        and errors[-1] < 0.02
+    )
+    soft = [r for row in rows if row["mode"] == "soft" for r in row["microbatches"] if r["budget"] == "small"]
+    assert sum(r["router_loss"] for r in soft[-5:]) < 0.5 * sum(r["router_loss"] for r in soft[:5])
+
+
+def test_what_is_cut_is_what_memory_is_made_of(families):
+    smalls = {name: run.members["small"].submodel for name, (_, run, _) in families.items()}
+    attention = {name: set(layers_of(CONFIG, "*")) & set(small.kept_layers) for name, small in smalls.items()}
+    inner = {name: small.mamba_num_heads * small.mamba_head_dim for name, small in smalls.items()}
+    counts = {name: num_parameters(CONFIG, small) / FULL for name, small in smalls.items()}
+    # Half of the cache goes with a layer of attention, and then there is room for most of the parameters.
+    assert len(attention["long"]) == 1 and counts["long"] > 0.75
+    # States are as large as heads × channels; keys and values of eight tokens are nothing.
+    assert inner["many"] <= 0.7 * 24 < inner["long"]
+    assert counts["parameters"] == pytest.approx(SHARE, rel=0.02)
+    asked, run, _ = families["many"]
+    assert exact_cost(run.metric, CONFIG, smalls["long"]) > 1.2 * asked  # what serves one text does not serve many
+
+
+def test_its_checkpoint_serves_budgets_of_every_kind(families, tmp_path):
+    """By name and share of memory, by bytes in this and another setting, and by parameters, all from one family."""
+    _, run, _ = families["long"]
+    directory, metric = tmp_path / "family", run.metric
+    run.model.save_pretrained(directory)
+    path = path_between(run.router, run.indices)
+    elastic_checkpoint.write(directory, CONFIG, run.members, path, metric)
+    assert elastic_checkpoint.read(directory)["cost"] == {"metric": "memory", **dataclasses.asdict(metric)}
+    small, full = run.members["small"].submodel, exact_cost(metric, CONFIG)
+    asked = exact_cost(metric, CONFIG, small)
+    for budget in ("small", asked / full, f"{asked / 2**10:.4f}KiB", f"{asked / 2**10:.4f}KiB@512×1"):
+        assert elastic_checkpoint.find_submodel(directory, budget) == small
+    middle = path[len(path) // 2].resolve(CONFIG)
+    for other in (dataclasses.replace(metric, batch=3), dataclasses.replace(metric, context=32)):
+        spelled = f"{exact_cost(other, CONFIG, middle) / 1e3:.5f}KB@{other.context}×{other.batch}"
+        found = elastic_checkpoint.find_submodel(directory, spelled)
+        assert exact_cost(other, CONFIG, found) == pytest.approx(exact_cost(other, CONFIG, middle), rel=1e-3)
+    count = num_parameters(CONFIG, middle)
+    assert num_parameters(CONFIG, elastic_checkpoint.find_submodel(directory, f"{count / 1e3:.6f}K")) == count
+    with pytest.raises(
+        ValueError, match=r"budget: got '1MiB@512' \(1\.00 MiB\); allowed: \d.* KiB to \d.* KiB \(512 tok"
+    ):
+        elastic_checkpoint.find_submodel(directory, "1MiB@512")
+
+
+def test_the_prediction_is_what_the_exported_model_takes(families, tmp_path):
+    _, run, _ = families["many"]
+    run.model.save_pretrained(tmp_path / "family")
+    elastic_checkpoint.write(tmp_path / "family", CONFIG, run.members, [], run.metric)
+    submodel = extract(tmp_path / "family", "small", tmp_path / "small")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32).eval()
+    measured = footprint.memory(model, random_ids(CONFIG, 0, (64, 8)))
+    dtypes = dict.fromkeys(("weights", "cache", "state", "conv_state"), "float32")
+    parts = memory_parts(dataclasses.replace(run.metric, **dtypes), CONFIG, submodel)
+    assert sum(parts.values()) - parts["activations"] == measured["weight_bytes"] + measured["cache_bytes"]
+
+
+def test_parameters_are_counted_as_before(families):
+    """The default's rows hold the very numbers of a count of parameters."""
+    _, run, rows = families["parameters"]
+    assert run.metric == PARAMETERS and run.parent_cost == FULL
+    soft = [r for row in rows if row["mode"] == "soft" for r in row["microbatches"]]
+    assert all(r["cost"] == FULL for r in soft if r["budget"] == "full")
