@@ -116,7 +116,7 @@ def weight_magnitudes(parameters: dict[str, Tensor], layout: Layout) -> dict[str
 
 def even_widths(space: ElasticSpace, target: float) -> Submodel:
     """All layers, and the widths among the choices that are within 2 % of a budget and cut all axes most alike."""
-    full = space.num_parameters([0] * len(space.slots))
+    full = space.exact_cost([0] * len(space.slots))
     slots = space.axis_slots()
     shares = (space.grid_costs(slots) / full / target - 1).abs()[..., 0]  # every depth but the parent's is left out
     near = (shares <= max(0.02, shares.min().item())).nonzero().tolist()
