@@ -57,7 +57,7 @@ class Budget:
         said = {name: value for name in ("context", "batch") if (value := getattr(self, name)) is not None}
         if isinstance(own, Memory):
             return dataclasses.replace(own, **said)
-        require("context" in said, where, self.given, f"bytes at a context in tokens, as {self.given}@128k")
+        require("context" in said, where, self.given, "bytes at a context in tokens, as 16GiB@128k")
         return Memory(**said)
 
     def target(self, own: Metric, config, where: str = "budget") -> tuple[Metric, float, float]:

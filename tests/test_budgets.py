@@ -72,7 +72,7 @@ def test_what_a_budget_leaves_open_is_as_in_training():
     assert parse("1GiB@8k").metric(own) == Memory(8192, 2, weights="fp8")
     assert parse("1GiB@8k×5").metric(own) == Memory(8192, 5, weights="fp8")
     assert parse("1GiB@8k").metric(PARAMETERS) == Memory(8192)
-    with pytest.raises(ConfigError, match=r"budget: got '1GiB'; allowed: bytes at a context in tokens, as 1GiB@128k"):
+    with pytest.raises(ConfigError, match=r"budget: got '1GiB'; allowed: bytes at a context in tokens, as 16GiB@128k"):
         parse("1GiB").metric(PARAMETERS)
 
 
