@@ -1,0 +1,196 @@
+"""How much memory training takes, in bytes, counted without any: layers and loss run on tensors without storage.
+
+A `Footprint` is what a piece of a training step allocates. The pieces of one kind are alike, so one of them is run,
+forward and backward, while the bytes of all storages alive are counted. Nothing is computed and no weight exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._composable.checkpoint_activation import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from elastic_core.distributed import Execution, matrices_to_
+from elastic_core.layout import block_pattern, elastic_units, parameter_layout
+from elastic_core.losses import distillation_loss
+from elastic_core.model.cut import Cut
+from elastic_core.model.layers import Block, Norm
+from elastic_core.ops import ssd
+from elastic_core.submodel import full_submodel
+
+# Longer sequences are counted at two lengths: the same pieces of work come again, and each adds as much. A loss has
+# chunks of up to 1,024 tokens. A CPU's scan has short blocks, whose thousands of operations would take minutes.
+LOSS_LENGTHS = (2048, 4096)
+SCAN_LENGTH = 1024
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of storages that operations have made and that are still alive; not those they were given."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self._see((args, kwargs), made=False)
+        out = function(*args, **(kwargs or {}))
+        self._see(out, made=True)
+        return out
+
+    def _see(self, values, made: bool) -> None:
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and (key := value.untyped_storage()._cdata) not in self.sizes:
+                storage = value.untyped_storage()
+                self.sizes[key] = storage.nbytes() if made else 0
+                self.now += self.sizes[key]
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a piece of a step allocates, besides its weights.
+
+    `output` is what it hands on. `kept` lives from its forward to its backward pass, its input too where that is
+    needed again. `forward` is the most alive during the forward pass, input and output among it; `backward` during
+    the backward pass, with what was kept and the gradients of output and input. `gradients`, of its weights, stay.
+    """
+
+    output: float
+    kept: float
+    forward: float
+    backward: float
+    gradients: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a worker trains: a stage's precision, and what `distributed.place` does to the model."""
+
+    precision: str = "float32"
+    execution: Execution = Execution()
+    distributed: bool = False  # weights are gathered, in the stage's precision, rather than cast on the way
+    gpu: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations."""
+        return getattr(torch, self.precision)
+
+
+def measure(piece: Callable[[Tensor], Tensor], source: Tensor, setting: Setting, weights: nn.Module) -> Footprint:
+    """The footprint of `piece`, run on a tensor like `source`; all under one FakeTensorMode."""
+    with Alive() as alive:
+        x = source.clone()  # no leaf, as in the middle of a model
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting.precision == "bfloat16"):
+            y = piece(x)
+        forward, output = alive.peak, y.untyped_storage().nbytes()
+        del x
+        kept = alive.now - output
+        alive.peak = alive.now
+        y.backward(torch.empty_like(y))
+        gradients = [p.grad for p in weights.parameters() if p.grad is not None]
+        return Footprint(
+            output, kept, forward, alive.peak - output, sum(g.untyped_storage().nbytes() for g in gradients)
+        )
+
+
+def affine(count: Callable[[int], Footprint], length: int, lengths: tuple[int, int]) -> Footprint:
+    """`count(length)`, or for more than the longer of two `lengths` the straight line through both."""
+    short, long = lengths
+    if length <= long:
+        return count(length)
+    low, high = astuple(count(short)), astuple(count(long))
+    share = (length - short) / (long - short)
+    return Footprint(*(a + share * (b - a) for a, b in zip(low, high, strict=True)))
+
+
+class Pieces:
+    """The pieces of a training step of a parent's whole width, and their footprints.
+
+    With `gates` as while the router learns: every axis is gated, and gates are differentiated.
+    """
+
+    def __init__(self, config, setting: Setting, gates: bool = False):
+        self.config, self.setting, self.gates = config, setting, gates
+        self.layout = parameter_layout(config)
+        self.pattern = block_pattern(config)
+        self._full = Cut(config, self.layout, torch.device("cpu"), full_submodel(config))  # real indices, not fake ones
+
+    @functools.cache  # noqa: B019: an instance lives as long as a plan
+    def layer(self, character: str, sequences: int, length: int) -> Footprint:
+        """One layer of a type ('M', '*' or '-') on (sequences, length) tokens."""
+        count = functools.partial(self._count_layer, character, sequences)
+        if character != "M" or self.setting.gpu:
+            return count(length)
+        block = ssd.CHUNK * max(1, ssd.BLOCK // (sequences * self.config.mamba_num_heads * ssd.CHUNK**2))
+        short = max(SCAN_LENGTH, 2 * block)
+        return affine(count, length, (short, 2 * short))
+
+    @functools.cache  # noqa: B019
+    def tail(self, tokens: int) -> Footprint:
+        """Final norm and distillation loss; the teacher's hidden states are not in it."""
+        return affine(self._count_tail, tokens, LOSS_LENGTHS)
+
+    def _count_layer(self, character: str, sequences: int, length: int) -> Footprint:
+        index = self.pattern.index(character)
+        prefix = f"model.layers.{index}."
+        mine = {name.removeprefix(prefix): dims for name, dims in self.layout.items() if name.startswith(prefix)}
+        with self._without_storage(character):
+            block = self._as_held(Block(self.config, character, index, mine))
+            if self.setting.execution.activation_checkpointing:
+                checkpoint(block, preserve_rng_state=False)
+            shape = (sequences, length, self.config.hidden_size)
+            source = torch.empty(shape, dtype=self.setting.dtype, requires_grad=True)
+            cut = self._cut()
+            return measure(lambda x: block(x, cut), source, self.setting, block)
+
+    def _without_storage(self, character: str):
+        """Where tensors have shapes alone: as if on a CPU, or on the meta device, for which a scan takes a GPU's sizes.
+
+        Attention there would be the one that forms all scores; fake tensors on a CPU take the fused one.
+        """
+        return torch.device("meta") if self.setting.gpu and character == "M" else FakeTensorMode()
+
+    def _count_tail(self, tokens: int) -> Footprint:
+        config = self.config
+        shape, dtype = (1, tokens, config.hidden_size), self.setting.dtype
+        with FakeTensorMode():
+            tail = nn.Module()
+            tail.norm = Norm(config, {"weight": self.layout["model.norm_f.weight"]})
+            tail.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+            self._as_held(tail)
+            teacher = torch.empty(shape, dtype=dtype), torch.empty(tail.head.shape, dtype=dtype)
+            labels, cut = torch.empty(shape[:2], dtype=torch.int64), self._cut()
+            source = torch.empty(shape, dtype=dtype, requires_grad=True)
+            return measure(
+                lambda x: distillation_loss(tail.norm(x, cut), tail.head, labels, teacher)[0],
+                source, self.setting, tail,
+            )  # fmt: skip
+
+    def _as_held(self, module: nn.Module) -> nn.Module:
+        """Weights as a worker's layers meet them: gathered in the stage's precision, or whole in float32."""
+        setting = self.setting
+        if setting.precision == "bfloat16" and (setting.distributed or setting.gpu):
+            matrices_to_(module, torch.bfloat16)
+        return module
+
+    def _cut(self) -> Cut:
+        """The full cut, with fake gates where there are any."""
+        if not self.gates:
+            return self._full
+        gates = {key: torch.empty(unit.size, requires_grad=True) for key, unit in elastic_units(self.layout).items()}
+        gates["depth"] = torch.empty(len(self.pattern), requires_grad=True)
+        return Cut(self.config, self.layout, gates["depth"].device, full_submodel(self.config), gates)
