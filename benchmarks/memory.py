@@ -1,8 +1,8 @@
-"""Does the plan's memory hold? `python -m benchmarks.memory [PROFILE] [--set KEY=VALUE]` trains some steps on the CPU and compares.
+"""Does the plan's memory hold? `python -m benchmarks.memory [PROFILE] [--set KEY=VALUE]` trains and compares.
 
 Predicted is what `elastic plan` says of stage 1 (while the router learns) and stage 2; measured is what torch's
-allocator holds at most, exactly, during real steps of the profile's parent with random weights and tokens (default: the
-parent of params.yaml, ten seconds on one core). Prints predicted, measured, and their ratio.
+allocator holds at most, exactly, during real steps on the CPU, of the profile's parent with random weights and tokens
+(the one in params.yaml takes ten seconds on one core). Prints predicted, measured, and their ratio.
 """
 
 import argparse

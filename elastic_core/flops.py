@@ -6,7 +6,9 @@ that backward, where scores are formed again; all L·L scores count, though caus
 4·K backward. The scan in chunks of Q positions, with H heads of P channels, G groups and N states:
 
     forward    2·Q·(G·N + H·P) + 4·N·H·P
-    backward   2·Q·(3·G·N + 2·H·P + Q·H) + 8·N·H·P       (what N·H·P multiplies: only where there is more than one chunk)
+    backward   2·Q·(3·G·N + 2·H·P + Q·H) + 8·N·H·P
+
+(the terms of N·H·P only where there is more than one chunk).
 
 What does not multiply matrices (activations, gates, softmax, convolution, optimizer) is not counted: torch's own
 counter, `torch.utils.flop_counter`, says the same number, exactly.

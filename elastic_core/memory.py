@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class Setting:
     """How a worker trains: a stage's precision, and what `distributed.place` does to the model."""
 
     precision: str = "float32"
-    execution: Execution = Execution()
+    execution: Execution = field(default_factory=Execution)
     distributed: bool = False  # weights are gathered, in the stage's precision, rather than cast on the way
     gpu: bool = False
 
@@ -129,7 +129,7 @@ class Pieces:
         self.pattern = block_pattern(config)
         self._full = Cut(config, self.layout, torch.device("cpu"), full_submodel(config))  # real indices, not fake ones
 
-    @functools.cache  # noqa: B019: an instance lives as long as a plan
+    @functools.cache  # noqa: B019 (an instance lives as long as a plan)
     def layer(self, character: str, sequences: int, length: int) -> Footprint:
         """One layer of a type ('M', '*' or '-') on (sequences, length) tokens."""
         count = functools.partial(self._count_layer, character, sequences)
@@ -140,9 +140,9 @@ class Pieces:
         return affine(count, length, (short, 2 * short))
 
     @functools.cache  # noqa: B019
-    def tail(self, tokens: int) -> Footprint:
-        """Final norm and distillation loss; the teacher's hidden states are not in it."""
-        return affine(self._count_tail, tokens, LOSS_LENGTHS)
+    def tail(self, tokens: int, has_teacher: bool = True) -> Footprint:
+        """Final norm and loss: distillation, or cross-entropy alone. The teacher's hidden states are not in it."""
+        return affine(lambda count: self._count_tail(count, has_teacher), tokens, LOSS_LENGTHS)
 
     def _count_layer(self, character: str, sequences: int, length: int) -> Footprint:
         index = self.pattern.index(character)
@@ -164,7 +164,7 @@ class Pieces:
         """
         return torch.device("meta") if self.setting.gpu and character == "M" else FakeTensorMode()
 
-    def _count_tail(self, tokens: int) -> Footprint:
+    def _count_tail(self, tokens: int, has_teacher: bool = True) -> Footprint:
         config = self.config
         shape, dtype = (1, tokens, config.hidden_size), self.setting.dtype
         with FakeTensorMode():
@@ -172,11 +172,14 @@ class Pieces:
             tail.norm = Norm(config, {"weight": self.layout["model.norm_f.weight"]})
             tail.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
             self._as_held(tail)
-            teacher = torch.empty(shape, dtype=dtype), torch.empty(tail.head.shape, dtype=dtype)
+            teacher = None
+            if has_teacher:
+                teacher = torch.empty(shape, dtype=dtype), torch.empty(tail.head.shape, dtype=dtype)
+            weights = float(not has_teacher), float(has_teacher)
             labels, cut = torch.empty(shape[:2], dtype=torch.int64), self._cut()
             source = torch.empty(shape, dtype=dtype, requires_grad=True)
             return measure(
-                lambda x: distillation_loss(tail.norm(x, cut), tail.head, labels, teacher)[0],
+                lambda x: distillation_loss(tail.norm(x, cut), tail.head, labels, teacher, *weights)[0],
                 source, self.setting, tail,
             )  # fmt: skip
 

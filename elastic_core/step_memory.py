@@ -89,7 +89,7 @@ def step_moments(pieces: Pieces, load: Load, gradients: float) -> Iterator[tuple
     hidden = float(load.sequences * load.length * pieces.config.hidden_size * size)
     gathered, reduced_block, reduced_root, embeddings = sharding_bytes(pieces, load)
     layers = [pieces.layer(character, load.sequences, load.length) for character in pieces.pattern]
-    tail = pieces.tail(load.sequences * load.length)
+    tail = pieces.tail(load.sequences * load.length, load.has_teacher)
     kept, there = 0.0, gradients if load.accumulates else 0.0
     teacher = hidden if load.has_teacher else 0.0
     for index, layer in enumerate(layers):

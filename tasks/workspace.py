@@ -72,7 +72,7 @@ def parameters(
     budgets: Mapping[str, float] | None = None,
     overrides: Iterable[str] = (),
 ):
-    """params.yaml, comments and all, with the values of the profile, of another family and of overrides: see prepare."""
+    """params.yaml, comments and all, with the values of the profile, of another family and of overrides."""
     check_profile(profile, root)
     yaml = YAML()
     values = yaml.load(root / "params.yaml")

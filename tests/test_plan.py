@@ -1,0 +1,194 @@
+"""`elastic plan`: exact sizes of the real parents' families, memory, work, and what to change where it does not fit."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from parents import random_config
+from test_cli import call, error_of
+
+from elastic_core.config import ConfigError
+from elastic_core.cost import num_parameters
+from elastic_core.submodel import Submodel
+from tasks import params, plan, plan_stages
+from tasks.plan_stages import Hardware
+from tasks.workspace import parameters, profile_names
+
+ROOT = Path(__file__).resolve().parents[1]
+KNOWN = {"NVIDIA-Nemotron-Nano-12B-v2": 12_310_001_152, "NVIDIA-Nemotron-3-Nano-4B": 3_973_556_832}  # as published
+H100 = Hardware()
+
+
+def settings_of(profile, *overrides):
+    return params.read(parameters(profile, overrides=overrides), profile)
+
+
+def plan_of(profile, *overrides, hardware=H100, gpus=None):
+    return plan.plan_profile(profile, overrides, gpus, hardware)
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """The plan of the paper's run."""
+    return plan_of("nemotron-nano-12b-v2")
+
+
+def test_the_papers_family_is_counted_to_the_parameter(paper):
+    assert paper["parent"]["config"] == "profiles/parents/NVIDIA-Nemotron-Nano-12B-v2/config.json"
+    assert paper["parent"]["parameters"] == KNOWN["NVIDIA-Nemotron-Nano-12B-v2"]
+    config, _ = plan.read_parent(settings_of("nemotron-nano-12b-v2"))
+    sizes = [values["parameters"] for values in paper["budgets"].values()]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == KNOWN["NVIDIA-Nemotron-Nano-12B-v2"]
+    for values in paper["budgets"].values():
+        low, high = values["range"]
+        assert abs(values["deviation"]) < 0.005 and low <= values["parameters"] <= high
+        submodel = Submodel(kept_layers=values["kept_layers"], **values["widths"])
+        assert num_parameters(config, submodel) == values["parameters"]
+        assert values["parameters"] / sizes[0] / values["target"] - 1 == pytest.approx(values["deviation"])
+
+
+def test_the_papers_run_takes_its_tokens_and_hours(paper):
+    short, extended = paper["stages"]["train_short"], paper["stages"]["train_extended"]
+    assert [round(stage["tokens"] / 1e9) for stage in (short, extended)] == [65, 45]
+    for stage in (short, extended):
+        flops = stage["flops"]
+        bounds = [6 * 6e9 * stage["tokens"], 9 * KNOWN["NVIDIA-Nemotron-Nano-12B-v2"] * stage["tokens"]]
+        assert bounds[0] < flops["student"] < bounds[1]  # 6 per parameter and token, of 6B and 12B, and attention
+        assert stage["gpu_hours"] == pytest.approx(sum(flops.values()) / (0.4 * 989e12) / 3600)
+        assert stage["hours"] == pytest.approx(stage["gpu_hours"] / stage["workers"])
+    assert paper["fits"] and all(stage["fits"] and not stage["changes"] for stage in paper["stages"].values())
+
+
+def test_known_counts_of_every_parent_with_a_name():
+    for name, number in KNOWN.items():
+        config, source = plan.read_parent(settings_of("one-node", f"parent.path=/nowhere/{name}/"))
+        assert num_parameters(config) == number and name in source
+
+
+@pytest.mark.parametrize("profile", sorted(profile_names()))
+def test_every_profile_can_be_planned(profile):
+    planned = plan_of(profile, hardware=Hardware(memory=141e9))
+    assert planned["fits"], planned
+    assert json.loads(json.dumps(planned)) == planned | {"budgets": json.loads(json.dumps(planned["budgets"]))}
+    for stage in planned["stages"].values():
+        assert stage["total"] == sum(stage["memory"].values()) > 0
+
+
+# --- what cannot be ------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_no_combination_meets_is_refused():
+    coarse = ["choices.hidden_size=[128]", "choices.intermediate_size=[512]", "choices.mamba_head_dim=[24]",
+              "choices.mamba_num_heads=[8]", "choices.num_attention_heads=[4]", "choices.depth=[8,4]"]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"budgets\.medium: got 0\.68.*within 1%.*nearest.*change budgets or choices"):
+        plan_of("default", *coarse)
+
+
+def test_a_budget_that_only_some_rankings_meet_says_so():
+    """Of a model with an MLP much larger than all else, half is left only if that goes or stays."""
+    config = random_config(0)
+    orders = plan.depth_orders(config)
+    assert all(sorted(order) == list(range(len(config.layers_block_type))) for order in orders.values())
+    sizes = [num_parameters(config, Submodel(kept_layers=order[:-1])) for order in orders.values()]
+    assert sizes[1] == max(sizes) and sizes[2] == min(sizes) and sizes[1] > sizes[2]
+
+
+def test_workers_must_divide():
+    with pytest.raises(ConfigError, match=r"train_short\.batch_size.*compute\.workers \(7\)"):
+        plan_of("one-node", gpus=7)
+    with pytest.raises(ConfigError, match=r"shard_over: got 3; allowed: divisors of compute.workers \(8\)"):
+        plan_of("one-node", "compute.execution.shard_over=3")
+
+
+def test_an_unknown_parent_names_the_known_ones():
+    with pytest.raises(ConfigError, match=r"parent\.path.*--config.*NVIDIA-Nemotron-Nano-12B-v2"):
+        plan.read_parent(settings_of("one-node", "parent.path=/nowhere/else"))
+
+
+def test_the_parent_on_this_machine_and_an_option_come_first(tmp_path):
+    config = random_config(3)
+    here = tmp_path / "NVIDIA-Nemotron-Nano-12B-v2"
+    config.save_pretrained(here)
+    settings = settings_of("one-node", f"parent.path={here}")
+    assert num_parameters(plan.read_parent(settings)[0]) == num_parameters(config)
+    for option in (here, here / "config.json"):
+        assert num_parameters(plan.read_parent(settings_of("one-node"), option)[0]) == num_parameters(config)
+
+
+@pytest.mark.parametrize("text, size", [("80GB", 80e9), ("141 GB", 141e9), ("79.6GiB", 79.6 * 2**30)])
+def test_memory_is_read_with_its_unit(text, size):
+    assert Hardware.read(text, 0.4, None).memory == size
+
+
+@pytest.mark.parametrize("text", ["80", "much", "GB", "-3GB", "0GB"])
+def test_other_memory_is_refused(text):
+    with pytest.raises(ValueError, match="gpu-memory: got"):
+        Hardware.read(text, 0.4, None)
+
+
+@pytest.mark.parametrize("utilisation", [0.0, 1.1])
+def test_utilisation_is_a_share(utilisation):
+    with pytest.raises(ConfigError, match="utilisation: got"):
+        Hardware(utilisation=utilisation)
+
+
+# --- what to change ------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_fits_after_the_changes():
+    overrides = ["train_short.microbatches=8", "compute.execution.activation_checkpointing=false"]
+    hardware = Hardware(memory=20e9)
+    stage = plan_of("one-gpu", *overrides, hardware=hardware)["stages"]["train_short"]
+    assert not stage["fits"]
+    totals = [stage["total"], *(change["total"] for change in stage["changes"])]
+    assert totals == sorted(totals, reverse=True) and stage["changes"][-1]["fits"]
+    assert stage["changes"][0]["set"] == {"compute.execution.activation_checkpointing": True}
+    said = [f"{key}={json.dumps(value)}" for change in stage["changes"] for key, value in change["set"].items()]
+    after = plan_of("one-gpu", *overrides, *said, hardware=hardware)["stages"]["train_short"]
+    assert after["fits"] and after["total"] == totals[-1] and after["tokens"] == stage["tokens"]
+
+
+def test_changes_keep_the_tokens_of_a_step():
+    settings = settings_of("one-node")
+    for name in plan_stages.stages_of(settings):
+        for change in plan_stages.possible_changes(name, settings):
+            changed = plan_stages.override(name, settings, change)
+            dataclasses.replace(changed)  # still valid
+            changed.check()
+            before, after = (plan_stages.stages_of(s)[name].num_tokens(1) for s in (settings, changed))
+            assert before == after
+
+
+def test_more_workers_hold_less_each():
+    totals = [plan_of("one-node", gpus=gpus)["stages"]["train_short"]["total"] for gpus in (1, 4, 8)]
+    assert totals == sorted(totals, reverse=True)
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_tables_or_json():
+    text = call("plan", "one-node")
+    for words in ("12,310,001,152", "memory of a worker", "GPU-hours", "dropped evenly", "fits 80.0 GB"):
+        assert words in text
+    planned = json.loads(call("plan", "one-node", "--json", "--gpus", 4))
+    assert planned["stages"]["train_short"]["workers"] == 4 and planned["hardware"]["utilisation"] == 0.4
+
+
+def test_the_command_ends_with_one_where_it_does_not_fit():
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    result = CliRunner().invoke(app, ["plan", "one-node", "--gpu-memory", "48GB", "--set", "seed=1"])
+    assert result.exit_code == 1 and "train_short does not fit" in result.stdout and "--set compute." in result.stdout
+    assert "--gpu-memory" not in error_of("plan", "nothing") and "profile: got" in error_of("plan", "nothing")
+
+
+def test_plans_write_nothing(tmp_path):
+    before = {path for path in ROOT.glob(".runs/*")}
+    call("plan", "one-gpu", "--set", "train_short.steps=7")
+    assert {path for path in ROOT.glob(".runs/*")} == before
+    assert yaml.safe_load((ROOT / "profiles" / "one-gpu.yaml").read_text())["train_short"]["steps"] != 7
