@@ -2,14 +2,18 @@
 
 Predicted is what `elastic plan` says of stage 1 (while the router learns) and stage 2; measured is what torch's
 allocator holds at most, exactly, during real steps on the CPU, of the profile's parent with random weights and tokens
-(the one in params.yaml takes ten seconds on one core). Prints predicted, measured, and their ratio.
+(the one in params.yaml takes ten seconds on one core). Prints predicted, measured, and their ratio. With `--set
+compute.workers=1` the process is the only rank of a sharded group.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.comparison import MB, peak_allocated
 from benchmarks.shapes import RandomTokens
@@ -17,50 +21,42 @@ from elastic_core import ElasticModel
 from elastic_core.choices import ElasticSpace
 from elastic_core.distributed import Ranks, place
 from elastic_core.elastic_checkpoint import Member
-from elastic_core.memory import Pieces, Setting
 from elastic_core.router import Router
 from elastic_core.run import Run
-from elastic_core.step_memory import Load, Peak, step_peak
+from elastic_core.step_memory import Peak
 from elastic_core.submodel import Submodel
 from elastic_core.training import train_step
 from tasks.params import Params, read
 from tasks.parent import model_config
+from tasks.plan_stages import stage_peak
 from tasks.workspace import parameters
 
 STAGES = ("train_short", "train_extended")
 STEPS = 2  # in the second one the optimizer's moments are there
 
 
-def predicted(config, settings: Params, name: str) -> Peak:
-    """As the plan has it, for one process on the CPU."""
-    stage = getattr(settings, name)
-    setting = Setting(stage.precision, settings.compute.execution)
-    load = Load(stage.batch_size // stage.microbatches, stage.sequence_length, accumulates=stage.microbatches > 1)
-    return step_peak(Pieces(config, setting, gates=name == "train_short"), load)
-
-
-def measured(config, settings: Params, name: str) -> int:
+def measured(config, settings: Params, name: str, ranks: Ranks) -> int:
     """Bytes at most held by model, teacher, optimizer, and steps of the budget that takes most."""
-    return peak_allocated(lambda: train(make_run(config, settings, name)))
+    return peak_allocated(lambda: train(make_run(config, settings, name, ranks)))
 
 
-def make_run(config, settings: Params, name: str) -> Run:
+def make_run(config, settings: Params, name: str, ranks: Ranks) -> Run:
     torch.manual_seed(0)
     stage, budgets = getattr(settings, name), settings.budgets
     # While the router learns, all budgets run the whole model; gates of the full one, which is pinned, learn nothing.
     budget = min(budgets, key=budgets.get) if name == "train_short" else max(budgets, key=budgets.get)
     stage = dataclasses.replace(stage, budget_shares=dict.fromkeys(budgets, 0.0) | {budget: 1.0})
     model, teacher = (
-        place(random_model(config), Ranks(), settings.compute.execution, stage.precision, frozen)
+        place(random_model(config), ranks, settings.compute.execution, stage.precision, frozen)
         for frozen in (False, True)
     )
     data = RandomTokens(config.vocab_size, stage.sequence_length)
     if name == "train_short":
         space = ElasticSpace(config, settings.choices, tuple(range(len(config.layers_block_type))))
         router = Router(space, tuple(budgets.values()))
-        return Run(model, stage, data, budgets, router=router, routing=settings.routing, teacher=teacher)
+        return Run(model, stage, data, budgets, None, router, settings.routing, teacher, ranks=ranks)
     members = {budget: Member(target, Submodel()) for budget, target in budgets.items()}  # no other takes more
-    return Run(model, stage, data, budgets, members, teacher=teacher)
+    return Run(model, stage, data, budgets, members, teacher=teacher, ranks=ranks)
 
 
 def random_model(config) -> ElasticModel:
@@ -80,8 +76,23 @@ def train(run: Run) -> None:
 
 def compare(settings: Params, config) -> Iterator[tuple[str, Peak, int]]:
     """Per stage: its name, what is predicted and what is measured."""
-    for name in STAGES:
-        yield name, predicted(config, settings, name), measured(config, settings, name)
+    with group_of_one(settings) as ranks:
+        for name in STAGES:
+            yield name, stage_peak(name, settings, config, {}), measured(config, settings, name, ranks)
+
+
+@contextlib.contextmanager
+def group_of_one(settings: Params) -> Iterator[Ranks]:
+    """This process on its own; with one worker, the only rank of a group, which goes through all that shards do."""
+    if settings.compute.workers == 0:
+        yield Ranks()
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=0, world_size=1)
+        try:
+            yield Ranks.current()
+        finally:
+            dist.destroy_process_group()
 
 
 def main() -> None:

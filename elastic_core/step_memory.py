@@ -82,8 +82,7 @@ def state_bytes(pieces: Pieces, load: Load) -> dict[str, float]:
 def step_moments(pieces: Pieces, load: Load, gradients: float) -> Iterator[tuple[str, dict[str, float]]]:
     """The moments that may be the largest, in order, each with the kinds that it has besides the state.
 
-    Without sharding, gradients grow from the last layer to the first; a step's later microbatches, and shards, have
-    them all.
+    Gradients grow from the last layer to the first, or are all there where a step has more than one microbatch.
     """
     distributed, size = pieces.setting.distributed, pieces.setting.dtype.itemsize
     hidden = float(load.sequences * load.length * pieces.config.hidden_size * size)
@@ -104,16 +103,17 @@ def step_moments(pieces: Pieces, load: Load, gradients: float) -> Iterator[tuple
         "gradients": there, "gathered": gathered, "activations": kept, "loss": tail.backward,
     }  # fmt: skip
     if distributed:  # the head's gradient waits for that of the embeddings
-        there, gathered = gradients + tail.gradients, gathered + reduced_block
+        there, gathered = there + tail.gradients, gathered + reduced_block
     elif not load.accumulates:
         there += tail.gradients
+    shards = load.shards * size / FLOAT32 if distributed else 1
     for index, layer in reversed(list(enumerate(layers))):
         kept -= layer.kept
         yield f"backward pass of layer {index} ({pieces.pattern[index]})", {
             "gradients": there, "gathered": gathered, "activations": kept + layer.backward, "loss": 0.0,
         }  # fmt: skip
-        if not (distributed or load.accumulates):
-            there += layer.gradients
+        if not load.accumulates:
+            there += layer.gradients / shards
     yield "gradients of the embeddings", {
         "gradients": gradients + (tail.gradients if distributed else 0.0) + (embeddings if load.accumulates else 0.0),
         "gathered": gathered + reduced_root, "activations": hidden, "loss": 0.0,

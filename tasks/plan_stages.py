@@ -98,7 +98,6 @@ def make_load(name: str, settings: Params) -> Load:
     """What one worker computes at a time in a stage."""
     stage, workers = stages_of(settings)[name], max(1, settings.compute.workers)
     shards = settings.compute.execution.shard_over or workers
-    require(workers % shards == 0, "compute.execution.shard_over", shards, f"divisors of compute.workers ({workers})")
     sequences = stage.batch_size // stage.microbatches // workers
     has_teacher = name != "parent" and stage.teacher != "trainable"
     return Load(sequences, stage.sequence_length, shards, stage.microbatches > 1, has_teacher)
@@ -170,7 +169,7 @@ def find_changes(name: str, settings: Params, config, hardware: Hardware, pieces
     changes, total = [], stage_peak(name, settings, config, pieces).total
     while total > hardware.usable:
         for change in possible_changes(name, settings):
-            changed = override(name, settings, change)
+            changed = override(settings, change)
             less = stage_peak(name, changed, config, pieces).total
             if less < 0.99 * total:
                 settings, total = changed, less
@@ -194,10 +193,8 @@ def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
         changes.append({"compute.execution.shard_over": None})
     if compute.workers and not execution.offload_teacher and make_load(name, settings).has_teacher:
         changes.append({"compute.execution.offload_teacher": True})
-    if stage.batch_size % (2 * workers) == 0:
-        more = {"compute.workers": 2 * workers}
-        fewest = stage.batch_size // (2 * workers)
-        changes.append(more | ({f"{section}.microbatches": fewest} if stage.microbatches > fewest else {}))
+    if (more := more_workers(settings, 2 * workers)) is not None:
+        changes.append(more)
     if stage.sequence_length % 2 == 0 and stage.sequence_length > 1024:
         changes.append({
             f"{section}.sequence_length": stage.sequence_length // 2, f"{section}.batch_size": 2 * stage.batch_size,
@@ -206,7 +203,27 @@ def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
     return changes
 
 
-def override(name: str, settings: Params, changes: dict[str, object]) -> Params:
+def more_workers(settings: Params, workers: int) -> dict[str, object] | None:
+    """What makes every stage's batches divide by so many workers, a step's tokens staying; None if nothing does."""
+    changes: dict[str, object] = {"compute.workers": workers}
+    for name, stage in stages_of(settings).items():
+        size, section = stage.batch_size // stage.microbatches, "parent.training" if name == "parent" else name
+        if stage.batch_size % workers:
+            return None
+        if size % workers:
+            fewer = range(stage.microbatches, 0, -1)
+            parts = next(n for n in fewer if stage.batch_size % n == 0 and stage.batch_size // n % workers == 0)
+            changes[f"{section}.microbatches"] = parts
+    rank = settings.rank
+    if rank.batch_size % workers:
+        batches, left = divmod(rank.batches * rank.batch_size, workers)
+        if left or batches < rank.depth_batches:
+            return None
+        changes |= {"rank.batch_size": workers, "rank.batches": batches}
+    return changes
+
+
+def override(settings: Params, changes: dict[str, object]) -> Params:
     """`settings` with changed values, by their names in params.yaml."""
     for key, value in changes.items():
         settings = _replace(settings, key.split("."), value)
