@@ -118,9 +118,10 @@ def changes(plan: dict) -> list[str]:
             continue
         lines.append(f"{name} does not fit: {size(round(stage['total']))} of {usable}")
         for change in stage["changes"]:
-            values = " ".join(f"--set {key}={spelled(value)}" for key, value in change["set"].items())
-            lines.append(f"  {'fits' if change['fits'] else 'then'} with {values}: {size(round(change['total']))}")
-        if not any(change["fits"] for change in stage["changes"]):
+            lines.append(f"  {'fits' if change['fits'] else 'then'} with {described(change)}")
+        if stage["shorter"]:
+            lines.append(f"  or   with {described(stage['shorter'])}")
+        elif not any(change["fits"] for change in stage["changes"]):
             lines.append("  and nothing more helps: take GPUs with more memory, or a smaller parent")
     if not plan["rank"]["fits"]:
         lines.append(
@@ -128,6 +129,12 @@ def changes(plan: dict) -> list[str]:
             "(compute.gpus_per_worker: 0), or on GPUs with more memory"
         )
     return lines
+
+
+def described(change: dict) -> str:
+    """Parameters as options of `elastic run` and `elastic plan`, and what is held with them."""
+    settings = " ".join(f"--set {key}={spelled(value)}" for key, value in change["set"].items())
+    return f"{settings}: {size(round(change['total']))}"
 
 
 def spelled(value: int | bool | None) -> str:

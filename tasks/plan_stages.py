@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 
@@ -55,6 +56,7 @@ def describe_stage(
 ) -> dict:
     """Everything about one stage; `pieces` remembers between stages what has been counted."""
     peak = stage_peak(name, settings, config, pieces)
+    changes = find_changes(name, settings, config, hardware, pieces)
     return {
         **describe_load(name, settings),
         "memory": peak.kinds,
@@ -62,7 +64,8 @@ def describe_stage(
         "moment": peak.moment,
         "fits": peak.total <= hardware.usable,
         **describe_work(name, settings, config, members, hardware),
-        "changes": find_changes(name, settings, config, hardware, pieces),
+        "changes": changes,
+        "shorter": find_shorter(name, settings, config, hardware, pieces, changes),
     }
 
 
@@ -195,12 +198,32 @@ def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
         changes.append({"compute.execution.offload_teacher": True})
     if (more := more_workers(settings, 2 * workers)) is not None:
         changes.append(more)
-    if stage.sequence_length % 2 == 0 and stage.sequence_length > 1024:
-        changes.append({
-            f"{section}.sequence_length": stage.sequence_length // 2, f"{section}.batch_size": 2 * stage.batch_size,
-            f"{section}.microbatches": 2 * stage.microbatches,
-        })  # fmt: skip
     return changes
+
+
+def find_shorter(
+    name: str, settings: Params, config, hardware: Hardware, pieces: dict, changes: list[dict]
+) -> dict | None:
+    """Instead of more workers, shorter sequences that fit, a step's tokens staying; None where none are asked for.
+
+    On top of those of `changes` that leave the workers as they are.
+    """
+    given = [change["set"] for change in changes if "compute.workers" not in change["set"]]
+    if len(given) == len(changes) and (not changes or changes[-1]["fits"]):
+        return None
+    change = {key: value for values in given for key, value in values.items()}
+    section, total = "parent.training" if name == "parent" else name, math.inf
+    while total > hardware.usable:
+        stage = stages_of(override(settings, change))[name]
+        if stage.sequence_length % 2:
+            return None
+        change |= {
+            f"{section}.sequence_length": stage.sequence_length // 2,
+            f"{section}.batch_size": stage.batch_size * 2,
+            f"{section}.microbatches": stage.microbatches * 2,
+        }
+        total = stage_peak(name, override(settings, change), config, pieces).total
+    return {"set": change, "total": total}
 
 
 def more_workers(settings: Params, workers: int) -> dict[str, object] | None:

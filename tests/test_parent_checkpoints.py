@@ -145,10 +145,9 @@ def test_loading_takes_the_model_and_one_tensor(tmp_path, dtype):
     """Of resident memory, pages of mapped files among it, in a process of its own."""
     tensors = write_checkpoint(tmp_path / "large", LARGE, torch.bfloat16)
     assert len(list((tmp_path / "large").glob("*.safetensors"))) > 2
-    itemsize, largest = getattr(torch, dtype).itemsize, max(t.nbytes for t in tensors.values())
+    largest, itemsize = max(t.nbytes for t in tensors.values()), getattr(torch, dtype).itemsize
     model = itemsize * sum(t.numel() for t in tensors.values())
-    assert model > 4 * largest or itemsize == 2
     before, peak = peak_memory(
         "import torch, transformers, elastic_core", LOAD.format(directory=str(tmp_path / "large"), dtype=dtype)
     )
-    assert peak - before - model < largest + 40e6
+    assert peak - before - model < largest + 20e6

@@ -169,6 +169,18 @@ def test_what_does_not_fit_fits_after_the_changes():
     assert after["fits"] and after["total"] == totals[-1] and after["tokens"] == stage["tokens"]
 
 
+def test_shorter_sequences_are_there_instead_of_more_workers():
+    hardware = Hardware(memory=80e9)
+    stage = plan_of("one-node", "train_extended.sequence_length=49152", hardware=hardware)["stages"]["train_extended"]
+    assert any("compute.workers" in change["set"] for change in stage["changes"])
+    change = stage["shorter"]["set"]
+    assert "compute.workers" not in change and change["train_extended.sequence_length"] == 24576
+    said = [f"{key}={json.dumps(value)}" for key, value in change.items()]
+    after = plan_of("one-node", *said, hardware=hardware)["stages"]["train_extended"]
+    assert after["fits"] and after["shorter"] is None and after["total"] == stage["shorter"]["total"]
+    assert after["tokens"] == stage["tokens"]
+
+
 def test_changes_keep_the_tokens_of_a_step():
     settings = settings_of("one-node")
     for name in plan_stages.stages_of(settings):
