@@ -24,7 +24,8 @@ def show(plan: dict) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=UNBOUND)
     parent, hardware = plan["parent"], plan["hardware"]
-    console.print(f"{parent['config']}: {parent['parameters']:,} parameters, {parent['pattern']}", style="bold")
+    console.print(f"{parent['config']}: {parent['parameters']:,} parameters", style="bold", soft_wrap=True)
+    console.print(parent["pattern"], soft_wrap=True)
     for table in (family(plan), memory(plan), work(plan)):
         console.print()
         console.print(table)
