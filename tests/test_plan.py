@@ -7,10 +7,13 @@ import pytest
 import yaml
 from parents import random_config
 from test_cli import call, error_of
+from test_parent_checkpoints import NANO_12B
+from typer.testing import CliRunner
 
 from elastic_core.config import ConfigError
 from elastic_core.cost import num_parameters
 from elastic_core.submodel import Submodel
+from flows.cli import app
 from tasks import params, plan, plan_stages
 from tasks.plan_stages import Hardware
 from tasks.workspace import parameters, profile_names
@@ -70,6 +73,14 @@ def test_the_papers_run_takes_its_tokens_and_hours(paper):
         assert stage["gpu_hours"] == pytest.approx(sum(flops.values()) / (0.4 * 989e12) / 3600)
         assert stage["hours"] == pytest.approx(stage["gpu_hours"] / stage["workers"])
     assert paper["fits"] and all(stage["fits"] and not stage["changes"] for stage in paper["stages"].values())
+
+
+def test_the_published_9b_is_counted_too(tmp_path):
+    sizes = {"hidden_size": 4480, "intermediate_size": 15680, "num_hidden_layers": 56}
+    pattern = "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"
+    (tmp_path / "config.json").write_text(json.dumps(NANO_12B | sizes | {"hybrid_override_pattern": pattern}))
+    config, _ = plan.read_parent(settings_of("one-node"), tmp_path / "config.json")
+    assert num_parameters(config) == 8_888_227_328
 
 
 def test_known_counts_of_every_parent_with_a_name():
@@ -157,28 +168,33 @@ def test_utilisation_is_a_share(utilisation):
 
 
 def test_what_does_not_fit_fits_after_the_changes():
-    overrides = ["train_short.microbatches=8", "compute.execution.activation_checkpointing=false"]
-    hardware = Hardware(memory=20e9)
-    stage = plan_of("one-gpu", *overrides, hardware=hardware)["stages"]["train_short"]
-    assert not stage["fits"]
-    totals = [stage["total"], *(change["total"] for change in stage["changes"])]
-    assert totals == sorted(totals, reverse=True) and stage["changes"][-1]["fits"]
-    assert stage["changes"][0]["set"] == {"compute.execution.activation_checkpointing": True}
-    said = [f"{key}={json.dumps(value)}" for change in stage["changes"] for key, value in change["set"].items()]
-    after = plan_of("one-gpu", *overrides, *said, hardware=hardware)["stages"]["train_short"]
-    assert after["fits"] and after["total"] == totals[-1] and after["tokens"] == stage["tokens"]
+    hardware, pieces = Hardware(memory=20e9), {}
+    settings = settings_of("one-gpu", "train_short.microbatches=4", "compute.execution.activation_checkpointing=false")
+    config, _ = plan.read_parent(settings)
+    total = plan_stages.stage_peak("train_short", settings, config, pieces).total
+    changes = plan_stages.find_changes("train_short", settings, config, hardware, pieces)
+    totals = [total, *(change["total"] for change in changes)]
+    assert totals == sorted(totals, reverse=True)
+    assert [change["fits"] for change in changes] == [size <= hardware.usable for size in totals[1:]]
+    assert changes[0]["set"] == {"compute.execution.activation_checkpointing": True} and changes[-1]["fits"]
+    said = {key: value for change in changes for key, value in change["set"].items()}
+    after = settings_of("one-gpu", *(f"{key}={json.dumps(value)}" for key, value in said.items()))
+    assert plan_stages.stage_peak("train_short", after, config, pieces).total == totals[-1]
+    assert after.train_short.num_tokens() == settings.train_short.num_tokens()
 
 
 def test_shorter_sequences_are_there_instead_of_more_workers():
-    hardware = Hardware(memory=80e9)
-    stage = plan_of("one-node", "train_extended.sequence_length=49152", hardware=hardware)["stages"]["train_extended"]
-    assert any("compute.workers" in change["set"] for change in stage["changes"])
-    change = stage["shorter"]["set"]
-    assert "compute.workers" not in change and change["train_extended.sequence_length"] == 24576
-    said = [f"{key}={json.dumps(value)}" for key, value in change.items()]
-    after = plan_of("one-node", *said, hardware=hardware)["stages"]["train_extended"]
-    assert after["fits"] and after["shorter"] is None and after["total"] == stage["shorter"]["total"]
-    assert after["tokens"] == stage["tokens"]
+    hardware, pieces, name = Hardware(memory=80e9), {}, "train_extended"
+    settings = settings_of("one-node", "train_extended.sequence_length=49152")
+    config, _ = plan.read_parent(settings)
+    changes = plan_stages.find_changes(name, settings, config, hardware, pieces)
+    assert any("compute.workers" in change["set"] for change in changes)
+    shorter = plan_stages.find_shorter(name, settings, config, hardware, pieces, changes)
+    assert "compute.workers" not in shorter["set"] and shorter["set"]["train_extended.sequence_length"] == 24576
+    after = plan_stages.override(settings, shorter["set"])
+    assert shorter["total"] == plan_stages.stage_peak(name, after, config, pieces).total <= hardware.usable
+    assert after.train_extended.num_tokens() == settings.train_extended.num_tokens()
+    assert plan_stages.find_shorter(name, after, config, hardware, pieces, []) is None
 
 
 def test_changes_keep_the_tokens_of_a_step():
@@ -203,25 +219,28 @@ def test_more_workers_hold_less_each():
 
 
 def test_the_command_prints_tables_or_json():
-    text = call("plan", "one-gpu")
-    for words in ("960,276,544", "memory of a worker", "GPU-hours", "dropped evenly", "fits 80.0 GB"):
+    text = call("plan", "smoke")
+    for words in ("parent.model", "memory of a worker", "train_extended", "dropped evenly", "fits 80.0 GB"):
         assert words in text
-    planned = json.loads(call("plan", "one-gpu", "--json", "--gpus", 2, "--set", "train_extended.microbatches=6"))
-    assert planned["stages"]["train_short"]["workers"] == 2 and planned["hardware"]["utilisation"] == 0.4
+    assert "GPU-hours" not in text  # on CPUs, whose peak nobody has said
+    gpus = json.loads(call("plan", "smoke", "--json", "--gpus", 2, "--utilisation", 0.3, "--peak", 100))
+    for stage in gpus["stages"].values():
+        assert stage["workers"] == 2
+        assert stage["gpu_hours"] == pytest.approx(sum(stage["flops"].values()) / (0.3 * 100e12) / 3600)
 
 
 def test_the_command_ends_with_one_where_it_does_not_fit():
-    from typer.testing import CliRunner
-
-    from flows.cli import app
-
-    result = CliRunner().invoke(app, ["plan", "one-gpu", "--gpu-memory", "16GB"])
-    assert result.exit_code == 1 and "train_short does not fit" in result.stdout and "--set compute." in result.stdout
-    assert "--gpu-memory" not in error_of("plan", "nothing") and "profile: got" in error_of("plan", "nothing")
+    result = CliRunner().invoke(app, ["plan", "smoke", "--gpu-memory", "0.005GB"])
+    assert result.exit_code == 1 and not result.stderr
+    assert (
+        "train_short does not fit" in result.stdout
+        and "--set compute.execution.activation_checkpointing=true" in result.stdout
+    )
+    assert "profile: got" in error_of("plan", "nothing")
 
 
 def test_plans_write_nothing(tmp_path):
     before = {path for path in ROOT.glob(".runs/*")}
-    call("plan", "one-gpu", "--set", "train_short.steps=7")
+    call("plan", "smoke", "--set", "train_short.steps=7")
     assert {path for path in ROOT.glob(".runs/*")} == before
-    assert yaml.safe_load((ROOT / "profiles" / "one-gpu.yaml").read_text())["train_short"]["steps"] != 7
+    assert yaml.safe_load((ROOT / "profiles" / "smoke.yaml").read_text())["train_short"]["steps"] != 7
