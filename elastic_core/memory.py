@@ -91,7 +91,7 @@ class Setting:
 
 
 def measure(piece: Callable[[Tensor], Tensor], source: Tensor, setting: Setting, weights: nn.Module) -> Footprint:
-    """The footprint of `piece`, run on a tensor like `source`; all under one FakeTensorMode."""
+    """The footprint of `piece`, run on a tensor like `source`, where tensors have no storage."""
     with Alive() as alive:
         x = source.clone()  # no leaf, as in the middle of a model
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting.precision == "bfloat16"):
@@ -155,7 +155,25 @@ class Pieces:
             shape = (sequences, length, self.config.hidden_size)
             source = torch.empty(shape, dtype=self.setting.dtype, requires_grad=True)
             cut = self._cut()
-            return measure(lambda x: block(x, cut), source, self.setting, block)
+            footprint = measure(lambda x: block(x, cut), source, self.setting, block)
+        return self._with_casts(footprint, block) if character == "M" else footprint
+
+    def _with_casts(self, footprint: Footprint, block: nn.Module) -> Footprint:
+        """With what autocast adds on a GPU without sharding, which the meta device has not got.
+
+        A bfloat16 copy of every matrix until the backward pass, and gradients in float32 instead.
+        """
+        setting = self.setting
+        if not setting.gpu or setting.distributed or setting.precision == "float32":
+            return footprint
+        copies = sum(p.untyped_storage().nbytes() for p in block.parameters() if p.dtype == torch.bfloat16)
+        return Footprint(
+            footprint.output,
+            footprint.kept + (0 if setting.execution.activation_checkpointing else copies),
+            footprint.forward + copies,
+            footprint.backward + 2 * copies,
+            footprint.gradients + copies,
+        )
 
     def _without_storage(self, character: str):
         """Where tensors have shapes alone: as if on a CPU, or on the meta device, for which a scan takes a GPU's sizes.
@@ -184,9 +202,12 @@ class Pieces:
             )  # fmt: skip
 
     def _as_held(self, module: nn.Module) -> nn.Module:
-        """Weights as a worker's layers meet them: gathered in the stage's precision, or whole in float32."""
-        setting = self.setting
-        if setting.precision == "bfloat16" and (setting.distributed or setting.gpu):
+        """Weights as a worker's layers meet them: gathered in the stage's precision, or whole in float32.
+
+        On the meta device, without autocast, in the precision that they are multiplied in.
+        """
+        on_meta = next(module.parameters()).device.type == "meta"
+        if self.setting.precision == "bfloat16" and (self.setting.distributed or on_meta):
             matrices_to_(module, torch.bfloat16)
         return module
 

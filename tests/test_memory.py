@@ -99,6 +99,13 @@ def test_a_scan_on_a_gpu_is_counted_with_its_own_blocks():
     assert gpu_.kept != cpu.kept  # fewer states between chunks
 
 
+def test_a_gpu_alone_casts_weights_as_a_cpu_does():
+    cpu, gpu_ = (Pieces(CONFIG, Setting("bfloat16", gpu=on_gpu)).layer("M", 2, 33) for on_gpu in (False, True))
+    assert gpu_.gradients == cpu.gradients
+    assert gpu_.kept == pytest.approx(cpu.kept, rel=0.1) and gpu_.forward == pytest.approx(cpu.forward, rel=0.1)
+    assert gpu_.backward == pytest.approx(cpu.backward, rel=0.15)
+
+
 def test_sharding_moves_state_to_others_and_gathers_blocks():
     config = random_config(1)
     setting = Setting(distributed=True)
