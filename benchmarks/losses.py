@@ -8,9 +8,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.comparison import MB, in_turn, median_ratio, peak_allocated
-from benchmarks.memory import Alive
 from benchmarks.report import Row, at_most, measured, within
 from elastic_core.losses import distillation_loss
+from elastic_core.memory import Alive
 
 MOST_TIME, MOST_MEMORY = 1.10, 1 / 16
 ROUNDING = 1e-5  # float32 sums over the vocabulary and over tokens, in another order
@@ -74,7 +74,7 @@ def counted(loss: Callable[..., Tensor], shape: tuple[int, int, int]) -> int:
         )
         labels = torch.empty(tokens, dtype=torch.int64)
         hidden.requires_grad_(), head.requires_grad_()
-        with Alive([hidden, taught, head, teaching]) as alive:
+        with Alive() as alive:
             loss(hidden, head, labels, (taught, teaching)).backward()
     return alive.peak
 

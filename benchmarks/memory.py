@@ -1,142 +1,113 @@
-"""Will it fit? `python -m benchmarks.memory DIRECTORY --workers 64 --length 8192` counts what one GPU has to hold.
+"""Does the plan's memory hold? `python -m benchmarks.memory [PROFILE] [--set KEY=VALUE]` trains and compares.
 
-DIRECTORY needs a parent's config.json only. Layers and loss run on fake tensors, without memory or a GPU, while the
-bytes of all storages alive are counted; the rest is arithmetic. Not in it: what the allocator loses between blocks,
-workspaces of kernels and NCCL, the CUDA context (leave about a tenth). For bfloat16 with activation checkpointing.
+Predicted is what `elastic plan` says of stage 1 (while the router learns) and stage 2; measured is what torch's
+allocator holds at most, exactly, during real steps on the CPU, of the profile's parent with random weights and tokens
+(the one in params.yaml takes ten seconds on one core). Prints predicted, measured, and their ratio. With `--set
+compute.workers=1` the process is the only rank of a sharded group.
 """
 
 import argparse
-import weakref
-from collections.abc import Iterable
-from pathlib import Path
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+import torch.distributed as dist
 
-from elastic_core import hf
-from elastic_core.cut import Cut
-from elastic_core.families import parameter_layout
-from elastic_core.families.nemotron_h import Block, layers_of, pattern
-from elastic_core.layout import Layout, layer_index
-from elastic_core.losses import distillation_loss
-from elastic_core.submodel import full_sizes
+from benchmarks.comparison import MB, peak_allocated
+from benchmarks.shapes import RandomTokens
+from elastic_core import ElasticModel, families
+from elastic_core.choices import ElasticSpace
+from elastic_core.distributed import Ranks, place
+from elastic_core.elastic_checkpoint import Member
+from elastic_core.router import Router
+from elastic_core.run import Run
+from elastic_core.step_memory import Peak
+from elastic_core.submodel import Submodel
+from elastic_core.training import train_step
+from tasks.params import Params, read
+from tasks.plan import read_parent
+from tasks.plan_stages import stage_peak
+from tasks.targets import resolve
+from tasks.workspace import parameters
 
-GB = 1e9
-
-
-class Alive(TorchDispatchMode):
-    """Counts the bytes of storages that operations have made and that are still alive, but for those of `given`."""
-
-    def __init__(self, given: Iterable[Tensor] = ()):
-        super().__init__()
-        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in given}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if isinstance(value, Tensor) and (key := value.untyped_storage()._cdata) not in self.sizes:
-                storage = value.untyped_storage()
-                self.sizes[key] = storage.nbytes()
-                self.now += self.sizes[key]
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, key)
-        return out
-
-    def _freed(self, key: int) -> None:
-        self.now -= self.sizes.pop(key)
+STAGES = ("train_short", "train_extended")
+STEPS = 2  # in the second one the optimizer's moments are there
 
 
-def layer_bytes(config, layer: int, sequences: int, length: int) -> int:
-    """At most alive while one layer is computed again and differentiated, without its weights."""
-    layout = parameter_layout(config)
-    cut = Cut(layout, torch.device("cpu"), full_sizes(config), tuple(range(len(pattern(config)))))
-    prefix = f"model.layers.{layer}."
-    mine = {name.removeprefix(prefix): dims for name, dims in layout.items() if name.startswith(prefix)}
-    with FakeTensorMode():
-        block = Block(config, layer, mine)
-        for module in block.modules():  # as gathered: matrices in bfloat16
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.dim() == 2:
-                    module.register_parameter(name, nn.Parameter(parameter.detach().to(torch.bfloat16)))
-        x = torch.empty(sequences, length, config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        with Alive([x, *block.parameters()]) as alive:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                y = block(x, cut)
-            y.backward(torch.empty_like(y))
-    return alive.peak
+def measured(config, settings: Params, name: str, ranks: Ranks) -> int:
+    """Bytes at most held by model, teacher, optimizer, and steps of the budget that takes most."""
+    return peak_allocated(lambda: train(make_run(config, settings, name, ranks)))
 
 
-def loss_bytes(config, sequences: int, length: int) -> int:
-    """At most alive in the loss with a teacher, without hidden states and heads."""
-    tokens = sequences * length
-    with FakeTensorMode():
-        hidden, teacher = (torch.empty(tokens, config.hidden_size, dtype=torch.bfloat16) for _ in range(2))
-        heads = [torch.empty(config.vocab_size, config.hidden_size, dtype=torch.bfloat16) for _ in range(2)]
-        labels = torch.empty(tokens, dtype=torch.int64)
-        hidden.requires_grad_(), heads[0].requires_grad_()
-        with Alive([hidden, teacher, *heads]) as alive, torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, *_ = distillation_loss(hidden, heads[0], labels, (teacher, heads[1]))
-            loss.backward()
-    return alive.peak
-
-
-def count_parameters(layout: Layout) -> tuple[int, int]:
-    """Numbers in matrices, which are sharded, and in everything else, which is not."""
-    counts = [0, 0]
-    for dims in layout.values():
-        number = 1
-        for dim in dims:
-            number *= dim.size
-        counts[len(dims) != 2] += number
-    return counts[0], counts[1]
-
-
-def estimate(config, shards: int, sequences: int, length: int, teacher_on_gpu: bool = True) -> dict[str, float]:
-    """Bytes of one of `shards` workers, which share a copy of the weights, by reason.
-
-    Their sum is an upper estimate: not all of them are there at the same moment.
-    """
-    layout = parameter_layout(config)
-    matrices, rest = count_parameters(layout)
-    root = count_parameters({name: dims for name, dims in layout.items() if layer_index(name) is None})[0]
-    layers = [layers_of(config, character)[0] for character in dict.fromkeys(pattern(config))]
-    largest = max(
-        count_parameters({name: dims for name, dims in layout.items() if layer_index(name) == layer})[0]
-        for layer in layers
+def make_run(config, settings: Params, name: str, ranks: Ranks) -> Run:
+    torch.manual_seed(0)
+    stage, budgets = getattr(settings, name), resolve(settings, config)
+    # While the router learns, all budgets run the whole model; gates of the full one, which is pinned, learn nothing.
+    budget = min(budgets, key=budgets.get) if name == "train_short" else max(budgets, key=budgets.get)
+    stage = dataclasses.replace(stage, budget_shares=dict.fromkeys(budgets, 0.0) | {budget: 1.0})
+    model, teacher = (
+        place(random_model(config), ranks, settings.compute.execution, stage.precision, frozen)
+        for frozen in (False, True)
     )
-    return {
-        "weights, gradients, moments: 16 B": 16 * (matrices / shards + rest),
-        "teacher: 2 B": 2 * matrices / shards + 4 * rest if teacher_on_gpu else 0.0,
-        "embeddings and heads of both, gathered": 2 * 2 * root,
-        "their gradients, and as float32 on their way": (2 + 4) * root,
-        "two gathered blocks, one block's gradients": (2 * 2 + 2 + 4) * largest,
-        "inputs of the blocks": 2 * len(pattern(config)) * sequences * length * config.hidden_size,
-        "the largest layer again, or the loss": float(
-            max(
-                *(layer_bytes(config, layer, sequences, length) for layer in layers),
-                loss_bytes(config, sequences, length),
-            )
-        ),
-    }
+    data = RandomTokens(config.vocab_size, stage.sequence_length)
+    if name == "train_short":
+        layers = tuple(range(families.num_layers(config)))
+        space = ElasticSpace(config, settings.choices, layers, metric=settings.metric)
+        router = Router(space, tuple(budgets.values()))
+        return Run(model, stage, data, budgets, None, router, settings.routing, teacher, ranks=ranks)
+    members = {budget: Member(target, Submodel()) for budget, target in budgets.items()}  # no other takes more
+    return Run(model, stage, data, budgets, members, teacher=teacher, metric=settings.metric, ranks=ranks)
+
+
+def random_model(config) -> ElasticModel:
+    """Small random weights: values that stay finite are all that memory asks for."""
+    model = ElasticModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def train(run: Run) -> None:
+    for _ in range(STEPS):
+        train_step(run)
+    assert not run.skipped
+
+
+def compare(settings: Params, config) -> Iterator[tuple[str, Peak, int]]:
+    """Per stage: its name, what is predicted and what is measured."""
+    with group_of_one(settings) as ranks:
+        for name in STAGES:
+            yield name, stage_peak(name, settings, config, {}), measured(config, settings, name, ranks)
+
+
+@contextlib.contextmanager
+def group_of_one(settings: Params) -> Iterator[Ranks]:
+    """This process on its own; with one worker, the only rank of a group, which goes through all that shards do."""
+    if settings.compute.workers == 0:
+        yield Ranks()
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=0, world_size=1)
+        try:
+            yield Ranks.current()
+        finally:
+            dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--workers", type=int, default=1, help="that share one copy of the weights (shard_over)")
-    parser.add_argument("--length", type=int, default=8192, help="sequence_length")
-    parser.add_argument("--sequences", type=int, default=1, help="batch_size / microbatches / workers")
-    parser.add_argument("--offload-teacher", action="store_true")
+    parser.add_argument("profile", nargs="?", default="default")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a parameter")
     arguments = parser.parse_args()
-    config = hf.read_config(arguments.directory)
-    on_gpu = not arguments.offload_teacher
-    parts = estimate(config, arguments.workers, arguments.sequences, arguments.length, on_gpu)
-    for name, number in (parts | {"together": sum(parts.values())}).items():
-        print(f"{number / GB:8.1f} GB  {name}")
+    settings = read(parameters(arguments.profile, overrides=arguments.set), f"profile {arguments.profile}")
+    config, _ = read_parent(settings)
+    for name, peak, real in compare(settings, config):
+        print(f"{name}: predicted {peak.total / MB:.1f} MB ({peak.moment}), measured {real / MB:.1f} MB, "
+              f"ratio {peak.total / real:.3f}")  # fmt: skip
+        print("  " + ", ".join(f"{kind} {count / MB:.1f}" for kind, count in peak.kinds.items() if count))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.core import TyperCommand
+
+from flows.options import Budget, Dtype, Heterogeneous, Settings, complete_profile, stage_option
 
 INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
 
@@ -22,65 +23,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""One pretrained language model in, one elastic checkpoint out, with a nested model for every budget.
 
-    `run` trains a family, `inspect` shows its members, `generate` tries one, `extract` cuts one out for serving;
-    `up` does it all from a browser. Where no directory is named, the family of the last run is meant.
+    `plan` tells what that takes, `run` trains a family, `inspect` shows its members, `generate` tries one, `extract`
+    cuts one out for serving; `up` does it all from a browser. Where no directory is named, the family of the last run
+    is meant.
     """,
 )
-
-
-class Heterogeneous(StrEnum):
-    """How widths that differ between layers are exported."""
-
-    remote_code = "remote_code"
-    pad = "pad"
-
-
-class Dtype(StrEnum):
-    """Element types of an export."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-def complete_profile(incomplete: str) -> list[str]:
-    from tasks.workspace import profile_names
-
-    return [name for name in profile_names() if name.startswith(incomplete)]
-
-
-def complete_stage(incomplete: str) -> list[str]:
-    from flows.stages import stage_names
-    from tasks.workspace import ROOT
-
-    return [name for name in stage_names(ROOT) if name.startswith(incomplete)]
-
-
-def complete_budget(incomplete: str) -> list[str]:
-    from tasks import families
-
-    with contextlib.suppress(ValueError):  # no run has ended yet
-        return [name for name in families.budget_names(families.find()) if name.startswith(incomplete)]
-    return []
-
-
-def stage_option(name: str, text: str) -> typer.models.OptionInfo:
-    return typer.Option(
-        name, metavar="STAGE", help=text, autocompletion=complete_stage, rich_help_panel="Only some of the stages"
-    )
-
-
-Budget = Annotated[
-    str | None,
-    typer.Option(
-        "--budget",
-        "-b",
-        metavar="BUDGET",
-        help="A trained budget's name; or a share of the parent (0.75), a count of parameters (9B, 1.2M) or memory "
-        "(16GiB@128k×8: context × sequences), served by the nearest nested model.",
-        autocompletion=complete_budget,
-        show_default=False,
-    ),
-]
 
 
 @app.command()
@@ -105,12 +52,7 @@ def run(
             help="Train this family instead: once per member, `small=0.4`, `small=9B` or `small=16GiB@128k`.",
         ),
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", "-s", metavar="KEY=VALUE", help="Override a parameter: `train_short.learning_rate=1e-3`."
-        ),
-    ] = None,
+    settings: Settings = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Run stages also where nothing has changed.")] = False,
 ) -> None:
     """Run the pipeline in this terminal, from a parent to an evaluated family and its report.
@@ -129,6 +71,54 @@ def run(
 
         chosen = Selection(first, last, only or ())
         run_pipeline(profile, chosen, read_budgets(budgets or ()), settings or (), force, say)
+
+
+@app.command()
+def plan(
+    profile: Annotated[
+        str, typer.Argument(metavar="PROFILE", help="As `elastic run` takes it.", autocompletion=complete_profile)
+    ] = "default",
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", "-n", min=1, help="Workers, with a GPU each, instead of the profile's.")
+    ] = None,
+    gpu_memory: Annotated[str, typer.Option(help="Of one GPU; a tenth is left for what is not counted.")] = "80GB",
+    utilisation: Annotated[float, typer.Option(help="The share of the peak that training reaches.")] = 0.4,
+    peak: Annotated[
+        float | None,
+        typer.Option(help="TFLOP/s of one GPU.", show_default="an H100's: 989 in bfloat16, 67 in float32"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The parent's config.json, or its directory.",
+            show_default="parent.path, or in profiles/parents by its name",
+        ),
+    ] = None,
+    settings: Settings = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Tell what a profile's training will take, before anything is there: sizes, memory, work and hours.
+
+    Needs the parent's config.json and no weights, no data and no GPU. Where a stage does not fit it says what to
+    change, and ends with status 1.
+
+    - `elastic plan nemotron-nano-12b-v2`: the paper's run
+    - `elastic plan nemotron-nano-12b-v2 --gpus 8`: the same on one node
+    """
+    with clear_errors("stopped"):
+        from tasks.plan import plan_profile
+        from tasks.plan_stages import Hardware
+
+        hardware = Hardware.read(gpu_memory, utilisation, peak)
+        description = plan_profile(profile, settings or (), gpus, hardware, config)
+        if as_json:
+            say(json.dumps(description, indent=1))
+        else:
+            from flows.planning import show
+
+            show(description)
+    raise typer.Exit(0 if description["fits"] else 1)
 
 
 @app.command()

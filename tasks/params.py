@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -85,11 +86,15 @@ class Parent:
             require(weights.kl_weight == 0, "training.loss.kl_weight", weights.kl_weight, "0: a parent has no teacher")
         elif gguf_parent.is_package(self.path):
             gguf_parent.find_file(self.path)
-        elif not storage.is_url(self.path):
+
+    def check_is_here(self, where: str) -> None:
+        """Raise ConfigError for a directory on this machine that is no parent's; packages and URLs are none."""
+        if self.path is not None and not (storage.is_url(self.path) or gguf_parent.is_package(self.path)):
+            key = f"{where}.path"
             there = (Path(self.path) / "config.json").is_file()
-            require(there, "path", self.path, "a Hugging Face directory with a config.json, or null")
+            require(there, key, self.path, "a Hugging Face directory with a config.json, or null")
             there = any((Path(self.path) / name).is_file() for name in TOKENIZERS)
-            require(there, "path", self.path, f"a directory with its tokenizer too ({' or '.join(TOKENIZERS)})")
+            require(there, key, self.path, f"a directory with its tokenizer too ({' or '.join(TOKENIZERS)})")
 
 
 @dataclass(frozen=True)
@@ -235,6 +240,11 @@ def task_names(section: PrepareData) -> list[str]:
     return [f"{kind}_{length}" for kind, values in kinds.items() for length in values]
 
 
+def read(values: Mapping, where: str) -> Params:
+    """Check the values of a parameter file, wherever they are to be used: places are not looked at."""
+    return load_section(Params, values, where)
+
+
 def load(path: str | Path = FILE) -> Params:
     """Read and check a parameter file; raises ConfigError naming what to change and where.
 
@@ -247,7 +257,8 @@ def load(path: str | Path = FILE) -> Params:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    params = load_section(Params, values, str(path))
+    params = read(values, str(path))
+    params.parent.check_is_here(f"{path}.parent")
     if not storage.is_url(params.parent.path):
         check_family(params, str(path))
     return params

@@ -76,10 +76,10 @@ def check_family(params: Params, where: str) -> None:
 
     Raises ConfigError. train_short checks again, with the order in which layers really go.
     """
-    from elastic_core import families, hf
+    from elastic_core import hf
     from tasks.parent import model_config
 
-    parent, metric = params.parent, params.metric
+    parent = params.parent
     try:
         if gguf_parent.is_package(parent.path):
             config = gguf_parent.read_config(parent.path)
@@ -91,16 +91,23 @@ def check_family(params: Params, where: str) -> None:
         raise
     except ValueError as error:
         raise ConfigError(f"{where}: parent: {error}") from None
-    if families.of(config).MODELING_FILE is None and params.choices.heterogeneous:
-        allowed = f"pad, as long as choices.heterogeneous is set for a parent of model_type {config.model_type}"
-        require(params.extract.heterogeneous == "pad", f"{where}: extract.heterogeneous", "remote_code", allowed)
     try:
-        targets = resolve(params, config)
-        shares(params.untrained, metric, config, "untrained")
-        check_targets(params, targets, shares(_comparable(params), metric, config, "untrained"))
-        _check_choices(params, config, targets)
+        check_architecture(params, config)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def check_architecture(params: Params, config) -> None:
+    """`check_family` of a parent's configuration that was read, wherever that was from. Raises ConfigError."""
+    from elastic_core import families
+
+    if families.of(config).MODELING_FILE is None and params.choices.heterogeneous:
+        allowed = f"pad, as long as choices.heterogeneous is set for a parent of model_type {config.model_type}"
+        require(params.extract.heterogeneous == "pad", "extract.heterogeneous", "remote_code", allowed)
+    targets = resolve(params, config)
+    shares(params.untrained, params.metric, config, "untrained")
+    check_targets(params, targets, shares(_comparable(params), params.metric, config, "untrained"))
+    _check_choices(params, config, targets)
 
 
 def _check_choices(params: Params, config, targets: Mapping[str, float]) -> None:

@@ -39,20 +39,15 @@ def prepare(
     one for the same values. Raises ValueError for an unknown profile and an override that cannot be read; whether
     there is such a parameter, and takes such a value, tasks.params checks.
     """
-    names = profile_names(root)
-    if profile not in names:
-        raise ValueError(f"profile: got {profile!r}; allowed: {', '.join(names)} (files in profiles/)")
+    check_profile(profile, root)
+    overrides = list(overrides)
     changes = [_read_override(text) for text in overrides]
     if profile == "default" and not budgets and not changes:
         return root
-    parameters = _parameters(profile, root)
-    if budgets:
-        _replace_budgets(parameters, budgets)
-    for path, value in changes:
-        _set(parameters, path, value)
+    values = parameters(profile, root, budgets, overrides)
     workspace = root / ".runs" / _directory_name(profile, budgets, changes)
     _mirror(root, workspace, [name for name in _source_files(root) if (root / name).is_file()])
-    YAML().dump(parameters, workspace / "params.yaml")
+    YAML().dump(values, workspace / "params.yaml")
     _configure_dvc(root, workspace)
     return workspace
 
@@ -66,13 +61,30 @@ def _directory_name(
     return f"{profile}-{hashlib.sha256(description.encode()).hexdigest()[:8]}"
 
 
-def _parameters(profile: str, root: Path):
-    """params.yaml, comments and all, with the profile's values."""
+def check_profile(profile: str, root: Path = ROOT) -> None:
+    """Raise ValueError for a profile that is not there."""
+    names = profile_names(root)
+    if profile not in names:
+        raise ValueError(f"profile: got {profile!r}; allowed: {', '.join(names)} (files in profiles/)")
+
+
+def parameters(
+    profile: str = "default",
+    root: Path = ROOT,
+    budgets: Mapping[str, float | str] | None = None,
+    overrides: Iterable[str] = (),
+):
+    """params.yaml, comments and all, with the values of the profile, of another family and of overrides."""
+    check_profile(profile, root)
     yaml = YAML()
-    parameters = yaml.load(root / "params.yaml")
+    values = yaml.load(root / "params.yaml")
     if profile != "default":
-        _merge(parameters, yaml.load(root / "profiles" / f"{profile}.yaml") or {})
-    return parameters
+        _merge(values, yaml.load(root / "profiles" / f"{profile}.yaml") or {})
+    if budgets:
+        _replace_budgets(values, budgets)
+    for path, value in map(_read_override, overrides):
+        _set(values, path, value)
+    return values
 
 
 def _read_override(text: str) -> tuple[list[str], object]:
@@ -93,9 +105,9 @@ def _set(values, path: list[str], value) -> None:
     values[path[-1]] = value
 
 
-def _replace_budgets(parameters, budgets: Mapping[str, float | str]) -> None:
-    parameters["budgets"] = dict(budgets)
-    for section in filter(lambda section: isinstance(section, dict), parameters.values()):
+def _replace_budgets(values, budgets: Mapping[str, float | str]) -> None:
+    values["budgets"] = dict(budgets)
+    for section in filter(lambda section: isinstance(section, dict), values.values()):
         if set(section.get("budget_shares", budgets)) != set(budgets):
             del section["budget_shares"]
         if not set(section.get("loss_by_budget", ())) <= set(budgets):

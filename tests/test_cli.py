@@ -95,29 +95,29 @@ def test_it_starts_without_what_commands_need():
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", [[], ["run"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["plan"]])
 def test_help_comes_at_once_from_anywhere(command, tmp_path):
     begin = time.monotonic()
     line = [sys.executable, ROOT / "flows" / "cli.py", *command, "--help"]
     environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert time.monotonic() - begin < 3  # 0.4 s on an idle machine
-    assert "elastic run smoke" in done.stdout if command else "generate" in done.stdout
+    assert {"run": "elastic run smoke", "plan": "the paper's run"}.get("".join(command), "generate") in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "up", "extract", "generate", "inspect"])
+@pytest.mark.parametrize("command", ["plan", "run", "up", "extract", "generate", "inspect"])
 def test_every_option_is_explained(command):
     text = call(command, "--help")
     assert "Usage" in text and len(text.splitlines()) > 8
 
 
 def test_completion_knows_profiles_stages_and_budgets(monkeypatch, family):
-    from flows import cli
+    from flows import options
 
-    assert cli.complete_profile("smok") == ["smoke"] and "default" in cli.complete_profile("")
-    assert cli.complete_stage("train") == ["train_short", "train_extended"]
+    assert options.complete_profile("smok") == ["smoke"] and "default" in options.complete_profile("")
+    assert options.complete_stage("train") == ["train_short", "train_extended"]
     monkeypatch.setattr(families, "find", lambda: family)
-    assert cli.complete_budget("") == list(MEMBERS) and cli.complete_budget("s") == ["small"]
+    assert options.complete_budget("") == list(MEMBERS) and options.complete_budget("s") == ["small"]
 
 
 def test_up_is_the_dashboard(monkeypatch):

@@ -1,13 +1,14 @@
 """Every profile is valid, and parents of the shapes it is made for can give its budgets; nothing is trained here."""
 
-import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from transformers import LlamaConfig, NemotronHConfig
 
+from elastic_core import hf
 from elastic_core.choices import ElasticSpace
 from elastic_core.config import ConfigError
 from elastic_core.cost import num_parameters
@@ -15,30 +16,28 @@ from elastic_core.families.nemotron_h import layers_of
 from elastic_core.selection import check_budgets
 from elastic_core.submodel import Submodel
 from tasks import gguf_parent, params
-from tasks.workspace import _merge
+from tasks.workspace import _merge, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
-SHARED = {"num_key_value_heads": 8, "head_dim": 128, "ssm_state_size": 128, "n_groups": 8, "conv_kernel": 4}
-NANO_12B = SHARED | {
-    "vocab_size": 131072, "pattern": "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
-    "hidden_size": 5120, "intermediate_size": 20480, "num_attention_heads": 40, "mamba_num_heads": 128,
-    "mamba_head_dim": 80,
-}  # fmt: skip
-HYBRID_1B = SHARED | {
-    "vocab_size": 65536, "pattern": "M-M-M*-M-M-M*-M-M-M*-M-M", "hidden_size": 2048, "intermediate_size": 8192,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "mamba_num_heads": 64, "mamba_head_dim": 64,
-}  # fmt: skip
 SMOLLM2 = LlamaConfig(
     vocab_size=49152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
     intermediate_size=1536, max_position_embeddings=8192, tie_word_embeddings=True,
 )  # fmt: skip
-PARENTS = {"cluster": NANO_12B, "one-node": NANO_12B, "one-gpu": HYBRID_1B}
+PARENTS = {  # profile → the parent that it is made for, in profiles/parents
+    "nemotron-nano-12b-v2": "NVIDIA-Nemotron-Nano-12B-v2",
+    "one-node": "NVIDIA-Nemotron-Nano-12B-v2",
+    "nemotron-3-nano-4b": "NVIDIA-Nemotron-3-Nano-4B",
+    "one-gpu": "hybrid-1b",
+}
+TOKENS = {  # as the comments say
+    "nemotron-nano-12b-v2": (65e9, 45e9),
+    "nemotron-3-nano-4b": (2e9, 1.5e9),
+}
 
 
-def config_of(values: dict) -> NemotronHConfig:
-    values = dict(values)
-    return NemotronHConfig(layers_block_type=NemotronHConfig._pattern_to_list(values.pop("pattern")), **values)
+def config_of(profile: str) -> NemotronHConfig:
+    return hf.read_config(ROOT / "profiles" / "parents" / PARENTS[profile])
 
 
 def write(profile: Path, directory: Path, parent: Path | None = None) -> Path:
@@ -57,9 +56,8 @@ def parent(request, tmp_path):
     """A directory with a configuration and a tokenizer's name, and no weights."""
     directory = tmp_path / "parent"
     directory.mkdir()
-    config_of(PARENTS[request.param]).save_pretrained(directory)
+    shutil.copy(ROOT / "profiles" / "parents" / PARENTS[request.param] / "config.json", directory)
     (directory / "tokenizer.json").write_text("{}")
-    assert json.loads((directory / "config.json").read_text())["model_type"] == "nemotron_h"
     return directory
 
 
@@ -71,7 +69,7 @@ def test_every_profile_is_known_here():
 def test_a_profile_fits_its_parent(parent, tmp_path, request):
     name = request.node.callspec.params["parent"]
     settings = params.load(write(ROOT / "profiles" / f"{name}.yaml", tmp_path, parent))
-    config = config_of(PARENTS[name])
+    config = config_of(name)
     layers = list(range(len(config.layers_block_type)))
     orders = [layers, layers[::-1], *(random.Random(seed).sample(layers, len(layers)) for seed in range(5))]
     for order in orders:  # whatever the depth ranking will be
@@ -110,16 +108,35 @@ def test_smoke_is_valid(tmp_path):
 
 
 def test_the_12b_profiles_count_in_known_sizes():
-    """The parents' published counts, and the 9B among the choices; tokens as the comments say."""
-    config = config_of(NANO_12B)
+    """The parent's published count, and the 9B among the choices."""
+    config = config_of("nemotron-nano-12b-v2")
     assert num_parameters(config) == 12_310_001_152
-    values = yaml.safe_load((ROOT / "profiles/cluster.yaml").read_text())
+    values = yaml.safe_load((ROOT / "profiles/nemotron-nano-12b-v2.yaml").read_text())
     layers = {"M": 27, "-": 25, "*": 4}  # 9B-v2's
     kept = sorted(i for character, num in layers.items() for i in layers_of(config, character)[:num])
     assert num_parameters(config, Submodel(4480, tuple(kept), 15680)) == 8_888_227_328
     for axis, size in {"hidden_size": 4480, "intermediate_size": 15680, "depth": 56}.items():
         assert size in values["choices"][axis]
-    for stage, tokens in {"train_short": 65e9, "train_extended": 45e9}.items():
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_steps_are_the_tokens_that_are_meant(name):
+    values = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
+    for stage, tokens in zip(("train_short", "train_extended"), TOKENS[name], strict=True):
         section = values[stage]
-        per_step = section["batch_size"] * section["sequence_length"]
-        assert section["steps"] == round(tokens / per_step)
+        assert section["steps"] == round(tokens / (section["batch_size"] * section["sequence_length"]))
+
+
+def test_the_papers_run_has_the_papers_values():
+    """method.md, section 7 and the router's of section 4."""
+    settings = params.read(parameters("nemotron-nano-12b-v2"), "profile")
+    short, extended, routing = settings.train_short, settings.train_extended, settings.routing
+    assert (short.sequence_length, short.batch_size) == (8192, 1536)
+    assert (extended.sequence_length, extended.batch_size) == (49152, 512)
+    assert set(short.budget_shares.values()) == {1.0} and extended.budget_shares == {"full": 0.5, "b9": 0.3, "b6": 0.2}
+    for stage in (short, extended):
+        assert (stage.learning_rate, stage.warmup_steps, stage.teacher) == (9e-5, 60, "frozen")
+        assert (stage.loss.ce_weight, stage.loss.kl_weight, stage.loss.temperature) == (0.0, 1.0, 1.0)
+    assert (routing.learning_rate, routing.weight) == (1e-2, 1.0)
+    assert (routing.temperatures, routing.scales) == ((1.0, 0.05), (1.0, 10.0))
+    assert settings.rank.batches * settings.rank.batch_size == 1024 and settings.rank.sequence_length == 8192

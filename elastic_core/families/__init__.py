@@ -10,6 +10,8 @@ A family is a table of named dimensions and the forward of its layers. Its modul
 - `kept_state(config)`: what a layer keeps of a text, as layouts `kv_cache` (of a token), `ssm_state` and `conv_state`
   (of a sequence).
 - `Block(config, layer, layout)`: a layer, `forward(x, cut)`.
+- `mixing_flops(config, sizes, kept, length, on_gpu)`: operations that multiply no weights (flops.py);
+  `scan_block(config, layer, sequences)`: how a layer's scan is cut into pieces of work, or None (memory.py).
 - `canonical_name(name)` of a tensor in a file (None: left out), `disk_name(name)` of a parameter, and
   `file_values(values)`: what config.json says besides.
 - `config_changes(config, kept_layers, widths)` of a submodel, where a list has an entry per kept layer;

@@ -3,7 +3,7 @@
 What a family says, and how the rest of the library asks for it, is told in families/__init__.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from elastic_core.cut import Cut
 from elastic_core.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.layout import Fixed, Layout, Product, Units
+from elastic_core.ops.flops import Flops, attention_flops, norm_flops
 from elastic_core.ops.norm import rms_norm
 
 MODELS = {
@@ -140,6 +141,25 @@ def kept_state(config) -> dict[str, Layout]:
     layout = parameter_layout(config)
     names = (name for name in layout if name.endswith((".k_proj.weight", ".v_proj.weight")))
     return {"kv_cache": {name: layout[name][:1] for name in names}}
+
+
+# What training takes
+
+
+def mixing_flops(config, sizes: Mapping[str, int], kept: Iterable[int], length: int, on_gpu: bool) -> Flops:
+    """Operations of attention over one sequence in the kept layers, and of the norms of its heads where it has any."""
+    total, size = Flops(), head_dim(config)
+    for i in kept:
+        heads = sizes[f"attention_heads.{i}"]
+        total += attention_flops(length, heads, size)
+        if config.model_type == "qwen3":
+            total += norm_flops(length * (heads + config.num_key_value_heads), size)
+    return total
+
+
+def scan_block(config, layer: int, sequences: int) -> int | None:
+    """Positions that a layer's scan has at work at a time: no layer has one."""
+    return None
 
 
 # Files

@@ -3,7 +3,7 @@
 What it says, and how the rest of the library asks for it, is told in families/__init__.py.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,9 @@ from transformers.activations import ACT2FN
 from elastic_core.cut import Cut
 from elastic_core.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.layout import Concat, Fixed, Layout, Product, Units
-from elastic_core.ops import kernels
+from elastic_core.ops import kernels, ssd
 from elastic_core.ops.activation import relu_squared
+from elastic_core.ops.flops import Flops, attention_flops, scan_flops
 from elastic_core.ops.norm import group_rms_norm
 
 MODELS = {"nemotron_h": (NemotronHConfig, NemotronHForCausalLM)}
@@ -152,6 +153,28 @@ def kept_state(config) -> dict[str, Layout]:
         elif name.endswith(".mixer.out_proj.weight"):  # every inner channel has a state
             kept["ssm_state"][name] = (dims[1], Fixed(config.ssm_state_size))
     return kept
+
+
+# What training takes
+
+
+def mixing_flops(config, sizes: Mapping[str, int], kept: Iterable[int], length: int, on_gpu: bool) -> Flops:
+    """Operations of attention and of the scan over one sequence, in the kept layers."""
+    total, types = Flops(), pattern(config)
+    for i in kept:
+        if types[i] == "*":
+            total += attention_flops(length, sizes[f"attention_heads.{i}"], config.head_dim)
+        elif types[i] == "M":
+            heads, channels = sizes[f"mamba_heads.{i}"], sizes[f"mamba_channels.{i}"]
+            total += scan_flops(length, heads, channels, config.n_groups, config.ssm_state_size, on_gpu)
+    return total
+
+
+def scan_block(config, layer: int, sequences: int) -> int | None:
+    """Positions of whole chunks that a layer's scan has at work at a time on a CPU; None for a layer without one."""
+    if pattern(config)[layer] != "M":
+        return None
+    return ssd.CHUNK * max(1, ssd.BLOCK // (sequences * config.mamba_num_heads * ssd.CHUNK**2))
 
 
 # Files

@@ -4,6 +4,7 @@ Shapes: B batch, L positions, H heads, P head channels, G groups, N state size; 
 Q positions of a chunk. Heads [j·R, (j+1)·R) share group j's B and C.
 """
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -58,7 +59,8 @@ def ssd(
         chunk = CHUNK_OF_SMALL_STATES if length > CHUNK and x.shape[3] * B.shape[3] < SMALL else CHUNK
     at_most = min(chunk or CHUNK_ON_GPU, length)
     even = -(-length // -(-length // at_most))  # as many chunks, but alike, so that little is padded
-    with torch.autocast(x.device.type, enabled=False):  # float32 products, whatever the layers around compute in
+    # float32 products, whatever the layers around compute in; tensors on the meta device have no autocast
+    with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         block = block or (BLOCK if is_cpu else BLOCK_ON_GPU)
         return _Scan.apply(x, dt, A, B, C, D, even, block)
 
