@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from elastic_core.layout import Layout, layer_index
 from elastic_core.memory import Pieces
+from elastic_core.model import HEAD
 
 KINDS = ("weights", "optimizer", "teacher", "gradients", "gathered", "activations", "loss")
 FLOAT32 = 4
@@ -102,9 +103,9 @@ def step_moments(pieces: Pieces, load: Load, gradients: float) -> Iterator[tuple
     yield "backward pass of the loss", {
         "gradients": there, "gathered": gathered, "activations": kept, "loss": tail.backward,
     }  # fmt: skip
-    if distributed:  # the head's gradient waits for that of the embeddings
-        there, gathered = there + tail.gradients, gathered + reduced_block
-    elif not load.accumulates:
+    tied = HEAD not in pieces.layout
+    gathered += reduced_block
+    if distributed or tied or not load.accumulates:  # in the first two cases it waits for that of the embeddings
         there += tail.gradients
     shards = load.shards * size / FLOAT32 if distributed else 1
     for index, layer in reversed(list(enumerate(layers))):
@@ -114,8 +115,9 @@ def step_moments(pieces: Pieces, load: Load, gradients: float) -> Iterator[tuple
         }  # fmt: skip
         if not load.accumulates:
             there += layer.gradients / shards
+    head = tail.gradients if distributed or (tied and load.accumulates) else 0.0
     yield "gradients of the embeddings", {
-        "gradients": gradients + (tail.gradients if distributed else 0.0) + (embeddings if load.accumulates else 0.0),
+        "gradients": gradients + head + (embeddings if load.accumulates or (tied and not distributed) else 0.0),
         "gathered": gathered + reduced_root, "activations": hidden, "loss": 0.0,
     }  # fmt: skip
 

@@ -85,7 +85,10 @@ class Parent:
             weights = self.training.loss
             require(weights.kl_weight == 0, "training.loss.kl_weight", weights.kl_weight, "0: a parent has no teacher")
         elif gguf_parent.is_package(self.path):
-            gguf_parent.find_file(self.path)
+            try:
+                gguf_parent.find_file(self.path)
+            except ConfigError as error:
+                raise ConfigError(str(error).removeprefix("parent.")) from None  # which whoever reads the section says
 
     def check_is_here(self, where: str) -> None:
         """Raise ConfigError for a directory on this machine that is no parent's; packages and URLs are none."""

