@@ -31,8 +31,8 @@ NO_RESULT = {
 # What a stage imports and does not run: stage 1 alone has a router; a ranking is read from the artifact.
 RANKING = {"elastic_core.importance"}
 ROUTER = {"elastic_core.router", "elastic_core.selection", "elastic_core.choices"}
-FORWARD = {"elastic_core.layers", "elastic_core.cut"}  # a family's file has its layers too
-FORWARD |= {f"elastic_core.ops.{name}" for name in ("kernels", "activation", "norm")}
+FORWARD = {"elastic_core.layers", "elastic_core.cut"}  # a family's file has its layers too, and counts what they do
+FORWARD |= {f"elastic_core.ops.{name}" for name in ("kernels", "activation", "norm", "ssd", "flops")}
 UNUSED = {
     # How the files of a tokenizer are named, and those of a package's model, of which only the tokenizer is read.
     "prepare_data": {"elastic_core.hf", "elastic_core.tensor_files", "elastic_core.families"},
