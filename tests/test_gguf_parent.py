@@ -139,7 +139,7 @@ def test_files_that_a_plain_directory_cannot_say_are_refused(tiny, tmp_path, opt
 
 @pytest.mark.parametrize("path", ["package:no-such-package", "package:", "package:a/b", "package:torch"])
 def test_packages_without_a_file_are_refused_with_advice(path):
-    with pytest.raises(ConfigError, match=r"parent.path: got 'package:.*pip install --no-deps"):
+    with pytest.raises(ConfigError, match=r"^path: got 'package:.*pip install --no-deps"):
         params.Parent(path=path).check()
 
 
