@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import math
 import statistics
@@ -19,15 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elastic_core import ElasticModel, Submodel, families, rank, sort_
+from benchmarks.held_out import held_out_loss
+from elastic_core import ElasticModel, Submodel, rank, sort_
 from elastic_core.choices import ElasticSpace
-from elastic_core.cost import num_parameters
-from elastic_core.data import PackedSequences, TokenData, held_out_batches
+from elastic_core.cost import exact_cost, num_parameters
+from elastic_core.data import PackedSequences, TokenData
 from elastic_core.depth_ranking import METHODS, rank_layers
 from elastic_core.importance import Ranking, order_units
 from elastic_core.layout import Layout, elastic_units
-from elastic_core.losses import chunked_cross_entropy
 from tasks import params
+from tasks.targets import resolve
 
 HEADINGS = ("model", "budget", "cut", "ranking", "share", "bits per byte")
 SEEDS = 3  # of the random ranking
@@ -41,7 +43,8 @@ def lines(workspace: Path) -> Iterator[Line]:
     model = ElasticModel.from_pretrained(workspace / "artifacts/parent").eval()
     sequences = PackedSequences(data, section.mixture, section.sequence_length, settings.seed + 1)
     batches = [sequences.batch(i * section.batch_size, section.batch_size)[0] for i in range(section.batches)]
-    space = ElasticSpace(model.config, settings.choices, tuple(range(len(model.model.layers))))
+    order = tuple(range(len(model.model.layers)))
+    space = ElasticSpace(model.config, settings.choices, order, metric=settings.metric)
     held_out, name = settings.evaluate, workspace.resolve().name
 
     def line(budget: str, cut: str, ranking: str, submodel: Submodel, scores: list[float]) -> Line:
@@ -53,7 +56,7 @@ def lines(workspace: Path) -> Iterator[Line]:
         return bits_per_byte(ranked, submodel, data, held_out)
 
     yield line("–", "none", "–", model.full, [score(model, model.full)])
-    targets = {budget: target for budget, target in settings.budgets.items() if target < 1}
+    targets = {budget: target for budget, target in resolve(settings, model.config).items() if target < 1}
     if not targets:
         return
     found: dict[tuple[str, str], list[float]] = {}
@@ -64,25 +67,16 @@ def lines(workspace: Path) -> Iterator[Line]:
             found.setdefault((budget, ranking), []).append(score(ranked, shape))
     for (budget, ranking), scores in sorted(found.items(), key=lambda item: list(targets).index(item[0][0])):
         yield line(budget, "widths", ranking, shapes[budget], scores)
-    depths = {budget: depth_for(model.config, target) for budget, target in targets.items()}
+    depths = {budget: depth_for(space, target) for budget, target in targets.items()}
     orders = depth_orders(model, batches[: section.depth_batches], min(depths.values()))
     for (budget, depth), (method, order) in itertools.product(depths.items(), orders.items()):
         submodel = Submodel(kept_layers=order[:depth])
         yield line(budget, f"depth {depth}/{len(order)}", method, submodel, [score(model, submodel)])
 
 
-@torch.no_grad()
 def bits_per_byte(model: ElasticModel, submodel: Submodel, data: TokenData, section: params.Evaluate) -> float:
     """Of the held-out text that the evaluate stage reads too."""
-    cut, nats, num_bytes = model.cut(submodel), 0.0, 0.0
-    for source in section.held_out:
-        per_token = data.bytes_per_token(source, "held_out")
-        for ids, labels in held_out_batches(
-            data, source, section.sequence_length, section.batch_size, section.max_tokens
-        ):
-            hidden = model.hidden_states(ids, cut).flatten(0, 1)
-            nats += chunked_cross_entropy(hidden, model.head(cut), labels.flatten()).item()
-            num_bytes += int((labels >= 0).sum()) * per_token
+    nats, _, num_bytes = held_out_loss(model, submodel, data, section)
     return nats / math.log(2) / num_bytes
 
 
@@ -130,10 +124,11 @@ def even_widths(space: ElasticSpace, target: float) -> Submodel:
     return space.submodel([best[slot.axis] for slot in space.slots])
 
 
-def depth_for(config, target: float) -> int:
+def depth_for(space: ElasticSpace, target: float) -> int:
     """The number of layers with which a model of average layers is nearest to a budget."""
-    full, num_layers = num_parameters(config), families.num_layers(config)
-    alone = [full - num_parameters(config, Submodel(kept_layers=_without(i, num_layers))) for i in range(num_layers)]
+    cost, num_layers = functools.partial(exact_cost, space.metric, space.config), len(space.depth_ranking)
+    full = cost()
+    alone = [full - cost(Submodel(kept_layers=_without(i, num_layers))) for i in range(num_layers)]
     wanted = num_layers - (1 - target) * full / statistics.mean(alone)
     return min(max(1, round(wanted)), num_layers - 1)
 

@@ -9,15 +9,14 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks.held_out import held_out_loss
 from elastic_core import ElasticModel, Submodel, elastic_checkpoint
 from elastic_core.curriculum import Stage
-from elastic_core.data import IGNORED_LABEL, PackedSequences, TokenData, held_out_batches
+from elastic_core.data import PackedSequences, TokenData
 from elastic_core.elastic_checkpoint import Member
-from elastic_core.losses import chunked_cross_entropy
 from elastic_core.run import Run
 from elastic_core.training import train, train_step
 from tasks import params
@@ -55,19 +54,12 @@ def flops_per_step(run: Run) -> float:
     return counter.get_total_flops() / COUNTED
 
 
-@torch.no_grad()
 def held_out(run: Run, data: TokenData, section: params.Evaluate) -> dict[str, float]:
     """Nats per token of every member, on all held-out text."""
     losses = {}
     for name, member in run.members.items():
-        cut, total, tokens = run.model.cut(member.submodel), 0.0, 0
-        for source in section.held_out:
-            batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
-            for ids, labels in batches:
-                hidden = run.model.hidden_states(ids, cut).flatten(0, 1)
-                total += chunked_cross_entropy(hidden, run.model.head(cut), labels.flatten()).item()
-                tokens += int((labels != IGNORED_LABEL).sum())
-        losses[name] = total / tokens
+        nats, num_tokens, _ = held_out_loss(run.model, member.submodel, data, section)
+        losses[name] = nats / num_tokens
     return losses
 
 

@@ -10,10 +10,10 @@ from parents import CONFIGS, random_config, random_elastic, random_llama_config,
 from test_profiles import ROOT
 
 from benchmarks import ranking_quality
-from elastic_core import ElasticModel
+from elastic_core import ElasticModel, families
 from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.cost import num_parameters
-from elastic_core.data import TokenData
+from elastic_core.data import TokenData, held_out_batches
 from elastic_core.token_files import Manifest, Source, SplitWriter
 
 
@@ -22,10 +22,10 @@ def test_magnitudes_of_units_are_those_of_their_rows(seed):
     """Heads by hand; neurons and hidden channels by zeroing them and asking what the norm of all weights lost."""
     config = random_llama_config(seed)
     parameters = dict(random_elastic(seed, config).named_parameters())
-    layout = ranking_quality.families.parameter_layout(config)
+    layout = families.parameter_layout(config)
     found = ranking_quality.weight_magnitudes(parameters, layout)
     layer = {name.removeprefix("model.layers.0."): p for name, p in parameters.items() if ".layers.0." in name}
-    size = ranking_quality.families.of(config).head_dim(config)
+    size = families.of(config).head_dim(config)
     for head in range(config.num_attention_heads):
         rows = slice(head * size, (head + 1) * size)
         parts = [layer["self_attn.q_proj.weight"][rows], layer["self_attn.o_proj.weight"][:, rows]]
@@ -84,7 +84,7 @@ def make_workspace(directory, family: str):
     values["parent"]["training"] = None
     values["rank"] |= {"batches": 2, "batch_size": 2, "sequence_length": 16, "depth_batches": 1}
     values["evaluate"] |= {"held_out": ["text"], "max_tokens": 64, "sequence_length": 16, "tasks": []}
-    values["budgets"] = {"full": 1.0, "small": 0.6}
+    values["budgets"] = {"full": 1.0, "small": f"{0.6 * num_parameters(config):.0f}"}  # as a count
     for name in ("train_short", "train_extended"):
         values[name]["budget_shares"] = {"full": 0.5, "small": 0.5}
     heads = config.num_attention_heads
@@ -92,7 +92,7 @@ def make_workspace(directory, family: str):
     values["choices"] = {
         "hidden_size": list(sizes),
         "intermediate_size": list(range(config.intermediate_size, 0, -1)),
-        "depth": list(range(ranking_quality.families.num_layers(config), 0, -1)),
+        "depth": list(range(families.num_layers(config), 0, -1)),
     }
     (directory / "params.yaml").write_text(yaml.safe_dump(values))
     return directory
@@ -113,7 +113,7 @@ def test_one_table_for_any_family(tmp_path, family, monkeypatch, capsys):
     data, model = TokenData(workspace / "artifacts/data"), ElasticModel.from_pretrained(workspace / "artifacts/parent")
     section = ranking_quality.params.load(workspace / "params.yaml").evaluate
     nats = num_bytes = 0.0
-    for ids, labels in ranking_quality.held_out_batches(data, "text", 16, section.batch_size, 64):
+    for ids, labels in held_out_batches(data, "text", 16, section.batch_size, 64):
         with torch.no_grad():
             logprobs = model(ids).log_softmax(-1)
         nats -= logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels >= 0].sum().item()

@@ -1,0 +1,24 @@
+"""What a submodel makes of the held-out text, of which the evaluate stage reads as much."""
+
+import torch
+
+from elastic_core import ElasticModel, Submodel
+from elastic_core.data import IGNORED_LABEL, TokenData, held_out_batches
+from elastic_core.losses import chunked_cross_entropy
+from tasks import params
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: ElasticModel, submodel: Submodel, data: TokenData, section: params.Evaluate
+) -> tuple[float, int, float]:
+    """Cross-entropy in nats, summed over all sources; how many tokens were predicted, and the bytes they stand for."""
+    cut, nats, num_tokens, num_bytes = model.cut(submodel), 0.0, 0, 0.0
+    for source in section.held_out:
+        per_token = data.bytes_per_token(source, "held_out")
+        batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
+        for ids, labels in batches:
+            hidden, tokens = model.hidden_states(ids, cut).flatten(0, 1), int((labels != IGNORED_LABEL).sum())
+            nats += chunked_cross_entropy(hidden, model.head(cut), labels.flatten()).item()
+            num_tokens, num_bytes = num_tokens + tokens, num_bytes + tokens * per_token
+    return nats, num_tokens, num_bytes
