@@ -40,7 +40,7 @@ def describe(settings, scores: Scores) -> dict[str, Column]:
     """Every numeric column of `tables.results` that is shown, in the order in which it is."""
     parent = scores["parent"]["parent"]
     memory = _memory(settings.metric, parent) if isinstance(settings.metric, Memory) else {}
-    return _size() | memory | _text(settings, parent) | _cost(parent) | _tasks(settings, parent)
+    return _size() | memory | _text(settings, parent) | _cost(parent) | _tasks(settings, parent) | _benchmarks(parent)
 
 
 def _size() -> dict[str, Column]:
@@ -150,4 +150,12 @@ def _tasks(settings, parent: dict) -> dict[str, Column]:
             f"greedy, through lm-eval; ± is the standard error √(p(1−p)/n). Guessing scores {result['chance']:.3f}.",
             ".3f",
         )
+    return columns
+
+
+def _benchmarks(parent: dict) -> dict[str, Column]:
+    columns = {}
+    for task, result in parent["benchmarks"].items():
+        how = f"Mean over {result['items']} items, by lm-eval's task of this name; ± is the standard error."
+        columns[task] = Column(task, result["metric"].replace("_", " "), how, ".3f")
     return columns

@@ -1,7 +1,7 @@
 """Stage `evaluate`: what an extracted directory is worth, loaded as any user would load it.
 
-Held-out text gives bits per byte, loss and KL to the parent; the reasoning tasks run through lm-eval; memory and speed
-are measured as in tasks/footprint.py.
+Held-out text gives bits per byte, loss and KL to the parent; the reasoning tasks and benchmarks run through lm-eval
+(tasks/harness.py); memory and speed are measured as in tasks/footprint.py.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elastic_core.data import IGNORED_LABEL, TokenData, held_out_batches
-from tasks import footprint, params
+from tasks import footprint, harness, params
 from tasks.endings import errors_as_text
 
 DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
@@ -70,38 +70,6 @@ def held_out_scores(section: "params.Evaluate", data: TokenData, model, parent) 
     }
 
 
-def task_scores(section: "params.Evaluate", data: TokenData, model) -> dict:
-    """Exact match and its standard error of every reasoning task, through lm-eval; chance comes along."""
-    if not section.tasks:
-        return {}
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(data.directory / "tokenizer")
-    results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=section.task_batch_size, device="cpu"),
-        tasks=list(section.tasks),
-        task_manager=TaskManager(include_path=str(data.directory / "lm_eval"), include_defaults=False),
-        limit=section.limit,
-        bootstrap_iters=0,
-        log_samples=False,
-    )
-    scores = {}
-    for task in section.tasks:
-        value = float(results["results"][task]["exact_match,answer"])
-        metadata = results["configs"][task]["metadata"]
-        num_items = results["n-samples"][task]["effective"]
-        scores[task] = {
-            "exact_match": value,
-            "standard_error": math.sqrt(value * (1 - value) / num_items),
-            "chance": metadata.get("chance_in_context", metadata["chance"]),
-            "items": num_items,
-        }
-    return scores
-
-
 def first_tokens(data: TokenData, source: str, number: int) -> Tensor:
     """The beginning of a held-out source as one sequence (1, number)."""
     input_ids, _ = next(held_out_batches(data, source, number, 1))
@@ -118,7 +86,8 @@ def evaluate(section: "params.Evaluate", data: TokenData, directory: Path, paren
         "latency": footprint.latency(
             section.latency, model, parent, first_tokens(data, source, section.latency.prompt_tokens)
         ),
-        "tasks": task_scores(section, data, model),
+        "tasks": harness.reasoning_scores(section, data, model),
+        "benchmarks": harness.benchmark_scores(section.benchmarks, data, model),
         "environment": footprint.environment(),
     }
 
@@ -134,12 +103,13 @@ def quiet() -> None:
 
 @errors_as_text()
 def main() -> None:
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    quiet()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("budget", help="a name in params.yaml, in budgets or untrained; or parent")
     budget = parser.parse_args().budget
     section, data = params.load().evaluate, TokenData(DATA)
+    if section.benchmarks is None or section.benchmarks.include is not None:  # lm-eval's own need their data
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
+    quiet()
     parent = None if budget == "parent" else load_model(PARENT)
     directories = {"parent": PARENT} if budget == "parent" else {v: MODELS / budget / v for v in VERSIONS}
     submodel = None if budget == "parent" else json.loads((MODELS / budget / "submodel.json").read_text())

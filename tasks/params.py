@@ -21,6 +21,7 @@ from elastic_core.importance import AGGREGATIONS
 from tasks import gguf_parent
 from tasks.endings import errors_as_text
 from tasks.footprint import Latency
+from tasks.harness import Benchmarks
 from tasks.launch import Compute
 from tasks.prepare_data import PrepareData
 from tasks.targets import check_budgets, check_family
@@ -146,6 +147,7 @@ class Evaluate:
     task_batch_size: int = 64
     cache_tokens: int = 1024
     latency: Latency = field(default_factory=Latency)
+    benchmarks: Benchmarks | None = None
 
     def check(self) -> None:
         for name in ("max_tokens", "sequence_length", "batch_size", "limit", "task_batch_size", "cache_tokens"):
@@ -262,6 +264,8 @@ def load(path: str | Path = FILE) -> Params:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     params = read(values, str(path))
     params.parent.check_is_here(f"{path}.parent")
+    if params.evaluate.benchmarks is not None:
+        params.evaluate.benchmarks.check_is_here(f"{path}.evaluate.benchmarks")
     if not storage.is_url(params.parent.path):
         check_family(params, str(path))
     return params

@@ -109,10 +109,11 @@ def main() -> None:
         note += f" Served without having been trained: {', '.join(settings.untrained)}."
     if isinstance(settings.metric, Memory):
         note += f" {predictions.note(settings.metric)}"
+    tasks = [name for name in described if f"{name}_error" in frame]
     write(OUT / "report.html", page.render(settings, scores, frame, described, pictures, found, note))
     write(OUT / "report.md", as_text(settings, rows, found, note, described, pictures))
     write(OUT / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    write(OUT / "metrics.json", json.dumps(tables.metrics(frame, list(settings.evaluate.tasks)), indent=1) + "\n")
+    write(OUT / "metrics.json", json.dumps(tables.metrics(frame, tasks), indent=1) + "\n")
     write_plots(frame, scores)
 
 

@@ -71,6 +71,8 @@ def _tasks(values: dict) -> dict:
     found = {}
     for task, result in values["tasks"].items():
         found |= {task: result["exact_match"], f"{task}_error": result["standard_error"]}
+    for task, result in values["benchmarks"].items():
+        found |= {task: result["value"], f"{task}_error": result["standard_error"]}
     return found
 
 

@@ -230,6 +230,10 @@ def section(name, changes):
         (put("evaluate", "cache_tokens", 0), r"evaluate\.cache_tokens: got 0; allowed: 1 or more"),
         (put("evaluate", "latency", {"repeats": 0}), r"evaluate\.latency\.repeats: got 0; allowed: 1 or more"),
         (put("evaluate", "latency", {"tokens": 8}), r"evaluate\.latency\.tokens: unknown parameter"),
+        (
+            put("evaluate", "benchmarks", {"tasks": ["piqa"], "include": "nowhere"}),
+            r"params\.yaml\.evaluate\.benchmarks\.include: got 'nowhere'; allowed: a directory",
+        ),
         (put("evaluate", "tasks", ["chains_7"]), r"evaluate\.tasks: got 'chains_7'; allowed: chains_3"),
         (
             put("train_short", "budget_shares", {"tiny": 1.0}),
