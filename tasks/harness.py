@@ -55,7 +55,7 @@ def reasoning_scores(section: "params.Evaluate", data: TokenData, model) -> dict
     if not section.tasks:
         return {}
     directory = data.directory / "lm_eval"
-    results = _evaluate(section.tasks, data, model, directory, section.task_batch_size, section.limit, None)
+    results = _evaluate(section.tasks, data, model, directory, section.task_batch_size, section.limit)
     scores = {}
     for task in section.tasks:
         value = float(results["results"][task]["exact_match,answer"])
@@ -74,9 +74,10 @@ def benchmark_scores(section: Benchmarks | None, data: TokenData, model) -> dict
     """By task: the metric that is shown, its value, its standard error where lm-eval knows one, items, all metrics."""
     if section is None:
         return {}
-    include = None if section.include is None else Path(section.include).resolve()
-    with contextlib.chdir(section.data_root):
-        results = _evaluate(section.tasks, data, model, include, section.batch_size, section.limit, section.num_fewshot)
+    include = None if section.include is None else Path(section.include)
+    results = _evaluate(
+        section.tasks, data, model, include, section.batch_size, section.limit, section.num_fewshot, section.data_root
+    )
     return {task: _summary(task, results) for task in section.tasks}
 
 
@@ -112,20 +113,24 @@ def _evaluate(
     include: Path | None,
     batch_size: int,
     limit: int | None,
-    num_fewshot: int | None,
+    num_fewshot: int | None = None,
+    data_root: str = ".",
 ) -> dict:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(data.directory.resolve() / "tokenizer")
-    return simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu"),
-        tasks=list(tasks),
-        task_manager=TaskManager(include_path=include and str(include), include_defaults=include is None),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        bootstrap_iters=RESAMPLES,
-        log_samples=False,
-    )
+    tokenizer = AutoTokenizer.from_pretrained(data.directory / "tokenizer")
+    model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
+    manager = TaskManager(include_path=include and str(include.resolve()), include_defaults=include is None)
+    with contextlib.chdir(data_root):
+        return simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            bootstrap_iters=RESAMPLES,
+            log_samples=False,
+        )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -68,7 +69,7 @@ def log_likelihood(model, tokenizer, question: str, answer: str) -> float:
 
 
 def test_scores_are_those_of_the_models_own_probabilities(here):
-    data = SimpleNamespace(directory=here / "data")
+    data = SimpleNamespace(directory=Path("data"))
     tokenizer = PreTrainedTokenizerFast.from_pretrained(here / "data/tokenizer")
     model = tiny_model(tokenizer)
     section = Benchmarks(("letters", "last"), include="files", data_root="root", batch_size=3)
