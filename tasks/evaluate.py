@@ -22,6 +22,7 @@ from tasks import footprint, harness, params
 from tasks.endings import errors_as_text
 
 DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
+EVEN = "even"  # see tasks/extract.py
 VERSIONS = ("zero_shot", "short", "extended")
 
 
@@ -116,6 +117,10 @@ def main() -> None:
     rows = {}
     for version, directory in tqdm(directories.items(), desc=f"evaluate {budget}", unit="model"):
         rows[version] = evaluate(section, data, directory, parent) | {"submodel": submodel}
+    if (even := MODELS / budget / EVEN).is_dir():  # beside the slice that costs as much
+        model = load_model(even)
+        scores = held_out_scores(section, data, model, parent)
+        rows["zero_shot"]["even"] = {"num_parameters": sum(p.numel() for p in model.parameters()), **scores}
     OUT.mkdir(parents=True, exist_ok=True)
     partial = OUT / f"{budget}.json.partial"
     partial.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,4 +1,8 @@
-"""Stage `extract`: one budget's models as Hugging Face directories: untrained, after stage 1 and after stage 2."""
+"""Stage `extract`: one budget's models as Hugging Face directories: untrained, after stage 1 and after stage 2.
+
+A submodel whose widths differ between layers has its even counterpart beside it, untrained: what a family that is cut
+alike in all layers would have begun with at the same cost.
+"""
 
 import argparse
 import json
@@ -6,14 +10,17 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import elastic_checkpoint, extract, storage
+from elastic_core import elastic_checkpoint, extract, hf, storage
 from elastic_core.config import ConfigError
+from elastic_core.cost import read_metric
+from elastic_core.even import even_counterpart
 from elastic_core.submodel import Submodel
 from tasks import params, places
 from tasks.endings import errors_as_text
 
 OUT = Path("artifacts/models")
 FAMILY = Path("artifacts/train_extended/model")
+EVEN = "even"
 SOURCES = {"zero_shot": Path("artifacts/rank/model"), "short": Path("artifacts/train_short/model"), "extended": FAMILY}
 
 
@@ -25,6 +32,14 @@ def find_submodel(settings: "params.Params", budget: str) -> Submodel:
         return elastic_checkpoint.find_submodel(FAMILY, settings.untrained[budget])
     except ValueError as error:
         raise ConfigError(f"{params.FILE}: untrained.{budget}: {error}") from None
+
+
+def find_even_counterpart(submodel: Submodel) -> Submodel | None:
+    """Of the same cost in the family's metric; None where no width of `submodel` differs between layers."""
+    config = hf.read_config(FAMILY)
+    if submodel.resolve(config).is_homogeneous:
+        return None
+    return even_counterpart(config, submodel, read_metric(elastic_checkpoint.read(FAMILY)["cost"]))
 
 
 @errors_as_text()
@@ -44,6 +59,10 @@ def main() -> None:
             copy = storage.join(section.destination, budget, version)
             storage.upload_directory(out, copy)
             print(f"{out}: copied to {copy}")
+    even = find_even_counterpart(submodel)
+    if even is not None:
+        extract(SOURCES["zero_shot"], even, OUT / budget / EVEN, dtype=getattr(torch, section.dtype))
+        print(f"{OUT / budget / EVEN}: {even}")
     (OUT / budget / "submodel.json").write_text(json.dumps(submodel.to_dict()) + "\n")  # for the report
 
 

@@ -48,6 +48,21 @@ def sentence(finding: dict) -> str:
     return text
 
 
+def uneven(scores: tables.Scores) -> list[str]:
+    """What members whose widths differ between layers gain over even widths of the same cost, in words."""
+    found = []
+    for budget, versions in scores.items():
+        zero_shot = versions.get("zero_shot", {})
+        if even := zero_shot.get("even"):
+            gain = even["loss"] - zero_shot["loss"]
+            found.append(
+                f"{budget}: before training, {zero_shot['loss']:.4f} nats/token with widths that differ between "
+                f"layers, {even['loss']:.4f} with even ones of the same cost: {'a gain' if gain > 0 else 'a loss'} "
+                f"of {abs(gain):.4f}."
+            )
+    return found
+
+
 def table(frame, described: dict, chance: dict[str, float]) -> list[dict]:
     """The results as plain rows with the same keys in each, numbers rounded; in the end what guessing scores."""
     rows = []
@@ -110,6 +125,7 @@ def main() -> None:
     if isinstance(settings.metric, Memory):
         note += f" {predictions.note(settings.metric)}"
     tasks = [name for name in described if f"{name}_error" in frame]
+    note = " ".join([note, *uneven(scores)])
     write(OUT / "report.html", page.render(settings, scores, frame, described, pictures, found, note))
     write(OUT / "report.md", as_text(settings, rows, found, note, described, pictures))
     write(OUT / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

@@ -102,6 +102,8 @@ def workspace(tmp_path_factory):
     artifacts = directory / "artifacts"
     for budget, versions in LOSSES.items():
         rows = {version: evaluation(budget, loss) for version, loss in versions.items()}
+        if budget == "middle":  # the one whose widths differ between layers
+            rows["zero_shot"]["even"] = {"num_parameters": 701, "loss": 4.25}
         write_json(artifacts / "evaluate" / f"{budget}.json", rows)
     write_json(artifacts / "rank" / "model" / "config.json", CONFIG)
     scores = {
@@ -342,6 +344,9 @@ def test_the_files(made):
     above = (made / "report.md").read_text().split("## Plots")[0]
     assert above.count("\n| ") == 11 and "data:" not in above and "full: 100% of the parameters, +0.100 nats" in above
     assert "without having been trained: middle" in above
+    gain = "middle: before training, 4.0000 nats/token with widths that differ between layers, 4.2500 with even ones"
+    assert gain in above and "a gain of 0.2500" in above and "small: before training" not in above
+    assert gain in (made / "report.html").read_text()
     header = {
         name: (made / "plots" / f"{name}.csv").read_text().splitlines()[0]
         for name in ("training", "results", "router", "importance")
