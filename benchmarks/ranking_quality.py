@@ -44,13 +44,12 @@ from tasks.targets import resolve
 HEADINGS = ("model", "budget", "cut", "ranking", "share", "bits per byte")
 PARTS = ("widths", "axes", "distil", "depth")
 IMPORTANCES = (("projection", "l1"), ("written", "l2"))  # the paper's, and what proved better here
-SEEDS = 8  # of the random ranking
 Line = tuple[str, str, str, str, str, str]
 
 
-def lines(workspace: Path, parts: Collection[str] = ("widths", "depth"), steps: int = 100) -> Iterator[Line]:
+def lines(workspace: Path, parts: Collection[str], steps: int, seeds: int) -> Iterator[Line]:
     """The table's lines for one workspace."""
-    bench = Bench(workspace)
+    bench = Bench(workspace, seeds)
     yield bench.line("–", "none", "–", bench.model.full, [bench.score(bench.model, bench.model.full)])
     yield bench.name, "–", "token frequencies", "–", "–", f"{unigram(bench.data, bench.settings.evaluate):.4f}"
     targets = {budget: target for budget, target in resolve(bench.settings, bench.model.config).items() if target < 1}
@@ -73,8 +72,9 @@ def lines(workspace: Path, parts: Collection[str] = ("widths", "depth"), steps: 
 class Bench:
     """A workspace's parent, its data, and the calibration batches of its `rank` stage."""
 
-    def __init__(self, workspace: Path):
+    def __init__(self, workspace: Path, seeds: int):
         self.settings, self.name = params.load(workspace / params.FILE), workspace.resolve().name
+        self.seeds = seeds
         self.data, section = TokenData(workspace / "artifacts/data"), self.settings.rank
         self.model = ElasticModel.from_pretrained(workspace / "artifacts/parent").eval()
         sequences = PackedSequences(self.data, section.mixture, section.sequence_length, self.settings.seed + 1)
@@ -118,7 +118,7 @@ def compared(
 ) -> Iterator[Line]:
     """A line per cut, named by budget and what is cut, and ranking of its units."""
     found: dict[tuple[str, str, str], list[float]] = {}
-    for ranking, orders in width_orders(bench.model, bench.batches, bench.settings.rank):
+    for ranking, orders in width_orders(bench.model, bench.batches, bench.settings.rank, bench.seeds):
         ranked = sort_(copy.deepcopy(bench.model), Ranking({}, orders, ()))
         for name, submodel in cuts.items():
             found.setdefault((*name, ranking), []).append(score(ranked, submodel))
@@ -160,7 +160,7 @@ def unigram(data: TokenData, section: params.Evaluate) -> float:
 
 
 def width_orders(
-    model: ElasticModel, batches: list[Tensor], section: params.Rank
+    model: ElasticModel, batches: list[Tensor], section: params.Rank, seeds: int
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Orders of all widths by importance, by the weights' magnitude and by chance, with the ranking's name."""
     units = elastic_units(model.layout)
@@ -169,7 +169,7 @@ def width_orders(
         yield f"importance ({measure}, {aggregation})", ranking.orders
     magnitudes = weight_magnitudes(dict(model.named_parameters()), model.layout)
     yield "weight magnitude", {key: order_units(units[key], score) for key, score in magnitudes.items()}
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         draw = torch.Generator().manual_seed(seed)
         yield "random", {key: order_units(unit, torch.rand(unit.size, generator=draw)) for key, unit in units.items()}
 
@@ -235,8 +235,10 @@ def main() -> None:
     parser.add_argument("directory", nargs="+", type=Path, help="a workspace with artifacts/data and artifacts/parent")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["widths", "depth"], help="what to compare")
     parser.add_argument("--steps", type=int, default=100, help="of distillation")
+    parser.add_argument("--seeds", type=int, default=8, help="of the random ranking")
     given = parser.parse_args()
-    print(table([line for directory in given.directory for line in lines(directory, given.parts, given.steps)]))
+    found = (lines(directory, given.parts, given.steps, given.seeds) for directory in given.directory)
+    print(table(list(itertools.chain.from_iterable(found))))
 
 
 if __name__ == "__main__":

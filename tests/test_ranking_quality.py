@@ -102,7 +102,7 @@ def make_workspace(directory, family: str):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_one_table_for_any_family(tmp_path, family, monkeypatch, capsys):
     workspace = make_workspace(tmp_path / "run", family)
-    arguments = [str(workspace), "--parts", *ranking_quality.PARTS, "--steps", "2"]
+    arguments = [str(workspace), "--parts", *ranking_quality.PARTS, "--steps", "2", "--seeds", "2"]
     monkeypatch.setattr("sys.argv", ["ranking_quality", *arguments])
     ranking_quality.main()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
