@@ -1,22 +1,28 @@
 """What a ranking is worth: held-out bits per byte of zero-shot slices, cut by it and by the alternatives.
 
 `python -m benchmarks.ranking_quality DIR …` for workspaces of finished `prepare_data` and `parent` stages (.runs/smoke,
-or . for the default run). Widths: importance (eqs. 1–4) against the magnitude of the weights and chance, every ranking
-cut to the same sizes, all layers kept. Depth: iterative nMSE (eq. 5) against one-shot nMSE and perplexity, all widths
-kept. Nothing is trained.
+or . for the default run). `--parts` says what to compare:
+widths   all widths cut evenly to every budget, all layers kept: importance (eqs. 1–4, by both measures) against the
+         magnitude of the weights and chance
+axes     one width at a time, to the size it has at the smallest budget
+distil   `widths` after `--steps` steps of distillation, each slice alone, all in the same order of the data
+depth    iterative nMSE (eq. 5) against one-shot nMSE and perplexity, all widths kept
+The first lines are the parent, and guessing by how often a token comes: a slice that is no better knows nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import itertools
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,71 +30,146 @@ from benchmarks.held_out import held_out_loss
 from elastic_core import ElasticModel, Submodel, rank, sort_
 from elastic_core.choices import ElasticSpace
 from elastic_core.cost import exact_cost, num_parameters
-from elastic_core.data import PackedSequences, TokenData
+from elastic_core.data import IGNORED_LABEL, PackedSequences, TokenData, held_out_batches
 from elastic_core.depth_ranking import METHODS, rank_layers
+from elastic_core.elastic_checkpoint import Member
 from elastic_core.importance import Ranking, order_units
 from elastic_core.layout import Layout, elastic_units
+from elastic_core.run import Run
+from elastic_core.submodel import WIDTHS
+from elastic_core.training import train
 from tasks import params
 from tasks.targets import resolve
 
 HEADINGS = ("model", "budget", "cut", "ranking", "share", "bits per byte")
-SEEDS = 3  # of the random ranking
+PARTS = ("widths", "axes", "distil", "depth")
+IMPORTANCES = (("projection", "l1"), ("written", "l2"))  # the paper's, and what proved better here
 Line = tuple[str, str, str, str, str, str]
 
 
-def lines(workspace: Path) -> Iterator[Line]:
+def lines(workspace: Path, parts: Collection[str], steps: int, seeds: int) -> Iterator[Line]:
     """The table's lines for one workspace."""
-    settings = params.load(workspace / params.FILE)
-    data, section = TokenData(workspace / "artifacts/data"), settings.rank
-    model = ElasticModel.from_pretrained(workspace / "artifacts/parent").eval()
-    sequences = PackedSequences(data, section.mixture, section.sequence_length, settings.seed + 1)
-    batches = [sequences.batch(i * section.batch_size, section.batch_size)[0] for i in range(section.batches)]
-    order = tuple(range(len(model.model.layers)))
-    space = ElasticSpace(model.config, settings.choices, order, metric=settings.metric)
-    held_out, name = settings.evaluate, workspace.resolve().name
-
-    def line(budget: str, cut: str, ranking: str, submodel: Submodel, scores: list[float]) -> Line:
-        share = num_parameters(model.config, submodel) / num_parameters(model.config)
-        spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
-        return name, budget, cut, ranking, f"{share:.3f}", f"{statistics.mean(scores):.4f}{spread}"
-
-    def score(ranked: ElasticModel, submodel: Submodel) -> float:
-        return bits_per_byte(ranked, submodel, data, held_out)
-
-    yield line("–", "none", "–", model.full, [score(model, model.full)])
-    targets = {budget: target for budget, target in resolve(settings, model.config).items() if target < 1}
+    bench = Bench(workspace, seeds)
+    yield bench.line("–", "none", "–", bench.model.full, [bench.score(bench.model, bench.model.full)])
+    yield bench.name, "–", "token frequencies", "–", "–", f"{unigram(bench.data, bench.settings.evaluate):.4f}"
+    targets = {budget: target for budget, target in resolve(bench.settings, bench.model.config).items() if target < 1}
     if not targets:
         return
-    found: dict[tuple[str, str], list[float]] = {}
-    shapes = {budget: even_widths(space, target) for budget, target in targets.items()}
-    for ranking, orders in width_orders(model, batches, section.aggregation):
-        ranked = sort_(copy.deepcopy(model), Ranking({}, orders, ()))
-        for budget, shape in shapes.items():
-            found.setdefault((budget, ranking), []).append(score(ranked, shape))
-    for (budget, ranking), scores in sorted(found.items(), key=lambda item: list(targets).index(item[0][0])):
-        yield line(budget, "widths", ranking, shapes[budget], scores)
-    depths = {budget: depth_for(space, target) for budget, target in targets.items()}
-    orders = depth_orders(model, batches[: section.depth_batches], min(depths.values()))
+    shapes = {budget: even_widths(bench.space, target) for budget, target in targets.items()}
+    if "widths" in parts:
+        yield from compared(bench, {(budget, "widths"): shape for budget, shape in shapes.items()}, bench.score)
+    if "axes" in parts:
+        smallest = min(targets, key=targets.get)
+        cuts = one_by_one(bench.model, shapes[smallest])
+        yield from compared(bench, {(smallest, name): cut for name, cut in cuts.items()}, bench.score)
+    if "distil" in parts:
+        cuts = {(budget, f"widths, {steps} steps"): shape for budget, shape in shapes.items()}
+        yield from compared(bench, cuts, functools.partial(bench.distilled_score, steps=steps))
+    if "depth" in parts:
+        yield from depth_lines(bench, targets)
+
+
+class Bench:
+    """A workspace's parent, its data, and the calibration batches of its `rank` stage."""
+
+    def __init__(self, workspace: Path, seeds: int):
+        self.settings, self.name = params.load(workspace / params.FILE), workspace.resolve().name
+        self.seeds = seeds
+        self.data, section = TokenData(workspace / "artifacts/data"), self.settings.rank
+        self.model = ElasticModel.from_pretrained(workspace / "artifacts/parent").eval()
+        sequences = PackedSequences(self.data, section.mixture, section.sequence_length, self.settings.seed + 1)
+        self.batches = [sequences.batch(i * section.batch_size, section.batch_size)[0] for i in range(section.batches)]
+        order = tuple(range(len(self.model.model.layers)))
+        self.space = ElasticSpace(self.model.config, self.settings.choices, order, metric=self.settings.metric)
+
+    def line(self, budget: str, cut: str, ranking: str, submodel: Submodel, scores: list[float]) -> Line:
+        share = num_parameters(self.model.config, submodel) / num_parameters(self.model.config)
+        spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+        return self.name, budget, cut, ranking, f"{share:.3f}", f"{statistics.mean(scores):.4f}{spread}"
+
+    def score(self, ranked: ElasticModel, submodel: Submodel) -> float:
+        """Bits per byte of the held-out text that the evaluate stage reads too."""
+        nats, _, num_bytes = held_out_loss(ranked, submodel, self.data, self.settings.evaluate)
+        return nats / math.log(2) / num_bytes
+
+    def distilled_score(self, ranked: ElasticModel, submodel: Submodel, steps: int) -> float:
+        """The same after the slice alone has learned from the parent for `steps` steps, as stage 1 sets them."""
+        stage = dataclasses.replace(
+            self.settings.train_short,
+            steps=steps,
+            warmup_steps=steps // 10,
+            microbatches=1,
+            budgets_per_batch=1,
+            budget_shares={},
+            loss_by_budget={},
+        )
+        data = PackedSequences(self.data, stage.mixture, stage.sequence_length, self.settings.seed + 2)
+        model = copy.deepcopy(ranked)
+        target = num_parameters(model.config, submodel) / num_parameters(model.config)
+        member = {"slice": Member(target, submodel)}
+        run = Run(model, stage, data, {"slice": target}, member, teacher=copy.deepcopy(self.model))
+        for _ in train(run):
+            pass
+        return self.score(model.eval(), submodel)
+
+
+def compared(
+    bench: Bench, cuts: dict[tuple[str, str], Submodel], score: Callable[[ElasticModel, Submodel], float]
+) -> Iterator[Line]:
+    """A line per cut, named by budget and what is cut, and ranking of its units."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for ranking, orders in width_orders(bench.model, bench.batches, bench.settings.rank, bench.seeds):
+        ranked = sort_(copy.deepcopy(bench.model), Ranking({}, orders, ()))
+        for name, submodel in cuts.items():
+            found.setdefault((*name, ranking), []).append(score(ranked, submodel))
+    for (*name, ranking), scores in sorted(found.items(), key=lambda item: list(cuts).index(item[0][:2])):
+        yield bench.line(*name, ranking, cuts[tuple(name)], scores)
+
+
+def one_by_one(model: ElasticModel, shape: Submodel) -> dict[str, Submodel]:
+    """The whole model with one width cut as in `shape`, for every width that it cuts."""
+    widths = {name: (getattr(shape, name), getattr(model.full, name)) for name in WIDTHS}
+    return {f"{name} {size}/{full}": Submodel(**{name: size}) for name, (size, full) in widths.items() if size != full}
+
+
+def depth_lines(bench: Bench, targets: dict[str, float]) -> Iterator[Line]:
+    """Every budget's number of layers, kept by every method; which are left out is said with the method."""
+    depths = {budget: depth_for(bench.space, target) for budget, target in targets.items()}
+    batches = bench.batches[: bench.settings.rank.depth_batches]
+    orders = depth_orders(bench.model, batches, min(depths.values()))
     for (budget, depth), (method, order) in itertools.product(depths.items(), orders.items()):
         submodel = Submodel(kept_layers=order[:depth])
-        yield line(budget, f"depth {depth}/{len(order)}", method, submodel, [score(model, submodel)])
+        name = f"{method}, without {' '.join(map(str, sorted(order[depth:])))}"
+        yield bench.line(budget, f"depth {depth}/{len(order)}", name, submodel, [bench.score(bench.model, submodel)])
 
 
-def bits_per_byte(model: ElasticModel, submodel: Submodel, data: TokenData, section: params.Evaluate) -> float:
-    """Of the held-out text that the evaluate stage reads too."""
-    nats, _, num_bytes = held_out_loss(model, submodel, data, section)
+def unigram(data: TokenData, section: params.Evaluate) -> float:
+    """Bits per byte of the held-out text by the frequencies of tokens in each source's training text."""
+    nats = num_bytes = 0.0
+    for source in section.held_out:
+        size = data.manifest.vocab_size
+        counts = np.bincount(data.tokens(source, "train"), minlength=size) + 1
+        loss = torch.from_numpy(-np.log(counts / counts.sum()))
+        for _, labels in held_out_batches(
+            data, source, section.sequence_length, section.batch_size, section.max_tokens
+        ):
+            live = labels[labels != IGNORED_LABEL]
+            nats += loss[live].sum().item()
+            num_bytes += len(live) * data.bytes_per_token(source, "held_out")
     return nats / math.log(2) / num_bytes
 
 
 def width_orders(
-    model: ElasticModel, batches: list[Tensor], aggregation: str
+    model: ElasticModel, batches: list[Tensor], section: params.Rank, seeds: int
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Orders of all widths by importance, by the weights' magnitude and by chance, with the ranking's name."""
     units = elastic_units(model.layout)
-    yield "importance", rank(model, batches, aggregation, "one_shot_nmse", depth_batches=1).orders
+    for measure, aggregation in dict.fromkeys([*IMPORTANCES, (section.measure, section.aggregation)]):
+        ranking = rank(model, batches, aggregation, "one_shot_nmse", depth_batches=1, measure=measure)
+        yield f"importance ({measure}, {aggregation})", ranking.orders
     magnitudes = weight_magnitudes(dict(model.named_parameters()), model.layout)
     yield "weight magnitude", {key: order_units(units[key], score) for key, score in magnitudes.items()}
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         draw = torch.Generator().manual_seed(seed)
         yield "random", {key: order_units(unit, torch.rand(unit.size, generator=draw)) for key, unit in units.items()}
 
@@ -152,7 +233,12 @@ def table(found: list[Line]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", nargs="+", type=Path, help="a workspace with artifacts/data and artifacts/parent")
-    print(table([line for directory in parser.parse_args().directory for line in lines(directory)]))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["widths", "depth"], help="what to compare")
+    parser.add_argument("--steps", type=int, default=100, help="of distillation")
+    parser.add_argument("--seeds", type=int, default=8, help="of the random ranking")
+    given = parser.parse_args()
+    found = (lines(directory, given.parts, given.steps, given.seeds) for directory in given.directory)
+    print(table(list(itertools.chain.from_iterable(found))))
 
 
 if __name__ == "__main__":

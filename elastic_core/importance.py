@@ -7,6 +7,7 @@ stands in decreasing importance, after which "the k best" is "the first k".
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ AGGREGATIONS = {
     "l2": (torch.square, lambda total, count: total.sqrt()),
     "mean": (lambda activation: activation, lambda total, count: (total / count).abs()),
 }
+MEASURES = ("projection", "written")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def rank(
     depth_batches: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    measure: str = "projection",
 ) -> Ranking:
     """Rank every width and the layers of `model` on `batches` of token ids, each (B, L) int64.
 
@@ -79,7 +82,11 @@ def rank(
     (eq. 4; default half). `depth_batches`: how many of the batches judge the layers (default all).
     `progress(what, done, total)` is called as work proceeds. Where several processes hold different sequences of every
     batch, `reduce` adds a tensor up over all of them; they all end with the same ranking.
+    `measure`, of neurons, heads and Mamba channels: projection, the magnitude of what the layer's first projection puts
+    out, as in the paper (of a gated MLP, the product); or written, the norm of what a unit adds to the residual stream.
     """
+    if measure not in MEASURES:
+        raise ValueError(f"measure: got {measure!r}; allowed: {', '.join(MEASURES)}")
     if aggregation not in AGGREGATIONS:
         raise ValueError(f"aggregation: got {aggregation!r}; allowed: {', '.join(AGGREGATIONS)}")
     if depth_method not in METHODS:
@@ -90,7 +97,7 @@ def rank(
     training = model.training
     model.eval()
     with torch.no_grad():
-        scores = score_widths(model, batches, aggregation, top_channels, progress, reduce)
+        scores = score_widths(model, batches, aggregation, top_channels, progress, reduce, measure)
         depth, depth_scores = rank_layers(model, batches[:depth_batches], depth_method, min_depth, progress, reduce)
     model.train(training)
     units = elastic_units(model.layout)
@@ -99,15 +106,27 @@ def rank(
 
 
 def score_widths(
-    model: ElasticModel, batches, aggregation="l1", top_channels=None, progress=None, reduce=lambda sums: sums
+    model: ElasticModel,
+    batches,
+    aggregation="l1",
+    top_channels=None,
+    progress=None,
+    reduce=lambda sums: sums,
+    measure="projection",
 ) -> dict[str, Tensor]:
     """Importance of every unit of every width, float64, keyed by unit key."""
     transform, finish = AGGREGATIONS[aggregation]
+    units = elastic_units(model.layout)
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def observe(key: str, activation: Tensor) -> None:
-        if key.startswith("attention_heads"):
+    def observe(key: str, activation: Tensor, writes: Tensor | None) -> None:
+        if key != "hidden" and (writes is not None) != (measure == "written"):
+            return
+        if writes is not None:
+            parts = [units[key].size] if key in units else mamba_sizes(units, key)
+            activation = written(activation, writes, math.prod(parts)).unflatten(-1, parts)
+        elif key.startswith("attention_heads"):
             activation = activation.norm(dim=-1)  # (B, L, A, head_dim) → magnitude per head
         total = transform(activation.double()).sum((0, 1))
         totals[key] = totals[key] + total if key in totals else total
@@ -133,6 +152,20 @@ def score_widths(
         heads, channels = score_mamba(scores.pop(key), top_channels)
         scores |= {f"mamba_heads.{layer}": heads, f"mamba_channels.{layer}": channels}
     return scores
+
+
+def mamba_sizes(units: dict[str, Units], key: str) -> list[int]:
+    """Heads and channels of the Mamba layer whose activations are observed as `key`."""
+    layer = key.removeprefix("mamba.")
+    return [units[f"{axis}.{layer}"].size for axis in ("mamba_heads", "mamba_channels")]
+
+
+def written(inputs: Tensor, weight: Tensor, num_units: int) -> Tensor:
+    """‖W_u x_u‖₂ per unit u: inputs (B, L, units · size), weight (hidden, units · size) → (B, L, units), float64."""
+    columns = weight.double().T.unflatten(0, (num_units, -1))  # (units, size, hidden)
+    inputs = inputs.double().unflatten(-1, (num_units, -1))
+    gram = columns @ columns.mT  # size² numbers per unit in place of hidden · size
+    return (torch.einsum("...us,ust->...ut", inputs, gram) * inputs).sum(-1).clamp(min=0).sqrt()
 
 
 def score_mamba(s: Tensor, top_channels: int | None = None) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from elastic_core.config import load as load_section
 from elastic_core.cost import Metric
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.depth_ranking import METHODS
-from elastic_core.importance import AGGREGATIONS
+from elastic_core.importance import AGGREGATIONS, MEASURES
 from tasks import gguf_parent
 from tasks.endings import errors_as_text
 from tasks.footprint import Latency
@@ -110,6 +110,7 @@ class Rank:
     batch_size: int = 16
     sequence_length: int = 256
     aggregation: str = "l1"
+    measure: str = "projection"
     depth_method: str = "iterative_nmse"
     depth_batches: int = 4
     top_channels: int | None = None
@@ -119,6 +120,7 @@ class Rank:
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(1 <= self.depth_batches <= self.batches, "depth_batches", self.depth_batches, f"1 to {self.batches}")
         require(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, ", ".join(AGGREGATIONS))
+        require(self.measure in MEASURES, "measure", self.measure, ", ".join(MEASURES))
         require(self.depth_method in METHODS, "depth_method", self.depth_method, ", ".join(METHODS))
 
 

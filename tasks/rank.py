@@ -42,6 +42,7 @@ def work(arguments: dict, ranks: Ranks) -> None:
         section.depth_batches,
         progress,
         ranks.sum,
+        section.measure,
     )
     for bar in bars.values():
         bar.close()

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCaus
 
 from elastic_core import ElasticModel, Submodel, depth_ranking, rank, sort_
 from elastic_core.depth_ranking import LogitError, rank_layers
-from elastic_core.importance import Ranking
+from elastic_core.importance import Ranking, score_mamba
+from elastic_core.layout import elastic_units
 
 AGGREGATE = {  # over samples (B·L, units)
     "l1": lambda a: a.abs().sum(0),
@@ -74,6 +75,51 @@ def test_width_scores_equal_the_naive_ones(seed, aggregation):
     assert ranking.scores.keys() == naive.keys() == ranking.orders.keys()
     for key, scores in naive.items():
         assert relative_error(ranking.scores[key], scores) < 1e-5, key
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATE)
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("seed", range(2))
+def test_written_scores_are_norms_of_what_transformers_layers_add(tmp_path, seed, family, aggregation):
+    """Unit by unit, from what enters and leaves the last projection of transformers' own modules."""
+    save_random_parent(tmp_path / "parent", seed, CONFIGS[family](seed))
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "parent").eval()
+    model, seen = ElasticModel.from_pretrained(tmp_path / "parent"), {}
+    batches, axes = (
+        batches_of(model.config, seed),
+        {"down_proj": "ffn", "o_proj": "attention_heads", "out_proj": "mamba"},
+    )
+    for name, module in reference.named_modules():
+        axis = axes.get(name.split(".")[-1])
+        if axis:
+            found = seen.setdefault(f"{axis}.{name.split('.')[2]}", (module.weight.detach().double(), []))[1]
+            module.register_forward_hook(
+                lambda _, inputs, __, found=found: found.append(inputs[0].double().flatten(0, 1))
+            )
+    with torch.no_grad():
+        for ids in batches:
+            reference(ids, use_cache=False)
+    ranking = rank(model, batches, aggregation, "one_shot_nmse", measure="written")
+    by_projection = rank(model, batches, aggregation, "one_shot_nmse").scores
+    assert torch.equal(ranking.scores["hidden"], by_projection["hidden"])
+    units = elastic_units(model.layout)
+    for key, (weight, inputs) in seen.items():
+        inputs = torch.cat(inputs)
+        layer = key.split(".")[1]
+        num_units = weight.shape[1] if key.startswith("mamba") else units[key].size
+        pairs = zip(inputs.chunk(num_units, 1), weight.chunk(num_units, 1), strict=True)
+        scores = AGGREGATE[aggregation](torch.stack([(x @ part.T).norm(dim=1) for x, part in pairs], 1))
+        if key.startswith("mamba"):
+            expected = score_mamba(scores.view(units[f"mamba_heads.{layer}"].size, -1))
+            found = ranking.scores[f"mamba_heads.{layer}"], ranking.scores[f"mamba_channels.{layer}"]
+        else:
+            expected, found = [scores], [ranking.scores[key]]
+        for ours, theirs in zip(found, expected, strict=True):
+            assert relative_error(ours, theirs) < 1e-5, key
+        assert relative_error(found[0], by_projection.get(key, by_projection.get(f"mamba_heads.{layer}"))) > 1e-3
+    assert len(seen) == len(
+        {key.split(".")[0].split("_")[0] + key.split(".")[1] for key in ranking.scores if "." in key}
+    )
 
 
 # Sorting
@@ -172,6 +218,7 @@ def test_arguments_are_checked_and_the_mode_is_restored():
     batches, layers = batches_of(model.config, 0), len(model.config.layers_block_type)
     for options, words in [
         ({"aggregation": "max"}, "aggregation: got 'max'.*l1"),
+        ({"measure": "magic"}, "measure: got 'magic'.*projection, written"),
         ({"depth_method": "magic"}, "depth_method: got 'magic'.*iterative_nmse"),
         ({"min_depth": 0}, f"min_depth: got 0.*1 to {layers}"),
         ({"min_depth": layers + 1}, "min_depth"),

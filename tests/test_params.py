@@ -123,6 +123,7 @@ def section(name, changes):
             r"train_short\.learning_rate: expected a number, got '1e-3' .*1\.0e-3",
         ),
         (put("train_short", "steps", "ten"), r"train_short\.steps: expected an integer, got 'ten'"),
+        (put("rank", "measure", "loss"), r"rank\.measure: got 'loss'; allowed: projection, written"),
         (put("rank", "aggregation", "max"), r"rank\.aggregation: got 'max'; allowed: .*l1"),
         (put("rank", "depth_method", "random"), r"rank\.depth_method: got 'random'; allowed: iterative_nmse"),
         (put("rank", "depth_batches", 1000), r"rank\.depth_batches: got 1000; allowed: 1 to 4"),

@@ -1,5 +1,6 @@
 """The benchmark of rankings: its magnitudes against loops, its sizes against the budgets, its table on a small run."""
 
+import collections
 import math
 
 import numpy as np
@@ -101,21 +102,37 @@ def make_workspace(directory, family: str):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_one_table_for_any_family(tmp_path, family, monkeypatch, capsys):
     workspace = make_workspace(tmp_path / "run", family)
-    monkeypatch.setattr("sys.argv", ["ranking_quality", str(workspace)])
+    arguments = [str(workspace), "--parts", *ranking_quality.PARTS, "--steps", "2", "--seeds", "2"]
+    monkeypatch.setattr("sys.argv", ["ranking_quality", *arguments])
     ranking_quality.main()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == list(ranking_quality.HEADINGS) and {len(row) for row in rows} == {6}
-    cuts = [(row[1], row[3]) for row in rows[2:]]
-    widths = [("small", name) for name in ("importance", "weight magnitude", "random")]
-    assert cuts == [("–", "–"), *widths, *(("small", method) for method in ranking_quality.METHODS)]
-    assert all(abs(float(row[4]) / 0.6 - 1) <= 0.02 for row in rows[3:6])
+    names = ["importance (projection, l1)", "importance (written, l2)", "weight magnitude", "random"]
+    assert [row[2] for row in rows[2:4]] == ["none", "token frequencies"]
+    cuts = {}
+    for row in rows[4:]:
+        cuts.setdefault(row[2], []).append(row)
+    assert [row[3] for row in cuts.pop("widths")] == names
+    distilled = cuts.pop("widths, 2 steps")
+    assert [row[3] for row in distilled] == names and {row[5] for row in distilled}.isdisjoint(r[5] for r in rows[4:8])
+    assert all(abs(float(row[4]) / 0.6 - 1) <= 0.02 for row in rows[4:8])
+    (depth,) = (cuts.pop(cut) for cut in list(cuts) if cut.startswith("depth"))
+    assert [row[3].split(",")[0] for row in depth] == list(ranking_quality.METHODS)
+    assert {cut.split()[0] for cut in cuts} >= {"hidden_size", "intermediate_size"}
+    assert all([row[3] for row in axis] == names and float(axis[0][4]) >= float(rows[4][4]) for axis in cuts.values())
     # The parent's own number, computed from whole logits.
     data, model = TokenData(workspace / "artifacts/data"), ElasticModel.from_pretrained(workspace / "artifacts/parent")
     section = ranking_quality.params.load(workspace / "params.yaml").evaluate
-    nats = num_bytes = 0.0
+    nats, num_bytes, held_out = 0.0, 0.0, []
     for ids, labels in held_out_batches(data, "text", 16, section.batch_size, 64):
         with torch.no_grad():
             logprobs = model(ids).log_softmax(-1)
         nats -= logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels >= 0].sum().item()
+        held_out += labels[labels >= 0].tolist()
         num_bytes += int((labels >= 0).sum()) * data.bytes_per_token("text", "held_out")
     assert float(rows[2][5]) == pytest.approx(nats / math.log(2) / num_bytes, abs=1e-4)
+    # And what guessing by frequency makes of the same text.
+    counts = collections.Counter(data.tokens("text", "train").tolist())
+    total = sum(counts.values()) + data.manifest.vocab_size
+    found = sum(-math.log((counts[token] + 1) / total) for token in held_out)
+    assert float(rows[3][5]) == pytest.approx(found / math.log(2) / num_bytes, abs=1e-4)

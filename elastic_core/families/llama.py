@@ -249,6 +249,7 @@ class Attention(nn.Module):
         query, key = apply_rotary_pos_emb(query, key, *self.rotary(query), unsqueeze_dim=1)
         y = causal_attention(query, key, value)
         weight = cut.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units)
+        cut.observe(self.units, y, weight)
         return F.linear(y, weight, cut.writing_bias(self, self.layout, "o_proj.bias", self.layer))
 
     def _project(self, name: str, x: Tensor, cut: Cut) -> Tensor:
@@ -279,6 +280,7 @@ class MLP(nn.Module):
         x = self.act(gate) * up
         cut.observe(self.units, x)
         weight = cut.writing_weight(self, self.layout, "down_proj.weight", self.layer, self.units)
+        cut.observe(self.units, x, weight)
         return F.linear(x, weight, cut.writing_bias(self, self.layout, "down_proj.bias", self.layer))
 
 

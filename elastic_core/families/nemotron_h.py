@@ -248,8 +248,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, cut: Cut) -> Tensor:
         x = F.linear(x, cut.weight(self, self.layout, "up_proj.weight"), cut.weight(self, self.layout, "up_proj.bias"))
         cut.observe(self.units, x)
+        x = self.act(x)
         weight = cut.writing_weight(self, self.layout, "down_proj.weight", self.layer, self.units)
-        return F.linear(self.act(x), weight, cut.writing_bias(self, self.layout, "down_proj.bias", self.layer))
+        cut.observe(self.units, x, weight)
+        return F.linear(x, weight, cut.writing_bias(self, self.layout, "down_proj.bias", self.layer))
 
 
 class Attention(nn.Module):
@@ -269,7 +271,9 @@ class Attention(nn.Module):
         )
         cut.observe(self.units, query)
         y = causal_attention(query, key, value)
-        return F.linear(y, cut.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units))
+        weight = cut.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units)
+        cut.observe(self.units, y, weight)
+        return F.linear(y, weight)
 
 
 class Mamba(nn.Module):
@@ -308,11 +312,9 @@ class Mamba(nn.Module):
             x.dtype,
         )
         y = self._gated_norm(y.flatten(2), z, weight("norm.weight"), cut, x.dtype)
-        return F.linear(
-            y,
-            cut.writing_weight(self, self.layout, "out_proj.weight", self.layer),
-            cut.writing_bias(self, self.layout, "out_proj.bias", self.layer),
-        )
+        writes = cut.writing_weight(self, self.layout, "out_proj.weight", self.layer)
+        cut.observe(f"mamba.{self.layer}", y, writes)
+        return F.linear(y, writes, cut.writing_bias(self, self.layout, "out_proj.bias", self.layer))
 
     def _gated_norm(self, y: Tensor, z: Tensor, weight: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
         """norm(y · silu(z) · gates), where the norm counts the live channels."""
