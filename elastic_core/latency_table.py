@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from elastic_core import families
-from elastic_core.config import ConfigError, require
+from elastic_core.config import ConfigError
 from elastic_core.layout import Concat, Dim, Fixed, Product, Units, layer_index, layer_of
 from elastic_core.submodel import WIDTHS
 
@@ -91,8 +91,9 @@ class Table:
     @classmethod
     def load(cls, path: str | os.PathLike, where: str = "cost.table") -> Table:
         """Of a file that `save` wrote. Raises ConfigError where it is not there, or is something else."""
-        allowed = f"a file that `elastic profile PROFILE` has written, on the device that is to serve; {REMEDY}"
-        require(Path(path).is_file(), where, str(path), allowed)
+        allowed = "a file that `elastic profile PROFILE` writes, on the device that is to serve"
+        if not Path(path).is_file():
+            raise ConfigError(f"{where}: got {str(path)!r}, which is not there; allowed: {allowed}")
         try:
             return cls.from_json(json.loads(Path(path).read_text()))
         except ValueError as error:
