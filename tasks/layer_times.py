@@ -126,13 +126,12 @@ def turns(model, reference, setting: Setting, context: int) -> Iterator[tuple[st
     """Of a prompt that is read, and of every step of decoding behind it: phase, seconds by part, and the reference's.
 
     Those of the layers and, last, of the rest are over the seconds of a step of the reference right before, so that
-    points which were measured at different times can be compared (as in tasks/footprint.py). A step's rest is what it
-    takes without hooks, less the layers.
+    points which were measured at different times can be compared (as in tasks/footprint.py).
     """
     text, other = Text(model, setting, context), Text(reference, setting, context)
     base = other.step()
     yield "prefill", [seconds / base for seconds in text.step_by_layer()], base
     for number in range(WARM_UP + setting.steps):
-        base, parts, whole = other.step(), text.step_by_layer()[:-1], text.step()
+        base, parts = other.step(), text.step_by_layer()
         if number >= WARM_UP:
-            yield "decode", [seconds / base for seconds in (*parts, whole - sum(parts))], base
+            yield "decode", [seconds / base for seconds in parts], base
