@@ -72,6 +72,8 @@ class ElasticSpace:
         self.keep = torch.zeros(len(self.slots[-1].sizes), num_layers)  # (depth choices, layers)
         for row, depth in zip(self.keep, self.slots[-1].sizes, strict=True):
             row[list(self.depth_ranking[:depth])] = 1
+        self.ends = [len(slot.sizes) for slot in self.slots]  # a submodel takes choices before these
+        self.ends[-1] = self._num_servable_depths()
         self.slot_masks = [self.keep if slot.axis == "depth" else self.masks(slot) for slot in self.slots]
 
     def _slots(self, axis: str, choices: Choices, where: str) -> list[Slot]:
@@ -93,6 +95,14 @@ class ElasticSpace:
             )
         per_layer = field in choices.heterogeneous
         return [Slot(axis, (key,), sizes) for key in keys] if per_layer else [Slot(axis, keys, sizes)]
+
+    def _num_servable_depths(self) -> int:
+        """How many depths, from the full one on, keep a layer that a cache needs; all where the parent has none."""
+        family, layers = families.of(self.config), self.depth_ranking
+        depths = self.slots[-1].sizes
+        if not family.can_cache(self.config, layers):
+            return len(depths)
+        return sum(family.can_cache(self.config, layers[:depth]) for depth in depths)
 
     def cost(self, probs: list[Tensor]) -> Tensor:
         """Expected cost under independent distributions, differentiable (eq. 12)."""

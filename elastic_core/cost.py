@@ -1,9 +1,9 @@
-"""What a submodel costs, exactly and in expectation (eq. 12): its parameters, or the memory that serving it takes.
+"""What a submodel costs, exactly and in expectation (eq. 12): its parameters, the memory of serving it, or its time.
 
 A metric is a frozen dataclass whose `count(config, sizes, keep)` reads sizes by unit key, and `keep(i)`, 1 or 0 or the
 probability that layer i is kept. With numbers the count is exact; with tensors it is differentiable, and of shapes
-that broadcast together, so that one call counts a whole grid of submodels. Whatever can be counted so (a table of
-latencies that is interpolated between sizes, say) is a metric: routing, selection and targets ask for nothing else.
+that broadcast together, so that one call counts a whole grid of submodels. Whatever can be counted so is a metric:
+routing, selection and targets ask for nothing else. Latency and throughput are in latency.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from elastic_core import families
 from elastic_core.config import require
+from elastic_core.latency import Timed, read_timed
 from elastic_core.layout import Concat, Fixed, Layout, Units, count, layer_index
 from elastic_core.submodel import Submodel
 
@@ -140,7 +141,7 @@ class Memory:
         return {"metric": self.name, **dataclasses.asdict(self)}
 
 
-Metric = Parameters | Memory
+Metric = Parameters | Memory | Timed
 PARAMETERS = Parameters()
 
 
@@ -152,9 +153,10 @@ def read_metric(value: str | dict) -> Metric:
         fields = dict(value)
         if fields.pop("metric") == Memory.name:
             return Memory(**fields)
+        return read_timed(value)
     except (TypeError, ValueError, KeyError):
         pass
-    raise ValueError(f"cost: got {value!r}; allowed: parameters, or the fields of metric memory")
+    raise ValueError(f"cost: got {value!r}; allowed: parameters, or the fields of metric memory, latency or throughput")
 
 
 def exact_cost(metric: Metric, config, submodel: Submodel | None = None) -> int | float:

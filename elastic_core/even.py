@@ -16,7 +16,8 @@ def even_counterpart(config, submodel: Submodel, metric: Metric = PARAMETERS) ->
     """The homogeneous submodel of the same layers and global widths whose cost is nearest to that of `submodel`.
 
     Every width that differs between the kept layers becomes its mean over them, rounded to what its groups allow; the
-    one with the most steps (an MLP's, where that is among them) then takes the size that brings the cost nearest.
+    one with the most steps (an MLP's, where that is among them) then takes the size that brings the cost nearest, from
+    the smallest of its sizes in `submodel` upwards.
     A homogeneous submodel is its own counterpart.
     """
     submodel = submodel.resolve(config)
@@ -26,7 +27,7 @@ def even_counterpart(config, submodel: Submodel, metric: Metric = PARAMETERS) ->
         if isinstance(getattr(submodel, name), tuple):
             keys = [key for key in keys_of(units, WIDTHS[name]) if layer_of(key) in submodel.kept_layers]
             unit, mean = units[keys[0]], statistics.mean(sizes[key] for key in keys)
-            allowed[name] = range(unit.groups, unit.size + 1, unit.groups)
+            allowed[name] = range(min(sizes[key] for key in keys), unit.size + 1, unit.groups)
             nearest = min(allowed[name], key=lambda size, mean=mean: abs(size - mean))
             even = dataclasses.replace(even, **{name: nearest})
     if not allowed:

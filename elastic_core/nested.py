@@ -133,7 +133,7 @@ class NestedModel:
 
     def _build(self, submodel: Submodel) -> PreTrainedModel:
         """A transformers model whose parameters are views of the weights, but for short ones that are copied."""
-        model = _empty_model(self.config, submodel)
+        model = empty_model(self.config, submodel)
         sizes, number = submodel.sizes(self.config), {layer: i for i, layer in enumerate(submodel.kept_layers)}
         for name, dims in self.layout.items():
             layer = layer_index(name)
@@ -191,7 +191,7 @@ def _as_projection(model: nn.Module, name: str, linear: nn.Linear) -> Projection
     return projection
 
 
-def _empty_model(config, submodel: Submodel) -> PreTrainedModel:
+def empty_model(config, submodel: Submodel) -> PreTrainedModel:
     """The transformers model of a submodel, without storage; of the modeling file's class where widths differ."""
     family = families.of(config)
     _, model_class = family.MODELS[config.model_type]

@@ -17,7 +17,7 @@ LARGEST_GRID = 100_000  # combinations that are all looked at
 
 def check_budgets(space: ElasticSpace, budgets: dict[str, float], tolerance: float = TOLERANCE) -> None:
     """Raise ConfigError, before any training, unless nested submodels can come within `tolerance` of every budget."""
-    costs = space.grid_costs()
+    costs = space.grid_costs()[..., : space.ends[-1]]
     full = costs.flatten()[0].item()
     uniform = [torch.zeros(len(slot.sizes)) for slot in space.slots]
     bound, inside = [0] * len(space.slots), None
@@ -36,8 +36,15 @@ def check_budgets(space: ElasticSpace, budgets: dict[str, float], tolerance: flo
             raise ConfigError(
                 f"budgets.{name}: got {target:.6g} ({space.metric.text(target * full)}), which no combination of "
                 f"`choices` that is nested in the larger budgets reaches within {tolerance:.0%}; the choices give "
-                f"{costs.min().item() / full:.3f} to 1.0, nearest {nearest / full:.3f}; change budgets or choices"
+                f"{costs.min().item() / full:.3f} to 1.0, nearest {nearest / full:.3f}{_without_cache(space)}; "
+                "change budgets or choices"
             )
+
+
+def _without_cache(space: ElasticSpace) -> str:
+    """Which depths are left out, in words."""
+    depths = space.slots[-1].sizes[space.ends[-1] :]
+    return f"; depth {depths[0]} and below keep no layer with which transformers has a cache" if depths else ""
 
 
 def _can_be_looked_through(space: ElasticSpace) -> bool:
@@ -47,8 +54,10 @@ def _can_be_looked_through(space: ElasticSpace) -> bool:
 
 
 def _within(space: ElasticSpace, target: float, tolerance: float) -> Tensor:
-    """Which combinations cost `target`, a dimension per slot."""
-    return (space.grid_costs(space.slots) / target - 1).abs() <= tolerance
+    """Which combinations cost `target` and can be served, a dimension per slot."""
+    found = (space.grid_costs(space.slots) / target - 1).abs() <= tolerance
+    found[..., space.ends[-1] :] = False
+    return found
 
 
 def _smaller(chosen: Tensor) -> Tensor:
@@ -94,11 +103,11 @@ def select(
 
 
 def _select_on_grid(space, log_probs, target, bound, tolerance, allowed) -> list[int] | None:
-    corner = tuple(slice(low, None) for low in bound)
+    corner = tuple(itertools.starmap(slice, zip(bound, space.ends, strict=True)))
     costs = space.grid_costs(space.slots)[corner]
     scores = torch.zeros((), dtype=torch.float64)
-    for log_prob, low in zip(log_probs, bound, strict=True):
-        scores = scores[..., None] + log_prob[low:].double()
+    for log_prob, low, end in zip(log_probs, bound, space.ends, strict=True):
+        scores = scores[..., None] + log_prob[low:end].double()
     deviation = (costs / target - 1).abs()
     # Among equally probable combinations (as before training) the nearest one.
     scores = (scores - 1e-3 * deviation).masked_fill(deviation > tolerance, -torch.inf)
@@ -112,14 +121,12 @@ def _select_on_grid(space, log_probs, target, bound, tolerance, allowed) -> list
 
 def _select_by_descent(space, log_probs, target, bound, tolerance) -> list[int] | None:
     """From the most probable combination; where that ends in a dead end, from the largest or the smallest allowed."""
-    moves = torch.tensor(
-        [(slot, i) for slot, low in enumerate(bound) for i in range(low, len(space.slots[slot].sizes))]
-    )
+    moves = torch.tensor([(slot, i) for slot, low in enumerate(bound) for i in range(low, space.ends[slot])])
     pairs = moves[torch.combinations(torch.arange(len(moves)))]  # (pairs, 2, 2): two moves, each a slot and an index
     pairs = pairs[pairs[:, 0, 0] != pairs[:, 1, 0]]
     table = torch.nn.utils.rnn.pad_sequence([z.double() for z in log_probs], batch_first=True)  # (slots, choices)
-    probable = [max(int(z.argmax()), low) for z, low in zip(log_probs, bound, strict=True)]
-    for start in (probable, bound, [len(slot.sizes) - 1 for slot in space.slots]):
+    probable = [max(int(z[:end].argmax()), low) for z, low, end in zip(log_probs, bound, space.ends, strict=True)]
+    for start in (probable, bound, [end - 1 for end in space.ends]):
         found = _descend(space, table, target, torch.tensor(start), (moves[:, None], pairs), tolerance)
         if found is not None:
             return found.tolist()

@@ -23,9 +23,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""One pretrained language model in, one elastic checkpoint out, with a nested model for every budget.
 
-    `plan` tells what that takes, `run` trains a family, `inspect` shows its members, `generate` tries one, `extract`
-    cuts one out for serving; `up` does it all from a browser. Where no directory is named, the family of the last run
-    is meant.
+    `plan` tells what that takes, `profile` measures the device that is to serve, `run` trains a family, `inspect` shows
+    its members, `generate` tries one, `extract` cuts one out for serving; `up` does it all from a browser. Where no
+    directory is named, the family of the last run is meant.
     """,
 )
 
@@ -49,7 +49,8 @@ def run(
             "--budget",
             "-b",
             metavar="NAME=BUDGET",
-            help="Train this family instead: once per member, `small=0.4`, `small=9B` or `small=16GiB@128k`.",
+            help="Train this family instead: once per member, `small=0.4`, `small=9B`, `small=16GiB@128k` or "
+            "`small=35ms/token`.",
         ),
     ] = None,
     settings: Settings = None,
@@ -122,6 +123,44 @@ def plan(
 
 
 @app.command()
+def profile(
+    profile: Annotated[
+        str, typer.Argument(metavar="PROFILE", help="As `elastic run` takes it.", autocompletion=complete_profile)
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the table goes.", show_default="the profile's cost.table")
+    ] = None,
+    contexts: Annotated[
+        list[int] | None,
+        typer.Option("--context", help="Tokens in the cache; can be repeated.", show_default="as the profile says"),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences at once.", show_default="the profile's, or 1")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of a CPU.", show_default="evaluate.latency's")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="cuda where there is one")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Element type.", show_default="float32 on a CPU, bfloat16 on a GPU")
+    ] = None,
+    points: Annotated[int | None, typer.Option(help="Sizes of an axis, at most.", show_default="3")] = None,
+    rounds: Annotated[int | None, typer.Option(help="More are more exact.", show_default="15")] = None,
+    settings: Settings = None,
+) -> None:
+    """Measure what layers of a profile's sizes take on this machine: the table that `cost: {metric: latency}` needs.
+
+    Needs the parent's config.json and no weights: transformers' modules of those sizes decode random text with a cache.
+
+    - `elastic profile latency`: a few minutes on a CPU
+    - `elastic profile nemotron-nano-12b-v2 --context 4096 --batch 8 --out profiles/h100.json`
+    """
+    with clear_errors("stopped; nothing was written"):
+        from tasks.profile import describe
+        from tasks.profile import profile as measure
+
+        chosen = {"batch": batch, "threads": threads, "device": device, "dtype": dtype, "points": points}
+        chosen["contexts"] = tuple(sorted(set(contexts))) if contexts else None
+        say(describe(*measure(profile, settings or (), out, rounds=rounds, **chosen)))
+
+
+@app.command()
 def up() -> None:
     """Bring up the dashboard: server, worker and deployments in the foreground, until Ctrl-C.
 
@@ -173,11 +212,11 @@ def extract(
         family = families.find(*paths[:-1])
         written = export(family, budget, out, heterogeneous, dtype)
         share = written.num_parameters / written.parent_num_parameters
-        memory = f"{written.memory}\n" if written.memory else ""
+        predicted = f"{written.predicted}\n" if written.predicted else ""
         say(
             f"{out}: {written.num_parameters:,} parameters, {share:.1%} of {written.parent_num_parameters:,} in "
             f"{family}; {written.num_bytes:,} bytes of weights in {written.seconds:.1f} s\n"
-            f"{memory}{written.submodel}"
+            f"{predicted}{written.submodel}"
         )
 
 

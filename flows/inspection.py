@@ -40,6 +40,8 @@ def facts(description: dict) -> Table:
         table.add_row(
             "memory", f"{mebibytes(memory['parent'])} MiB for {memory['setting']}, which budgets are shares of"
         )
+    if (time := description["time"]) is not None:
+        table.add_row("time", f"{time['parent']:,.4g} ms/token for {time['setting']}, which budgets are shares of")
     table.add_row("disk", f"{size(description['bytes'])} in {weights}, {dtypes}, {tokenizer} tokenizer")
     table.add_row("from", provenance(description["provenance"]))
     return table
@@ -54,7 +56,7 @@ def provenance(source: dict | None) -> str:
 
 def members(description: dict) -> Table:
     """A row for the model itself, and one per budget."""
-    budgets, memory = description["budgets"], description["memory"]
+    budgets, memory, time = description["budgets"], description["memory"], description["time"]
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     if budgets is not None:
         table.add_column("budget", no_wrap=True)
@@ -62,15 +64,22 @@ def members(description: dict) -> Table:
             table.add_column(heading, justify="right", no_wrap=True)
     for heading in () if memory is None else ("memory\nbudget, MiB", "memory,\nMiB"):
         table.add_column(heading, justify="right", no_wrap=True)
+    for heading in () if time is None else ("latency\nbudget, ms", "latency,\nms", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("parameters", "layers", *HEADINGS.values()):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("pattern", overflow="fold")
     own = {"target": 1.0, "share": 1.0, **description}
     if memory is not None:
         own |= {"cost": memory["parent"], "target_cost": memory["parent"]}
+    if time is not None:
+        own |= {"cost": time["parent"], "target_cost": time["parent"]}
     for name, values in [("(parent)", own), *(budgets or {}).items()]:
         head = [] if budgets is None else [name, f"{values['target']:g}", f"{values['share']:.4f}"]
         head += [] if memory is None else [mebibytes(values[key]) for key in ("target_cost", "cost")]
+        if time is not None:
+            rate = 1000 * time["batch"] / values["cost"]
+            head += [f"{values['target_cost']:,.4g}", f"{values['cost']:,.4g}", f"{rate:,.4g}"]
         counts = [f"{values['parameters']:,}", f"{len(values['kept_layers'])}/{len(own['kept_layers'])}"]
         table.add_row(*head, *counts, *(width(values["widths"][field]) for field in HEADINGS), values["pattern"])
     return table

@@ -47,10 +47,10 @@ def new_table(*headings: str) -> Table:
 
 
 def family(plan: dict) -> Table:
-    """A row per budget: the nearest combination of the choices; memory too where budgets are counted in it."""
-    in_bytes = plan["memory"] is not None
-    memory = ["memory,\nMiB"] if in_bytes else []
-    table = new_table("budget", "target", "parameters", *memory, "off by", "layers", *HEADINGS.values())
+    """A row per budget: the nearest combination of the choices; memory or time too where budgets are counted in it."""
+    counted = plan["memory"] or plan["time"]
+    heading = [] if not counted else ["memory,\nMiB" if plan["memory"] else "latency,\nms"]
+    table = new_table("budget", "target", "parameters", *heading, "off by", "layers", *HEADINGS.values())
     num_layers = len(plan["parent"]["kept_layers"])
     for name, values in plan["budgets"].items():
         widths = (width(values["widths"][field]) for field in HEADINGS)
@@ -59,12 +59,19 @@ def family(plan: dict) -> Table:
             name,
             given if isinstance(given, str) else f"{given:g}",
             f"{values['parameters']:,}",
-            *([mebibytes(values["cost"])] if in_bytes else []),
+            *([amount(plan, values["cost"])] if counted else []),
             f"{values['deviation']:+.2%}",
             f"{len(values['kept_layers'])}/{num_layers}",
             *widths,
         )
     return table
+
+
+def amount(plan: dict, cost: float) -> str:
+    """A cost in the unit of the plan's budgets."""
+    if plan["memory"] is not None:
+        return mebibytes(cost)
+    return f"{cost:,.0f}" if plan["time"] is None else f"{cost:,.4g}"
 
 
 def memory(plan: dict) -> Table:
@@ -101,13 +108,12 @@ def work(plan: dict) -> Table:
 def notes(plan: dict) -> list[str]:
     """What was assumed, in sentences."""
     hardware, lines = plan["hardware"], []
+    unit = "MiB" if plan["memory"] else "ms/token" if plan["time"] else "parameters"
     ranges = [(name, *values["range"]) for name, values in plan["budgets"].items()]
     lines.append(f"layers: dropped {plan['assumption']['dropped']}, for their ranking is not known yet")
     for name, low, high in ranges:
         if low < high:
-            costs = f"{low:,.0f} to {high:,.0f} parameters"
-            if plan["memory"] is not None:
-                costs = f"{mebibytes(low)} to {mebibytes(high)} MiB"
+            costs = f"{amount(plan, low)} to {amount(plan, high)} {unit}"
             lines.append(f"        {name} of these sizes: {costs}, by which layers go")
     if missed := plan["assumption"]["missed"]:
         lines.append(f"        budgets could not be met with layers dropped {' or '.join(missed)}")
@@ -115,8 +121,8 @@ def notes(plan: dict) -> list[str]:
     if peaks:
         text = " and ".join(f"{peak / 1e12:,.0f}" for peak in sorted(peaks))
         lines.append(f"hours:  {hardware['utilisation']:.0%} of {text} TFLOP/s per GPU, recomputation counted as work")
-    if plan["memory"] is not None:
-        lines.append(f"budgets: shares of {mebibytes(plan['parent']['cost'])} MiB, for {plan['memory']['setting']}")
+    if (counted := plan["memory"] or plan["time"]) is not None:
+        lines.append(f"budgets: shares of {amount(plan, plan['parent']['cost'])} {unit}, for {counted['setting']}")
     lines.append(f"memory: {size(round(hardware['usable']))} of {size(round(hardware['memory']))} are there to be used")
     lines.append(f"rank:   holds {size(round(plan['rank']['at_least']))} or more on every worker; it is not sharded")
     return lines

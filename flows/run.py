@@ -56,7 +56,7 @@ def read_budgets(texts: Iterable[str]) -> dict[str, float | str]:
     for text in texts:
         name, _, budget = text.partition("=")
         if not budget[:1].isdigit() and not budget.startswith("."):
-            allowed = "NAME=BUDGET, such as small=0.4, small=9B or small=16GiB@128k"
+            allowed = "NAME=BUDGET, such as small=0.4, small=9B, small=16GiB@128k or small=35ms/token"
             raise ValueError(f"--budget: got {text!r}; allowed: {allowed}")
         try:
             budgets[name] = float(budget)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from elastic_core.cost import Memory
+from elastic_core.latency import Throughput, Timed
+from tasks import predictions
 from tasks.tables import Scores
 
 TASKS = {
@@ -39,8 +41,13 @@ class Column:
 def describe(settings, scores: Scores) -> dict[str, Column]:
     """Every numeric column of `tables.results` that is shown, in the order in which it is."""
     parent = scores["parent"]["parent"]
-    memory = _memory(settings.metric, parent) if isinstance(settings.metric, Memory) else {}
-    return _size() | memory | _text(settings, parent) | _cost(parent) | _tasks(settings, parent) | _benchmarks(parent)
+    metric, predicted = settings.metric, {}
+    if isinstance(metric, Memory):
+        predicted = _memory(metric, parent)
+    elif isinstance(metric, Timed):
+        predicted = _time(metric, parent)
+    scored = _tasks(settings, parent) | _benchmarks(parent)
+    return _size() | predicted | _text(settings, parent) | _cost(parent) | scored
 
 
 def _size() -> dict[str, Column]:
@@ -68,6 +75,25 @@ def _memory(metric: Memory, parent: dict) -> dict[str, Column]:
             "activations: to compare with weights and cache as they were counted.",
             ",.3f",
         ),
+    }
+
+
+def _time(metric: Timed, parent: dict) -> dict[str, Column]:
+    unit = "tokens/s" if isinstance(metric, Throughput) else "ms"
+    how = f"Predicted for serving at {metric.setting}: the sum of what each kept layer takes, as `elastic profile` "
+    found = {
+        "budget_time": Column(f"{metric.name} budget", unit, f"What was asked for, at {metric.setting}.", ",.3f"),
+        "serving_ms": Column("latency", "ms", f"{how}measured it, and of the rest of a step.", ",.3f"),
+        "serving_rate": Column("throughput", "tokens/s", "The same, of all sequences together.", ",.1f"),
+    }
+    if predictions.evaluated_time(metric.table, parent["latency"], parent["memory"]["element_type"]) is None:
+        return found
+    tokens = f"By the same table behind {parent['latency']['prompt_tokens']} tokens"
+    return found | {
+        "predicted_ms": Column(
+            "time per token, predicted", "ms", f"{tokens}: to compare with time per token as it was measured.", ".2f"
+        ),
+        "predicted_ratio": Column("time per token, predicted", "× parent", f"{tokens}, over the parent's.", ".2f"),
     }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import cost, elastic_checkpoint, extract, hf
+from elastic_core import cost, elastic_checkpoint, extract, hf, latency
 from elastic_core.budgets import parse
 from elastic_core.submodel import Submodel
 
@@ -20,7 +20,7 @@ class Export:
     parent_num_parameters: int
     num_bytes: int
     seconds: float
-    memory: str | None  # that serving takes, with its setting, where the budget or the family is about memory
+    predicted: str | None  # memory or time that serving takes, with its setting, where budget or family are about it
 
 
 def export(
@@ -34,16 +34,20 @@ def export(
     config = hf.read_config(family)
     num_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     counts = cost.num_parameters(config, submodel), cost.num_parameters(config)
-    memory = predict_memory(family, budget, config, submodel)
-    return Export(submodel, *counts, num_bytes, time.monotonic() - begin, memory)
+    predicted = predict(family, budget, config, submodel)
+    return Export(submodel, *counts, num_bytes, time.monotonic() - begin, predicted)
 
 
-def predict_memory(family: Path, budget: str, config, submodel: Submodel) -> str | None:
+def predict(family: Path, budget: str, config, submodel: Submodel) -> str | None:
     """What serving the submodel takes in the setting of its budget; None where neither that nor the family has one."""
     content = elastic_checkpoint.read(family)
     metric = cost.read_metric(content["cost"])
-    if budget not in content["budgets"] and (asked := parse(budget)).kind == "bytes":
+    if budget not in content["budgets"] and (asked := parse(budget)).kind not in ("share", "parameters"):
         metric = asked.metric(metric)
+    if isinstance(metric, latency.Timed):
+        both = (kind(metric.table, metric.context) for kind in latency.TIMED.values())
+        costs = (each.text(cost.exact_cost(each, config, submodel)) for each in both)
+        return f"{', '.join(costs)} for {metric.setting}"
     if not isinstance(metric, cost.Memory):
         return None
     return f"{metric.text(cost.exact_cost(metric, config, submodel))} of memory for {metric.setting}"
@@ -55,6 +59,6 @@ def find_budget(family: Path, budget: str | None) -> Submodel:
     if budget is None:
         raise ValueError(
             f"--budget: none given; allowed: {', '.join(names)}, a share of the parent as 0.75, a count as 9B, "
-            "memory as 16GiB@128k"
+            "memory as 16GiB@128k, time as 35ms/token"
         )
     return elastic_checkpoint.find_submodel(family, budget)

@@ -8,7 +8,8 @@ from ruamel.yaml import YAML
 from transformers import PreTrainedConfig
 
 from elastic_core import elastic_checkpoint, families, hf
-from elastic_core.cost import Memory, exact_cost, num_parameters, read_metric
+from elastic_core.cost import Memory, Metric, exact_cost, num_parameters, read_metric
+from elastic_core.latency import Latency, Timed
 from elastic_core.layout import layer_of
 from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
 
@@ -36,6 +37,7 @@ def inspect_checkpoint(directory: Path) -> dict:
         "dtypes": sorted({str(reader.read(name, slice(0, 0)).dtype).removeprefix("torch.") for name in shapes}),
         "tokenizer": any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")),
         "memory": read_memory(directory, config) if elastic else None,
+        "time": read_time(directory, config) if elastic else None,
         "budgets": read_budgets(directory, config) if elastic else None,
         "provenance": find_provenance(directory),
     }
@@ -73,16 +75,16 @@ def member(config, submodel: Submodel) -> dict:
 def read_budgets(directory: Path, config) -> dict[str, dict]:
     """The trained budgets, with the share of the parent that each really has, in what budgets are counted in.
 
-    Where that is memory, also bytes: `cost`, and `target_cost`, what was asked for.
+    Where that is memory or time, also `cost`, in bytes or milliseconds, and `target_cost`, what was asked for.
     """
     content = elastic_checkpoint.read(directory)
-    metric, budgets = read_metric(content["cost"]), {}
+    metric, budgets = as_latency(read_metric(content["cost"])), {}
     full = exact_cost(metric, config)
     for name, entry in content["budgets"].items():
         submodel, target = Submodel(**entry["submodel"]), entry["target"]
         cost = exact_cost(metric, config, submodel)
-        bytes_of = {"cost": cost, "target_cost": target * full} if isinstance(metric, Memory) else {}
-        budgets[name] = {"target": target, "share": cost / full, **bytes_of, **member(config, submodel)}
+        costs = {"cost": cost, "target_cost": target * full} if isinstance(metric, Memory | Timed) else {}
+        budgets[name] = {"target": target, "share": cost / full, **costs, **member(config, submodel)}
     return budgets
 
 
@@ -92,6 +94,20 @@ def read_memory(directory: Path, config) -> dict | None:
     if not isinstance(metric, Memory):
         return None
     return {**dataclasses.asdict(metric), "setting": metric.setting, "parent": exact_cost(metric, config)}
+
+
+def read_time(directory: Path, config) -> dict | None:
+    """The setting of a family whose budgets are time and the parent's milliseconds per token; None for any other."""
+    metric = read_metric(elastic_checkpoint.read(directory)["cost"])
+    if not isinstance(metric, Timed):
+        return None
+    values = {"metric": metric.name, "context": metric.context, "batch": metric.table.batch, "setting": metric.setting}
+    return values | {"parent": exact_cost(as_latency(metric), config)}
+
+
+def as_latency(metric: Metric) -> Metric:
+    """A throughput as the milliseconds per token of the same table, which are shares of the parent's alike."""
+    return Latency(metric.table, metric.context) if isinstance(metric, Timed) else metric
 
 
 def find_provenance(directory: Path) -> dict | None:

@@ -13,10 +13,11 @@ from elastic_core import families, hf, storage
 from elastic_core.choices import ElasticSpace
 from elastic_core.config import ConfigError
 from elastic_core.cost import Memory, Metric, exact_cost
+from elastic_core.latency import Timed
 from elastic_core.selection import check_budgets, select, with_smaller_ones
 from elastic_core.submodel import Submodel
 from tasks import gguf_parent, params
-from tasks.inspect_checkpoint import member
+from tasks.inspect_checkpoint import as_latency, member
 from tasks.params import Params
 from tasks.parent import model_config
 from tasks.plan_stages import Hardware, describe_rank, describe_stage, stages_of
@@ -32,25 +33,31 @@ def plan_profile(
 ) -> dict:
     """The plan of a profile, with overrides as `tasks.workspace.prepare` takes them; `gpus`: workers with one each."""
     changes = [] if gpus is None else [f"compute.workers={gpus}", "compute.gpus_per_worker=1"]
-    settings = params.read(parameters(profile, overrides=[*overrides, *changes]), f"profile {profile}")
+    values = parameters(profile, overrides=[*overrides, *changes])
+    if values["cost"].get("table"):
+        values["cost"]["table"] = str(ROOT / values["cost"]["table"])  # wherever this is called
+    settings = params.read(values, f"profile {profile}")
     return make_plan(settings, *read_parent(settings, config), hardware)
 
 
 def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict:
     """The whole plan, as plain values; `source` says where the parent's `config` is from.
 
-    Costs are in what budgets are counted in: parameters, or bytes where `memory` is there. Raises ConfigError for a
-    budget that no combination of `choices` meets, and for workers that cannot be grouped.
+    Costs are in what budgets are counted in: parameters, bytes where `memory` is there, milliseconds per token where
+    `time` is. Raises ConfigError for a budget that no combination of `choices` meets, and for workers that cannot be
+    grouped.
     """
     targets, metric, pieces = resolve(settings, config), settings.metric, {}
     members, assumption, ranges = find_members(settings, config, targets)
     check_architecture(settings, config)  # as a run does
+    metric = as_latency(metric)
     full = exact_cost(metric, config)
     stages = {name: describe_stage(name, settings, config, members, hardware, pieces) for name in stages_of(settings)}
     rank = describe_rank(config, hardware)
     return {
         "parent": {"config": source, "cost": full, **member(config, Submodel())},
         "memory": {"setting": metric.setting} if isinstance(metric, Memory) else None,
+        "time": {"setting": metric.setting} if isinstance(metric, Timed) else None,
         "assumption": assumption,
         "budgets": {
             name: {
@@ -109,7 +116,7 @@ def find_members(
     costliest first; ranges are of the same sizes over all three. Axes that choose per layer are taken to choose alike.
     Raises ConfigError where no assumption meets the targets.
     """
-    choices, metric = dataclasses.replace(settings.choices, heterogeneous=()), settings.metric
+    choices, metric = dataclasses.replace(settings.choices, heterogeneous=()), as_latency(settings.metric)
     orders = depth_orders(config, metric)
     spaces = {name: ElasticSpace(config, choices, order, metric=metric) for name, order in orders.items()}
     found = {name: nested_indices(space, targets) for name, space in spaces.items()}

@@ -9,7 +9,6 @@ import json
 import os
 from pathlib import Path
 
-from elastic_core.cost import Memory
 from tasks import charts, columns, figures, page, params, predictions, tables, targets, vega
 from tasks.charts import Figure
 from tasks.endings import errors_as_text
@@ -115,15 +114,13 @@ def main() -> None:
     config = tables.parent_config()
     scores = tables.read_scores(targets.resolve_served(settings, config))
     frame, described = tables.results(scores), columns.describe(settings, scores)
-    if isinstance(settings.metric, Memory):
-        budgets = targets.resolve_comparable(settings, config)
-        frame = frame.assign(**predictions.columns(scores, config, settings.metric, budgets))
+    comparable = targets.resolve_comparable(settings, config)
+    frame = frame.assign(**predictions.columns(scores, config, settings.metric, comparable))
     rows, found = table(frame, described, tables.chance(scores)), findings(frame)
     pictures, note = figures.sections(settings, scores, frame), NOTE
     if settings.untrained:
         note += f" Served without having been trained: {', '.join(settings.untrained)}."
-    if isinstance(settings.metric, Memory):
-        note += f" {predictions.note(settings.metric)}"
+    note += predictions.note(settings.metric)
     tasks = [name for name in described if f"{name}_error" in frame]
     note = " ".join([note, *uneven(scores)])
     write(OUT / "report.html", page.render(settings, scores, frame, described, pictures, found, note))

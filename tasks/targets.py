@@ -10,6 +10,7 @@ from elastic_core import storage
 from elastic_core.budgets import Spelling, family_metric, parse, shares
 from elastic_core.config import ConfigError, require
 from elastic_core.cost import Memory, Metric, exact_cost
+from elastic_core.latency import Timed
 from tasks import gguf_parent
 
 if TYPE_CHECKING:
@@ -114,8 +115,8 @@ def _check_choices(params: Params, config, targets: Mapping[str, float]) -> None
     """Refuse what cannot be met whichever layers depth drops, as far as that can be told before they are ranked."""
     from elastic_core.selection import check_budgets
 
-    if isinstance(params.metric, Memory):
-        _check_memory(params, config, targets)
+    if isinstance(params.metric, Memory | Timed):
+        _check_smallest(params, config, targets)
         return
     problems = []
     for space in _extreme_spaces(params.metric, params, config):
@@ -127,15 +128,17 @@ def _check_choices(params: Params, config, targets: Mapping[str, float]) -> None
         raise problems[0]
 
 
-def _check_memory(params: Params, config, targets: Mapping[str, float]) -> None:
-    """Refuse memory that is below all choices at their smallest, where the costliest layers go first.
+def _check_smallest(params: Params, config, targets: Mapping[str, float]) -> None:
+    """Refuse memory, or time, that is below all choices at their smallest, where the costliest layers go first.
 
     And no more: some layers cost much more than others, so that an order in between may fit where neither end does.
     """
     from elastic_core.elastic_checkpoint import TOLERANCE
 
     metric = params.metric
-    step = dataclasses.replace(metric, chunk=1)  # activations, a maximum, are no sum of what each layer costs
+    step = metric
+    if isinstance(metric, Memory):
+        step = dataclasses.replace(metric, chunk=1)  # activations, a maximum, are no sum of what each layer costs
     space, _ = _extreme_spaces(step, params, config)
     smallest, full = space.grid_costs().min().item(), exact_cost(metric, config)
     allowed = (

@@ -163,7 +163,7 @@ def test_what_another_try_may_mend_is_said(run, monkeypatch):
         (["--from", "report", "--until", "data"], "nothing is left"),
         (["tiny"], "profile: got 'tiny'"),
         (["--budget", "small"], "NAME=BUDGET"),
-        (["--budget", "small=much"], "NAME=BUDGET, such as small=0.4, small=9B or small=16GiB@128k"),
+        (["--budget", "small=much"], "NAME=BUDGET, such as small=0.4, small=9B, small=16GiB@128k or small=35ms/token"),
         (["--set", "nothing"], "section.key=value"),
         (["--set", "unknown.key=1"], "error: params.yaml: unknown: no such section"),
     ],

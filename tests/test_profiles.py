@@ -62,7 +62,7 @@ def parent(request, tmp_path):
 
 
 def test_every_profile_is_known_here():
-    assert {path.stem for path in PROFILES} == {"smoke", "smollm2", "memory", *PARENTS}
+    assert {path.stem for path in PROFILES} == {"smoke", "smollm2", "memory", "latency", *PARENTS}
 
 
 @pytest.mark.parametrize("parent", PARENTS, indirect=True)

@@ -17,7 +17,7 @@ A family is a table of named dimensions and the forward of its layers. Its modul
 - `config_changes(config, kept_layers, widths)` of a submodel, where a list has an entry per kept layer;
   `MODELING_FILE`: what travels with a model whose widths differ between layers, with `REMOTE_CLASSES`, or None where
   such a model cannot be expressed; `size_problem(config, hidden_size, num_attention_heads)`: why transformers would
-  refuse a directory of these sizes, or None.
+  refuse a directory of these sizes, or None; `can_cache(config, kept_layers)`: whether it decodes them with a cache.
 - `finish(model, device)`: what a model of transformers without storage needs besides its parameters;
   `copy_state(config, layer, state, within, cache, number)`: a part of what a layer remembers of a text (nested.py).
 """

@@ -190,6 +190,11 @@ def size_problem(config, hidden_size: int, num_attention_heads: int) -> str | No
     )
 
 
+def can_cache(config, kept_layers: Iterable[int]) -> bool:
+    """Whether transformers decodes these layers with a cache: any of them."""
+    return True
+
+
 def config_changes(config, kept_layers: Sequence[int], widths: dict[str, int]) -> dict:
     """What a submodel's configuration has that differs from the parent's."""
     changes = widths | {"head_dim": head_dim(config), "num_hidden_layers": len(kept_layers)}

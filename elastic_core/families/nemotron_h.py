@@ -206,6 +206,11 @@ def size_problem(config, hidden_size: int, num_attention_heads: int) -> str | No
     return None
 
 
+def can_cache(config, kept_layers: Iterable[int]) -> bool:
+    """Whether transformers decodes these layers with a cache, whose length it asks of a layer of attention."""
+    return "*" in (pattern(config)[i] for i in kept_layers)
+
+
 def config_changes(config, kept_layers: Sequence[int], widths: dict[str, int | list[int]]) -> dict:
     """What a submodel's configuration has that differs from the parent's; a list has an entry per kept layer."""
     types = [config.layers_block_type[i] for i in kept_layers]
