@@ -20,7 +20,8 @@ FIELDS = {**{axis: name for name, axis in WIDTHS.items()}, "depth": "depth"}  # 
 class Choices:
     """Kept sizes per axis, largest first, the first being the parent's own; None keeps the parent's size.
 
-    `depth` holds numbers of layers, taken from the depth ranking. Axes named in `heterogeneous` (intermediate_size,
+    `depth` holds numbers of layers, taken from the depth ranking. `num_experts` are the routed ones of every layer that
+    has experts, `moe_intermediate_size` the width of each of them. Axes named in `heterogeneous` (intermediate_size,
     mamba_num_heads, num_attention_heads) choose per layer, all others once for the whole model.
     """
 
@@ -29,6 +30,9 @@ class Choices:
     mamba_num_heads: tuple[int, ...] | None = None
     mamba_head_dim: tuple[int, ...] | None = None
     num_attention_heads: tuple[int, ...] | None = None
+    num_experts: tuple[int, ...] | None = None
+    moe_intermediate_size: tuple[int, ...] | None = None
+    moe_shared_expert_intermediate_size: tuple[int, ...] | None = None
     depth: tuple[int, ...] | None = None
     heterogeneous: tuple[str, ...] = ()
 
@@ -77,15 +81,17 @@ class ElasticSpace:
     def _slots(self, axis: str, choices: Choices, where: str) -> list[Slot]:
         field = FIELDS[axis]
         if axis == "depth":
-            full, keys, groups = families.num_layers(self.config), ("depth",), 1
+            full, keys, groups, least = families.num_layers(self.config), ("depth",), 1, 1
         else:
             keys = tuple(keys_of(self.units, axis))
             if not keys:  # the parent has no such layers
                 return []
-            full, groups = self.units[keys[0]].size, self.units[keys[0]].groups
+            units = self.units[keys[0]]
+            full, groups, least = units.size, units.groups, units.least
         sizes = getattr(choices, field) or (full,)
         multiples = f", in multiples of {groups}" if groups > 1 else ""
-        valid = all(1 <= size <= full and size % groups == 0 for size in sizes)
+        multiples += f", {least} or more" if least > 1 else ""
+        valid = all(least <= size <= full and size % groups == 0 for size in sizes)
         if sizes[0] != full or list(sizes) != sorted(set(sizes), reverse=True) or not valid:
             raise ConfigError(
                 f"{where}.{field}: got {list(sizes)}; allowed: different sizes, largest first, "

@@ -12,14 +12,15 @@ from torch.autograd.function import once_differentiable
 
 from elastic_core.layout import Dim, Layout, kept_rows, take
 
-Observer = Callable[[str, Tensor], None]
+Observer = Callable[[str, Tensor, Tensor | None], None]
 
 
 class Cut:
     """Sizes of every unit key, kept layers, and optional gates and observer.
 
     `gates` maps unit keys to a multiplier per kept unit, or one for all (shape (size,) or ()), and ``depth`` to one
-    per parent layer (layers,). `observe(key, activation)` sees the activations that width importance scores.
+    per parent layer (layers,). `observe(key, activation, owners)` sees the activations that width importance scores,
+    (B, L, units...); of neurons of experts (N, neurons), with the expert that each row belongs to, (N,).
     """
 
     def __init__(
@@ -93,9 +94,13 @@ class Cut:
             self._num_live[key] = self.gate(key).sum()
         return self._num_live[key]
 
-    def observe(self, key: str, activation: Tensor) -> None:
+    @property
+    def is_observed(self) -> bool:
+        return self._observe is not None
+
+    def observe(self, key: str, activation: Tensor, owners: Tensor | None = None) -> None:
         if self._observe is not None:
-            self._observe(key, activation)
+            self._observe(key, activation, owners)
 
 
 class _Gated(torch.autograd.Function):

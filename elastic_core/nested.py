@@ -41,7 +41,7 @@ class NestedModel:
 
     def __init__(self, directory: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str):
         self.directory, self.config = directory, hf.read_config(directory)
-        self.layout = families.parameter_layout(self.config)
+        self.layout = families.tensor_layout(self.config)
         content = elastic_checkpoint.read(directory)
         self.budgets = {
             name: Submodel(**entry["submodel"]).resolve(self.config) for name, entry in content["budgets"].items()
@@ -180,7 +180,7 @@ def _set_parameter(model: nn.Module, name: str, weight: Tensor, places: list[Ten
         else:
             for axis, place in enumerate(places):
                 weight = weight if place is None else weight.index_select(axis, place)
-    setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
+    setattr(owner, leaf, weight if leaf in owner._buffers else nn.Parameter(weight, requires_grad=False))
 
 
 def _as_projection(model: nn.Module, name: str, linear: nn.Linear) -> Projection:

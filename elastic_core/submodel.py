@@ -17,6 +17,9 @@ WIDTHS = {
     "mamba_num_heads": "mamba_heads",
     "mamba_head_dim": "mamba_channels",
     "num_attention_heads": "attention_heads",
+    "num_experts": "experts",
+    "moe_intermediate_size": "expert_ffn",
+    "moe_shared_expert_intermediate_size": "shared_ffn",
 }
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 
@@ -28,8 +31,8 @@ class Submodel:
     """Sizes of one nested model; None stands for the parent's own size.
 
     `kept_layers` are indices into the parent's layers. A width in `PER_LAYER` is an int for all layers, or one entry
-    per parent layer that has it (entries of dropped layers are ignored). A width that the parent's family does not have
-    stays None. Hashable; lists become tuples.
+    per parent layer that has it (entries of dropped layers are ignored). A width that the parent's family does not have,
+    or of experts that the parent does not have, stays None. Hashable; lists become tuples.
     """
 
     hidden_size: int | None = None
@@ -38,6 +41,9 @@ class Submodel:
     mamba_num_heads: Width = None
     mamba_head_dim: int | None = None
     num_attention_heads: Width = None
+    num_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -59,13 +65,13 @@ class Submodel:
         fields = {"kept_layers": kept}
         for name, axis in WIDTHS.items():
             keys = keys_of(units, axis)
-            full = units[keys[0]].size if keys else getattr(config, name, None)
+            full = units[keys[0]].size if keys else _size_without_layers(config, name)
             value = getattr(self, name)
             value = full if value is None else value
             if isinstance(value, tuple):
                 value = self._checked_entries(name, keys, value, kept, full)
             for size in value if isinstance(value, tuple) else (value,):
-                _check_size(name, size, full, units[keys[0]].groups if keys else 1)
+                _check_size(name, size, full, units[keys[0]] if keys else Units(name, full or 1))
             fields[name] = value
         return Submodel(**fields)
 
@@ -138,13 +144,19 @@ def _as_ints(value) -> int | tuple[int, ...]:
         return tuple(operator.index(item) for item in value)
 
 
-def _check_size(name: str, size: int | None, full: int | None, groups: int) -> None:
+def _size_without_layers(config, name: str) -> int | None:
+    """A width of layers that the parent has none of: what its configuration says, but of experts nothing."""
+    return None if name.startswith("moe_") else getattr(config, name, None)
+
+
+def _check_size(name: str, size: int | None, full: int | None, units: Units) -> None:
+    groups, least = units.groups, max(units.groups, units.least)
     if full is None:
         if size is not None:
-            raise ValueError(f"{name}: got {size}; allowed: nothing, a parent of this family has no such width")
-    elif not 1 <= size <= full or size % groups:
+            raise ValueError(f"{name}: got {size}; allowed: nothing, this parent has no such width")
+    elif not least <= size <= full or size % groups:
         multiple = f", multiples of {groups} (every group keeps as many)" if groups > 1 else ""
-        raise ValueError(f"{name}: got {size}; allowed: {groups} to {full}, the parent's own{multiple}")
+        raise ValueError(f"{name}: got {size}; allowed: {least} to {full}, the parent's own{multiple}")
 
 
 def full_submodel(config) -> Submodel:

@@ -19,10 +19,10 @@ def inspect_checkpoint(directory: Path) -> dict:
     """What the directory is and says of itself; ValueError where its tensors are not those of its config.json."""
     config, own = read_sizes(directory)
     sizes = own.sizes(config)
-    shapes = {name: tuple(dim.count(sizes) for dim in dims) for name, dims in families.parameter_layout(config).items()}
+    shapes = {name: tuple(dim.count(sizes) for dim in dims) for name, dims in families.tensor_layout(config).items()}
     reader = hf.TensorReader(directory)
     reader.check(shapes)
-    files = sorted({file for file, _ in reader.files.values()})
+    files = reader.all_files()
     elastic = (directory / elastic_checkpoint.FILE).is_file()
     return {
         "directory": str(directory),
