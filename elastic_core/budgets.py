@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elastic_core.config import ConfigError, require
-from elastic_core.cost import PARAMETERS, Memory, Metric, exact_cost
+from elastic_core.cost import ACTIVE_PARAMETERS, PARAMETERS, Memory, Metric, Parameters, exact_cost
 
 COUNTS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 BYTES = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
@@ -53,7 +53,7 @@ class Budget:
         Raises ConfigError for bytes where nothing says the context.
         """
         if self.kind != "bytes":
-            return own if self.kind == "share" else PARAMETERS
+            return own if self.kind == "share" or isinstance(own, Parameters) else PARAMETERS
         said = {name: value for name in ("context", "batch") if (value := getattr(self, name)) is not None}
         if isinstance(own, Memory):
             return dataclasses.replace(own, **said)
@@ -74,7 +74,7 @@ class Cost:
     The context, and the batch, may stand in the budgets instead.
     """
 
-    metric: Literal["parameters", "memory"] = "parameters"
+    metric: Literal["parameters", "active_parameters", "memory"] = "parameters"
     context: int | None = None
     batch: int | None = None
     weights: str | None = None
@@ -93,7 +93,7 @@ class Cost:
         if self.metric == "memory":
             Memory(**{"context": 1, **self.said})
         for name, value in self.said.items():
-            require(self.metric == "memory", name, value, "nothing, as long as metric is parameters")
+            require(self.metric == "memory", name, value, f"nothing, as long as metric is {self.metric}")
 
 
 def parse(given: Spelling, where: str = "budget", names: Iterable[str] = ()) -> Budget:
@@ -130,11 +130,11 @@ def family_metric(cost: Cost, budgets: Mapping[str, Spelling]) -> Metric:
     Raises ConfigError for a budget that is counted in something else, and for settings that do not agree.
     """
     parsed = {name: parse(given, f"budgets.{name}") for name, given in budgets.items()}
-    if cost.metric == "parameters":
+    if cost.metric != "memory":
         allowed = "a share or a count of parameters; for bytes, set cost: {metric: memory}"
         for name, budget in parsed.items():
             require(budget.kind != "bytes", f"budgets.{name}", budget.given, allowed)
-        return PARAMETERS
+        return PARAMETERS if cost.metric == "parameters" else ACTIVE_PARAMETERS
     said = cost.said
     for name, budget in parsed.items():
         allowed = "a share of the parent's memory, or bytes, as long as cost.metric is memory"

@@ -62,7 +62,7 @@ def extract(
 
 def _cut_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dict[str, CutTensor]:
     """The kept layers' tensors by their names on disk, to be cut to size as they are written, and renumbered."""
-    layout, disk_name = families.tensor_layout(config), families.of(config).disk_name
+    layout, disk_name = families.parameter_layout(config), families.of(config).disk_name
     reader.check({name: tuple(dim.size for dim in dims) for name, dims in layout.items()})
     sizes = submodel.sizes(config)
     number = {layer: i for i, layer in enumerate(submodel.kept_layers)}

@@ -1,5 +1,6 @@
 """Configurations and tensors to and from Hugging Face directories, under the names of their families (families/)."""
 
+import itertools
 import json
 import os
 import shutil
@@ -102,7 +103,8 @@ class TensorReader:
 
     def all_files(self) -> list[str]:
         """The files that hold the tensors."""
-        return sorted({file for file, _ in [*self.files.values(), *(f for stack in self.stacks.values() for f in stack)]})
+        found = [*self.files.values(), *itertools.chain.from_iterable(self.stacks.values())]
+        return sorted({file for file, _ in found})
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor, mapped from its file, or some of its first dimension's rows: no others are read."""

@@ -64,7 +64,7 @@ class ElasticModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = hf.check_config(config)
-        self.layout = families.tensor_layout(config)
+        self.layout = families.parameter_layout(config)
         self.full = full_submodel(config)
         self.model = Trunk(config, self.layout)
         if HEAD in self.layout:

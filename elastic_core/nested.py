@@ -41,7 +41,7 @@ class NestedModel:
 
     def __init__(self, directory: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str):
         self.directory, self.config = directory, hf.read_config(directory)
-        self.layout = families.tensor_layout(self.config)
+        self.layout = families.parameter_layout(self.config)
         content = elastic_checkpoint.read(directory)
         self.budgets = {
             name: Submodel(**entry["submodel"]).resolve(self.config) for name, entry in content["budgets"].items()

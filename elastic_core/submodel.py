@@ -21,6 +21,7 @@ WIDTHS = {
     "moe_intermediate_size": "expert_ffn",
     "moe_shared_expert_intermediate_size": "shared_ffn",
 }
+EXPERTS = ("num_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")  # one size for all layers
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 
 Width = int | tuple[int, ...] | None
@@ -31,8 +32,8 @@ class Submodel:
     """Sizes of one nested model; None stands for the parent's own size.
 
     `kept_layers` are indices into the parent's layers. A width in `PER_LAYER` is an int for all layers, or one entry
-    per parent layer that has it (entries of dropped layers are ignored). A width that the parent's family does not have,
-    or of experts that the parent does not have, stays None. Hashable; lists become tuples.
+    per parent layer that has it (entries of dropped layers are ignored). A width that the parent's family does not
+    have, or of experts that the parent does not have, stays None. Hashable; lists become tuples.
     """
 
     hidden_size: int | None = None
@@ -98,8 +99,10 @@ class Submodel:
         return not any(isinstance(getattr(self, name), tuple) for name in PER_LAYER)
 
     def to_dict(self) -> dict:
-        """Plain JSON values; `Submodel(**values)` reads them back."""
-        return dataclasses.asdict(self)
+        """Plain JSON values; `Submodel(**values)` reads them back. Of experts only where they are said."""
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if value is not None or name not in EXPERTS
+        }
 
     def _checked_layers(self, config) -> tuple[int, ...]:
         num_layers = families.num_layers(config)
@@ -146,7 +149,7 @@ def _as_ints(value) -> int | tuple[int, ...]:
 
 def _size_without_layers(config, name: str) -> int | None:
     """A width of layers that the parent has none of: what its configuration says, but of experts nothing."""
-    return None if name.startswith("moe_") else getattr(config, name, None)
+    return None if name in EXPERTS else getattr(config, name, None)
 
 
 def _check_size(name: str, size: int | None, full: int | None, units: Units) -> None:

@@ -40,12 +40,15 @@ def describe(settings, scores: Scores) -> dict[str, Column]:
     """Every numeric column of `tables.results` that is shown, in the order in which it is."""
     parent = scores["parent"]["parent"]
     memory = _memory(settings.metric, parent) if isinstance(settings.metric, Memory) else {}
-    return _size() | memory | _text(settings, parent) | _cost(parent) | _tasks(settings, parent)
+    return _size(parent) | memory | _text(settings, parent) | _cost(parent) | _tasks(settings, parent)
 
 
-def _size() -> dict[str, Column]:
+def _size(parent: dict) -> dict[str, Column]:
+    text = "Of these, what one token uses: of routed experts those that it is sent to."
+    active = {"active_parameters": Column("active", "", text, ",.0f")} if "num_active_parameters" in parent else {}
     return {
         "parameters": Column("parameters", "", "Counted in the extracted directory as transformers loads it.", ",.0f"),
+        **active,
         "share": Column("share", "of parent", "Parameters, over the parent's.", ".4f"),
     }
 

@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 from transformers import PreTrainedConfig
 
 from elastic_core import elastic_checkpoint, families, hf
-from elastic_core.cost import Memory, exact_cost, num_parameters, read_metric
+from elastic_core.cost import Memory, exact_cost, num_active_parameters, num_parameters, read_metric
 from elastic_core.layout import layer_of
 from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
 
@@ -19,7 +19,7 @@ def inspect_checkpoint(directory: Path) -> dict:
     """What the directory is and says of itself; ValueError where its tensors are not those of its config.json."""
     config, own = read_sizes(directory)
     sizes = own.sizes(config)
-    shapes = {name: tuple(dim.count(sizes) for dim in dims) for name, dims in families.tensor_layout(config).items()}
+    shapes = {name: tuple(dim.count(sizes) for dim in dims) for name, dims in families.parameter_layout(config).items()}
     reader = hf.TensorReader(directory)
     reader.check(shapes)
     files = reader.all_files()
@@ -54,7 +54,10 @@ def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:
 
 
 def member(config, submodel: Submodel) -> dict:
-    """Parameters, layers and widths; a width that differs between layers has an entry per kept layer that has it."""
+    """Parameters, layers and widths; a width that differs between layers has an entry per kept layer that has it.
+
+    `active_parameters`: those that one token uses, or None where that is all of them.
+    """
     submodel = submodel.resolve(config)
     kept, units, widths = submodel.kept_layers, families.units(config), {}
     for field, axis in WIDTHS.items():
@@ -64,6 +67,7 @@ def member(config, submodel: Submodel) -> dict:
         widths[field] = value if layers == [None] or set(layers) & set(kept) else None  # None: no such layers
     return {
         "parameters": num_parameters(config, submodel),
+        "active_parameters": num_active_parameters(config, submodel),
         "pattern": "".join(c if i in kept else DROPPED for i, c in enumerate(families.pattern(config))),
         "kept_layers": list(kept),
         "widths": widths,

@@ -6,8 +6,7 @@ A family is a table of named dimensions and the forward of its layers. Its modul
   parts of the trunk are called; `norm_eps(config)`.
 - `requirements(config)`: what has to hold of a parent, and what to say where it does not.
 - `pattern(config)`: a character per layer, for people. `units(config)`: every unit key with its size and groups.
-  `parameter_layout(config)`: the table, made of those; `buffer_layout(config)`: what files hold besides, which is cut
-  and sorted like a parameter, but neither trained nor counted.
+  `parameter_layout(config)`: the table, made of those; it has everything that files hold, what is not trained too.
 - `kept_state(config)`: what a layer keeps of a text, as layouts `kv_cache` (of a token), `ssm_state` and `conv_state`
   (of a sequence).
 - `Block(config, layer, layout)`: a layer, `forward(x, cut)`.
@@ -52,11 +51,6 @@ def units(config) -> dict[str, Units]:
 def parameter_layout(config) -> Layout:
     """Name and dimensions of every parameter of a configuration's models, in file order."""
     return of(config).parameter_layout(config)
-
-
-def tensor_layout(config) -> Layout:
-    """Name and dimensions of everything that a model's files hold."""
-    return parameter_layout(config) | of(config).buffer_layout(config)
 
 
 def active_layout(config) -> Layout:

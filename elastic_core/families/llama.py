@@ -136,11 +136,6 @@ def _has_bias(config, name: str) -> bool:
     return name != "self_attn.o_proj" if config.model_type == "qwen2" else config.attention_bias
 
 
-def buffer_layout(config) -> Layout:
-    """What files hold besides parameters: nothing."""
-    return {}
-
-
 def kept_state(config) -> dict[str, Layout]:
     """What layers keep of a text: keys and values of every token."""
     layout = parameter_layout(config)

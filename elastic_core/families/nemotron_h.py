@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, NemotronHConfig, NemotronHForCausalLM
 
 from elastic_core.cut import Cut
-from elastic_core.families.nemotron_h_ffn import CORRECTION, MLP, MoE, mlp_layout, moe_layout, moe_requirements, moe_units
+from elastic_core.families.nemotron_h_ffn import MLP, MoE, mlp_layout, moe_layout, moe_requirements, moe_units
 from elastic_core.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.layout import Concat, Fixed, Layout, Product, Units
 from elastic_core.ops import kernels, ssd
@@ -86,7 +86,7 @@ def units(config) -> dict[str, Units]:
 def parameter_layout(config) -> Layout:
     """Name and dimensions of every parameter, in file order.
 
-    Names are those of `transformers.NemotronHForCausalLM.named_parameters()`.
+    Names are those of `transformers.NemotronHForCausalLM.state_dict()`.
     """
     keys, vocab = units(config), Fixed(config.vocab_size)
     hidden = keys["hidden"]
@@ -137,12 +137,6 @@ def _attention_layout(config, i: int, keys: dict[str, Units]) -> Layout:
 
 def _mlp_layout(config, i: int, keys: dict[str, Units]) -> Layout:
     return mlp_layout(config, keys["hidden"], keys[f"ffn.{i}"])
-
-
-def buffer_layout(config) -> Layout:
-    """Name and dimensions of what files hold besides parameters: the correction of the scores that choose experts."""
-    keys = units(config)
-    return {f"model.layers.{i}.mixer.{CORRECTION}": (keys[f"experts.{i}"],) for i in layers_of(config, "E")}
 
 
 def kept_state(config) -> dict[str, Layout]:

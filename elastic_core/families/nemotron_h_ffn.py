@@ -23,7 +23,7 @@ from elastic_core.layers import add_parameters, part_of
 from elastic_core.layout import Fixed, Layout, Units
 from elastic_core.ops.activation import relu_squared
 
-CORRECTION = "gate.e_score_correction_bias"  # a buffer: added to scores where experts are chosen, and never trained
+CORRECTION = "gate.e_score_correction_bias"  # of scores where experts are chosen: transformers' buffer, never trained
 
 
 def moe_requirements(config) -> list[tuple[bool, str]]:
@@ -67,6 +67,7 @@ def moe_layout(config, i: int, keys: dict[str, Units]) -> Layout:
     space = Fixed(config.moe_latent_size) if has_latent else hidden
     layout = {
         "gate.weight": (experts, hidden),
+        CORRECTION: (experts,),
         "experts.up_proj": (experts, ffn, space),
         "experts.down_proj": (experts, space, ffn),
     }
