@@ -7,7 +7,7 @@ import torch
 from parents import random_config, random_submodel
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, Submodel
+from elastic_core import Submodel
 from elastic_core.cost import PARAMETERS, expected_cost, num_parameters
 
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
