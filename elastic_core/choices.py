@@ -13,6 +13,7 @@ from elastic_core.cost import PARAMETERS, Metric, expected_cost
 from elastic_core.layout import AXES
 from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
 
+EXPERT_ROW = 8  # numbers in bfloat16, 16 bytes, of which a row of an expert's matrices has to be a multiple
 FIELDS = {**{axis: name for name, axis in WIDTHS.items()}, "depth": "depth"}  # axis → name in the configuration
 
 
@@ -175,9 +176,22 @@ class ElasticSpace:
         return Submodel(**fields).resolve(self.config)
 
 
+def _check_rows_of_experts(config, choices: Choices, where: str) -> None:
+    """Raise ConfigError where transformers' grouped products take the parent's experts, but not a member's."""
+    of_experts = {"moe_intermediate_size": config.moe_intermediate_size}
+    if getattr(config, "moe_latent_size", None) is None:
+        of_experts["hidden_size"] = config.hidden_size
+    for name, full in of_experts.items():
+        for size in getattr(choices, name) or ():
+            allowed = f"multiples of {EXPERT_ROW}, or transformers' grouped products over experts refuse the model"
+            require(full % EXPERT_ROW != 0 or size % EXPERT_ROW == 0, f"{where}.{name}", size, allowed)
+
+
 def _check_expressible(config, choices: Choices, where: str) -> None:
     """Raise ConfigError where the router could choose what no directory of the parent's family can say."""
     family = families.of(config)
+    if families.has_experts(config):
+        _check_rows_of_experts(config, choices, where)
     if family.MODELING_FILE is None:
         for name in choices.heterogeneous:
             require(

@@ -49,7 +49,8 @@ LARGE = NemotronHConfig(  # 30B-A3B
 
 def load(directory, dtype=torch.float32):
     """The directory as transformers has it; its grouped products take no rows of odd sizes."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager").eval()
+    options = {"experts_implementation": "eager", "trust_remote_code": True}
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options).eval()
 
 
 def one_hot_gates(config, submodel):
@@ -184,6 +185,19 @@ def test_experts_in_one_tensor_are_read_too(tmp_path):
         ElasticModel.from_pretrained(tmp_path / "parent")
 
 
+@pytest.mark.parametrize("heterogeneous", ["pad", "remote_code"])
+def test_mlps_of_several_widths_beside_experts(tmp_path, heterogeneous):
+    """transformers puts no experts together for the class of a modeling file, unless that file tells it to."""
+    config = random_moe_config(0)
+    config.layers_block_type = ["mlp", "moe", "full_attention", "mlp"]
+    save_random_parent(tmp_path / "parent", 0, config)
+    model, ids = ElasticModel.from_pretrained(tmp_path / "parent"), random_ids(config, 0)
+    submodel = Submodel(intermediate_size=(12, 8), num_experts=config.n_routed_experts - config.n_group)
+    extract(tmp_path / "parent", submodel, tmp_path / "model", heterogeneous)
+    with torch.no_grad():
+        assert relative_error(model(ids, submodel), load(tmp_path / "model")(ids, use_cache=False).logits) < 1e-5
+
+
 # Counts
 
 
@@ -257,6 +271,9 @@ def test_choices_that_routing_cannot_do_are_refused():
     for sizes in ((15, 14), (15, 6), (12, 9)):
         with pytest.raises(ConfigError, match=r"choices\.num_experts: .*own 15, in multiples of 3, 9 or more"):
             ElasticSpace(config, Choices(num_experts=sizes), layers)
+    config.moe_intermediate_size = 16
+    with pytest.raises(ConfigError, match=r"choices\.moe_intermediate_size: got 12; allowed: multiples of 8"):
+        ElasticSpace(config, Choices(moe_intermediate_size=(16, 12)), layers)
     with pytest.raises(ConfigError, match="heterogeneous: got 'num_experts'; allowed: intermediate_size"):
         Choices(heterogeneous=("num_experts",)).check()
     with pytest.raises(ValueError, match=r"num_experts: got \(15, 12\); allowed: one size for the whole model"):
