@@ -109,7 +109,7 @@ def notes(plan: dict) -> list[str]:
     lines.append(f"layers: dropped {plan['assumption']['dropped']}, for their ranking is not known yet")
     for name, low, high in ranges:
         if low < high:
-            costs = f"{low:,.0f} to {high:,.0f} parameters"
+            costs = f"{low:,.0f} to {high:,.0f} {plan['counted'].replace('_', ' ')}"
             if plan["memory"] is not None:
                 costs = f"{mebibytes(low)} to {mebibytes(high)} MiB"
             lines.append(f"        {name} of these sizes: {costs}, by which layers go")

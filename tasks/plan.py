@@ -39,7 +39,7 @@ def plan_profile(
 def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict:
     """The whole plan, as plain values; `source` says where the parent's `config` is from.
 
-    Costs are in what budgets are counted in: parameters, or bytes where `memory` is there. Raises ConfigError for a
+    Costs are in what budgets are `counted` in: parameters, or bytes where `memory` is there. Raises ConfigError for a
     budget that no combination of `choices` meets, and for workers that cannot be grouped.
     """
     targets, metric, pieces = resolve(settings, config), settings.metric, {}
@@ -50,6 +50,7 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict
     rank = describe_rank(config, hardware)
     return {
         "parent": {"config": source, "cost": full, **member(config, Submodel())},
+        "counted": metric.name,
         "memory": {"setting": metric.setting} if isinstance(metric, Memory) else None,
         "assumption": assumption,
         "budgets": {

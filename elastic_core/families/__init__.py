@@ -12,6 +12,8 @@ A family is a table of named dimensions and the forward of its layers. Its modul
 - `Block(config, layer, layout)`: a layer, `forward(x, cut)`.
 - `mixing_flops(config, sizes, kept, length, on_gpu)`: operations that multiply no weights (flops.py);
   `scan_block(config, layer, sequences)`: how a layer's scan is cut into pieces of work, or None (memory.py).
+- Experts: a stack (experts.i, rows, columns) in the table is a matrix per expert in files (experts.py), and of it a
+  token uses `config.num_experts_per_tok`; nothing else is to be said of them.
 - `canonical_name(name)` of a tensor in a file (None: left out), `disk_name(name)` of a parameter, and
   `file_values(values)`: what config.json says besides.
 - `config_changes(config, kept_layers, widths)` of a submodel, where a list has an entry per kept layer;
