@@ -1,7 +1,7 @@
 """Experts in files: a matrix each, under a number, where a model holds those of a layer in one tensor (E, out, in).
 
-So transformers writes them, and so checkpoints in the wild hold them: ``mixer.experts.7.up_proj.weight`` is
-``mixer.experts.up_proj[7]``. A file that holds the whole tensor under the model's own name is read as well.
+So transformers writes them, and so checkpoints in the wild hold them: ``experts.7.up_proj.weight`` is
+``experts.up_proj[7]``. A file that holds the whole tensor under the model's own name is read as well.
 """
 
 from __future__ import annotations
