@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elastic_core.config import ConfigError, require
-from elastic_core.cost import PARAMETERS, Memory, Metric, exact_cost
+from elastic_core.cost import ACTIVE_PARAMETERS, PARAMETERS, Memory, Metric, Parameters, exact_cost
 from elastic_core.latency import TIMED, Latency, Throughput, Timed
 from elastic_core.latency_table import REMEDY, Table
 
@@ -25,11 +25,13 @@ BYTES = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
 BYTES |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 MILLISECONDS = {"MS/TOKEN": 1, "S/TOKEN": 1000}
 RATE = "TOKENS/S"
+COUNTED = (
+    ("parameters",),
+    "a share or a count of parameters; for bytes, set cost: {metric: memory}, for time {metric: latency}",
+)
 OWN_KINDS = {
-    "parameters": (
-        ("parameters",),
-        "a share or a count of parameters; for bytes, set cost: {metric: memory}, for time {metric: latency}",
-    ),
+    "parameters": COUNTED,
+    "active_parameters": COUNTED,
     "memory": (("bytes",), "a share of the parent's memory, or bytes, as long as cost.metric is memory"),
     "latency": (tuple(TIMED), "a share of the parent's latency, or time, as long as cost.metric is latency"),
     "throughput": (
@@ -78,7 +80,7 @@ class Budget:
         if self.kind in TIMED:
             return self._timed(own, where)
         if self.kind != "bytes":
-            return own if self.kind == "share" else PARAMETERS
+            return own if self.kind == "share" or isinstance(own, Parameters) else PARAMETERS
         said = {name: value for name in ("context", "batch") if (value := getattr(self, name)) is not None}
         if isinstance(own, Memory):
             return dataclasses.replace(own, **said)
@@ -113,7 +115,7 @@ class Cost:
     in the table.
     """
 
-    metric: Literal["parameters", "memory", "latency", "throughput"] = "parameters"
+    metric: Literal["parameters", "active_parameters", "memory", "latency", "throughput"] = "parameters"
     context: int | None = None
     batch: int | None = None
     weights: str | None = None
@@ -181,8 +183,8 @@ def family_metric(cost: Cost, budgets: Mapping[str, Spelling]) -> Metric:
     Raises ConfigError for a budget that is counted in something else, and for settings that do not agree.
     """
     said = family_setting(cost, budgets)
-    if cost.metric == "parameters":
-        return PARAMETERS
+    if cost.metric in ("parameters", "active_parameters"):
+        return PARAMETERS if cost.metric == "parameters" else ACTIVE_PARAMETERS
     if cost.metric in TIMED:
         table = Table.load(cost.table)
         batch = said.get("batch", table.batch)

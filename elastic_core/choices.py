@@ -13,6 +13,7 @@ from elastic_core.cost import PARAMETERS, Metric, expected_cost
 from elastic_core.layout import AXES
 from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
 
+EXPERT_ROW = 8  # numbers in bfloat16, 16 bytes, of which a row of an expert's matrices has to be a multiple
 FIELDS = {**{axis: name for name, axis in WIDTHS.items()}, "depth": "depth"}  # axis → name in the configuration
 
 
@@ -20,7 +21,8 @@ FIELDS = {**{axis: name for name, axis in WIDTHS.items()}, "depth": "depth"}  # 
 class Choices:
     """Kept sizes per axis, largest first, the first being the parent's own; None keeps the parent's size.
 
-    `depth` holds numbers of layers, taken from the depth ranking. Axes named in `heterogeneous` (intermediate_size,
+    `depth` holds numbers of layers, taken from the depth ranking. `num_experts` are the routed ones of every layer that
+    has experts, `moe_intermediate_size` the width of each of them. Axes named in `heterogeneous` (intermediate_size,
     mamba_num_heads, num_attention_heads) choose per layer, all others once for the whole model.
     """
 
@@ -29,6 +31,9 @@ class Choices:
     mamba_num_heads: tuple[int, ...] | None = None
     mamba_head_dim: tuple[int, ...] | None = None
     num_attention_heads: tuple[int, ...] | None = None
+    num_experts: tuple[int, ...] | None = None
+    moe_intermediate_size: tuple[int, ...] | None = None
+    moe_shared_expert_intermediate_size: tuple[int, ...] | None = None
     depth: tuple[int, ...] | None = None
     heterogeneous: tuple[str, ...] = ()
 
@@ -79,15 +84,17 @@ class ElasticSpace:
     def _slots(self, axis: str, choices: Choices, where: str) -> list[Slot]:
         field = FIELDS[axis]
         if axis == "depth":
-            full, keys, groups = families.num_layers(self.config), ("depth",), 1
+            full, keys, groups, least = families.num_layers(self.config), ("depth",), 1, 1
         else:
             keys = tuple(keys_of(self.units, axis))
             if not keys:  # the parent has no such layers
                 return []
-            full, groups = self.units[keys[0]].size, self.units[keys[0]].groups
+            units = self.units[keys[0]]
+            full, groups, least = units.size, units.groups, units.least
         sizes = getattr(choices, field) or (full,)
         multiples = f", in multiples of {groups}" if groups > 1 else ""
-        valid = all(1 <= size <= full and size % groups == 0 for size in sizes)
+        multiples += f", {least} or more" if least > 1 else ""
+        valid = all(least <= size <= full and size % groups == 0 for size in sizes)
         if sizes[0] != full or list(sizes) != sorted(set(sizes), reverse=True) or not valid:
             raise ConfigError(
                 f"{where}.{field}: got {list(sizes)}; allowed: different sizes, largest first, "
@@ -179,9 +186,22 @@ class ElasticSpace:
         return Submodel(**fields).resolve(self.config)
 
 
+def _check_rows_of_experts(config, choices: Choices, where: str) -> None:
+    """Raise ConfigError where transformers' grouped products take the parent's experts, but not a member's."""
+    of_experts = {"moe_intermediate_size": config.moe_intermediate_size}
+    if getattr(config, "moe_latent_size", None) is None:
+        of_experts["hidden_size"] = config.hidden_size
+    for name, full in of_experts.items():
+        for size in getattr(choices, name) or ():
+            allowed = f"multiples of {EXPERT_ROW}, or transformers' grouped products over experts refuse the model"
+            require(full % EXPERT_ROW != 0 or size % EXPERT_ROW == 0, f"{where}.{name}", size, allowed)
+
+
 def _check_expressible(config, choices: Choices, where: str) -> None:
     """Raise ConfigError where the router could choose what no directory of the parent's family can say."""
     family = families.of(config)
+    if families.has_experts(config):
+        _check_rows_of_experts(config, choices, where)
     if family.MODELING_FILE is None:
         for name in choices.heterogeneous:
             require(

@@ -20,7 +20,7 @@ from torch import Tensor
 from elastic_core import families
 from elastic_core.config import require
 from elastic_core.latency import Timed, read_timed
-from elastic_core.layout import Concat, Fixed, Layout, Units, count, layer_index
+from elastic_core.layout import Concat, Fixed, Layout, Product, Units, count, is_matrix, is_stack, layer_index
 from elastic_core.submodel import Submodel
 
 # Bytes per element. fp4 has a scale of one byte for every 16 elements (NVFP4); the scales of fp8 and int8, one for a
@@ -55,6 +55,23 @@ class Parameters:
     def to_json(self) -> str | dict:
         """What `read_metric` reads."""
         return self.name
+
+
+@dataclass(frozen=True)
+class ActiveParameters(Parameters):
+    """The number of parameters that one token uses: of routed experts as many as it is sent to, of all else all.
+
+    So it is less in narrower experts, but not in fewer of them, save for their rows of the router.
+    """
+
+    name: ClassVar = "active_parameters"
+
+    def count(self, config, sizes: Mapping, keep: Callable[[int], object]):
+        return count(families.active_layout(config), sizes, keep)
+
+    def text(self, cost: float) -> str:
+        """A cost for people, with its unit."""
+        return f"{cost:,.0f} active parameters"
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,7 @@ class Memory:
     def parts(self, config, sizes: Mapping, keep: Callable[[int], object]) -> dict:
         """Bytes by reason: weights, kv_cache, ssm_state, conv_state, activations."""
         layout = families.parameter_layout(config)
-        matrices = {name: dims for name, dims in layout.items() if len(dims) == 2 and layer_index(name) is not None}
+        matrices = {name: dims for name, dims in layout.items() if is_matrix(dims) and layer_index(name) is not None}
         rest = {name: dims for name, dims in layout.items() if name not in matrices}
         kept = cache_layouts(config, self.batch, self.context)
         types = {"kv_cache": self.cache, "ssm_state": self.state, "conv_state": self.conv_state}
@@ -118,7 +135,7 @@ class Memory:
         tokens = max(self.batch, min(self.chunk, self.batch * self.context))
         layers = (
             PRECISIONS[self.activations] * tokens * alive.count(sizes) * keep(layer)
-            for layer, alive in alive_per_token(families.units(config)["hidden"], layout).items()
+            for layer, alive in alive_per_token(config, layout).items()
         )
         return functools.reduce(_larger, layers, PRECISIONS["float32"] * self.batch * config.vocab_size)
 
@@ -142,13 +159,14 @@ class Memory:
 
 
 Metric = Parameters | Memory | Timed
-PARAMETERS = Parameters()
+PARAMETERS, ACTIVE_PARAMETERS = Parameters(), ActiveParameters()
 
 
 def read_metric(value: str | dict) -> Metric:
     """The metric of an ``elastic.json``. Raises ValueError for one that a later version may know."""
-    if value == Parameters.name:
-        return PARAMETERS
+    for metric in (PARAMETERS, ACTIVE_PARAMETERS):
+        if value == metric.name:
+            return metric
     try:
         fields = dict(value)
         if fields.pop("metric") == Memory.name:
@@ -156,7 +174,10 @@ def read_metric(value: str | dict) -> Metric:
         return read_timed(value)
     except (TypeError, ValueError, KeyError):
         pass
-    raise ValueError(f"cost: got {value!r}; allowed: parameters, or the fields of metric memory, latency or throughput")
+    raise ValueError(
+        f"cost: got {value!r}; allowed: parameters, active_parameters, or the fields of metric memory, latency or "
+        "throughput"
+    )
 
 
 def exact_cost(metric: Metric, config, submodel: Submodel | None = None) -> int | float:
@@ -174,8 +195,16 @@ def expected_cost(metric: Metric, config, sizes: Mapping[str, Tensor], keep_prob
 
 
 def num_parameters(config, submodel: Submodel | None = None) -> int:
-    """Number of parameters of `submodel` (None: the parent), equal to sum(p.numel()) of the extracted model."""
+    """Number of parameters of `submodel` (None: the parent), equal to what the files of the extracted model hold.
+
+    That is sum(p.numel()), and of mixtures of experts the correction of the router's scores, transformers' one buffer.
+    """
     return exact_cost(PARAMETERS, config, submodel)
+
+
+def num_active_parameters(config, submodel: Submodel | None = None) -> int | None:
+    """Number of parameters of `submodel` (None: the parent) that one token uses; None where that is all of them."""
+    return exact_cost(ACTIVE_PARAMETERS, config, submodel) if families.has_experts(config) else None
 
 
 def memory_parts(metric: Memory, config, submodel: Submodel | None = None) -> dict[str, int | float]:
@@ -200,13 +229,18 @@ def cache_layouts(config, batch: int, context: int) -> dict[str, Layout]:
     return kept
 
 
-def alive_per_token(hidden: Units, layout: Layout) -> dict[int, Concat]:
-    """By layer, the numbers that are there at once for a token: twice the hidden size, and each matrix's other side."""
-    alive: dict[int, list] = {}
+def alive_per_token(config, layout: Layout) -> dict[int, Concat]:
+    """By layer, the numbers that are there at once for a token: twice the hidden size, and each matrix's other side.
+
+    Of routed experts, what each of them that the token is sent to writes with each of its matrices.
+    """
+    hidden, alive = families.units(config)["hidden"], {}
     for name, dims in layout.items():
         if (layer := layer_index(name)) is not None:
             sides = alive.setdefault(layer, [hidden, hidden])
-            if len(dims) == 2:
+            if is_stack(dims):
+                sides.append(Product((Fixed(config.num_experts_per_tok), dims[1])))
+            elif len(dims) == 2:
                 sides += [dim for dim in dims if not (isinstance(dim, Units) and dim.key == hidden.key)]
     return {layer: Concat(tuple(sides)) for layer, sides in alive.items()}
 

@@ -12,15 +12,17 @@ from torch.autograd.function import once_differentiable
 
 from elastic_core.layout import Dim, Layout, kept_rows, take
 
-Observer = Callable[[str, Tensor, Tensor | None], None]
+Observer = Callable[[str, Tensor, Tensor | None, Tensor | None], None]
 
 
 class Cut:
     """Sizes of every unit key, kept layers, and optional gates and observer.
 
     `gates` maps unit keys to a multiplier per kept unit, or one for all (shape (size,) or ()), and ``depth`` to one
-    per parent layer (layers,). `observe(key, activation, writes)` sees the activations that width importance scores;
-    `writes` is the matrix (hidden, inputs) by which the activation is written to the residual stream, or None.
+    per parent layer (layers,). `observe(key, activation, writes, owners)` sees the activations that width importance
+    scores, (B, L, units...); `writes` is the matrix (hidden, inputs) by which the activation is written to the residual
+    stream, or None. Of neurons of experts it sees (N, neurons), `writes` (E, out, neurons), and the expert of each row,
+    `owners` (N,), else None.
     """
 
     def __init__(
@@ -94,9 +96,13 @@ class Cut:
             self._num_live[key] = self.gate(key).sum()
         return self._num_live[key]
 
-    def observe(self, key: str, activation: Tensor, writes: Tensor | None = None) -> None:
+    @property
+    def is_observed(self) -> bool:
+        return self._observe is not None
+
+    def observe(self, key: str, activation: Tensor, writes: Tensor | None = None, owners: Tensor | None = None) -> None:
         if self._observe is not None:
-            self._observe(key, activation, writes)
+            self._observe(key, activation, writes, owners)
 
 
 class _Gated(torch.autograd.Function):

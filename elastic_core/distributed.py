@@ -188,8 +188,11 @@ def place(
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """What is sharded and multiplied in low precision: the weights of embeddings, projections and head."""
-    return parameter.dim() == 2
+    """What is sharded and multiplied in low precision: the weights of embeddings, projections, experts and head.
+
+    Of three dimensions there is also a convolution's kernel, which has 1 in the middle.
+    """
+    return parameter.dim() == 2 or (parameter.dim() == 3 and parameter.shape[1] > 1)
 
 
 def matrices_to_(model: nn.Module, dtype: torch.dtype) -> None:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from elastic_core import hf
 from elastic_core.budgets import parse
-from elastic_core.cost import PARAMETERS, Metric, exact_cost, num_parameters, read_metric
+from elastic_core.cost import (
+    PARAMETERS,
+    Metric,
+    exact_cost,
+    num_active_parameters,
+    num_parameters,
+    read_metric,
+)
 from elastic_core.submodel import Submodel, full_submodel
 
 FILE = "elastic.json"
@@ -37,6 +44,7 @@ def write(
         name: {
             "target": member.target,
             "num_parameters": num_parameters(config, member.submodel),
+            **_active(config, member.submodel),
             "submodel": member.submodel.to_dict(),
         }
         for name, member in members.items()
@@ -44,10 +52,17 @@ def write(
     content = {
         "cost": metric.to_json(),
         "parent_num_parameters": num_parameters(config),
+        **{f"parent_{name}": number for name, number in _active(config).items()},
         "budgets": entries,
         "path": [submodel.to_dict() for submodel in path],
     }
     (Path(directory) / FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _active(config, submodel: Submodel | None = None) -> dict[str, int]:
+    """What one token uses of the parameters, where that is not all of them."""
+    active = num_active_parameters(config, submodel)
+    return {} if active is None else {"num_active_parameters": active}
 
 
 def read(directory: str | os.PathLike) -> dict:
@@ -62,8 +77,9 @@ def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel
     """The submodel for a budget: a trained budget's name, or a target that need not have been trained.
 
     A target is a fraction of the parent's cost in the family's metric (0.75), an absolute number of parameters (9e9,
-    "9B", "1.2M"), or bytes of memory ("16GiB@128k×8", see `elastic_core.budgets`), whatever the family was trained
-    for. It is served by the nested submodel that is nearest in what is asked for, trained or in between.
+    "9B", "1.2M"; of active ones where that is the family's metric), or bytes of memory ("16GiB@128k×8", see
+    `elastic_core.budgets`), whatever the family was trained for. It is served by the nested submodel that is nearest in
+    what is asked for, trained or in between.
     """
     content = read(directory)
     if budget in content["budgets"]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_core import elastic_checkpoint, families, hf
+from elastic_core.experts import is_stacked, matrices, matrix_name
 from elastic_core.layout import kept_rows, layer_index, layer_of
 from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
 from elastic_core.tensor_files import Entry, Stored
@@ -72,10 +73,16 @@ def _cut_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dict[s
         if layer is not None and layer not in number:
             continue
         shape = tuple(dim.count(final) for dim in dims)
-        cut = CutTensor(reader.stored(name), [kept_rows(dim, sizes) for dim in dims], shape, dtype)
+        stored, kept = reader.stored(name), [kept_rows(dim, sizes) for dim in dims]
         if layer is not None:
             name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
-        tensors[disk_name(name)] = cut
+        if is_stacked(name):
+            experts = range(kept[0]) if isinstance(kept[0], int) else kept[0].tolist()
+            for i, expert in enumerate(experts):
+                cut = CutTensor(matrices(stored)[expert], kept[1:], shape[1:], dtype)
+                tensors[disk_name(matrix_name(name, i))] = cut
+        else:
+            tensors[disk_name(name)] = CutTensor(stored, kept, shape, dtype)
     return tensors
 
 

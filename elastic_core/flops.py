@@ -1,8 +1,9 @@
 """Floating-point operations of training, counted from the layout; a product of (m, k) and (k, n) is 2·m·k·n of them.
 
-Per token, of matrices that are multiplied: 2 forward and 4 backward for every number in them. Embeddings are looked up,
-and count only where they are the head too. What multiplies no weights is as `ops.flops` says: norms of the hidden
-channels here, and what layers mix tokens with by their family's `mixing_flops`.
+Per token, of matrices that are multiplied: 2 forward and 4 backward for every number in them; of experts, in those that
+a token is sent to. Embeddings are looked up, and count only where they are the head too. What multiplies no weights is
+as `ops.flops` says: norms of the hidden channels here, and what layers mix tokens with by their family's
+`mixing_flops`.
 
 What does not multiply matrices (activations, gates, softmax, convolution, optimizer) is not counted: torch's own
 counter, `torch.utils.flop_counter`, says the same number, exactly.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 
 from elastic_core import families
-from elastic_core.layout import Fixed, Layout, layer_index
+from elastic_core.layout import Fixed, Layout, is_matrix, layer_index
 from elastic_core.ops.flops import Flops, norm_flops
 from elastic_core.submodel import Submodel, full_submodel
 
@@ -29,16 +30,17 @@ def pass_flops(config, length: int, submodel: Submodel | None = None, on_gpu: bo
     for name, dims in multiplied(config).items():
         layer, count = layer_index(name), math.prod(dim.count(sizes) for dim in dims)
         if layer is None or layer in kept:
-            total += Flops(2, 4) * (length * count) if len(dims) == 2 else norm_flops(length, count)
+            total += norm_flops(length, count) if len(dims) == 1 else Flops(2, 4) * (length * count)
     return total
 
 
 def multiplied(config) -> Layout:
     """The matrices that tokens are multiplied with, and the weights of norms over hidden or inner channels."""
-    family, layout = families.of(config), families.parameter_layout(config)
+    family, layout = families.of(config), families.active_layout(config)
     looked_up = f"model.{family.EMBEDDINGS}.weight" if "lm_head.weight" in layout else None  # tied: they are the head
     final_norm = f"model.{family.FINAL_NORM}.weight"
-    matrices = {name: dims for name, dims in layout.items() if len(dims) == 2 and name != looked_up}
+    multiplied = {name for name, dims in families.parameter_layout(config).items() if is_matrix(dims)} - {looked_up}
+    matrices = {name: layout[name] for name in layout if name in multiplied}
     norms = {
         name: dims
         for name, dims in layout.items()

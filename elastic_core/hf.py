@@ -1,16 +1,19 @@
 """Configurations and tensors to and from Hugging Face directories, under the names of their families (families/)."""
 
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from elastic_core import families, storage, tensor_files
+from elastic_core.experts import StoredStack, is_stacked, matrix_name, place_in_stack
 from elastic_core.submodel import PER_LAYER
 from elastic_core.tensor_files import Entry, Rows, Stored
 
@@ -61,7 +64,10 @@ def check_config(config, where: str = "config"):
 
 
 class TensorReader:
-    """Lazy access to the tensors of a directory's safetensors files, by canonical name."""
+    """Lazy access to the tensors of a directory's safetensors files, by canonical name.
+
+    `files[name]` is where a tensor lies: file and name there; `stacks[name]` the same of every expert (experts.py).
+    """
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = Path(directory)
@@ -77,20 +83,53 @@ class TensorReader:
         canonical_name = families.find(model_type, str(directory)).canonical_name
         named = ((canonical_name(name), (file, name)) for name, file in files.items())
         self.files = {name: found for name, found in named if name is not None}
+        self.stacks = self._take_stacks()
         self._headers: dict[str, dict[str, Stored]] = {}
 
+    def _take_stacks(self) -> dict[str, list[tuple[str, str]]]:
+        """The experts' matrices out of `files`, by the tensor that they make together, in order."""
+        found: dict[str, dict[int, tuple[str, str]]] = {}
+        for name in list(self.files):
+            if (place := place_in_stack(name)) is not None:
+                found.setdefault(place[0], {})[place[1]] = self.files.pop(name)
+        for name, experts in found.items():
+            if sorted(experts) != list(range(len(experts))):
+                missing = sorted(set(range(max(experts))) - set(experts))
+                raise ValueError(f"{self.directory}: {name} lacks experts {missing[:5]}; copy the model again")
+        return {name: [experts[i] for i in range(len(experts))] for name, experts in found.items()}
+
     def __contains__(self, name: str) -> bool:
-        return name in self.files
+        return name in self.files or name in self.stacks
+
+    def all_files(self) -> list[str]:
+        """The files that hold the tensors."""
+        found = [*self.files.values(), *itertools.chain.from_iterable(self.stacks.values())]
+        return sorted({file for file, _ in found})
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """One tensor, mapped from its file, or some of its first dimension's rows: no others are read."""
+        if name in self.stacks:
+            experts = [self._open(file, stored) for file, stored in self.stacks[name][rows or slice(None)]]
+            entry = self.stored(name).entry
+            return torch.stack(experts) if experts else torch.empty((0, *entry.shape[1:]), dtype=entry.dtype)
         file, stored = self.files[name]
         with tensor_files.open_checked(self.directory / file) as handle:
             return handle.get_tensor(stored) if rows is None else handle.get_slice(stored)[rows]
 
-    def stored(self, name: str) -> Stored:
+    def _open(self, file: str, stored: str) -> Tensor:
+        with tensor_files.open_checked(self.directory / file) as handle:
+            return handle.get_tensor(stored)
+
+    def stored(self, name: str) -> Stored | StoredStack:
         """Where a tensor lies; ValueError where its file is missing or broken, or does not hold it."""
-        file, stored = self.files[name]
+        if name not in self.stacks:
+            return self._stored(*self.files[name])
+        experts = tuple(self._stored(file, stored) for file, stored in self.stacks[name])
+        if len({expert.entry for expert in experts}) > 1:
+            raise ValueError(f"{self.directory}: the experts of {name} differ in shape or element type")
+        return StoredStack(experts)
+
+    def _stored(self, file: str, stored: str) -> Stored:
         if file not in self._headers:
             self._headers[file] = tensor_files.read_header(self.directory / file)
         if stored not in self._headers[file]:
@@ -99,7 +138,8 @@ class TensorReader:
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless the files hold exactly the named tensors."""
-        missing, unknown = sorted(shapes.keys() - self.files.keys()), sorted(self.files.keys() - shapes.keys())
+        found = self.files.keys() | self.stacks.keys()
+        missing, unknown = sorted(shapes.keys() - found), sorted(found - shapes.keys())
         if missing or unknown:
             raise ValueError(
                 f"{self.directory}: tensors do not match config.json; "
@@ -135,6 +175,23 @@ def write_tensors(
         total = sum(entry.num_bytes for entry in entries.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def disk_entries(name: str, entry: Entry, disk_name: Callable[[str], str]) -> dict[str, Entry]:
+    """The tensors that a parameter is in files, by the names there: itself, or a matrix for each of its experts."""
+    if not is_stacked(name):
+        return {disk_name(name): entry}
+    matrix = Entry(entry.dtype, entry.shape[1:])
+    return {disk_name(matrix_name(name, number)): matrix for number in range(entry.shape[0])}
+
+
+def disk_tensors(name: str, tensor: Tensor, disk_name: Callable[[str], str]) -> Iterator[tuple[str, Tensor]]:
+    """A parameter's tensors as `disk_entries` names them."""
+    if not is_stacked(name):
+        yield disk_name(name), tensor
+    else:
+        for number, matrix in enumerate(tensor):
+            yield disk_name(matrix_name(name, number)), matrix
 
 
 def write_config(directory: Path, config, **changes) -> None:

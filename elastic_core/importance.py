@@ -32,8 +32,9 @@ MEASURES = ("projection", "written")
 class Ranking:
     """Scores and orders of every unit key, and the layers from the most to the least important.
 
-    `scores[key]` and `orders[key]` have the full size of the key; an order lists units by decreasing importance,
-    group by group where the key has groups. `depth_scores[layer]` is the score at which a layer was removed.
+    `scores[key]` and `orders[key]` have the full size of the key, ``expert_ffn`` a row per expert; an order lists units
+    by decreasing importance, group by group where the key has groups. `depth_scores[layer]` is the score at which a
+    layer was removed.
     """
 
     scores: dict[str, Tensor]
@@ -114,23 +115,37 @@ def score_widths(
     reduce=lambda sums: sums,
     measure="projection",
 ) -> dict[str, Tensor]:
-    """Importance of every unit of every width, float64, keyed by unit key."""
+    """Importance of every unit of every width, float64, keyed by unit key.
+
+    An expert's activation is its routing weight times the norm of what it says (in the latent space, where experts work
+    in one), by either measure; its neurons' are the first projection's output, or what the neuron adds to what the
+    expert says, times the routing weight, of the tokens sent there.
+    """
     transform, finish = AGGREGATIONS[aggregation]
     units = elastic_units(model.layout)
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def observe(key: str, activation: Tensor, writes: Tensor | None) -> None:
-        if key != "hidden" and (writes is not None) != (measure == "written"):
+    def observe(key: str, activation: Tensor, writes: Tensor | None, owners: Tensor | None) -> None:
+        is_same = key == "hidden" or key.startswith("experts.")  # by either measure
+        if not is_same and (writes is not None) != (measure == "written"):
             return
-        if writes is not None:
+        if writes is not None and owners is not None:
+            activation = activation.double() * writes.double().norm(dim=1)[owners]
+        elif writes is not None:
             parts = [units[key].size] if key in units else mamba_sizes(units, key)
             activation = written(activation, writes, math.prod(parts)).unflatten(-1, parts)
         elif key.startswith("attention_heads"):
             activation = activation.norm(dim=-1)  # (B, L, A, head_dim) → magnitude per head
-        total = transform(activation.double()).sum((0, 1))
+        values = transform(activation.double())
+        if owners is None:
+            total, count = values.sum((0, 1)), activation.shape[0] * activation.shape[1]
+        else:  # (N, neurons), the rows by expert
+            num_experts = units[key.replace("expert_ffn", "experts")].size
+            total = values.new_zeros(num_experts, values.shape[1]).index_add(0, owners, values)
+            count = len(owners)
         totals[key] = totals[key] + total if key in totals else total
-        counts[key] = counts.get(key, 0) + activation.shape[0] * activation.shape[1]
+        counts[key] = counts.get(key, 0) + count
 
     cut = model.cut(observe=observe)
     for done, input_ids in enumerate(batches, 1):
@@ -179,7 +194,9 @@ def score_mamba(s: Tensor, top_channels: int | None = None) -> tuple[Tensor, Ten
 
 
 def order_units(units: Units, score: Tensor) -> Tensor:
-    """Units by decreasing score, each group's in the group's own places."""
+    """Units by decreasing score, each group's in the group's own places; of a row per expert, each row's."""
+    if score.dim() == 2:
+        return score.argsort(dim=1, descending=True, stable=True)
     grouped = score.view(units.groups, -1)
     order = grouped.argsort(dim=1, descending=True, stable=True)
     return (order + torch.arange(units.groups)[:, None] * grouped.shape[1]).flatten()
@@ -198,8 +215,11 @@ def sort_(model: ElasticModel, ranking: Ranking) -> ElasticModel:
                 f"ranking: key {key!r} is not in this model; rank it again with this model's configuration"
             )
         groups = torch.arange(units[key].size) // (units[key].size // units[key].groups)
-        is_permutation = torch.equal(order.sort().values, torch.arange(units[key].size))
-        if not is_permutation or not torch.equal(groups[order], groups):
+        rows = (units[key.replace("expert_ffn", "experts")].size,) if order.dim() == 2 else ()  # neurons of experts
+        shape = (*rows, units[key].size)
+        all_units = torch.arange(units[key].size).expand(shape)
+        is_permutation = order.shape == shape and torch.equal(order.sort().values, all_units)
+        if not is_permutation or not torch.equal(groups[order], groups.expand(shape)):
             raise ValueError(f"ranking: the order of {key!r} is not a permutation within the groups of this model")
     for name, parameter in model.named_parameters():
         parameter.copy_(permute(parameter, model.layout[name], ranking.orders))

@@ -5,8 +5,9 @@ slicing, extraction, parameter counts and nestedness are all readings of that on
 order is written anywhere else.
 
 A *unit key* names one elastic width: ``hidden`` for the whole model, and per parent layer i ``ffn.i``,
-``mamba_heads.i``, ``mamba_channels.i`` and ``attention_heads.i``. *Sizes* map unit keys to kept sizes; a *pick* maps
-unit keys to the kept units themselves, in the order in which they are to stand.
+``mamba_heads.i``, ``mamba_channels.i``, ``attention_heads.i``, ``experts.i``, ``expert_ffn.i`` (neurons of every routed
+expert) and ``shared_ffn.i``. *Sizes* map unit keys to kept sizes; a *pick* maps unit keys to the kept units themselves,
+in the order in which they are to stand.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-AXES = ("hidden", "ffn", "mamba_heads", "mamba_channels", "attention_heads", "depth")
+AXES = (
+    *("hidden", "ffn", "mamba_heads", "mamba_channels", "attention_heads"),
+    *("experts", "expert_ffn", "shared_ffn", "depth"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,15 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Units:
-    """The units of one elastic width. With `groups`, units stand group by group and every group keeps as many."""
+    """The units of one elastic width. With `groups`, units stand group by group and every group keeps as many.
+
+    `least`: the fewest that a model can do with, a multiple of `groups`.
+    """
 
     key: str
     size: int
     groups: int = 1
+    least: int = 1
 
     def leaves(self) -> Iterator[Units]:
         yield self
@@ -120,6 +128,16 @@ def layer_of(key: str) -> int | None:
     return int(layer) if layer else None
 
 
+def is_stack(dims: tuple[Dim, ...]) -> bool:
+    """Whether a parameter holds a matrix for each of a layer's experts: (experts, rows, columns)."""
+    return len(dims) == 3 and isinstance(dims[0], Units) and dims[0].key.startswith("experts.")
+
+
+def is_matrix(dims: tuple[Dim, ...]) -> bool:
+    """Whether tokens are multiplied with a parameter: a matrix or a stack of them, and no convolution's kernel."""
+    return len(dims) == 2 or is_stack(dims)
+
+
 def elastic_units(layout: Layout) -> dict[str, Units]:
     """Every unit key of a layout with its full size and groups, in the order of first use."""
     return {leaf.key: leaf for dims in layout.values() for dim in dims for leaf in dim.leaves()}
@@ -161,10 +179,18 @@ def take(tensor: Tensor, rows_of_axes: Iterable[int | Tensor]) -> Tensor:
 
 
 def permute(tensor: Tensor, dims: tuple[Dim, ...], orders: Mapping[str, Tensor]) -> Tensor:
-    """Reorder every dimension by the rankings of its units; `orders` maps unit keys to permutations."""
+    """Reorder every dimension by the rankings of its units; `orders` maps unit keys to permutations.
+
+    Neurons of experts have an order per expert, (experts, neurons), numbered as before the experts are reordered.
+    """
     for axis, dim in enumerate(dims):
-        if any(leaf.key in orders for leaf in dim.leaves()):
-            tensor = tensor.index_select(axis, dim.rows(orders).to(tensor.device))
+        if isinstance(dim, Units) and dim.key in orders and orders[dim.key].dim() == 2:
+            shape = [-1 if i in (0, axis) else 1 for i in range(len(dims))]
+            tensor = tensor.take_along_dim(orders[dim.key].view(dims[0].size, *shape[1:]).to(tensor.device), axis)
+    one = {key: order for key, order in orders.items() if order.dim() == 1}
+    for axis, dim in enumerate(dims):
+        if any(leaf.key in one for leaf in dim.leaves()):
+            tensor = tensor.index_select(axis, dim.rows(one).to(tensor.device))
     return tensor
 
 

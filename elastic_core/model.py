@@ -107,12 +107,14 @@ class ElasticModel(nn.Module):
     ) -> None:
         """`save_pretrained` with the parameters given one by one, all of the layout's and in its order."""
         parameters, disk_name = dict(self.named_parameters()), families.of(self.config).disk_name
-        entries = {
-            disk_name(name): Entry(parameters[name].dtype, tuple(parameters[name].shape)) for name in self.layout
-        }
+        entries = {}
+        for name in self.layout:
+            entry = Entry(parameters[name].dtype, tuple(parameters[name].shape))
+            entries |= hf.disk_entries(name, entry, disk_name)
+        written = (found for name, rows in tensors for found in hf.disk_tensors(name, rows, disk_name))
         with hf.whole_directory(directory) as partial:
             hf.write_config(partial, self.config, dtype=str(self._any_matrix().dtype).removeprefix("torch."))
-            hf.write_tensors(partial, entries, ((disk_name(name), rows) for name, rows in tensors))
+            hf.write_tensors(partial, entries, written)
             if tokenizer_from is not None:
                 hf.copy_tokenizer(tokenizer_from, partial)
 

@@ -180,7 +180,7 @@ def _set_parameter(model: nn.Module, name: str, weight: Tensor, places: list[Ten
         else:
             for axis, place in enumerate(places):
                 weight = weight if place is None else weight.index_select(axis, place)
-    setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
+    setattr(owner, leaf, weight if leaf in owner._buffers else nn.Parameter(weight, requires_grad=False))
 
 
 def _as_projection(model: nn.Module, name: str, linear: nn.Linear) -> Projection:

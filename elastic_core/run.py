@@ -15,7 +15,7 @@ from elastic_core.cost import PARAMETERS, Metric, exact_cost
 from elastic_core.curriculum import Routing, Stage
 from elastic_core.cut import Cut
 from elastic_core.data import PackedSequences
-from elastic_core.distributed import Ranks, local
+from elastic_core.distributed import Ranks, is_matrix, local
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.model import ElasticModel
 from elastic_core.router import Router
@@ -119,8 +119,8 @@ def make_optimizer(model: ElasticModel, router: Router | None, stage: Stage, rou
     Gradients of what a step does not touch are None, not zero, so a layer that no microbatch of a step ran is moved
     neither by weight decay nor by stale momentum. The first group is what is sharded, the others are whole.
     """
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    plain = [p for p in model.parameters() if p.dim() != 2]
+    decayed = [p for p in model.parameters() if is_matrix(p)]
+    plain = [p for p in model.parameters() if not is_matrix(p)]
     groups = [
         {"params": decayed, "weight_decay": stage.weight_decay, "peak": stage.learning_rate},
         {"params": plain, "weight_decay": 0.0, "peak": stage.learning_rate},

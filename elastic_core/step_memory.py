@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elastic_core.layout import Layout, layer_index
+from elastic_core.layout import Layout, is_matrix, layer_index
 from elastic_core.memory import Pieces
 from elastic_core.model import HEAD
 
@@ -50,7 +50,7 @@ def count_parameters(layout: Layout) -> tuple[int, int]:
     """Numbers in matrices, which are sharded, and in everything else, which is not."""
     counts = [0, 0]
     for dims in layout.values():
-        counts[len(dims) != 2] += math.prod(dim.size for dim in dims)
+        counts[not is_matrix(dims)] += math.prod(dim.size for dim in dims)
     return counts[0], counts[1]
 
 

@@ -17,7 +17,11 @@ WIDTHS = {
     "mamba_num_heads": "mamba_heads",
     "mamba_head_dim": "mamba_channels",
     "num_attention_heads": "attention_heads",
+    "num_experts": "experts",
+    "moe_intermediate_size": "expert_ffn",
+    "moe_shared_expert_intermediate_size": "shared_ffn",
 }
+EXPERTS = ("num_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")  # one size for all layers
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 
 Width = int | tuple[int, ...] | None
@@ -28,8 +32,8 @@ class Submodel:
     """Sizes of one nested model; None stands for the parent's own size.
 
     `kept_layers` are indices into the parent's layers. A width in `PER_LAYER` is an int for all layers, or one entry
-    per parent layer that has it (entries of dropped layers are ignored). A width that the parent's family does not have
-    stays None. Hashable; lists become tuples.
+    per parent layer that has it (entries of dropped layers are ignored). A width that the parent's family does not
+    have, or of experts that the parent does not have, stays None. Hashable; lists become tuples.
     """
 
     hidden_size: int | None = None
@@ -38,6 +42,9 @@ class Submodel:
     mamba_num_heads: Width = None
     mamba_head_dim: int | None = None
     num_attention_heads: Width = None
+    num_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -59,13 +66,13 @@ class Submodel:
         fields = {"kept_layers": kept}
         for name, axis in WIDTHS.items():
             keys = keys_of(units, axis)
-            full = units[keys[0]].size if keys else getattr(config, name, None)
+            full = units[keys[0]].size if keys else _size_without_layers(config, name)
             value = getattr(self, name)
             value = full if value is None else value
             if isinstance(value, tuple):
                 value = self._checked_entries(name, keys, value, kept, full)
             for size in value if isinstance(value, tuple) else (value,):
-                _check_size(name, size, full, units[keys[0]].groups if keys else 1)
+                _check_size(name, size, full, units[keys[0]] if keys else Units(name, full or 1))
             fields[name] = value
         return Submodel(**fields)
 
@@ -92,8 +99,10 @@ class Submodel:
         return not any(isinstance(getattr(self, name), tuple) for name in PER_LAYER)
 
     def to_dict(self) -> dict:
-        """Plain JSON values; `Submodel(**values)` reads them back."""
-        return dataclasses.asdict(self)
+        """Plain JSON values; `Submodel(**values)` reads them back. Of experts only where they are said."""
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if value is not None or name not in EXPERTS
+        }
 
     def _checked_layers(self, config) -> tuple[int, ...]:
         num_layers = families.num_layers(config)
@@ -138,13 +147,19 @@ def _as_ints(value) -> int | tuple[int, ...]:
         return tuple(operator.index(item) for item in value)
 
 
-def _check_size(name: str, size: int | None, full: int | None, groups: int) -> None:
+def _size_without_layers(config, name: str) -> int | None:
+    """A width of layers that the parent has none of: what its configuration says, but of experts nothing."""
+    return None if name in EXPERTS else getattr(config, name, None)
+
+
+def _check_size(name: str, size: int | None, full: int | None, units: Units) -> None:
+    groups, least = units.groups, max(units.groups, units.least)
     if full is None:
         if size is not None:
-            raise ValueError(f"{name}: got {size}; allowed: nothing, a parent of this family has no such width")
-    elif not 1 <= size <= full or size % groups:
+            raise ValueError(f"{name}: got {size}; allowed: nothing, this parent has no such width")
+    elif not least <= size <= full or size % groups:
         multiple = f", multiples of {groups} (every group keeps as many)" if groups > 1 else ""
-        raise ValueError(f"{name}: got {size}; allowed: {groups} to {full}, the parent's own{multiple}")
+        raise ValueError(f"{name}: got {size}; allowed: {least} to {full}, the parent's own{multiple}")
 
 
 def full_submodel(config) -> Submodel:

@@ -12,6 +12,11 @@ HEADINGS = {
     "mamba_head_dim": "head\ndim",
     "num_attention_heads": "attention\nheads",
 }
+EXPERTS = {
+    "num_experts": "experts",
+    "moe_intermediate_size": "expert",
+    "moe_shared_expert_intermediate_size": "shared\nexpert",
+}
 
 
 def show(description: dict) -> None:
@@ -66,7 +71,9 @@ def members(description: dict) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in () if time is None else ("latency\nbudget, ms", "latency,\nms", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("parameters", "layers", *HEADINGS.values()):
+    has_experts = description["active_parameters"] is not None
+    fields, active = headings(has_experts), ["active"] if has_experts else []
+    for heading in ("parameters", *active, "layers", *fields.values()):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("pattern", overflow="fold")
     own = {"target": 1.0, "share": 1.0, **description}
@@ -80,9 +87,16 @@ def members(description: dict) -> Table:
         if time is not None:
             rate = 1000 * time["batch"] / values["cost"]
             head += [f"{values['target_cost']:,.4g}", f"{values['cost']:,.4g}", f"{rate:,.4g}"]
-        counts = [f"{values['parameters']:,}", f"{len(values['kept_layers'])}/{len(own['kept_layers'])}"]
-        table.add_row(*head, *counts, *(width(values["widths"][field]) for field in HEADINGS), values["pattern"])
+        counts = [f"{values[f'{kind}parameters']:,}" for kind in (("", "active_") if has_experts else ("",))]
+        layers = f"{len(values['kept_layers'])}/{len(own['kept_layers'])}"
+        widths = (width(values["widths"][field]) for field in fields)
+        table.add_row(*head, *counts, layers, *widths, values["pattern"])
     return table
+
+
+def headings(has_experts: bool) -> dict[str, str]:
+    """Fields of a submodel and their headings; those of experts where there are any."""
+    return HEADINGS | (EXPERTS if has_experts else {})
 
 
 def width(value: int | list[int] | None) -> str:

@@ -4,7 +4,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from flows.inspection import HEADINGS, UNBOUND, mebibytes, size, width
+from flows.inspection import UNBOUND, headings, mebibytes, size, width
 
 KINDS = {
     "weights": "weights, float32",
@@ -24,7 +24,8 @@ def show(plan: dict) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=UNBOUND)
     parent, hardware = plan["parent"], plan["hardware"]
-    console.print(f"{parent['config']}: {parent['parameters']:,} parameters", style="bold", soft_wrap=True)
+    active = f", {parent['active_parameters']:,} of them active" if parent["active_parameters"] else ""
+    console.print(f"{parent['config']}: {parent['parameters']:,} parameters{active}", style="bold", soft_wrap=True)
     console.print(parent["pattern"], soft_wrap=True)
     for table in (family(plan), memory(plan), work(plan)):
         console.print()
@@ -49,16 +50,19 @@ def new_table(*headings: str) -> Table:
 def family(plan: dict) -> Table:
     """A row per budget: the nearest combination of the choices; memory or time too where budgets are counted in it."""
     counted = plan["memory"] or plan["time"]
+    has_experts = plan["parent"]["active_parameters"] is not None
     heading = [] if not counted else ["memory,\nMiB" if plan["memory"] else "latency,\nms"]
-    table = new_table("budget", "target", "parameters", *heading, "off by", "layers", *HEADINGS.values())
+    active, fields = ["active"] if has_experts else [], headings(has_experts)
+    table = new_table("budget", "target", "parameters", *active, *heading, "off by", "layers", *fields.values())
     num_layers = len(plan["parent"]["kept_layers"])
     for name, values in plan["budgets"].items():
-        widths = (width(values["widths"][field]) for field in HEADINGS)
+        widths = (width(values["widths"][field]) for field in fields)
         given = values["given"]
         table.add_row(
             name,
             given if isinstance(given, str) else f"{given:g}",
             f"{values['parameters']:,}",
+            *([f"{values['active_parameters']:,}"] if has_experts else []),
             *([amount(plan, values["cost"])] if counted else []),
             f"{values['deviation']:+.2%}",
             f"{len(values['kept_layers'])}/{num_layers}",
@@ -108,7 +112,7 @@ def work(plan: dict) -> Table:
 def notes(plan: dict) -> list[str]:
     """What was assumed, in sentences."""
     hardware, lines = plan["hardware"], []
-    unit = "MiB" if plan["memory"] else "ms/token" if plan["time"] else "parameters"
+    unit = "MiB" if plan["memory"] else "ms/token" if plan["time"] else plan["counted"].replace("_", " ")
     ranges = [(name, *values["range"]) for name, values in plan["budgets"].items()]
     lines.append(f"layers: dropped {plan['assumption']['dropped']}, for their ranking is not known yet")
     for name, low, high in ranges:
@@ -123,6 +127,8 @@ def notes(plan: dict) -> list[str]:
         lines.append(f"hours:  {hardware['utilisation']:.0%} of {text} TFLOP/s per GPU, recomputation counted as work")
     if (counted := plan["memory"] or plan["time"]) is not None:
         lines.append(f"budgets: shares of {amount(plan, plan['parent']['cost'])} {unit}, for {counted['setting']}")
+    if plan["parent"]["active_parameters"]:
+        lines.append("experts: memory as if tokens asked all of a layer's experts alike, operations of those they ask")
     lines.append(f"memory: {size(round(hardware['usable']))} of {size(round(hardware['memory']))} are there to be used")
     lines.append(f"rank:   holds {size(round(plan['rank']['at_least']))} or more on every worker; it is not sharded")
     return lines

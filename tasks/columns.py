@@ -47,12 +47,15 @@ def describe(settings, scores: Scores) -> dict[str, Column]:
     elif isinstance(metric, Timed):
         predicted = _time(metric, parent)
     scored = _tasks(settings, parent) | _benchmarks(parent)
-    return _size() | predicted | _text(settings, parent) | _cost(parent) | scored
+    return _size(parent) | predicted | _text(settings, parent) | _cost(parent) | scored
 
 
-def _size() -> dict[str, Column]:
+def _size(parent: dict) -> dict[str, Column]:
+    text = "Of these, what one token uses: of routed experts those that it is sent to."
+    active = {"active_parameters": Column("active", "", text, ",.0f")} if "num_active_parameters" in parent else {}
     return {
         "parameters": Column("parameters", "", "Counted in the extracted directory as transformers loads it.", ",.0f"),
+        **active,
         "share": Column("share", "of parent", "Parameters, over the parent's.", ".4f"),
     }
 

@@ -77,11 +77,26 @@ def first_tokens(data: TokenData, source: str, number: int) -> Tensor:
     return input_ids
 
 
+def count_parameters(model) -> dict[str, int]:
+    """Numbers in what transformers loaded: parameters, and buffers that files hold (of the routers of experts).
+
+    Where there are experts, also those that one token uses.
+    """
+    stored = model.state_dict().keys()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    total += sum(buffer.numel() for name, buffer in model.named_buffers() if name in stored)
+    of_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    if of_experts == 0:
+        return {"num_parameters": total}
+    used = of_experts * model.config.num_experts_per_tok // model.config.n_routed_experts
+    return {"num_parameters": total, "num_active_parameters": total - of_experts + used}
+
+
 def evaluate(section: "params.Evaluate", data: TokenData, directory: Path, parent) -> dict:
     """All scores of one directory."""
     model, source = load_model(directory), section.held_out[0]
     return {
-        "num_parameters": sum(p.numel() for p in model.parameters()),
+        **count_parameters(model),
         **held_out_scores(section, data, model, parent),
         "memory": footprint.memory(model, first_tokens(data, source, section.cache_tokens)),
         "latency": footprint.latency(

@@ -8,10 +8,10 @@ from ruamel.yaml import YAML
 from transformers import PreTrainedConfig
 
 from elastic_core import elastic_checkpoint, families, hf
-from elastic_core.cost import Memory, Metric, exact_cost, num_parameters, read_metric
+from elastic_core.cost import Memory, Metric, exact_cost, num_active_parameters, num_parameters, read_metric
 from elastic_core.latency import Latency, Timed
 from elastic_core.layout import layer_of
-from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
+from elastic_core.submodel import EXPERTS, PER_LAYER, WIDTHS, Submodel, keys_of
 
 DROPPED = "·"  # stands in a pattern for a layer that the parent has and the member has not
 
@@ -23,7 +23,7 @@ def inspect_checkpoint(directory: Path) -> dict:
     shapes = {name: tuple(dim.count(sizes) for dim in dims) for name, dims in families.parameter_layout(config).items()}
     reader = hf.TensorReader(directory)
     reader.check(shapes)
-    files = sorted({file for file, _ in reader.files.values()})
+    files = reader.all_files()
     elastic = (directory / elastic_checkpoint.FILE).is_file()
     return {
         "directory": str(directory),
@@ -56,16 +56,23 @@ def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:
 
 
 def member(config, submodel: Submodel) -> dict:
-    """Parameters, layers and widths; a width that differs between layers has an entry per kept layer that has it."""
+    """Parameters, layers and widths; a width that differs between layers has an entry per kept layer that has it.
+
+    Widths of experts are there where the parent has experts. `active_parameters`: those that one token uses, or None
+    where that is all of them.
+    """
     submodel = submodel.resolve(config)
     kept, units, widths = submodel.kept_layers, families.units(config), {}
     for field, axis in WIDTHS.items():
         value, layers = getattr(submodel, field), [layer_of(key) for key in keys_of(units, axis)]
+        if field in EXPERTS and not layers:
+            continue
         if isinstance(value, tuple):
             value = [size for layer, size in zip(layers, value, strict=True) if layer in kept]
         widths[field] = value if layers == [None] or set(layers) & set(kept) else None  # None: no such layers
     return {
         "parameters": num_parameters(config, submodel),
+        "active_parameters": num_active_parameters(config, submodel),
         "pattern": "".join(c if i in kept else DROPPED for i, c in enumerate(families.pattern(config))),
         "kept_layers": list(kept),
         "widths": widths,

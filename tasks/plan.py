@@ -43,7 +43,7 @@ def plan_profile(
 def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict:
     """The whole plan, as plain values; `source` says where the parent's `config` is from.
 
-    Costs are in what budgets are counted in: parameters, bytes where `memory` is there, milliseconds per token where
+    Costs are in what budgets are `counted` in: parameters, bytes where `memory` is there, milliseconds per token where
     `time` is. Raises ConfigError for a budget that no combination of `choices` meets, and for workers that cannot be
     grouped.
     """
@@ -56,6 +56,7 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict
     rank = describe_rank(config, hardware)
     return {
         "parent": {"config": source, "cost": full, **member(config, Submodel())},
+        "counted": metric.name,
         "memory": {"setting": metric.setting} if isinstance(metric, Memory) else None,
         "time": {"setting": metric.setting} if isinstance(metric, Timed) else None,
         "assumption": assumption,

@@ -44,6 +44,7 @@ def results(scores: Scores) -> pd.DataFrame:
                 "budget": budget,
                 "model": LABELS.get(version, version),
                 "parameters": values["num_parameters"],
+                **_active(values),
                 "share": values["num_parameters"] / parent["num_parameters"],
                 "loss": values["loss"],
                 "kl_to_parent": values["kl_to_parent"],
@@ -51,6 +52,11 @@ def results(scores: Scores) -> pd.DataFrame:
             }
             rows.append(row | _text_and_cost(values) | _tasks(values))
     return pd.DataFrame(rows)
+
+
+def _active(values: dict) -> dict:
+    active = values.get("num_active_parameters")  # of models with experts
+    return {} if active is None else {"active_parameters": active}
 
 
 def _text_and_cost(values: dict) -> dict:
@@ -158,12 +164,12 @@ def router(scores: Scores, config) -> pd.DataFrame:
         if budget == "parent":
             continue
         submodel = Submodel(**versions[FINAL]["submodel"]).resolve(config)
-        sizes = submodel.sizes(config)
+        sizes, units = submodel.sizes(config), families.units(config)
         for axis in AXES:
             for key in [key for key in sizes if key.partition(".")[0] == axis]:
                 layer = key.partition(".")[2]
                 is_kept = layer == "" or int(layer) in submodel.kept_layers
-                size, full = sizes[key], getattr(config, names[axis])
+                size, full = sizes[key], units[key].size
                 rows.append(
                     {
                         "budget": budget,
@@ -184,14 +190,15 @@ def layer_name(layer: str, pattern: str) -> str:
 def importance(config) -> pd.DataFrame:
     """Importance of the units of every axis and layer, best first: axis, layer, rank (0 to 1), importance.
 
-    Relative to the best unit of the layer; of many units, the mean of those around a rank.
+    Relative to the best unit of the layer; of many units, the mean of those around a rank; of neurons of experts, the
+    mean of all experts.
     """
     names, pattern = {axis: name for name, axis in WIDTHS.items()}, families.pattern(config)
     rows = []
     ranking = json.loads((ARTIFACTS / "rank" / "ranking.json").read_text())
     for key in sorted(ranking["scores"], key=lambda key: _place(key)):
         axis, _, layer = key.partition(".")
-        scores = sorted(ranking["scores"][key], reverse=True)
+        scores = _sorted_scores(ranking["scores"][key])
         top, count = scores[0] or 1.0, len(scores)
         pieces = min(PIECES, count)
         for i in range(pieces):
@@ -200,6 +207,14 @@ def importance(config) -> pd.DataFrame:
             value = sum(piece) / len(piece) / top
             rows.append({"axis": names[axis], "layer": layer_name(layer, pattern), "rank": rank, "importance": value})
     return pd.DataFrame(rows)
+
+
+def _sorted_scores(scores: list) -> list[float]:
+    """Best first; of a row per expert, the mean of the best of each, of the second of each, and so on."""
+    if isinstance(scores[0], list):
+        places = zip(*(sorted(row, reverse=True) for row in scores), strict=True)
+        return [sum(place) / len(place) for place in places]
+    return sorted(scores, reverse=True)
 
 
 def _place(key: str) -> tuple[int, int]:

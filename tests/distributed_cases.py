@@ -13,6 +13,7 @@ import torch.distributed as dist
 from parents import random_elastic, random_llama_config
 from test_router import CONFIG
 from test_training import BUDGETS, MEMBERS, TEXT, make_router, make_stage
+from transformers import NemotronHConfig
 
 from elastic_core import Submodel, rank
 from elastic_core.checkpoint import Checkpoints
@@ -31,6 +32,12 @@ UNEVEN = Submodel(14, (0, 1, 2, 4), (16, 24), 4, 6, 4).resolve(CONFIG)
 PLAIN = Execution()
 TIED = random_llama_config(12)
 assert TIED.tie_word_embeddings and TIED.num_hidden_layers == 3
+MIXTURES = {
+    "layers_block_type": ["moe", "full_attention", "moe"],
+    **{"n_routed_experts": 6, "n_group": 2, "num_experts_per_tok": 2, "moe_latent_size": 8},
+    **{"moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 16},
+}
+EXPERTS = NemotronHConfig(**CONFIG.to_dict() | MIXTURES)
 # Later on, the norm of a nearly silent group makes gradients leap: with 0.3 % of noise in the weights, as bfloat16 has,
 # their norm goes from 0.8 to 2.7, on one rank too; and what float32 rounds off grows to a thousandth.
 BEFORE_LEAPS = 8
@@ -95,6 +102,14 @@ def tied_llama(ranks, data, directory):
     members = {"full": Member(1.0, Submodel()), "small": Member(0.45, small)}
     members = {name: Member(member.target, member.submodel.resolve(TIED)) for name, member in members.items()}
     return trained(ranks, data, config=TIED, members=members)
+
+
+def experts(ranks, data, directory):
+    """More experts than ranks, and in one budget fewer of them; some are asked for nothing by one of the ranks."""
+    small = Submodel(12, (0, 1, 2), num_experts=4, moe_intermediate_size=10, moe_shared_expert_intermediate_size=8)
+    members = {"full": Member(1.0, Submodel()), "small": Member(0.45, small)}
+    members = {name: Member(member.target, member.submodel.resolve(EXPERTS)) for name, member in members.items()}
+    return trained(ranks, data, config=EXPERTS, members=members)
 
 
 def own_teacher(ranks, data, directory):
@@ -284,6 +299,7 @@ CASES = (
     own_teacher,
     shared_pass,
     tied_llama,
+    experts,
     half,
     half_soft,
     half_recomputed,

@@ -7,6 +7,7 @@ from transformers import LlamaConfig, NemotronHConfig, PreTrainedModel, Qwen2Con
 
 from elastic_core import ElasticModel, Submodel, families
 from elastic_core.families.nemotron_h import layers_of
+from elastic_core.families.nemotron_h_ffn import fewest_experts
 
 
 def random_config(seed: int) -> NemotronHConfig:
@@ -34,6 +35,24 @@ def random_config(seed: int) -> NemotronHConfig:
         use_conv_bias=rng.random() < 0.7,
         time_step_min=rng.choice([0.001, 0.05]),
     )
+
+
+def random_moe_config(seed: int) -> NemotronHConfig:
+    """The same with mixtures of experts, in groups or not, in a latent space or not."""
+    rng, config = random.Random(1000 + seed), random_config(seed)
+    groups, per_token = rng.choice([1, 1, 2, 3]), rng.choice([1, 2, 3])
+    config.n_group, config.topk_group = groups, rng.randint(1, groups)
+    config.num_experts_per_tok = per_token
+    config.n_routed_experts = fewest_experts(config) + groups * rng.randint(1, 2)
+    config.moe_intermediate_size = rng.choice([11, 16])
+    config.moe_shared_expert_intermediate_size = rng.choice([9, 20])
+    config.moe_latent_size = rng.choice([None, 7, 16])
+    config.norm_topk_prob = rng.random() < 0.5
+    config.routed_scaling_factor = rng.choice([1.0, 2.5])
+    types = ["moe" if kind == "mlp" else kind for kind in config.layers_block_type]
+    config.layers_block_type = types + rng.choice([["moe"], ["mlp"]])
+    config._experts_implementation = "eager"  # transformers' grouped products take no rows of odd sizes
+    return config
 
 
 def random_llama_config(seed: int):
@@ -91,7 +110,10 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
             elif parameter.dim() == 1:
                 parameter.copy_(0.5 * noise)
             else:
-                parameter.copy_(noise * parameter[0].numel() ** -0.5)
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
     return model
 
 
@@ -126,6 +148,10 @@ def random_submodel(config, seed: int, heterogeneous: tuple[str, ...] = (), all_
         return rng.randint(1, getattr(config, field) // step) * step
 
     widths = {field: size(field) for field in ("hidden_size", "mamba_head_dim", *characters)}
+    if layers_of(config, "E"):
+        widths |= {field: size(field) for field in ("moe_intermediate_size", "moe_shared_expert_intermediate_size")}
+        groups, least = config.n_group, fewest_experts(config)
+        widths["num_experts"] = rng.randrange(least, config.n_routed_experts + 1, groups)
     for field in heterogeneous:
         widths[field] = tuple(size(field) for _ in layers_of(config, characters[field]))
     num_layers = len(config.layers_block_type)

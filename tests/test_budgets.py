@@ -121,7 +121,10 @@ def test_budgets_that_do_not_agree_with_their_metric(cost, budgets, words):
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"metric": "time"}, r"cost\.metric: got 'time'; allowed: 'parameters', 'memory', 'latency', 'throughput'"),
+        (
+            {"metric": "time"},
+            r"cost\.metric: got 'time'; allowed: 'parameters', 'active_parameters', 'memory', 'latency', 'throughput'",
+        ),
         ({"metric": "parameters", "context": 8}, r"cost\.context: got 8; allowed: nothing, as long as metric is param"),
         ({"cache": "fp8"}, r"cost\.cache: got 'fp8'; allowed: nothing, as long as metric is parameters"),
         ({"metric": "memory", "weights": "int3"}, r"cost\.weights: got 'int3'; allowed: float32, bf16, fp8, int8, fp4"),

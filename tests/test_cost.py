@@ -7,7 +7,7 @@ import torch
 from parents import random_config, random_submodel
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, Submodel
+from elastic_core import Submodel
 from elastic_core.cost import PARAMETERS, expected_cost, num_parameters
 
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
@@ -41,15 +41,6 @@ def test_published_counts(name):
         conv_kernel=4,
     )
     assert num_parameters(config) == published == built(config)
-
-
-def test_mixture_of_experts_is_refused():
-    """The fourth known shape, 30B-A3B, has layers of type E."""
-    config = NemotronHConfig(
-        layers_block_type=NemotronHConfig._pattern_to_list("MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME")
-    )
-    with pytest.raises(ValueError, match="mixture-of-experts"), torch.device("meta"):
-        ElasticModel(config)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -92,7 +92,9 @@ def test_reads_older_configurations(parent):
     ("changes", "words"),
     [
         ({"model_type": "gpt2"}, ["'gpt2'", "nemotron_h"]),
-        ({"layers_block_type": ["linear_attention", "moe"]}, ["'ME'", "mixture-of-experts"]),
+        ({"layers_block_type": ["mamba", "moe"], "n_group": 3}, ["n_routed_experts=8", "n_group=3"]),
+        ({"layers_block_type": ["mamba", "moe"], "n_group": 8}, ["n_routed_experts=8", "16 or more"]),
+        ({"layers_block_type": ["mamba", "moe"], "topk_group": 2}, ["topk_group=2", "n_group=1"]),
         ({"layers_block_type": ["mamba", "mlp", "attention", "mamba"]}, ["not expected", "layers.4"]),
         ({"layers_block_type": ["mamba", "mlp", "attention", "mamba", "mlp", "mlp"]}, ["missing", "layers.5"]),
         ({"mamba_num_heads": 5}, ["mamba_num_heads=5", "n_groups=2"]),

@@ -216,7 +216,7 @@ def test_a_table_of_another_shape_is_refused(change, words):
     change(values["parts"][REST])
     with pytest.raises(ValueError, match=words):
         Table.from_json(values)
-    with pytest.raises(ValueError, match=r"cost: got .*; allowed: parameters, or the fields of metric memory, latency"):
+    with pytest.raises(ValueError, match=r"cost: got .*; allowed: parameters, active_parameters, or the fields"):
         read_metric({"metric": "latency", "context": 16, "table": values})
 
 

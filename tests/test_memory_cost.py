@@ -21,7 +21,7 @@ from elastic_core.cost import (
     num_parameters,
     read_metric,
 )
-from elastic_core.families import parameter_layout, units
+from elastic_core.families import parameter_layout
 from elastic_core.families.nemotron_h import layers_of
 from tasks import footprint
 
@@ -146,7 +146,7 @@ def test_activations_are_of_the_widest_kept_layer():
     for layer in range(len(config.layers_block_type)):
         shapes = [[dim.size for dim in dims] for name, dims in layout.items() if f"layers.{layer}." in name]
         wide = sum(sum(shape) - config.hidden_size for shape in shapes if len(shape) == 2)
-        assert alive_per_token(units(config)["hidden"], layout)[layer].size == 2 * config.hidden_size + wide
+        assert alive_per_token(config, layout)[layer].size == 2 * config.hidden_size + wide
         alone[layer] = 2 * 300 * (2 * config.hidden_size + wide)
     for kept in [(layer,) for layer in alone] + [(0, 2), tuple(alone)]:
         parts = memory_parts(metric, config, Submodel(kept_layers=kept))
@@ -252,10 +252,11 @@ def test_what_memory_is_not(fields, words):
 
 
 def test_a_metric_is_written_and_read():
-    for metric in (ONE_BYTE, read_metric("parameters")):
+    for metric in (ONE_BYTE, read_metric("parameters"), read_metric("active_parameters")):
         assert read_metric(metric.to_json()) == metric
     for value in ("latency", {"metric": "latency"}, {"metric": "memory"}, {"metric": "memory", "context": 0}, 7):
-        with pytest.raises(ValueError, match=r"cost: got .*; allowed: parameters, or the fields of metric memory"):
+        words = "cost: got .*; allowed: parameters, active_parameters, or the fields of metric memory"
+        with pytest.raises(ValueError, match=words):
             read_metric(value)
 
 

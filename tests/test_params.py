@@ -177,7 +177,10 @@ def section(name, changes):
             put("cost", {"metric": "memory"}),
             r"cost\.context: got None; allowed: tokens, such as 131072, here or in a bu",
         ),
-        (put("cost", {"metric": "time"}), r"cost\.metric: got 'time'; allowed: 'parameters', 'memory'"),
+        (
+            put("cost", {"metric": "time"}),
+            r"cost\.metric: got 'time'; allowed: 'parameters', 'active_parameters', 'memory'",
+        ),
         (put("cost", {"context": 8}), r"cost\.context: got 8; allowed: nothing, as long as metric is parameters"),
         (put("cost", {**MEMORY, "cache": "fp2"}), r"cost\.cache: got 'fp2'; allowed: float32, bf16, fp8, int8, fp4"),
         (
@@ -319,7 +322,10 @@ def test_a_parent_without_a_tokenizer(values, tmp_path, monkeypatch):
     "changes, words",
     [
         ({"model_type": "gpt2"}, r"model_type is 'gpt2'; allowed: 'nemotron_h'"),
-        ({"layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba"]}, r"mixture-of-experts layers \(E\)"),
+        (
+            {"layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba"], "n_group": 3},
+            r"n_routed_experts=8 is not a multiple of n_group=3",
+        ),
         ({"intermediate_size": [24, 16]}, r"a heterogeneous submodel cannot be a parent"),
         ({"n_groups": 3}, r"mamba_num_heads=4 is not a multiple of n_groups=3"),
     ],

@@ -6,12 +6,14 @@ A family is a table of named dimensions and the forward of its layers. Its modul
   parts of the trunk are called; `norm_eps(config)`.
 - `requirements(config)`: what has to hold of a parent, and what to say where it does not.
 - `pattern(config)`: a character per layer, for people. `units(config)`: every unit key with its size and groups.
-  `parameter_layout(config)`: the table, made of those.
+  `parameter_layout(config)`: the table, made of those; it has everything that files hold, what is not trained too.
 - `kept_state(config)`: what a layer keeps of a text, as layouts `kv_cache` (of a token), `ssm_state` and `conv_state`
   (of a sequence).
 - `Block(config, layer, layout)`: a layer, `forward(x, cut)`.
 - `mixing_flops(config, sizes, kept, length, on_gpu)`: operations that multiply no weights (flops.py);
   `scan_block(config, layer, sequences)`: how a layer's scan is cut into pieces of work, or None (memory.py).
+- Experts: a stack (experts.i, rows, columns) in the table is a matrix per expert in files (experts.py), and of it a
+  token uses `config.num_experts_per_tok`; nothing else is to be said of them.
 - `canonical_name(name)` of a tensor in a file (None: left out), `disk_name(name)` of a parameter, and
   `file_values(values)`: what config.json says besides.
 - `config_changes(config, kept_layers, widths)` of a submodel, where a list has an entry per kept layer;
@@ -26,7 +28,7 @@ from types import ModuleType
 
 import elastic_core.families.llama as llama
 import elastic_core.families.nemotron_h as nemotron_h
-from elastic_core.layout import Layout, Units
+from elastic_core.layout import Fixed, Layout, Units, is_stack
 
 FAMILIES = {model_type: family for family in (nemotron_h, llama) for model_type in family.MODELS}
 
@@ -51,6 +53,19 @@ def units(config) -> dict[str, Units]:
 def parameter_layout(config) -> Layout:
     """Name and dimensions of every parameter of a configuration's models, in file order."""
     return of(config).parameter_layout(config)
+
+
+def active_layout(config) -> Layout:
+    """The parameters that one token uses: of the experts of a layer as many as it is routed to, of all else all."""
+    return {
+        name: (Fixed(config.num_experts_per_tok), *dims[1:]) if is_stack(dims) else dims
+        for name, dims in parameter_layout(config).items()
+    }
+
+
+def has_experts(config) -> bool:
+    """Whether a token uses only some of the parameters."""
+    return any(is_stack(dims) for dims in parameter_layout(config).values())
 
 
 def kept_state(config) -> dict[str, Layout]:

@@ -1,4 +1,4 @@
-"""The family `nemotron_h`: hybrids of Mamba-2, grouped-query attention and MLP layers, one mixer per layer.
+"""The family `nemotron_h`: hybrids of Mamba-2, grouped-query attention, MLP and MoE layers, one mixer per layer.
 
 What it says, and how the rest of the library asks for it, is told in families/__init__.py.
 """
@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, NemotronHConfig, NemotronHForCausalLM
-from transformers.activations import ACT2FN
 
 from elastic_core.cut import Cut
+from elastic_core.families.nemotron_h_ffn import MLP, MoE, mlp_layout, moe_layout, moe_requirements, moe_units
 from elastic_core.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.layout import Concat, Fixed, Layout, Product, Units
 from elastic_core.ops import kernels, ssd
-from elastic_core.ops.activation import relu_squared
 from elastic_core.ops.flops import Flops, attention_flops, scan_flops
 from elastic_core.ops.norm import group_rms_norm
 
@@ -28,9 +27,8 @@ CHARACTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "att
 
 def requirements(config) -> list[tuple[bool, str]]:
     """What has to hold of a configuration, and what to say where it does not."""
-    types = pattern(config)
     return [
-        ("E" not in types, f"layer types {types!r}; mixture-of-experts layers (E) are not supported yet"),
+        *(moe_requirements(config) if "E" in pattern(config) else []),
         (not config.tie_word_embeddings, "tie_word_embeddings=true; transformers keeps nemotron_h heads untied"),
         (
             config.mamba_num_heads % config.n_groups == 0,
@@ -80,16 +78,19 @@ def units(config) -> dict[str, Units]:
             found[key] = Units(key, config.num_attention_heads, groups)
         elif character == "-":
             found[f"ffn.{i}"] = Units(f"ffn.{i}", config.intermediate_size)
+        elif character == "E":
+            found |= {width.key: width for width in moe_units(config, i)}
     return found
 
 
 def parameter_layout(config) -> Layout:
-    """Name and dimensions of every parameter of a model with layers M, * and -, in file order.
+    """Name and dimensions of every parameter, in file order.
 
-    Names are those of `transformers.NemotronHForCausalLM.named_parameters()`.
+    Names are those of `transformers.NemotronHForCausalLM.state_dict()`.
     """
     keys, vocab = units(config), Fixed(config.vocab_size)
-    hidden, mixers = keys["hidden"], {"M": _mamba_layout, "*": _attention_layout, "-": _mlp_layout}
+    hidden = keys["hidden"]
+    mixers = {"M": _mamba_layout, "*": _attention_layout, "-": _mlp_layout, "E": moe_layout}
     layout: Layout = {"model.embeddings.weight": (vocab, hidden)}
     for i, character in enumerate(pattern(config)):
         layout[f"model.layers.{i}.norm.weight"] = (hidden,)
@@ -135,11 +136,7 @@ def _attention_layout(config, i: int, keys: dict[str, Units]) -> Layout:
 
 
 def _mlp_layout(config, i: int, keys: dict[str, Units]) -> Layout:
-    hidden, ffn = keys["hidden"], keys[f"ffn.{i}"]
-    layout = {"up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
-    if config.mlp_bias:
-        layout |= {"up_proj.bias": (ffn,), "down_proj.bias": (hidden,)}
-    return layout
+    return mlp_layout(config, keys["hidden"], keys[f"ffn.{i}"])
 
 
 def kept_state(config) -> dict[str, Layout]:
@@ -214,6 +211,7 @@ def can_cache(config, kept_layers: Iterable[int]) -> bool:
 def config_changes(config, kept_layers: Sequence[int], widths: dict[str, int | list[int]]) -> dict:
     """What a submodel's configuration has that differs from the parent's; a list has an entry per kept layer."""
     types = [config.layers_block_type[i] for i in kept_layers]
+    widths = {"n_routed_experts" if name == "num_experts" else name: size for name, size in widths.items()}
     return widths | {"head_dim": config.head_dim, "layers_block_type": types}
 
 
@@ -239,24 +237,6 @@ def copy_state(config, layer: int, state, within: Callable[[str], Tensor], cache
 
 
 # Layers
-
-
-class MLP(nn.Module):
-    """W2 · act(W1 x), not gated."""
-
-    def __init__(self, config, layer: int, layout: Layout):
-        super().__init__()
-        self.layout, self.layer, self.units = layout, layer, f"ffn.{layer}"
-        self.act = relu_squared if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
-        add_parameters(self, layout)
-
-    def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        x = F.linear(x, cut.weight(self, self.layout, "up_proj.weight"), cut.weight(self, self.layout, "up_proj.bias"))
-        cut.observe(self.units, x)
-        x = self.act(x)
-        weight = cut.writing_weight(self, self.layout, "down_proj.weight", self.layer, self.units)
-        cut.observe(self.units, x, weight)
-        return F.linear(x, weight, cut.writing_bias(self, self.layout, "down_proj.bias", self.layer))
 
 
 class Attention(nn.Module):
@@ -342,7 +322,7 @@ class Mamba(nn.Module):
         return channels.expand(sizes).flatten() if heads is None else torch.outer(heads, channels).flatten()
 
 
-MIXERS = {"M": Mamba, "*": Attention, "-": MLP}
+MIXERS = {"M": Mamba, "*": Attention, "-": MLP, "E": MoE}
 
 
 class Block(nn.Module):
