@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import os
 import tempfile
+from collections.abc import Sequence
 from importlib import resources
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -145,7 +146,7 @@ class NestedModel:
                 weight = weight.narrow(axis, 0, rows)
             if layer is not None:
                 name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
-            _set_parameter(model, name, weight, [place for _, place in places])
+            set_parameter(model, name, weight, [place for _, place in places])
         families.of(self.config).finish(model, weight.device)
         return model.eval()
 
@@ -167,8 +168,11 @@ class Projection(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-def _set_parameter(model: nn.Module, name: str, weight: Tensor, places: list[Tensor | None]) -> None:
-    """Give a module its weight: a view, with an order beside it for a matrix; short parameters are put in order."""
+def set_parameter(model: nn.Module, name: str, weight: Tensor, places: Sequence[Tensor | None] = ()) -> None:
+    """Give a module its weight: a view, with an order beside it for a matrix; short parameters are put in order.
+
+    `places`: where the rows of each dimension stand, None where they stand in order.
+    """
     owner_name, leaf = name.rsplit(".", 1)
     owner = model.get_submodule(owner_name)
     if any(place is not None for place in places):

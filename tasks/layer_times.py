@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic_core import families
 from elastic_core.config import require
-from elastic_core.nested import empty_model
+from elastic_core.nested import empty_model, set_parameter
 from elastic_core.submodel import Submodel
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -56,13 +56,13 @@ class Models:
     def build(self, submodel: Submodel):
         """The model of a submodel; of several the largest comes first."""
         model, dtype = empty_model(self.config, submodel), getattr(torch, self.setting.dtype)
-        for name, parameter in list(model.named_parameters()):
-            if name not in self.numbers:
-                numbers = 0.02 * torch.randn(parameter.numel(), generator=torch.Generator().manual_seed(0))
-                self.numbers[name] = numbers.to(self.setting.device, dtype)
-            weight = self.numbers[name][: parameter.numel()].view(parameter.shape)
+        for name in families.parameter_layout(model.config):
             owner, leaf = name.rpartition(".")[::2]
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+            shape = getattr(model.get_submodule(owner), leaf).shape
+            if name not in self.numbers:
+                numbers = 0.02 * torch.randn(shape.numel(), generator=torch.Generator().manual_seed(0))
+                self.numbers[name] = numbers.to(self.setting.device, dtype)
+            set_parameter(model, name, self.numbers[name][: shape.numel()].view(shape))
         families.of(self.config).finish(model, torch.device(self.setting.device))
         return model.eval()
 

@@ -64,8 +64,9 @@ LATENT_IN_GROUPS = NemotronHConfig(**VALUES, moe_latent_size=16, n_group=2, topk
 
 
 @pytest.mark.parametrize("aggregation", ["l1", "l2", "mean"])
+@pytest.mark.parametrize("measure", ["projection", "written"])
 @pytest.mark.parametrize("config", [CONFIG, LATENT_IN_GROUPS], ids=["plain", "latent"])
-def test_scores_equal_the_naive_ones(config, aggregation):
+def test_scores_equal_the_naive_ones(config, measure, aggregation):
     """Every expert of transformers' model asked by itself, of every token, and weighted with the router's answer."""
     model = random_elastic(3, config)
     reference = NemotronHForCausalLM(config).eval()
@@ -77,15 +78,17 @@ def test_scores_equal_the_naive_ones(config, aggregation):
     with torch.no_grad():
         for ids in batches:
             reference(ids, use_cache=False)
-        ranking = rank(model, batches, aggregation, "one_shot_nmse")
+        ranking = rank(model, batches, aggregation, "one_shot_nmse", measure=measure)
         for i, found in seen.items():
             mixer, x = found[0][0], torch.cat([x for _, x in found])
             _, weights, chosen = mixer.gate(x)
             dense = torch.zeros(len(x), config.n_routed_experts).scatter(1, chosen, weights).double()
             inner = torch.einsum("tc,efc->tef", mixer.fc1_latent_proj(x), mixer.experts.up_proj)
-            said = torch.einsum("tef,ecf->tec", mixer.experts.act_fn(inner), mixer.experts.down_proj)
-            weighted = dense[..., None] * inner
-            experts, neurons = dense * said.norm(dim=-1), weighted
+            acted, down = mixer.experts.act_fn(inner), mixer.experts.down_proj
+            experts = dense * torch.einsum("tef,ecf->tec", acted, down).norm(dim=-1)
+            if measure == "written":
+                inner = torch.einsum("tef,ecf->tefc", acted, down).norm(dim=-1)
+            neurons = dense[..., None] * inner
             expected = {
                 "l1": (experts.sum(0), neurons.abs().sum(0)),
                 "l2": (experts.square().sum(0).sqrt(), neurons.square().sum(0).sqrt()),
@@ -99,13 +102,13 @@ def test_scores_equal_the_naive_ones(config, aggregation):
 def test_sorting_changes_nothing_and_puts_the_best_first(tmp_path, seed):
     config = random_moe_config(seed)
     model, batches = random_elastic(seed, config), [random_ids(config, seed + i) for i in range(2)]
-    ranking = rank(model, batches, min_depth=2)
+    ranking = rank(model, batches, min_depth=2, measure="written")
     ranking.save(tmp_path / "ranking.json")
     with torch.no_grad():
         before = model(batches[0])
         sort_(model, Ranking.load(tmp_path / "ranking.json"))
         assert relative_error(model(batches[0]), before) < 1e-5
-    scores = rank(model, batches, min_depth=len(config.layers_block_type)).scores
+    scores = rank(model, batches, min_depth=len(config.layers_block_type), measure="written").scores
     for i in layers_of(config, "E"):
         experts, neurons = scores[f"experts.{i}"].view(config.n_group, -1), scores[f"expert_ffn.{i}"]
         for row in (*experts, *neurons):  # every group's experts, every expert's neurons

@@ -8,6 +8,8 @@ import torch
 import yaml
 from parents import CONFIGS, random_config, random_llama_config
 from test_cli import call, error_of
+from test_moe_family import CHOICES as MOE_CHOICES
+from test_moe_family import CONFIG as MOE
 
 from elastic_core.choices import Choices
 from elastic_core.config import ConfigError
@@ -24,6 +26,8 @@ QUICK = {"rounds": 1, "steps": 1}
 
 
 def choices_of(config) -> Choices:
+    if config is MOE:
+        return MOE_CHOICES
     if config.model_type != "nemotron_h":
         return Choices(intermediate_size=(config.intermediate_size, 11, 7, 4))
     heads = tuple(range(config.mamba_num_heads, 0, -config.n_groups))
@@ -53,9 +57,8 @@ def test_samples_are_every_point_of_every_part(family):
             )
 
 
-@pytest.mark.parametrize("make", [random_config, random_llama_config])
-def test_a_table_has_a_positive_number_at_every_point(make):
-    config = make(1)
+@pytest.mark.parametrize("config", [random_config(1), random_llama_config(1), MOE], ids=["hybrid", "llama", "moe"])
+def test_a_table_has_a_positive_number_at_every_point(config):
     setting = Setting((5, 9), batch=2, **QUICK)
     before = torch.get_num_threads()
     table = measure(config, choices_of(config), setting)
