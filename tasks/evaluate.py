@@ -134,8 +134,7 @@ def main() -> None:
         rows[version] = evaluate(section, data, directory, parent) | {"submodel": submodel}
     if (even := MODELS / budget / EVEN).is_dir():  # beside the slice that costs as much
         model = load_model(even)
-        scores = held_out_scores(section, data, model, parent)
-        rows["zero_shot"]["even"] = {"num_parameters": sum(p.numel() for p in model.parameters()), **scores}
+        rows["zero_shot"]["even"] = count_parameters(model) | held_out_scores(section, data, model, parent)
     OUT.mkdir(parents=True, exist_ok=True)
     partial = OUT / f"{budget}.json.partial"
     partial.write_text(json.dumps(rows, indent=1) + "\n")

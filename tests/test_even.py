@@ -1,15 +1,27 @@
 """The even counterpart of a heterogeneous submodel, against a search among all homogeneous ones of its shape."""
 
 import dataclasses
+import json
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
-from parents import CONFIGS, random_submodel
+import torch
+import torch.nn.functional as F
+from parents import CONFIGS, random_elastic, random_submodel
+from test_cli import CONFIG, MEMBERS
+from test_s3_pipeline import write_params
 from transformers import NemotronHConfig
 
-from elastic_core import Submodel
+from elastic_core import Submodel, elastic_checkpoint
 from elastic_core.cost import PARAMETERS, Memory, exact_cost, num_parameters
+from elastic_core.data import IGNORED_LABEL, TokenData, held_out_batches
+from elastic_core.elastic_checkpoint import Member
 from elastic_core.even import even_counterpart
 from elastic_core.submodel import PER_LAYER
+from elastic_core.token_files import Manifest, Source, SplitWriter
+from tasks import evaluate, extract, report
 
 
 @pytest.mark.parametrize("metric", [PARAMETERS, Memory(64)], ids=["parameters", "memory"])
@@ -61,3 +73,48 @@ def test_means_of_alike_layers_cost_exactly_as_much():
     even = even_counterpart(config, uneven)  # the last layer is dropped, and does not count
     assert (even.mamba_num_heads, even.intermediate_size) == (6, 48)
     assert num_parameters(config, even) == num_parameters(config, uneven)
+
+
+def test_the_report_knows_what_uneven_widths_gain(tmp_path, monkeypatch):
+    """Through the stages: the counterpart is extracted, scored as the library's own slice scores, and told of."""
+    monkeypatch.chdir(tmp_path)
+    model, uneven = random_elastic(5, CONFIG), MEMBERS["uneven"]
+    members = {"full": Member(1.0, Submodel()), "medium": Member(0.6, uneven), "small": Member(0.4, MEMBERS["small"])}
+    for stage in ("rank", "train_short", "train_extended"):
+        directory = tmp_path / "artifacts" / stage / "model"
+        model.save_pretrained(directory)
+        elastic_checkpoint.write(directory, CONFIG, members, [])
+    extract.extract(extract.FAMILY, Submodel(), evaluate.PARENT)
+    write_held_out(tmp_path / "artifacts" / "data")
+    write_params(tmp_path, tmp_path, extract={"destination": None}, evaluate={"tasks": []})
+    for budget in ("medium", "small"):
+        monkeypatch.setattr(sys, "argv", ["stage", budget])
+        extract.main()
+        evaluate.main()
+    assert not (extract.OUT / "small" / "even").exists()
+
+    scores = {name: json.loads((evaluate.OUT / f"{name}.json").read_text()) for name in ("medium", "small")}
+    zero_shot, even = scores["medium"]["zero_shot"], even_counterpart(CONFIG, uneven)
+    assert zero_shot["even"]["num_parameters"] == num_parameters(CONFIG, even)
+    batches = list(held_out_batches(TokenData(evaluate.DATA), "mine", 64, 4, 512))
+    for found, submodel in ((zero_shot, uneven), (zero_shot["even"], even)):
+        with torch.no_grad():
+            losses = [
+                F.cross_entropy(model(ids, submodel).flatten(0, 1), labels.flatten(), reduction="sum")
+                for ids, labels in batches
+            ]
+        number = sum((labels != IGNORED_LABEL).sum() for _, labels in batches)
+        assert found["loss"] == pytest.approx((sum(losses) / number).item(), rel=1e-5)
+    (text,) = report.uneven(scores)
+    gain = zero_shot["even"]["loss"] - zero_shot["loss"]
+    assert f"{zero_shot['loss']:.4f}" in text and f"a {'gain' if gain > 0 else 'loss'} of {abs(gain):.4f}" in text
+
+
+def write_held_out(directory: Path) -> None:
+    """One source of random tokens."""
+    directory.mkdir()
+    manifest = Manifest(CONFIG.vocab_size, 0, 0, "no tokenizer", {})
+    writer, rng = SplitWriter(directory, "mine", "held_out", manifest.dtype), np.random.default_rng(0)
+    writer.append([rng.integers(1, CONFIG.vocab_size, 600).tolist()], num_bytes=1200)
+    manifest.sources["mine"] = Source(False, {"held_out": writer.close()})
+    manifest.write(directory)
