@@ -5,6 +5,7 @@ import functools
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -197,6 +198,7 @@ def test_ctrl_c_ends_everything(checkout):
     set_params(checkout, wait=1)
     number, ours = pty.fork()
     if number == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which is ignored below a job in the background of a script
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         os.execve(sys.executable, [sys.executable, "-c", RUN, str(checkout), "run"], environment)
     read_terminal(ours, "data sees")
