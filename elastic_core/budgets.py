@@ -93,7 +93,7 @@ class Budget:
         )
         require(isinstance(own, Timed), where, self.given, allowed)
         table = own.table
-        require(self.batch in (None, table.batch), where, self.given, f"×{table.batch}, as in the table; {REMEDY}")
+        require(self.batch in (None, table.batch), where, self.given, f"×{table.batch} or nothing, as in the table")
         try:
             return TIMED[self.kind](table, self.context or own.context)
         except ConfigError as error:
@@ -111,7 +111,7 @@ class Cost:
     """Section `cost` of params.yaml: what a family's budgets are counted in; what is left out is as in `Memory`.
 
     The context, and the batch, may stand in the budgets instead. Latency and throughput have those two and `table`, a
-    file that `elastic profile` writes (nobody reads it for the other metrics); without a context it is the longest
+    file that `elastic profile` writes (no cost for the other metrics); without a context it is the longest
     in the table.
     """
 

@@ -11,7 +11,7 @@ from elastic_core import families
 from elastic_core.config import ConfigError, require
 from elastic_core.cost import PARAMETERS, Metric, expected_cost
 from elastic_core.layout import AXES
-from elastic_core.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
+from elastic_core.submodel import EXPERTS, PER_LAYER, WIDTHS, Submodel, keys_of
 
 EXPERT_ROW = 8  # numbers in bfloat16, 16 bytes, of which a row of an expert's matrices has to be a multiple
 FIELDS = {**{axis: name for name, axis in WIDTHS.items()}, "depth": "depth"}  # axis → name in the configuration
@@ -88,6 +88,8 @@ class ElasticSpace:
         else:
             keys = tuple(keys_of(self.units, axis))
             if not keys:  # the parent has no such layers
+                known = field not in EXPERTS or getattr(choices, field) is None
+                require(known, f"{where}.{field}", getattr(choices, field), "null, for the parent has no experts")
                 return []
             units = self.units[keys[0]]
             full, groups, least = units.size, units.groups, units.least

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from elastic_core import families
-from elastic_core.config import require
-from elastic_core.latency import Timed, read_timed
+from elastic_core.config import ConfigError, require
+from elastic_core.latency import TIMED, Timed
+from elastic_core.latency_table import Table
 from elastic_core.layout import Concat, Fixed, Layout, Product, Units, count, is_matrix, is_stack, layer_index
 from elastic_core.submodel import Submodel
 
@@ -169,14 +170,19 @@ def read_metric(value: str | dict) -> Metric:
             return metric
     try:
         fields = dict(value)
-        if fields.pop("metric") == Memory.name:
+        if (name := fields.pop("metric")) == Memory.name:
             return Memory(**fields)
-        return read_timed(value)
-    except (TypeError, ValueError, KeyError):
-        pass
+        if name in TIMED:
+            return TIMED[name](Table.from_json(fields["table"]), fields["context"])
+        reason = ""
+    except ConfigError:  # a context outside of the table, which says so
+        raise
+    except (TypeError, ValueError, KeyError) as error:
+        reason = f" ({type(error).__name__}: {error})"
+    given = value if isinstance(value, str) else value.get("metric")
     raise ValueError(
-        f"cost: got {value!r}; allowed: parameters, active_parameters, or the fields of metric memory, latency or "
-        "throughput"
+        f"cost: got {given!r}{reason}; allowed: parameters, active_parameters, or the fields of metric memory, latency "
+        "or throughput, as this version writes them"
     )
 
 

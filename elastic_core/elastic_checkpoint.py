@@ -78,8 +78,8 @@ def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel
 
     A target is a fraction of the parent's cost in the family's metric (0.75), an absolute number of parameters (9e9,
     "9B", "1.2M"; of active ones where that is the family's metric), or bytes of memory ("16GiB@128k×8", see
-    `elastic_core.budgets`), whatever the family was trained for. It is served by the nested submodel that is nearest in
-    what is asked for, trained or in between.
+    `elastic_core.budgets`), whatever the family was trained for; or time, where the family has a table of it
+    ("35ms/token"). It is served by the nested submodel that is nearest in what is asked for, trained or in between.
     """
     content = read(directory)
     if budget in content["budgets"]:

@@ -74,15 +74,16 @@ def _cut_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dict[s
             continue
         shape = tuple(dim.count(final) for dim in dims)
         stored, kept = reader.stored(name), [kept_rows(dim, sizes) for dim in dims]
+        held = None if dtype is None else families.held_in(config, name, dtype)
         if layer is not None:
             name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
         if is_stacked(name):
             experts = range(kept[0]) if isinstance(kept[0], int) else kept[0].tolist()
+            found = matrices(stored)
             for i, expert in enumerate(experts):
-                cut = CutTensor(matrices(stored)[expert], kept[1:], shape[1:], dtype)
-                tensors[disk_name(matrix_name(name, i))] = cut
+                tensors[disk_name(matrix_name(name, i))] = CutTensor(found[expert], kept[1:], shape[1:], held)
         else:
-            tensors[disk_name(name)] = CutTensor(stored, kept, shape, dtype)
+            tensors[disk_name(name)] = CutTensor(stored, kept, shape, held)
     return tensors
 
 

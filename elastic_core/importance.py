@@ -131,7 +131,7 @@ def score_widths(
         if not is_same and (writes is not None) != (measure == "written"):
             return
         if writes is not None and owners is not None:
-            activation = activation.double() * writes.double().norm(dim=1)[owners]
+            activation = activation.double() * torch.stack([one.double().norm(dim=0) for one in writes])[owners]
         elif writes is not None:
             parts = [units[key].size] if key in units else mamba_sizes(units, key)
             activation = written(activation, writes, math.prod(parts)).unflatten(-1, parts)

@@ -38,7 +38,7 @@ class Timed:
         return f"{self.context:,} tokens × {table.batch}, {place}"
 
     def to_json(self) -> dict:
-        """What `read_timed` reads: the whole table, so that a checkpoint needs no other file."""
+        """What `cost.read_metric` reads: the whole table, so that a checkpoint needs no other file."""
         return {"metric": self.name, "context": self.context, "table": self.table.to_json()}
 
 
@@ -56,11 +56,11 @@ class Latency(Timed):
 
     def number(self, cost: float) -> str:
         """A cost for people, among others of its kind."""
-        return f"{cost:,.4g} ms"
+        return f"{digits(cost)} ms"
 
     def text(self, cost: float) -> str:
         """A cost for people, with its unit."""
-        return f"{cost:,.4g} ms/token"
+        return f"{digits(cost)} ms/token"
 
 
 @dataclass(frozen=True)
@@ -78,16 +78,21 @@ class Throughput(Timed):
 
     def number(self, cost: float) -> str:
         """A cost for people, among others of its kind."""
-        return f"{1 / cost:,.4g}"
+        return digits(1 / cost)
 
     def text(self, cost: float) -> str:
         """A cost for people, with its unit."""
-        return f"{1 / cost:,.4g} tokens/s"
+        return f"{digits(1 / cost)} tokens/s"
+
+
+def as_latency(metric):
+    """A throughput as the milliseconds per token of the same table, which are shares of the parent's alike."""
+    return Latency(metric.table, metric.context) if isinstance(metric, Timed) else metric
+
+
+def digits(value: float) -> str:
+    """Four digits, and all of those before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:,.4g}"
 
 
 TIMED = {metric.name: metric for metric in (Latency, Throughput)}
-
-
-def read_timed(values: Mapping) -> Timed:
-    """The metric of an ``elastic.json``. Raises ValueError or KeyError for anything else."""
-    return TIMED[values["metric"]](Table.from_json(values["table"]), values["context"])

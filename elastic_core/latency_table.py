@@ -21,7 +21,7 @@ from torch import Tensor
 
 from elastic_core import families
 from elastic_core.config import ConfigError
-from elastic_core.layout import Concat, Dim, Fixed, Product, Units, layer_index, layer_of
+from elastic_core.layout import Concat, Dim, Fixed, Product, Units, is_stack, layer_index, layer_of
 from elastic_core.submodel import WIDTHS
 
 FORMAT = 1  # of files
@@ -152,7 +152,8 @@ class Table:
 def interpolate(grid: Sequence[Sequence[int]], values: Tensor, sizes: Sequence, axes: Sequence[str]):
     """`values` (*grid) between the points of the grid, linear in every size: a number, or a tensor where a size is one.
 
-    Sizes are numbers, or tensors that broadcast together. Differentiable; at a point the slope is that above it.
+    Sizes are numbers, or tensors that broadcast together. Differentiable; at a point the slope is that
+    above it, at the last one that below.
     Raises ConfigError for a size outside of its points.
     """
     tensors = [size for size in sizes if isinstance(size, Tensor)]
@@ -186,7 +187,10 @@ def _check_range(axis: str, points: Sequence[int], size: Tensor) -> None:
 
 
 def shape_of(config) -> dict[str, dict[str, str]]:
-    """What seconds depend on besides kept sizes: every parameter's dimensions in words, by kind of layer."""
+    """What seconds depend on besides kept sizes: every parameter's dimensions in words, by kind of layer.
+
+    And, of experts, how many a token is sent to.
+    """
     pattern, found = families.pattern(config), {}
     first = {pattern.index(kind): kind for kind in pattern}
     for name, dims in families.parameter_layout(config).items():
@@ -194,7 +198,10 @@ def shape_of(config) -> dict[str, dict[str, str]]:
         if layer is None:
             found.setdefault(REST, {})[name] = _in_words(dims)
         elif layer in first:
-            found.setdefault(first[layer], {})[name.split(".", 3)[3]] = _in_words(dims)
+            of_kind = found.setdefault(first[layer], {})
+            of_kind[name.split(".", 3)[3]] = _in_words(dims)
+            if is_stack(dims):  # of which a token's are run
+                of_kind["num_experts_per_tok"] = str(config.num_experts_per_tok)
     return found
 
 

@@ -78,9 +78,10 @@ class ElasticModel(nn.Module):
         Raises ValueError for another family, unsupported layers, or tensors that do not match the configuration.
         """
         model, reader = cls.empty(directory)
-        model = model.to_empty(device="cpu").to(dtype)
+        model = model.to_empty(device="cpu")
         with torch.no_grad():
             for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(families.held_in(model.config, name, dtype))
                 parameter.copy_(reader.read(name))
         return model
 

@@ -58,7 +58,8 @@ class NestedModel:
             for axis, dim in enumerate(dims):
                 if (order := self._order(dim, layer_index(name))) is not None:
                     tensor = tensor.index_select(axis, order)
-            tensor = tensor.to(device=device, dtype=dtype or tensor.dtype)
+            held = tensor.dtype if dtype is None else families.held_in(self.config, name, dtype)
+            tensor = tensor.to(device=device, dtype=held)
             self.weights[name] = tensor.clone(memory_format=torch.contiguous_format)  # and not a map of the file
 
     @classmethod
@@ -99,7 +100,7 @@ class NestedModel:
         return Conversation(self)
 
     def num_bytes(self) -> int:
-        """What the weights take, once for all budgets."""
+        """What the weights take, once for all budgets, without what `at` copies."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
 
     def _order(self, dim: Dim, layer: int | None) -> Tensor | None:
@@ -133,7 +134,10 @@ class NestedModel:
         return number, None if torch.equal(places, torch.arange(number)) else places
 
     def _build(self, submodel: Submodel) -> PreTrainedModel:
-        """A transformers model whose parameters are views of the weights, but for short ones that are copied."""
+        """A transformers model whose parameters are views of the weights.
+
+        Short ones that stand in another order are copied, and experts, where they are cut in groups.
+        """
         model = empty_model(self.config, submodel)
         sizes, number = submodel.sizes(self.config), {layer: i for i, layer in enumerate(submodel.kept_layers)}
         for name, dims in self.layout.items():

@@ -132,7 +132,7 @@ def profile(
     ] = None,
     contexts: Annotated[
         list[int] | None,
-        typer.Option("--context", help="Tokens in the cache; can be repeated.", show_default="as the profile says"),
+        typer.Option("--context", help="Tokens in the cache, besides the profile's own; can be repeated."),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences at once.", show_default="the profile's, or 1")] = None,
     threads: Annotated[int | None, typer.Option(help="Of a CPU.", show_default="evaluate.latency's")] = None,

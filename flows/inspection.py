@@ -46,7 +46,7 @@ def facts(description: dict) -> Table:
             "memory", f"{mebibytes(memory['parent'])} MiB for {memory['setting']}, which budgets are shares of"
         )
     if (time := description["time"]) is not None:
-        table.add_row("time", f"{time['parent']:,.4g} ms/token for {time['setting']}, which budgets are shares of")
+        table.add_row("time", f"{digits(time['parent'])} ms/token for {time['setting']}, which budgets are shares of")
     table.add_row("disk", f"{size(description['bytes'])} in {weights}, {dtypes}, {tokenizer} tokenizer")
     table.add_row("from", provenance(description["provenance"]))
     return table
@@ -86,7 +86,7 @@ def members(description: dict) -> Table:
         head += [] if memory is None else [mebibytes(values[key]) for key in ("target_cost", "cost")]
         if time is not None:
             rate = 1000 * time["batch"] / values["cost"]
-            head += [f"{values['target_cost']:,.4g}", f"{values['cost']:,.4g}", f"{rate:,.4g}"]
+            head += map(digits, (values["target_cost"], values["cost"], rate))
         counts = [f"{values[f'{kind}parameters']:,}" for kind in (("", "active_") if has_experts else ("",))]
         layers = f"{len(values['kept_layers'])}/{len(own['kept_layers'])}"
         widths = (width(values["widths"][field]) for field in fields)
@@ -104,6 +104,11 @@ def width(value: int | list[int] | None) -> str:
     if value is None:
         return "–"
     return " ".join(map(str, value)) if isinstance(value, list) else f"{value:,}"
+
+
+def digits(value: float) -> str:
+    """Four digits, and all of those before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:,.4g}"
 
 
 def mebibytes(num_bytes: float) -> str:

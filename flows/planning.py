@@ -4,7 +4,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from flows.inspection import UNBOUND, headings, mebibytes, size, width
+from flows.inspection import UNBOUND, digits, headings, mebibytes, size, width
 
 KINDS = {
     "weights": "weights, float32",
@@ -75,7 +75,7 @@ def amount(plan: dict, cost: float) -> str:
     """A cost in the unit of the plan's budgets."""
     if plan["memory"] is not None:
         return mebibytes(cost)
-    return f"{cost:,.0f}" if plan["time"] is None else f"{cost:,.4g}"
+    return f"{cost:,.0f}" if plan["time"] is None else digits(cost)
 
 
 def memory(plan: dict) -> Table:

@@ -35,7 +35,7 @@ class Column:
         """A number as the table has it."""
         if value is None or isinstance(value, int):
             return value
-        return float(format(value, self.form))
+        return float(format(value, self.form.replace(",", "")))  # which stands between thousands
 
 
 def describe(settings, scores: Scores) -> dict[str, Column]:
@@ -91,7 +91,8 @@ def _time(metric: Timed, parent: dict) -> dict[str, Column]:
     }
     if predictions.evaluated_time(metric.table, parent["latency"], parent["memory"]["element_type"]) is None:
         return found
-    tokens = f"By the same table behind {parent['latency']['prompt_tokens']} tokens"
+    place = metric.table.environment.get("device", "a CPU")
+    tokens = f"By the same table, of {place}, behind {parent['latency']['prompt_tokens']} tokens"
     return found | {
         "predicted_ms": Column(
             "time per token, predicted", "ms", f"{tokens}: to compare with time per token as it was measured.", ".2f"

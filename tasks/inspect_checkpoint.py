@@ -8,8 +8,8 @@ from ruamel.yaml import YAML
 from transformers import PreTrainedConfig
 
 from elastic_core import elastic_checkpoint, families, hf
-from elastic_core.cost import Memory, Metric, exact_cost, num_active_parameters, num_parameters, read_metric
-from elastic_core.latency import Latency, Timed
+from elastic_core.cost import Memory, exact_cost, num_active_parameters, num_parameters, read_metric
+from elastic_core.latency import Timed, as_latency
 from elastic_core.layout import layer_of
 from elastic_core.submodel import EXPERTS, PER_LAYER, WIDTHS, Submodel, keys_of
 
@@ -110,11 +110,6 @@ def read_time(directory: Path, config) -> dict | None:
         return None
     values = {"metric": metric.name, "context": metric.context, "batch": metric.table.batch, "setting": metric.setting}
     return values | {"parent": exact_cost(as_latency(metric), config)}
-
-
-def as_latency(metric: Metric) -> Metric:
-    """A throughput as the milliseconds per token of the same table, which are shares of the parent's alike."""
-    return Latency(metric.table, metric.context) if isinstance(metric, Timed) else metric
 
 
 def find_provenance(directory: Path) -> dict | None:

@@ -42,12 +42,13 @@ class Setting:
             require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
         require(min(self.contexts) >= 1, "context", min(self.contexts), "tokens, 1 or more")
         require(self.dtype in DTYPES, "dtype", self.dtype, ", ".join(DTYPES))
-        known = self.device == "cpu" or (self.device.startswith("cuda") and torch.cuda.is_available())
-        require(known, "device", self.device, "cpu" + ", cuda" * torch.cuda.is_available())
+        known = self.device == "cpu" or (self.device == "cuda" and torch.cuda.is_available())
+        other = ", or cuda (CUDA_VISIBLE_DEVICES says which)" if torch.cuda.is_available() else ""
+        require(known, "device", self.device, f"cpu{other}")
 
 
 class Models:
-    """transformers' models of submodels, all on the same random numbers, which take as much memory as the largest."""
+    """transformers' models of submodels, on the same random numbers: together they take the memory of the largest."""
 
     def __init__(self, config, setting: Setting):
         self.config, self.setting = config, setting
@@ -61,6 +62,8 @@ class Models:
             shape = getattr(model.get_submodule(owner), leaf).shape
             if name not in self.numbers:
                 numbers = 0.02 * torch.randn(shape.numel(), generator=torch.Generator().manual_seed(0))
+                if leaf in model.get_submodule(owner)._buffers:
+                    numbers.zero_()  # a correction of scores, with which all tokens would ask the same experts
                 self.numbers[name] = numbers.to(self.setting.device, dtype)
             set_parameter(model, name, self.numbers[name][: shape.numel()].view(shape))
         families.of(self.config).finish(model, torch.device(self.setting.device))
@@ -71,7 +74,7 @@ class Clock:
     """Marks in time: of this process on a CPU, of the stream on a GPU, where work is only asked for."""
 
     def __init__(self, device: str):
-        self.on_gpu, self.marks = device.startswith("cuda"), []
+        self.on_gpu, self.marks = device == "cuda", []
 
     def mark(self, *_) -> None:
         """Note the time; can be a hook of a module."""

@@ -277,7 +277,10 @@ def load(path: str | Path = FILE) -> Params:
 def main() -> None:
     from tasks import places
 
-    places.check(load())
+    settings = load()
+    places.check(settings)
+    table, allowed = settings.cost.table, "a file that is there, whatever the metric is, for dvc.yaml names it"
+    require(table is not None and Path(table).is_file(), f"{FILE}: cost.table", table, allowed)
     print(f"{FILE} is valid")
 
 

@@ -13,11 +13,11 @@ from elastic_core import families, hf, storage
 from elastic_core.choices import ElasticSpace
 from elastic_core.config import ConfigError
 from elastic_core.cost import Memory, Metric, exact_cost
-from elastic_core.latency import Timed
+from elastic_core.latency import Timed, as_latency
 from elastic_core.selection import check_budgets, select, with_smaller_ones
 from elastic_core.submodel import Submodel
 from tasks import gguf_parent, params
-from tasks.inspect_checkpoint import as_latency, member
+from tasks.inspect_checkpoint import member
 from tasks.params import Params
 from tasks.parent import model_config
 from tasks.plan_stages import Hardware, describe_rank, describe_stage, stages_of

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from elastic_core.config import ConfigError
 from elastic_core.cost import Memory, Metric, exact_cost, memory_parts
-from elastic_core.latency import Latency, Throughput, Timed
+from elastic_core.latency import Latency, Throughput, Timed, as_latency
 from elastic_core.latency_table import Table
 from elastic_core.submodel import Submodel
 from tasks.tables import MIB, Scores
@@ -41,7 +41,7 @@ def columns(scores: Scores, config, metric: Metric, targets: Mapping[str, float]
 
 
 def _time_columns(scores: Scores, config, metric: Timed, targets: Mapping[str, float]) -> dict[str, list[float]]:
-    full, step = exact_cost(metric, config), Latency(metric.table, metric.context)
+    full, step = exact_cost(metric, config), as_latency(metric)
     found: dict[str, list[float]] = {name: [] for name in ("budget_time", "serving_ms", "serving_rate")}
     for budget, versions in scores.items():
         for values in versions.values():

@@ -6,7 +6,6 @@ is compared between sizes is the median of these ratios. The table is written wh
 for `elastic_core/latency.py` to read.
 """
 
-import argparse
 import itertools
 import random
 import statistics
@@ -27,7 +26,6 @@ from elastic_core.latency import TIMED
 from elastic_core.latency_table import FORMAT, REST, SAID, Table, axes_of, shape_of
 from elastic_core.submodel import Submodel
 from tasks import footprint, params
-from tasks.endings import errors_as_text
 from tasks.layer_times import Models, Setting, turns
 from tasks.plan import read_parent
 from tasks.workspace import ROOT, parameters
@@ -165,15 +163,20 @@ def profile(name: str, overrides: Iterable[str] = (), out: Path | None = None, *
         allowed = "a file, --out FILE: the profile's own cost.table is for another metric than latency and throughput"
         require(read.cost.metric in TIMED, "out", None, allowed)
         out = ROOT / read.cost.table
-    config, source = read_parent(read)
-    on_gpu = torch.cuda.is_available()
+        config, source = read_parent(read)
+        _check_replaced(out, config)
+    else:
+        config, source = read_parent(read)
+    device = changes.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     fields = {
         "contexts": tuple(sorted({measured.prompt_tokens, said.get("context", measured.prompt_tokens)})),
         "batch": said.get("batch", 1),
         "threads": measured.threads,
-        "device": "cuda" if on_gpu else "cpu",
-        "dtype": "bfloat16" if on_gpu else "float32",
+        "device": device,
+        "dtype": "float32" if device == "cpu" else "bfloat16",
     }
+    if changes.get("contexts"):
+        changes["contexts"] = tuple(sorted({*fields["contexts"], *changes["contexts"]}))
     setting = Setting(**fields | {key: value for key, value in changes.items() if value is not None})
     try:
         table = measure(config, read.choices, setting)
@@ -181,6 +184,17 @@ def profile(name: str, overrides: Iterable[str] = (), out: Path | None = None, *
         raise ConfigError(f"{where} ({source}): {error}") from None
     table.save(out)
     return table, out
+
+
+def _check_replaced(out: Path, config) -> None:
+    """Refuse to write over another parent's table, of which only its own profile knows. Raises ConfigError."""
+    if not out.is_file():
+        return
+    try:
+        Table.load(out).check(config)
+    except ConfigError:
+        allowed = "another file, by --out FILE and cost.table: this one is another parent's"
+        raise ConfigError(f"out: got {str(out)!r}; allowed: {allowed}") from None
 
 
 def describe(table: Table, path: Path) -> str:
@@ -195,22 +209,3 @@ def describe(table: Table, path: Path) -> str:
             f"  {kind:5} {decode * 1e3:8.4f} ms a step, {prefill * 1e6:8.3f} µs a token of the prompt ({sizes})"
         )
     return "\n".join(lines)
-
-
-@errors_as_text()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("profile", nargs="?", default="latency", help="a file in profiles/, or default")
-    parser.add_argument("--out", type=Path, help="the table; by default the profile's cost.table")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--context", dest="contexts", type=int, action="append", help="tokens; can be repeated")
-    for name, kind in {"batch": int, "threads": int, "rounds": int, "points": int, "device": str, "dtype": str}.items():
-        parser.add_argument(f"--{name}", type=kind)
-    options = vars(parser.parse_args())
-    if options["contexts"]:
-        options["contexts"] = tuple(sorted(set(options["contexts"])))
-    print(describe(*profile(options.pop("profile"), **options)))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,7 @@ from elastic_core import storage
 from elastic_core.budgets import Spelling, family_metric, parse, shares
 from elastic_core.config import ConfigError, require
 from elastic_core.cost import Memory, Metric, exact_cost
-from elastic_core.latency import Timed
+from elastic_core.latency import Timed, as_latency
 from tasks import gguf_parent
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _comparable(params: Params) -> dict[str, Spelling]:
     return {
         name: given
         for name, given in params.untrained.items()
-        if parse(given).metric(params.metric, f"untrained.{name}") == params.metric
+        if as_latency(parse(given).metric(params.metric, f"untrained.{name}")) == as_latency(params.metric)
     }
 
 
@@ -129,7 +129,7 @@ def _check_choices(params: Params, config, targets: Mapping[str, float]) -> None
 
 
 def _check_smallest(params: Params, config, targets: Mapping[str, float]) -> None:
-    """Refuse memory, or time, that is below all choices at their smallest, where the costliest layers go first.
+    """Refuse memory, or time, that is below all choices at their cheapest, where the costliest layers go first.
 
     And no more: some layers cost much more than others, so that an order in between may fit where neither end does.
     """
@@ -142,7 +142,7 @@ def _check_smallest(params: Params, config, targets: Mapping[str, float]) -> Non
     space, _ = _extreme_spaces(step, params, config)
     smallest, full = space.grid_costs().min().item(), exact_cost(metric, config)
     allowed = (
-        f"{metric.number(smallest)}, with all choices at their smallest, to {metric.text(full)} ({metric.setting})"
+        f"{metric.number(smallest)}, with all choices at their cheapest, to {metric.text(full)} ({metric.setting})"
     )
     for name, target in targets.items():
         enough = target * full * (1 + TOLERANCE) >= smallest

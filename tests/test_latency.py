@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from latencies import CONTEXTS, REST, make_table, points_of, seconds_of
-from parents import CONFIGS, random_config, random_submodel
+from parents import CONFIGS, random_config, random_moe_config, random_submodel
 
 from elastic_core import Submodel, families
 from elastic_core.choices import Choices, ElasticSpace
@@ -203,6 +203,15 @@ def test_a_file_that_is_no_table_is_refused(text, words, tmp_path):
         Table.load(tmp_path / "t.json")
 
 
+def test_a_table_knows_how_many_experts_a_token_asks():
+    config = random_moe_config(1)
+    table = make_table(config)
+    table.check(config)
+    config.num_experts_per_tok += 1
+    with pytest.raises(ConfigError, match="layers E, num_experts_per_tok of"):
+        table.check(config)
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -216,8 +225,9 @@ def test_a_table_of_another_shape_is_refused(change, words):
     change(values["parts"][REST])
     with pytest.raises(ValueError, match=words):
         Table.from_json(values)
-    with pytest.raises(ValueError, match=r"cost: got .*; allowed: parameters, active_parameters, or the fields"):
+    with pytest.raises(ValueError, match=rf"cost: got 'latency' \(ValueError: .*{words}") as caught:
         read_metric({"metric": "latency", "context": 16, "table": values})
+    assert "allowed: parameters, active_parameters, or the fields of metric" in str(caught.value)
 
 
 def test_texts_for_people():

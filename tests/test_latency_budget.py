@@ -26,7 +26,7 @@ from elastic_core.curriculum import Routing
 from elastic_core.data import PackedSequences
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.families.nemotron_h import layers_of
-from elastic_core.latency import Latency, Throughput
+from elastic_core.latency import Latency, Throughput, digits
 from elastic_core.router import Router
 from elastic_core.run import Run
 from elastic_core.selection import check_budgets, path_between, select
@@ -94,7 +94,7 @@ def test_time_is_a_share_of_the_parents_time():
             r"a: got '0\.1ms/token'; allowed: no time, where nothing has measured it: .*metric: l",
         ),
         ("9tokens/s", Memory(8), r"a: got '9tokens/s'; allowed: no time, where nothing has measured it"),
-        ("0.1ms/token×2", METRIC, r"a: got '0\.1ms/token×2'; allowed: ×1, as in the table; measure it again with"),
+        ("0.1ms/token×2", METRIC, r"a: got '0\.1ms/token×2'; allowed: ×1 or nothing, as in the table"),
         (
             "0.1ms/token@1k",
             METRIC,
@@ -259,9 +259,9 @@ def test_inspect_and_extract_tell_the_time(served, tmp_path):
     assert told["budgets"]["small"]["cost"] == pytest.approx(small)
     assert any("ms/token for 32 tokens × 2, float32 on A Chip, 1 thread, which budgets are shares" in x for x in lines)
     row = next(line for line in lines if line.startswith("small")).split()
-    assert row[1:6] == ["0.5", f"{small / full:.4f}", f"{0.5 * full:,.4g}", f"{small:,.4g}", f"{2000 / small:,.4g}"]
+    assert row[1:6] == ["0.5", f"{small / full:.4f}", f"{0.5 * full:,.4g}", f"{small:,.4g}", digits(2000 / small)]
     told = call("extract", directory, tmp_path / "a", "-b", "small")
-    both = f"{small:,.4g} ms/token, {2000 / small:,.4g} tokens/s for 32 tokens × 2, float32 on A Chip, 1 thread"
+    both = f"{small:,.4g} ms/token, {digits(2000 / small)} tokens/s for 32 tokens × 2, float32 on A Chip, 1 thread"
     assert both in told
     assert both in call("extract", directory, tmp_path / "b", "-b", f"{small:.9f}ms/token")
     assert "time as 35ms/token" in error_of("extract", directory, tmp_path / "c")
@@ -309,13 +309,17 @@ def test_parameters_with_a_table_are_checked_before_anything_runs(tmp_path, monk
     for change, words in [
         (
             {"small": 0.01},
-            r"budgets\.small: got 0\.01; allowed: [\d,.]+, with all choices at their smallest, to .* token",
+            r"budgets\.small: got 0\.01; allowed: [\d,.]+, with all choices at their cheapest, to .* token",
         ),
         ({"small": "9e9tokens/s"}, r"budgets\.small: got '9e9tokens/s'; allowed: [\d,.]+, with all choices"),
         ({"small": "1tokens/s"}, r"budgets\.small: got '1tokens/s'; allowed: the parent's own .* or more"),
     ]:
         with pytest.raises(ConfigError, match=words):
             load({**values, "budgets": {**values["budgets"], **change}}, tmp_path, monkeypatch)
+    with pytest.raises(ConfigError, match=r"untrained\.x: got '.*ms/token'; allowed: a share between the trained"):
+        load(
+            {**values, "untrained": {"x": f"{100 * full:.6f}ms/token"}}, tmp_path, monkeypatch
+        )  # the same, turned over
     with pytest.raises(ConfigError, match=r"hidden_size: got 64; allowed: 72 to 128, where the table of latencies was"):
         make_table(config, sizes | {"hidden_size": (72, 128)}).save("mine.json")
         load(values, tmp_path, monkeypatch)

@@ -5,11 +5,19 @@ import re
 
 import pytest
 import torch
-from parents import random_elastic, random_ids, random_moe_config, random_submodel, relative_error, save_random_parent
+from parents import (
+    random_elastic,
+    random_ids,
+    random_moe_config,
+    random_reference,
+    random_submodel,
+    relative_error,
+    save_random_parent,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, Submodel, extract, families
+from elastic_core import ElasticModel, Submodel, elastic_checkpoint, extract, families
 from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.config import ConfigError
 from elastic_core.cost import (
@@ -22,9 +30,12 @@ from elastic_core.cost import (
     num_active_parameters,
     num_parameters,
 )
+from elastic_core.elastic_checkpoint import Member
 from elastic_core.families.nemotron_h import layers_of, pattern
-from elastic_core.hf import read_config
+from elastic_core.families.nemotron_h_ffn import fewest_experts
+from elastic_core.hf import check_config, read_config
 from elastic_core.layout import layer_index, narrow
+from elastic_core.nested import NestedModel
 from tasks.evaluate import count_parameters
 
 SEEDS = range(8)
@@ -125,6 +136,36 @@ def test_slice_and_mask_agree_in_float64(seed):
     gates = {key: gate.double() for key, gate in one_hot_gates(config, submodel).items()}
     with torch.no_grad():
         assert relative_error(model(ids, gates=gates), model(ids, submodel)) < 1e-12
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gates_near_one_hot_are_near_the_slice(seed):
+    """Experts that have all but gone are chosen as little as those that have."""
+    config = random_moe_config(seed)
+    model, ids = random_elastic(seed, config), random_ids(config, seed)
+    submodel = Submodel(num_experts=fewest_experts(config)).resolve(config)
+    gates = {key: gate.clamp(min=1e-6) for key, gate in one_hot_gates(config, submodel).items() if "experts" in key}
+    with torch.no_grad():
+        assert relative_error(model(ids, submodel), model(ids)) > 0.01
+        assert relative_error(model(ids, gates=gates), model(ids, submodel)) < 1e-4
+
+
+def test_corrections_stay_in_float32_beside_bfloat16(tmp_path):
+    """As in transformers: rounded, large ones that differ a little would send tokens to other experts."""
+    config = random_moe_config(3)
+    reference = random_reference(3, config)
+    layer = layers_of(config, "E")[0]
+    bias = reference.model.layers[layer].mixer.gate.e_score_correction_bias
+    bias.copy_(30 + 0.05 * torch.randn(bias.shape, generator=torch.Generator().manual_seed(0)))
+    reference.save_pretrained(tmp_path / "parent")
+    elastic_checkpoint.write(tmp_path / "parent", config, {"full": Member(1.0, Submodel())}, [])
+    extract(tmp_path / "parent", Submodel(), tmp_path / "cut", dtype=torch.bfloat16)
+    name = f"model.layers.{layer}.mixer.gate.e_score_correction_bias"
+    nested = NestedModel.from_pretrained(tmp_path / "parent", torch.bfloat16)
+    ours = ElasticModel.from_pretrained(tmp_path / "parent", torch.bfloat16)
+    for model in (load(tmp_path / "cut", torch.bfloat16), nested.at("full"), ours):
+        assert torch.equal(model.get_parameter(name) if model is ours else model.get_buffer(name), bias)
+        assert model.get_parameter(f"model.layers.{layer}.norm.weight").dtype == torch.bfloat16
 
 
 def test_an_absent_expert_is_never_chosen_and_a_fading_one_still_is():
@@ -263,6 +304,14 @@ def test_experts_are_matrices_in_memory(weights, size):
 # What is refused
 
 
+@pytest.mark.parametrize("field", ["n_group", "num_experts_per_tok", "moe_latent_size"])
+def test_a_configuration_without_what_routing_takes_is_refused(field):
+    config = random_moe_config(0)
+    setattr(config, field, 0)
+    with pytest.raises(ValueError, match=f"{field}=0; allowed: 1 or more"):
+        check_config(config)
+
+
 def test_choices_that_routing_cannot_do_are_refused():
     config = random_moe_config(0)
     config.n_group, config.topk_group, config.num_experts_per_tok, config.n_routed_experts = 3, 1, 3, 15
@@ -287,5 +336,7 @@ def test_a_parent_without_experts_has_no_such_sizes(tmp_path):
     config = read_config(tmp_path)
     assert num_active_parameters(config) is None
     assert not any("expert" in name for name in Submodel().resolve(config).to_dict())
+    with pytest.raises(ConfigError, match=r"num_experts: got \(8, 4\); allowed: null, for the parent has no experts"):
+        ElasticSpace(config, Choices(num_experts=(8, 4)), tuple(range(families.num_layers(config))))
     with pytest.raises(ValueError, match="moe_intermediate_size: got 8; allowed: nothing, this parent has no such"):
         Submodel(moe_intermediate_size=8).resolve(config)

@@ -197,7 +197,7 @@ def section(name, changes):
         ),
         (
             lambda values: values.update(cost=MEMORY, budgets={**values["budgets"], "small": "20KiB"}),
-            r"budgets\.small: got '20KiB'; allowed: \d+\.\d+ KiB, with all choices at their smallest, to .* \(512 t",
+            r"budgets\.small: got '20KiB'; allowed: \d+\.\d+ KiB, with all choices at their cheapest, to .* \(512 t",
         ),
         (put("budgets", "small", 0.02), r"budgets\.small: got 0\.02 .*the choices give 0\.\d+ to 1\.0, nearest"),
         # choices
@@ -352,6 +352,14 @@ def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"^error: .*params\.yaml: not there"):
         params.main()
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for table in (None, "nowhere.json"):  # which dvc.yaml names, whatever budgets are counted in
+        values["cost"]["table"] = table
+        Path("params.yaml").write_text(yaml.safe_dump(values))
+        with pytest.raises(
+            SystemExit, match=rf"^error: params\.yaml: cost\.table: got {table!r}; allowed: a file that"
+        ):
+            params.main()
     monkeypatch.chdir(ROOT)
     params.main()
     assert capsys.readouterr().out == "params.yaml is valid\n"

@@ -120,6 +120,7 @@ def write_params(directory, corpus, **changes):
     values["choices"] = {"hidden_size": list(range(16, 5, -1)), "intermediate_size": list(range(24, 1, -1))}
     values["choices"] |= {"mamba_num_heads": [4, 2], "mamba_head_dim": [6, 5, 4, 3, 2], "num_attention_heads": [4, 2]}
     values["budgets"] = {"full": 1.0, "small": 0.6}
+    values["cost"]["table"] = str(ROOT / values["cost"]["table"])
     for name in ("train_short", "train_extended"):
         values[name]["budget_shares"] = {}
     for section, entries in changes.items():

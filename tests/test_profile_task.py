@@ -1,5 +1,6 @@
 """`elastic profile`: every point of the grid is measured, on transformers' own modules; no seconds are promised."""
 
+import copy
 import itertools
 import json
 
@@ -91,6 +92,19 @@ def test_models_share_their_numbers_and_decode_as_transformers_does():
     assert torch.equal(torch.cat([prompt, *generated], 1), expected)
 
 
+def test_tokens_ask_many_experts():
+    """As trained routers see to: else a step would take as long as a few experts do."""
+    config, asked = copy.deepcopy(MOE), []
+    config.n_routed_experts = 64
+    models = Models(config, Setting((4,)))
+    model = models.build(Submodel().resolve(config))
+    layer = config.layers_block_type.index("moe")
+    model.model.layers[layer].mixer.gate.register_forward_hook(lambda gate, inputs, found: asked.append(found[-1]))
+    text = Text(model, Setting((4,), batch=32), 4)
+    text.step()
+    assert len(asked[-1].unique()) > 20
+
+
 def test_the_command_writes_what_the_profile_names(tmp_path, monkeypatch):
     """In the profile's own setting, though its table is not there yet; a second time it is replaced."""
     values = parameters("smoke")
@@ -106,8 +120,12 @@ def test_the_command_writes_what_the_profile_names(tmp_path, monkeypatch):
     assert table.parts["M"].grid == ((24, 48), (4,), (16,))
     told = profile.describe(table, path)
     assert "2 × 40 tokens, float32" in told and "mamba_heads 4, mamba_channels 16" in told
-    _, other = profile.profile("mine", out=tmp_path / "other.json", contexts=(3,), batch=1, **QUICK)
-    assert Table.load(other).contexts == (3,)
+    _, other = profile.profile("mine", out=tmp_path / "other.json", contexts=(3,), batch=1, device="cpu", **QUICK)
+    assert Table.load(other).contexts == (3, 32, 40) and Table.load(other).dtype == "float32"
+    values["parent"]["model"]["ssm_state_size"] = 8
+    with pytest.raises(ConfigError, match=r"out: got '.*table.json'; allowed: another file, by --out FILE and cost.ta"):
+        profile.profile("mine", **QUICK)
+    assert Table.load(path) == table
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path):

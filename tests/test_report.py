@@ -284,6 +284,11 @@ def test_every_column_is_explained(inside):
     )
 
 
+def test_large_numbers_are_rounded_too():
+    column = columns.Column("throughput", "tokens/s", "Of a device.", ",.1f")
+    assert column.round(8881.84) == 8881.8 and column.write(8881.84) == "8,881.8"
+
+
 def test_every_picture_can_be_drawn_in_light_and_dark(inside):
     settings, frame = params.load(), tables.results(inside)
     sections = figures.sections(settings, inside, frame)

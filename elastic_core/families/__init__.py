@@ -14,6 +14,7 @@ A family is a table of named dimensions and the forward of its layers. Its modul
   `scan_block(config, layer, sequences)`: how a layer's scan is cut into pieces of work, or None (memory.py).
 - Experts: a stack (experts.i, rows, columns) in the table is a matrix per expert in files (experts.py), and of it a
   token uses `config.num_experts_per_tok`; nothing else is to be said of them.
+- `WIDE`: ends of names of what stays in float32 in a model of bfloat16, as in transformers.
 - `canonical_name(name)` of a tensor in a file (None: left out), `disk_name(name)` of a parameter, and
   `file_values(values)`: what config.json says besides.
 - `config_changes(config, kept_layers, widths)` of a submodel, where a list has an entry per kept layer;
@@ -25,6 +26,8 @@ A family is a table of named dimensions and the forward of its layers. Its modul
 """
 
 from types import ModuleType
+
+import torch
 
 import elastic_core.families.llama as llama
 import elastic_core.families.nemotron_h as nemotron_h
@@ -61,6 +64,11 @@ def active_layout(config) -> Layout:
         name: (Fixed(config.num_experts_per_tok), *dims[1:]) if is_stack(dims) else dims
         for name, dims in parameter_layout(config).items()
     }
+
+
+def held_in(config, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The element type of a parameter in a model of `dtype`: float32 at least where transformers keeps it so."""
+    return torch.promote_types(dtype, torch.float32) if name.endswith(of(config).WIDE) else dtype
 
 
 def has_experts(config) -> bool:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, NemotronHConfig, NemotronHForCausalLM
 
+import elastic_core.families.nemotron_h_ffn as ffn
 from elastic_core.cut import Cut
-from elastic_core.families.nemotron_h_ffn import MLP, MoE, mlp_layout, moe_layout, moe_requirements, moe_units
 from elastic_core.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.layout import Concat, Fixed, Layout, Product, Units
 from elastic_core.ops import kernels, ssd
@@ -20,6 +20,7 @@ from elastic_core.ops.norm import group_rms_norm
 
 MODELS = {"nemotron_h": (NemotronHConfig, NemotronHForCausalLM)}
 EMBEDDINGS, FINAL_NORM = "embeddings", "norm_f"
+WIDE = (ffn.CORRECTION,)
 MODELING_FILE = "modeling_elastic_nemotron_h.py"
 REMOTE_CLASSES = ("ElasticNemotronHConfig", "ElasticNemotronHForCausalLM")
 CHARACTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
@@ -28,7 +29,7 @@ CHARACTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "att
 def requirements(config) -> list[tuple[bool, str]]:
     """What has to hold of a configuration, and what to say where it does not."""
     return [
-        *(moe_requirements(config) if "E" in pattern(config) else []),
+        *(ffn.moe_requirements(config) if "E" in pattern(config) else []),
         (not config.tie_word_embeddings, "tie_word_embeddings=true; transformers keeps nemotron_h heads untied"),
         (
             config.mamba_num_heads % config.n_groups == 0,
@@ -79,7 +80,7 @@ def units(config) -> dict[str, Units]:
         elif character == "-":
             found[f"ffn.{i}"] = Units(f"ffn.{i}", config.intermediate_size)
         elif character == "E":
-            found |= {width.key: width for width in moe_units(config, i)}
+            found |= {width.key: width for width in ffn.moe_units(config, i)}
     return found
 
 
@@ -90,7 +91,7 @@ def parameter_layout(config) -> Layout:
     """
     keys, vocab = units(config), Fixed(config.vocab_size)
     hidden = keys["hidden"]
-    mixers = {"M": _mamba_layout, "*": _attention_layout, "-": _mlp_layout, "E": moe_layout}
+    mixers = {"M": _mamba_layout, "*": _attention_layout, "-": _mlp_layout, "E": ffn.moe_layout}
     layout: Layout = {"model.embeddings.weight": (vocab, hidden)}
     for i, character in enumerate(pattern(config)):
         layout[f"model.layers.{i}.norm.weight"] = (hidden,)
@@ -136,7 +137,7 @@ def _attention_layout(config, i: int, keys: dict[str, Units]) -> Layout:
 
 
 def _mlp_layout(config, i: int, keys: dict[str, Units]) -> Layout:
-    return mlp_layout(config, keys["hidden"], keys[f"ffn.{i}"])
+    return ffn.mlp_layout(config, keys["hidden"], keys[f"ffn.{i}"])
 
 
 def kept_state(config) -> dict[str, Layout]:
@@ -322,7 +323,7 @@ class Mamba(nn.Module):
         return channels.expand(sizes).flatten() if heads is None else torch.outer(heads, channels).flatten()
 
 
-MIXERS = {"M": Mamba, "*": Attention, "-": MLP, "E": MoE}
+MIXERS = {"M": Mamba, "*": Attention, "-": ffn.MLP, "E": ffn.MoE}
 
 
 class Block(nn.Module):

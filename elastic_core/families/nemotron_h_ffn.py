@@ -4,10 +4,9 @@ Of a mixture's elastic widths, `experts.i` are the routed experts, cut alike in 
 `expert_ffn.i` the neurons of every routed expert, each ranked by itself and all cut to one width; `shared_ffn.i` those
 of the shared expert. A row of the router and an entry of its correction bias go with each expert.
 
-What a gate between 0 and 1 on experts means: tokens choose as if all experts were there, and what each of them says is
-multiplied by its gate. Only an expert whose gate is exactly 0 is not to be chosen, and another one is instead. So
-one-hot gates are the slice, exactly; on the way there a token that has chosen a fading expert hears less, rather than
-another expert.
+What a gate between 0 and 1 on experts means: what an expert says is multiplied by its gate, and tokens choose as if all
+experts were there; with a gate below `FADING` an expert is chosen less as well, by log(gate / FADING) that is added to
+its score, and tokens turn to others. One-hot gates are the slice, exactly, and gates near them are near it.
 """
 
 from collections.abc import Iterator
@@ -23,11 +22,19 @@ from elastic_core.layers import add_parameters, part_of
 from elastic_core.layout import Fixed, Layout, Units
 from elastic_core.ops.activation import relu_squared
 
+FADING = 0.1  # the gate below which an expert is chosen less
 CORRECTION = "gate.e_score_correction_bias"  # of scores where experts are chosen: transformers' buffer, never trained
 
 
 def moe_requirements(config) -> list[tuple[bool, str]]:
     """What has to hold of a configuration with mixtures, and what to say where it does not."""
+    sizes = ("n_group", "topk_group", "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size")
+    sizes += ("moe_shared_expert_intermediate_size",)
+    given = {name: getattr(config, name) for name in sizes}
+    given = {name: size for name, size in given.items() if (name, size) != ("moe_latent_size", None)}
+    positive = [(size >= 1, f"{name}={size}; allowed: 1 or more") for name, size in given.items()]
+    if not all(holds for holds, _ in positive):
+        return positive
     experts, groups = config.n_routed_experts, config.n_group
     return [
         (experts % groups == 0, f"n_routed_experts={experts} is not a multiple of n_group={groups}"),
@@ -132,13 +139,16 @@ class MoE(nn.Module):
         return y.view(*x.shape[:2], -1) + self.shared_experts(x, cut)
 
     def _route(self, x: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
-        """Each token's experts and their weights, both (T, k); in float32 at least, whatever the rest computes in."""
+        """Each token's experts and their weights, both (T, k); in float32 at least, whatever the rest computes in.
+
+        So of a matrix that was gathered in bfloat16 (distributed.py), with its rounding.
+        """
         wide, gate = torch.promote_types(x.dtype, torch.float32), cut.gate(self.units)
         with torch.autocast(x.device.type, enabled=False):
             scores = F.linear(x.to(wide), cut.weight(self, self.layout, "gate.weight").to(wide)).sigmoid()  # (T, E)
         choice = scores.detach() + cut.weight(self, self.layout, CORRECTION).to(wide)
         if gate is not None:
-            choice = choice.masked_fill(gate.detach() == 0, -torch.inf)
+            choice = choice + (gate.detach().to(wide) / FADING).clamp(max=1).log()
         if self.n_group > 1:
             choice = _in_best_groups(choice.unflatten(-1, (self.n_group, -1)), self.topk_group)
         chosen = choice.topk(self.top_k, dim=-1, sorted=False).indices
