@@ -218,13 +218,14 @@ def explained(ranks, data, directory):
 
 
 def ranking(ranks, data, directory):
-    model = random_elastic(3, CONFIG)
+    """By every method; and experts, of which a rank's tokens ask some."""
     ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
-    found = {}
-    for method in ("iterative_nmse", "one_shot_nmse", "one_shot_perplexity"):
-        part = ranks.part(4)
-        ranked = rank(model, list(ids[:, part]), depth_method=method, reduce=ranks.sum)
-        found[method] = {
+    found, part = {}, ranks.part(4)
+    cases = [(CONFIG, method, "projection") for method in ("iterative_nmse", "one_shot_nmse", "one_shot_perplexity")]
+    for config, method, measure in [*cases, (EXPERTS, "one_shot_nmse", "written")]:
+        model = random_elastic(3, config)
+        ranked = rank(model, list(ids[:, part]), depth_method=method, reduce=ranks.sum, measure=measure)
+        found[f"{method} {measure}"] = {
             "orders": ranked.orders, "scores": ranked.scores, "depth": ranked.depth, "depth_scores": ranked.depth_scores
         }  # fmt: skip
     return found
