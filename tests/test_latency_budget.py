@@ -12,9 +12,9 @@ from latencies import make_table
 from parents import random_elastic
 from test_cli import CONFIG as SERVED
 from test_cli import MEMBERS, call, error_of
-from test_memory_budget import CHOICES, CONFIG, RANKING
+from test_memory_budget import CHOICES, CONFIG, RANKING, train_family
 from test_params import COMMITTED, ROOT, load
-from test_training import data, make_stage  # noqa: F401 (a fixture)
+from test_training import data  # noqa: F401 (a fixture)
 
 from elastic_core import elastic_checkpoint
 from elastic_core.budgets import Cost, family_metric, parse, shares
@@ -22,15 +22,10 @@ from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.config import ConfigError
 from elastic_core.config import load as load_section
 from elastic_core.cost import PARAMETERS, Memory, exact_cost, num_parameters
-from elastic_core.curriculum import Routing
-from elastic_core.data import PackedSequences
 from elastic_core.elastic_checkpoint import Member
 from elastic_core.families.nemotron_h import layers_of
 from elastic_core.latency import Latency, Throughput, digits
-from elastic_core.router import Router
-from elastic_core.run import Run
 from elastic_core.selection import check_budgets, path_between, select
-from elastic_core.training import train
 from tasks import columns, predictions
 from tasks.parent import model_config
 
@@ -144,20 +139,7 @@ def test_the_section_names_the_table_and_budgets_may_say_the_rest(metric, tmp_pa
 def family(data):  # noqa: F811
     """A run of 80 steps, soft for 60, at 0.6 of the parent's time, and its rows."""
     budgets = {"full": 1.0, "small": f"{0.6 * FULL:.9f}ms/token"}
-    targets = shares(budgets, METRIC, CONFIG)
-    stage = make_stage(steps=80, learning_rate=1e-2)
-    torch.manual_seed(0)
-    router = Router(ElasticSpace(CONFIG, CHOICES, RANKING, metric=METRIC), tuple(targets.values()))
-    run = Run(
-        random_elastic(0, CONFIG),
-        stage,
-        PackedSequences(data, stage.mixture, stage.sequence_length, seed=1),
-        targets,
-        router=router,
-        routing=Routing(share=0.75, learning_rate=3e-2),
-        teacher=random_elastic(0, CONFIG),
-    )
-    return run, list(train(run))
+    return train_family(data, METRIC, budgets)
 
 
 def test_a_family_lands_on_its_time(family):

@@ -49,9 +49,8 @@ LONG = Cost(metric="memory", chunk=1)  # of one token: a step of decoding
 MANY = Cost(metric="memory", context=8, weights="fp8", chunk=1)
 
 
-def train_family(data, cost, budgets):  # noqa: F811
+def train_family(data, metric, budgets):  # noqa: F811
     """A run of 80 steps, soft for 60, and its rows."""
-    metric = family_metric(cost, budgets)
     targets = shares(budgets, metric, CONFIG)
     stage = make_stage(steps=80, learning_rate=1e-2)
     torch.manual_seed(0)
@@ -72,14 +71,16 @@ def train_family(data, cost, budgets):  # noqa: F811
 def families(data):  # noqa: F811
     """At the same share of the parent: a long text in little room, many short ones, and parameters."""
     long, many = (exact_cost(metric, CONFIG) for metric in (Memory(512, chunk=1), Memory(8, 64, "fp8", chunk=1)))
-    return {
-        "long": (SHARE * long, *train_family(data, LONG, {"full": 1.0, "small": f"{SHARE * long / 2**10:.3f}KiB@512"})),
-        "many": (
-            SHARE * many,
-            *train_family(data, MANY, {"full": 1.0, "small": f"{SHARE * many / 2**20:.6f}MiB@8×64"}),
-        ),
-        "parameters": (SHARE * FULL, *train_family(data, Cost(), {"full": 1.0, "small": SHARE})),
+    asked = {
+        "long": (SHARE * long, LONG, f"{SHARE * long / 2**10:.3f}KiB@512"),
+        "many": (SHARE * many, MANY, f"{SHARE * many / 2**20:.6f}MiB@8×64"),
+        "parameters": (SHARE * FULL, Cost(), SHARE),
     }
+    found = {}
+    for name, (target, cost, small) in asked.items():
+        budgets = {"full": 1.0, "small": small}
+        found[name] = target, *train_family(data, family_metric(cost, budgets), budgets)
+    return found
 
 
 @pytest.mark.parametrize("name", ["long", "many", "parameters"])
