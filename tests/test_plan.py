@@ -20,7 +20,11 @@ from tasks.plan_stages import Hardware
 from tasks.workspace import parameters, profile_names
 
 ROOT = Path(__file__).resolve().parents[1]
-KNOWN = {"NVIDIA-Nemotron-Nano-12B-v2": 12_310_001_152, "NVIDIA-Nemotron-3-Nano-4B": 3_973_556_832}  # as published
+KNOWN = {  # as published
+    "NVIDIA-Nemotron-Nano-12B-v2": 12_310_001_152,
+    "NVIDIA-Nemotron-3-Nano-4B": 3_973_556_832,
+    "NVIDIA-Nemotron-3-Nano-30B-A3B": 31_577_940_288,
+}
 H100 = Hardware()
 SIZES = {
     "hidden_size": 128,
