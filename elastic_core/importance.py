@@ -1,7 +1,7 @@
 """Importance: which units and layers of a parent matter, from forward passes over calibration batches (method §2).
 
-`rank` scores every width (eqs. 1–4) and every layer (eq. 5); `sort_` permutes the weights once so that every axis
-stands in decreasing importance, after which "the k best" is "the first k".
+`rank` scores every width (eqs. 1–4, or by what units write) and every layer (eq. 5); `sort_` permutes the weights once
+so that every axis stands in decreasing importance, after which "the k best" is "the first k".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m flows.dashboard`: server, worker and deployment in one foreground command; Ctrl-C takes all down.
+"""`python -m flows.dashboard`: server, worker and deployments in one foreground command; Ctrl-C takes all down.
 
 Everything runs under guards (flows/guard.py), so nothing is left behind when this command is killed either. Host,
 port and directory come from prefect.toml or PREFECT_… environment variables. A run that a dead worker left behind is

@@ -81,7 +81,7 @@ class Live:
         step = self.last["step"] if self.last else 0
         return (
             f"{self.announcement.name}, step {step:,} of {self.announcement.num_steps:,}. Running means in nats per "
-            "token; the budget error is how far the expected size is from its target"
+            "token; the budget error is how far the expected cost is from its target"
         )
 
     def _table(self) -> list[dict]:

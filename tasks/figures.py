@@ -104,7 +104,8 @@ def _importance_figures(settings: "params.Params", config) -> list[Figure]:
     return [
         Figure(
             "Units, by axis and layer",
-            "Activations on calibration text, each row sorted from the best unit to the worst. Low ones go first.",
+            f"Importance on calibration text ({settings.rank.measure}, {settings.rank.aggregation}), each row sorted "
+            "from the best unit to the worst. Low ones go first.",
             charts.importance(tables.importance(config)),
         ),
         Figure(

@@ -271,7 +271,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """W_down · (act(W_gate x) · W_up x). A neuron's importance is of that product, where eq. 2 has W1 x."""
+    """W_down · (act(W_gate x) · W_up x). `projection` scores neurons by that product, where eq. 2 has W1 x."""
 
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()
