@@ -168,20 +168,19 @@ def read_metric(value: str | dict) -> Metric:
     for metric in (PARAMETERS, ACTIVE_PARAMETERS):
         if value == metric.name:
             return metric
+    fields = dict(value) if isinstance(value, Mapping) else {}
+    name, reason = fields.pop("metric", value), ""
     try:
-        fields = dict(value)
-        if (name := fields.pop("metric")) == Memory.name:
+        if name == Memory.name:
             return Memory(**fields)
         if name in TIMED:
             return TIMED[name](Table.from_json(fields["table"]), fields["context"])
-        reason = ""
     except ConfigError:  # a context outside of the table, which says so
         raise
     except (TypeError, ValueError, KeyError) as error:
         reason = f" ({type(error).__name__}: {error})"
-    given = value if isinstance(value, str) else value.get("metric")
     raise ValueError(
-        f"cost: got {given!r}{reason}; allowed: parameters, active_parameters, or the fields of metric memory, latency "
+        f"cost: got {name!r}{reason}; allowed: parameters, active_parameters, or the fields of metric memory, latency "
         "or throughput, as this version writes them"
     )
 

@@ -151,7 +151,8 @@ def profile(name: str, overrides: Iterable[str] = (), out: Path | None = None, *
     """Measure what a profile's parent and choices ask for; the table, and where it was written: `out`, or cost.table.
 
     `changes` are fields of `Setting`; what is None, or left out, is as the profile says: the contexts of its budgets
-    and of its evaluation, one sequence if nothing says how many, and the evaluation's threads. Of params.yaml only the
+    and of its evaluation (to which those of `changes` are added), one sequence if nothing says how many, and the
+    evaluation's threads. Of params.yaml only the
     sections that matter are read: that there is no table yet is no error. Raises ConfigError for what is to be changed.
     """
     values, where = parameters(name, overrides=overrides), f"profile {name}"
@@ -159,14 +160,14 @@ def profile(name: str, overrides: Iterable[str] = (), out: Path | None = None, *
     kinds["evaluate"] = params.Evaluate
     read = SimpleNamespace(**{k: load_section(kind, values.get(k) or {}, f"{where}: {k}") for k, kind in kinds.items()})
     said, measured = family_setting(read.cost, values["budgets"]), read.evaluate.latency
-    if out is None:
+    has_own = out is None
+    if has_own:
         allowed = "a file, --out FILE: the profile's own cost.table is for another metric than latency and throughput"
         require(read.cost.metric in TIMED, "out", None, allowed)
         out = ROOT / read.cost.table
-        config, source = read_parent(read)
+    config, source = read_parent(read)
+    if has_own:
         _check_replaced(out, config)
-    else:
-        config, source = read_parent(read)
     device = changes.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     fields = {
         "contexts": tuple(sorted({measured.prompt_tokens, said.get("context", measured.prompt_tokens)})),
