@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from elastic_core import families
-from elastic_core.config import ConfigError, require
+from elastic_core.config import require
 from elastic_core.latency import TIMED, Timed
 from elastic_core.latency_table import Table
 from elastic_core.layout import Concat, Fixed, Layout, Product, Units, count, is_matrix, is_stack, layer_index
@@ -175,8 +175,6 @@ def read_metric(value: str | dict) -> Metric:
             return Memory(**fields)
         if name in TIMED:
             return TIMED[name](Table.from_json(fields["table"]), fields["context"])
-    except ConfigError:  # a context outside of the table, which says so
-        raise
     except (TypeError, ValueError, KeyError) as error:
         reason = f" ({type(error).__name__}: {error})"
     raise ValueError(
