@@ -62,7 +62,7 @@ def run(
     goes on from its newest checkpoint when it is started again. The default profile runs in the checkout; another one,
     and one with other budgets or parameters, in a directory of its own under `.runs/`, so that results stay apart.
 
-    - `elastic run smoke`: everything, small, in a minute and a half
+    - `elastic run smoke`: everything, small, in two minutes
     - `elastic run --until rank`: data, parent and importance, no training
     - `elastic run --budget full=1.0 --budget half=0.5`: another family
     - `elastic run --set train_short.steps=900 --from train_short`: longer, from there on
