@@ -133,7 +133,7 @@ def test_what_is_one_familys_own_is_said_in_its_file_only():
         found = sorted(set(own.findall(path.read_text())))
         assert not found or path.parent.name == "families", path
     families = {path.stem for path in (ROOT / "elastic_core/families").glob("*.py")}
-    assert families == {"__init__", "nemotron_h", "nemotron_h_ffn", "llama"}
+    assert families == {"__init__", "nemotron_h", "nemotron_h_ffn", "nemotron_h_mamba", "llama"}
 
 
 def test_stages_are_named_alike_everywhere():
