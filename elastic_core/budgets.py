@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elastic_core.config import ConfigError, require
-from elastic_core.cost import ACTIVE_PARAMETERS, PARAMETERS, Memory, Metric, Parameters, exact_cost
+from elastic_core.cost import COUNTED, PARAMETERS, Memory, Metric, Parameters, exact_cost
 from elastic_core.latency import TIMED, Latency, Throughput, Timed
 from elastic_core.latency_table import REMEDY, Table
 
@@ -25,13 +25,14 @@ BYTES = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
 BYTES |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 MILLISECONDS = {"MS/TOKEN": 1, "S/TOKEN": 1000}
 RATE = "TOKENS/S"
-COUNTED = (
-    ("parameters",),
-    "a share or a count of parameters; for bytes, set cost: {metric: memory}, for time {metric: latency}",
-)
 OWN_KINDS = {
-    "parameters": COUNTED,
-    "active_parameters": COUNTED,
+    **dict.fromkeys(
+        COUNTED,
+        (
+            ("parameters",),
+            "a share or a count of parameters; for bytes, set cost: {metric: memory}, for time {metric: latency}",
+        ),
+    ),
     "memory": (("bytes",), "a share of the parent's memory, or bytes, as long as cost.metric is memory"),
     "latency": (tuple(TIMED), "a share of the parent's latency, or time, as long as cost.metric is latency"),
     "throughput": (
@@ -183,8 +184,8 @@ def family_metric(cost: Cost, budgets: Mapping[str, Spelling]) -> Metric:
     Raises ConfigError for a budget that is counted in something else, and for settings that do not agree.
     """
     said = family_setting(cost, budgets)
-    if cost.metric in ("parameters", "active_parameters"):
-        return PARAMETERS if cost.metric == "parameters" else ACTIVE_PARAMETERS
+    if cost.metric in COUNTED:
+        return COUNTED[cost.metric]
     if cost.metric in TIMED:
         table = Table.load(cost.table)
         batch = said.get("batch", table.batch)
@@ -224,12 +225,8 @@ def shares(budgets: Mapping[str, Spelling], metric: Metric, config, where: str =
         if budget.kind != "share":
             measure, target, full = budget.target(metric, config, key)
             setting = f" ({measure.setting})" if measure.setting else ""
-            fewer = isinstance(measure, Throughput)
-            allowed = (
-                f"the parent's own {measure.text(full)} or more"
-                if fewer
-                else f"up to the parent's own {measure.text(full)}"
-            )
+            own = f"the parent's own {measure.text(full)}"
+            allowed = f"{own} or more" if isinstance(measure, Throughput) else f"up to {own}"
             require(target <= full, key, given, f"{allowed}{setting}")
             found[name] = target / full
     return found

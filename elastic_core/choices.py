@@ -11,10 +11,9 @@ from elastic_core import families
 from elastic_core.config import ConfigError, require
 from elastic_core.cost import PARAMETERS, Metric, expected_cost
 from elastic_core.layout import AXES
-from elastic_core.submodel import EXPERTS, PER_LAYER, WIDTHS, Submodel, keys_of
+from elastic_core.submodel import EXPERTS, FIELDS, PER_LAYER, WIDTHS, Submodel, keys_of
 
 EXPERT_ROW = 8  # numbers in bfloat16, 16 bytes, of which a row of an expert's matrices has to be a multiple
-FIELDS = {**{axis: name for name, axis in WIDTHS.items()}, "depth": "depth"}  # axis → name in the configuration
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class ElasticSpace:
         self.slot_masks = [self.keep if slot.axis == "depth" else self.masks(slot) for slot in self.slots]
 
     def _slots(self, axis: str, choices: Choices, where: str) -> list[Slot]:
-        field = FIELDS[axis]
+        field = FIELDS.get(axis, axis)  # depth is called so in both
         if axis == "depth":
             full, keys, groups, least = families.num_layers(self.config), ("depth",), 1, 1
         else:

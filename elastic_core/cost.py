@@ -161,13 +161,13 @@ class Memory:
 
 Metric = Parameters | Memory | Timed
 PARAMETERS, ACTIVE_PARAMETERS = Parameters(), ActiveParameters()
+COUNTED = {metric.name: metric for metric in (PARAMETERS, ACTIVE_PARAMETERS)}
 
 
 def read_metric(value: str | dict) -> Metric:
     """The metric of an ``elastic.json``. Raises ValueError for one that a later version may know."""
-    for metric in (PARAMETERS, ACTIVE_PARAMETERS):
-        if value == metric.name:
-            return metric
+    if isinstance(value, str) and value in COUNTED:
+        return COUNTED[value]
     fields = dict(value) if isinstance(value, Mapping) else {}
     name, reason = fields.pop("metric", value), ""
     try:

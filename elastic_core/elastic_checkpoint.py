@@ -7,14 +7,7 @@ from pathlib import Path
 
 from elastic_core import hf
 from elastic_core.budgets import parse
-from elastic_core.cost import (
-    PARAMETERS,
-    Metric,
-    exact_cost,
-    num_active_parameters,
-    num_parameters,
-    read_metric,
-)
+from elastic_core.cost import PARAMETERS, Metric, exact_cost, num_active_parameters, num_parameters, read_metric
 from elastic_core.submodel import Submodel, full_submodel
 
 FILE = "elastic.json"

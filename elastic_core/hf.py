@@ -112,13 +112,11 @@ class TensorReader:
             experts = [self._open(file, stored) for file, stored in self.stacks[name][rows or slice(None)]]
             entry = self.stored(name).entry
             return torch.stack(experts) if experts else torch.empty((0, *entry.shape[1:]), dtype=entry.dtype)
-        file, stored = self.files[name]
+        return self._open(*self.files[name], rows)
+
+    def _open(self, file: str, stored: str, rows: slice | None = None) -> Tensor:
         with tensor_files.open_checked(self.directory / file) as handle:
             return handle.get_tensor(stored) if rows is None else handle.get_slice(stored)[rows]
-
-    def _open(self, file: str, stored: str) -> Tensor:
-        with tensor_files.open_checked(self.directory / file) as handle:
-            return handle.get_tensor(stored)
 
     def stored(self, name: str) -> Stored | StoredStack:
         """Where a tensor lies; ValueError where its file is missing or broken, or does not hold it."""

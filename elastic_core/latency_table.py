@@ -19,16 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from elastic_core import families
+from elastic_core import families, storage
 from elastic_core.config import ConfigError
 from elastic_core.layout import Concat, Dim, Fixed, Product, Units, is_stack, layer_index, layer_of
-from elastic_core.submodel import WIDTHS
+from elastic_core.submodel import FIELDS
 
 FORMAT = 1  # of files
 REST = "rest"  # what is no layer's
 ROUNDING = 1e-5  # by which an expected size may leave the grid
 REMEDY = "measure it again with `elastic profile PROFILE`"
-SAID = {axis: field for field, axis in WIDTHS.items()}
 
 
 @dataclass(frozen=True)
@@ -101,11 +100,7 @@ class Table:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a file, whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(self.to_json()) + "\n")
-        os.replace(partial, path)
+        storage.write_text(path, json.dumps(self.to_json()) + "\n")
 
     def to_json(self) -> dict:
         """What `from_json` reads."""
@@ -152,9 +147,8 @@ class Table:
 def interpolate(grid: Sequence[Sequence[int]], values: Tensor, sizes: Sequence, axes: Sequence[str]):
     """`values` (*grid) between the points of the grid, linear in every size: a number, or a tensor where a size is one.
 
-    Sizes are numbers, or tensors that broadcast together. Differentiable; at a point the slope is that
-    above it, at the last one that below.
-    Raises ConfigError for a size outside of its points.
+    Sizes are numbers, or tensors that broadcast together. Differentiable; at a point the slope is that above it, at the
+    last one that below. Raises ConfigError for a size outside of its points.
     """
     tensors = [size for size in sizes if isinstance(size, Tensor)]
     dtype = tensors[0].dtype if tensors else torch.float64
@@ -181,7 +175,7 @@ def _check_range(axis: str, points: Sequence[int], size: Tensor) -> None:
     if low < points[0] * (1 - ROUNDING) or high > points[-1] * (1 + ROUNDING):
         outside = low if low < points[0] * (1 - ROUNDING) else high
         raise ConfigError(
-            f"{SAID.get(axis, axis)}: got {outside:g}; allowed: {points[0]} to {points[-1]}, where the table of "
+            f"{FIELDS.get(axis, axis)}: got {outside:g}; allowed: {points[0]} to {points[-1]}, where the table of "
             f"latencies was measured; {REMEDY}, with these sizes in its choices"
         )
 

@@ -48,6 +48,7 @@ __all__ = [
     "upload",
     "upload_directory",
     "write_bytes",
+    "write_text",
 ]
 
 BLOCK_BYTES = 4 << 20  # asked for at once when reading
@@ -97,6 +98,15 @@ def list_names(url: Place) -> list[str]:
             return []
     names = {entry.rstrip("/").removeprefix(path.rstrip("/") + "/") for entry in entries}
     return sorted(name for name in names if name and "/" not in name)  # a file is listed as itself
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a local file, whole or not at all; its directory is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 def read_bytes(url: Place) -> bytes:

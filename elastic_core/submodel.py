@@ -21,6 +21,7 @@ WIDTHS = {
     "moe_intermediate_size": "expert_ffn",
     "moe_shared_expert_intermediate_size": "shared_ffn",
 }
+FIELDS = {axis: field for field, axis in WIDTHS.items()}
 EXPERTS = ("num_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")  # one size for all layers
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 

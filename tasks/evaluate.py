@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from elastic_core import storage
 from elastic_core.data import IGNORED_LABEL, TokenData, held_out_batches
 from tasks import footprint, harness, params
 from tasks.endings import errors_as_text
@@ -135,10 +136,7 @@ def main() -> None:
     if (even := MODELS / budget / EVEN).is_dir():  # beside the slice that costs as much
         model = load_model(even)
         rows["zero_shot"]["even"] = count_parameters(model) | held_out_scores(section, data, model, parent)
-    OUT.mkdir(parents=True, exist_ok=True)
-    partial = OUT / f"{budget}.json.partial"
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(partial, OUT / f"{budget}.json")
+    storage.write_text(OUT / f"{budget}.json", json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.config import ConfigError, require
 from elastic_core.config import load as load_section
 from elastic_core.latency import TIMED
-from elastic_core.latency_table import FORMAT, REST, SAID, Table, axes_of, shape_of
-from elastic_core.submodel import Submodel
+from elastic_core.latency_table import FORMAT, REST, Table, axes_of, shape_of
+from elastic_core.submodel import FIELDS, Submodel
 from tasks import footprint, params
 from tasks.layer_times import Models, Setting, turns
 from tasks.plan import read_parent
@@ -68,7 +68,9 @@ def samples(config, grid: dict[str, tuple[tuple[int, ...], ...]]) -> list[Sample
         for number in range(max(map(len, points.values()))):
             chosen = {part: these[number % len(these)] for part, these in points.items()}
             widths = {
-                SAID[axis]: size for part, sizes in chosen.items() for axis, size in zip(axes[part], sizes, strict=True)
+                FIELDS[axis]: size
+                for part, sizes in chosen.items()
+                for axis, size in zip(axes[part], sizes, strict=True)
             }
             found.append(Sample(Submodel(kept_layers=kept, **widths).resolve(config), chosen))
     return found
@@ -152,8 +154,8 @@ def profile(name: str, overrides: Iterable[str] = (), out: Path | None = None, *
 
     `changes` are fields of `Setting`; what is None, or left out, is as the profile says: the contexts of its budgets
     and of its evaluation (to which those of `changes` are added), one sequence if nothing says how many, and the
-    evaluation's threads. Of params.yaml only the
-    sections that matter are read: that there is no table yet is no error. Raises ConfigError for what is to be changed.
+    evaluation's threads. Of params.yaml only the sections that matter are read: that there is no table yet is no error.
+    Raises ConfigError for what is to be changed.
     """
     values, where = parameters(name, overrides=overrides), f"profile {name}"
     kinds = {"parent": params.Parent, "prepare_data": params.PrepareData, "choices": Choices, "cost": Cost}

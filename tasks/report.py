@@ -6,9 +6,9 @@ tasks/charts.py, the page in tasks/page.py and tasks/report.html.
 
 import base64
 import json
-import os
 from pathlib import Path
 
+from elastic_core import storage
 from tasks import charts, columns, figures, page, params, predictions, tables, targets, vega
 from tasks.charts import Figure
 from tasks.endings import errors_as_text
@@ -123,10 +123,10 @@ def main() -> None:
     note += predictions.note(settings.metric)
     tasks = [name for name in described if f"{name}_error" in frame]
     note = " ".join([note, *uneven(scores)])
-    write(OUT / "report.html", page.render(settings, scores, frame, described, pictures, found, note))
-    write(OUT / "report.md", as_text(settings, rows, found, note, described, pictures))
-    write(OUT / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    write(OUT / "metrics.json", json.dumps(tables.metrics(frame, tasks), indent=1) + "\n")
+    storage.write_text(OUT / "report.html", page.render(settings, scores, frame, described, pictures, found, note))
+    storage.write_text(OUT / "report.md", as_text(settings, rows, found, note, described, pictures))
+    storage.write_text(OUT / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    storage.write_text(OUT / "metrics.json", json.dumps(tables.metrics(frame, tasks), indent=1) + "\n")
     write_plots(frame, scores)
 
 
@@ -141,15 +141,8 @@ def write_plots(frame, scores: tables.Scores) -> None:
         "importance": tables.importance(config),
     }
     for name, data in plots.items():
-        write(OUT / "plots" / f"{name}.csv", data.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+        text = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        storage.write_text(OUT / "plots" / f"{name}.csv", text)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pandas as pd
 
 from elastic_core import families
 from elastic_core.layout import AXES
-from elastic_core.submodel import WIDTHS, Submodel
+from elastic_core.submodel import FIELDS, Submodel
 from tasks.metrics import read_rows
 
 ARTIFACTS = Path("artifacts")
@@ -158,7 +158,6 @@ def router(scores: Scores, config) -> pd.DataFrame:
 
     Both are missing for a layer that is dropped.
     """
-    names = {axis: name for name, axis in WIDTHS.items()}
     pattern, rows = families.pattern(config), []
     for budget, versions in scores.items():
         if budget == "parent":
@@ -173,7 +172,7 @@ def router(scores: Scores, config) -> pd.DataFrame:
                 rows.append(
                     {
                         "budget": budget,
-                        "axis": names[axis],
+                        "axis": FIELDS[axis],
                         "layer": layer_name(layer, pattern),
                         "kept": size / full if is_kept else None,
                         "size": size if is_kept else None,
@@ -193,8 +192,7 @@ def importance(config) -> pd.DataFrame:
     Relative to the best unit of the layer; of many units, the mean of those around a rank; of neurons of experts, the
     mean of all experts.
     """
-    names, pattern = {axis: name for name, axis in WIDTHS.items()}, families.pattern(config)
-    rows = []
+    pattern, rows = families.pattern(config), []
     ranking = json.loads((ARTIFACTS / "rank" / "ranking.json").read_text())
     for key in sorted(ranking["scores"], key=lambda key: _place(key)):
         axis, _, layer = key.partition(".")
@@ -205,7 +203,7 @@ def importance(config) -> pd.DataFrame:
             piece = scores[i * count // pieces : (i + 1) * count // pieces]
             rank = i / max(1, pieces - 1)
             value = sum(piece) / len(piece) / top
-            rows.append({"axis": names[axis], "layer": layer_name(layer, pattern), "rank": rank, "importance": value})
+            rows.append({"axis": FIELDS[axis], "layer": layer_name(layer, pattern), "rank": rank, "importance": value})
     return pd.DataFrame(rows)
 
 

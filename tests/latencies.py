@@ -3,7 +3,8 @@
 import itertools
 
 from elastic_core import families
-from elastic_core.latency_table import FORMAT, REST, SAID, Table, axes_of, shape_of
+from elastic_core.latency_table import FORMAT, REST, Table, axes_of, shape_of
+from elastic_core.submodel import FIELDS
 
 CONTEXTS = (16, 64)
 
@@ -19,7 +20,7 @@ def make_table(config, points: dict[str, tuple[int, ...]] | None = None, **chang
     """`points`: ascending sizes of axes by their names in params.yaml; an axis that is left out has half and full."""
     full = {key.partition(".")[0]: unit.size for key, unit in families.units(config).items()}
     named = {
-        axis: tuple((points or {}).get(SAID[axis], (size // 2, size) if size > 1 else (1,)))
+        axis: tuple((points or {}).get(FIELDS[axis], (size // 2, size) if size > 1 else (1,)))
         for axis, size in full.items()
     }
     parts = {}

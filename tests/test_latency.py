@@ -8,15 +8,16 @@ import pytest
 import torch
 from latencies import CONTEXTS, REST, make_table, points_of, seconds_of
 from parents import CONFIGS, random_config, random_moe_config, random_submodel
+from test_memory_cost import check_gradient
 
 from elastic_core import Submodel, families
 from elastic_core.choices import Choices, ElasticSpace
 from elastic_core.config import ConfigError
 from elastic_core.cost import exact_cost, expected_cost, read_metric
 from elastic_core.latency import Latency, Throughput
-from elastic_core.latency_table import SAID, Table, interpolate
+from elastic_core.latency_table import Table, interpolate
 from elastic_core.layout import layer_of
-from elastic_core.submodel import WIDTHS, full_submodel
+from elastic_core.submodel import FIELDS, WIDTHS, full_submodel
 
 
 def by_hand(config, submodel, context):
@@ -116,15 +117,7 @@ def test_expected_cost_at_one_hot_is_the_cost(metric_of, heterogeneous):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gradient_is_that_of_finite_differences(seed):
-    space, generator = make_space(seed=seed), torch.Generator().manual_seed(seed)
-    logits = [torch.randn(len(slot.sizes), generator=generator, dtype=torch.float64) for slot in space.slots]
-
-    def cost(*logits):
-        return space.cost([z.softmax(-1) for z in logits]) / space.exact_cost([0] * len(space.slots))
-
-    assert torch.autograd.gradcheck(cost, [z.requires_grad_() for z in logits], eps=1e-6, atol=1e-7)
-    gradients = torch.autograd.grad(cost(*logits), logits)
-    assert all(gradient.abs().max() > 0 for gradient, z in zip(gradients, logits, strict=True) if len(z) > 1)
+    check_gradient(make_space(seed=seed), seed)
 
 
 def test_certain_choices_in_float32_do_not_leave_the_grid():
@@ -236,14 +229,14 @@ def test_texts_for_people():
     latency, throughput = Latency(table, 64), Throughput(table, 64)
     assert latency.text(35.25) == "35.25 ms/token" and throughput.text(1 / 1200) == "1,200 tokens/s"
     assert latency.setting == throughput.setting == "64 tokens × 8, float32 on A Chip, 2 threads"
-    assert SAID["ffn"] == "intermediate_size"
+    assert FIELDS["ffn"] == "intermediate_size"
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_random_submodels_cost_between_the_smallest_and_the_parent(seed):
     config = random_config(seed)
     full = {key.partition(".")[0]: unit.size for key, unit in families.units(config).items()}
-    metric = Latency(make_table(config, {SAID[axis]: (1, size) for axis, size in full.items() if size > 1}), 16)
+    metric = Latency(make_table(config, {FIELDS[axis]: (1, size) for axis, size in full.items() if size > 1}), 16)
     for i in range(20):
         submodel = random_submodel(config, 100 * seed + i, ("intermediate_size",))
         assert 0 < exact_cost(metric, config, submodel) <= exact_cost(metric, config)

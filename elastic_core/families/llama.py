@@ -33,7 +33,6 @@ MODELS = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 EMBEDDINGS, FINAL_NORM = "embed_tokens", "norm"
-WIDE: tuple[str, ...] = ()
 WIDE = ()
 MODELING_FILE, REMOTE_CLASSES = None, None  # widths that differ between layers are padded, or not exported
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others' frequencies depend on how long the text is
