@@ -20,11 +20,11 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 
 .PHONY: run test soak bench dashboard lint
 run: $(SETUP) $(PAGE)
-	@$(VENV)/bin/python -m flows.cli run $(PROFILE)
+	@$(VENV)/bin/python -m flows.cli.app run $(PROFILE)
 
 test: $(SETUP) $(PAGE)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/test_browser.py
-	$(VENV)/bin/python -m pytest tests/test_browser.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/flows/dashboard/test_browser.py
+	$(VENV)/bin/python -m pytest tests/flows/dashboard/test_browser.py
 
 soak: $(SETUP)
 	$(VENV)/bin/python -m tests.soak --trials $(TRIALS)
@@ -33,7 +33,7 @@ bench: $(SETUP)
 	$(VENV)/bin/python -m benchmarks.bench $(SECTIONS)
 
 dashboard: $(SETUP) $(PAGE)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m flows.dashboard
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m flows.dashboard.server
 
 lint: $(SETUP)
 	$(VENV)/bin/ruff check && $(VENV)/bin/ruff format --check
@@ -47,5 +47,5 @@ $(SETUP): requirements.lock pyproject.toml
 
 # DVC's plots load Vega from the internet, unless they are told of a page that has it inside: too large for git.
 $(PAGE): $(SETUP)
-	$(VENV)/bin/python -m tasks.vega $@
+	$(VENV)/bin/python -m tasks.reporting.vega $@
 	$(VENV)/bin/dvc config --local plots.html_template plots/page.html

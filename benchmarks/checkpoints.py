@@ -9,11 +9,11 @@ from pathlib import Path
 
 from benchmarks.report import FAIL, PASS, Row, measured
 from benchmarks.shapes import RandomTokens
-from elastic_core.elastic_checkpoint import Member
-from elastic_core.run import Run
-from elastic_core.training import train
-from tasks import params
+from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.training.loop import train
+from elastic_core.training.run import Run
 from tasks.parent import initialise, model_config
+from tasks.settings import params
 
 MOST = 0.02
 PARAMETERS = Path(__file__).resolve().parents[1] / "params.yaml"

@@ -16,10 +16,11 @@ from transformers import NemotronHConfig
 
 from benchmarks.comparison import MB, in_turn, median_ratio, peak_memory
 from benchmarks.report import FAIL, PASS, Row, at_least, measured, not_measured
-from elastic_core import Submodel, extract, hf
-from elastic_core.families import parameter_layout
-from elastic_core.families.nemotron_h import disk_name
-from elastic_core.tensor_files import Entry
+from elastic_core import Submodel, extract
+from elastic_core.io.tensor_files import Entry
+from elastic_core.model import hf
+from elastic_core.model.architectures import parameter_layout
+from elastic_core.model.architectures.nemotron_h import disk_name
 
 SHARE_OF_CP, SLACK = 0.8, 300 * MB
 SHARD_BYTES = 1 << 30

@@ -25,16 +25,17 @@ from benchmarks import kernels, speed
 from benchmarks.kernels import deviation
 from benchmarks.report import FAIL, Row, holds, not_measured, table, within, write
 from benchmarks.shapes import RandomTokens, Shape, random_model
-from elastic_core import Submodel, model_files
-from elastic_core.checkpoint import Checkpoints
-from elastic_core.choices import Choices, ElasticSpace
-from elastic_core.curriculum import Loss, Routing, Stage
-from elastic_core.distributed import Execution, Ranks, average_gradients, whole
-from elastic_core.elastic_checkpoint import Member
-from elastic_core.families.nemotron_h import layers_of
-from elastic_core.router import Router
-from elastic_core.run import Run, named_parameters, resume, save, state_tensors, trained_modules
-from elastic_core.training import accumulate_gradients, train_step
+from elastic_core import Submodel
+from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.model.architectures.nemotron_h import layers_of
+from elastic_core.search.router import Router
+from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.training.checkpoint import Checkpoints
+from elastic_core.training.distributed import model_files
+from elastic_core.training.distributed.placement import Execution, Ranks, average_gradients, whole
+from elastic_core.training.loop import accumulate_gradients, train_step
+from elastic_core.training.run import Run, named_parameters, resume, save, state_tensors, trained_modules
+from elastic_core.training.stage import Loss, Routing, Stage
 
 # Gradients, as the largest deviation over each tensor's largest entry. float32: sums in another order. bfloat16: three
 # digits per product, and sums of gradients rounded at another place than autocast does.

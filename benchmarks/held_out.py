@@ -3,9 +3,9 @@
 import torch
 
 from elastic_core import ElasticModel, Submodel
-from elastic_core.data import IGNORED_LABEL, TokenData, held_out_batches
-from elastic_core.losses import chunked_cross_entropy
-from tasks import params
+from elastic_core.data.loader import IGNORED_LABEL, TokenData, held_out_batches
+from elastic_core.training.losses import chunked_cross_entropy
+from tasks.settings import params
 
 
 @torch.no_grad()

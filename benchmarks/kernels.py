@@ -9,9 +9,9 @@ from torch import Tensor
 
 from benchmarks.report import Row, measured, not_measured, within
 from benchmarks.shapes import scan_inputs
-from elastic_core.ops import kernels
-from elastic_core.ops.conv import causal_conv_silu
-from elastic_core.ops.ssd import ssd, ssd_naive
+from elastic_core.model.ops import kernels
+from elastic_core.model.ops.conv import causal_conv_silu
+from elastic_core.model.ops.ssd import ssd, ssd_naive
 
 # Kernels read and write bfloat16, three digits; the gradients of A and D are sums of such numbers over all positions,
 # and A's cancels. Against torch's float32; not tried yet.

@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.comparison import MB, in_turn, median_ratio, peak_allocated
 from benchmarks.report import Row, at_most, measured, within
-from elastic_core.losses import distillation_loss
-from elastic_core.memory import Alive
+from elastic_core.training.estimate.piece_memory import Alive
+from elastic_core.training.losses import distillation_loss
 
 MOST_TIME, MOST_MEMORY = 1.10, 1 / 16
 ROUNDING = 1e-5  # float32 sums over the vocabulary and over tokens, in another order

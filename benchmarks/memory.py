@@ -17,20 +17,21 @@ import torch.distributed as dist
 
 from benchmarks.comparison import MB, peak_allocated
 from benchmarks.shapes import RandomTokens
-from elastic_core import ElasticModel, families
-from elastic_core.choices import ElasticSpace
-from elastic_core.distributed import Ranks, place
-from elastic_core.elastic_checkpoint import Member
-from elastic_core.router import Router
-from elastic_core.run import Run
-from elastic_core.step_memory import Peak
-from elastic_core.submodel import Submodel
-from elastic_core.training import train_step
-from tasks.params import Params, read
-from tasks.plan import read_parent
-from tasks.plan_stages import stage_peak
-from tasks.targets import resolve
-from tasks.workspace import parameters
+from elastic_core import ElasticModel
+from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.model import architectures
+from elastic_core.model.submodel import Submodel
+from elastic_core.search.router import Router
+from elastic_core.search.space import ElasticSpace
+from elastic_core.training.distributed.placement import Ranks, place
+from elastic_core.training.estimate.step_memory import Peak
+from elastic_core.training.loop import train_step
+from elastic_core.training.run import Run
+from tasks.commands.plan import read_parent
+from tasks.commands.plan_stages import stage_peak
+from tasks.parents.targets import resolve
+from tasks.settings.params import Params, read
+from tasks.settings.profiles import parameters
 
 STAGES = ("train_short", "train_extended")
 STEPS = 2  # in the second one the optimizer's moments are there
@@ -53,7 +54,7 @@ def make_run(config, settings: Params, name: str, ranks: Ranks) -> Run:
     )
     data = RandomTokens(config.vocab_size, stage.sequence_length)
     if name == "train_short":
-        layers = tuple(range(families.num_layers(config)))
+        layers = tuple(range(architectures.num_layers(config)))
         space = ElasticSpace(config, settings.choices, layers, metric=settings.metric)
         router = Router(space, tuple(budgets.values()))
         return Run(model, stage, data, budgets, None, router, settings.routing, teacher, ranks=ranks)

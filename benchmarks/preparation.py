@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 
 from benchmarks.comparison import MB, in_turn, median_ratio, peak_memory
 from benchmarks.report import FAIL, PASS, Row, at_least, measured, not_measured
-from tasks.corpora import Files, Sympy
-from tasks.encoding import num_cores
+from tasks.corpora.encoding import num_cores
+from tasks.corpora.reasoning import Evaluation
+from tasks.corpora.text_sources import Files, Sympy
 from tasks.prepare_data import PrepareData, prepare, train_tokenizer
-from tasks.reasoning import Evaluation
 
 SHARE_OF_CORES = 0.8
 VOCABULARY = 16384
@@ -100,7 +100,7 @@ def memory(directory: Path, file_bytes: float, limit: float) -> Row:
     body = _PREPARE.format(
         limit=int(limit), path=str(path), tokenizer=str(directory / "own"), out=str(directory / "large")
     )
-    imports = "from tasks.prepare_data import PrepareData, prepare; from tasks.reasoning import Evaluation"
+    imports = "from tasks.prepare_data import PrepareData, prepare; from tasks.corpora.reasoning import Evaluation"
     before, peak = peak_memory(imports, body)
     what = f"text file of {path.stat().st_size / MB:,.0f} MB, {num_cores()} cores, under RLIMIT_DATA"
     result = f"{(peak - before) / MB:,.0f} MB above the imports"

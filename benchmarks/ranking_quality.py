@@ -28,18 +28,18 @@ from torch import Tensor
 
 from benchmarks.held_out import held_out_loss
 from elastic_core import ElasticModel, Submodel, rank, sort_
-from elastic_core.choices import ElasticSpace
-from elastic_core.cost import exact_cost, num_parameters
-from elastic_core.data import IGNORED_LABEL, PackedSequences, TokenData, held_out_batches
-from elastic_core.depth_ranking import METHODS, rank_layers
-from elastic_core.elastic_checkpoint import Member
-from elastic_core.importance import Ranking, order_units
-from elastic_core.layout import Layout, elastic_units
-from elastic_core.run import Run
-from elastic_core.submodel import WIDTHS
-from elastic_core.training import train
-from tasks import params
-from tasks.targets import resolve
+from elastic_core.cost.metrics import exact_cost, num_parameters
+from elastic_core.data.loader import IGNORED_LABEL, PackedSequences, TokenData, held_out_batches
+from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.model.dims import Layout, elastic_units
+from elastic_core.model.submodel import WIDTHS
+from elastic_core.search.depth_ranking import METHODS, rank_layers
+from elastic_core.search.importance import Ranking, order_units
+from elastic_core.search.space import ElasticSpace
+from elastic_core.training.loop import train
+from elastic_core.training.run import Run
+from tasks.parents.targets import resolve
+from tasks.settings import params
 
 HEADINGS = ("model", "budget", "cut", "ranking", "share", "bits per byte")
 PARTS = ("widths", "axes", "distil", "depth")

@@ -9,7 +9,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 from benchmarks.comparison import MB, in_turn, median_ratio, peak_allocated
 from benchmarks.report import Row, at_most, measured, within
 from benchmarks.shapes import scan_inputs
-from elastic_core.ops.ssd import ssd
+from elastic_core.model.ops.ssd import ssd
 
 MOST_TIME, MOST_MEMORY = 0.40, 0.5
 ROUNDING = 1e-5  # of both; about 1e-6 was seen

@@ -1,4 +1,4 @@
-"""All budgets from one set of weights (elastic_core/nested.py), against one model in memory and stand-alone ones."""
+"""All budgets from one set of weights (elastic_core/export/nested.py), against one model in memory and stand-alone ones."""
 
 import statistics
 import tempfile
@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from benchmarks.comparison import in_turn, median_ratio
 from benchmarks.report import Row, at_most, holds, measured
 from benchmarks.shapes import Shape, random_model
-from elastic_core import Submodel, elastic_checkpoint, extract
-from elastic_core.cost import num_parameters
-from elastic_core.elastic_checkpoint import Member
-from elastic_core.nested import NestedModel
+from elastic_core import Submodel, extract
+from elastic_core.cost.metrics import num_parameters
+from elastic_core.export import elastic_checkpoint
+from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.export.nested import NestedModel
 
 SHAPE = Shape("60 M", 512, "M-M*-M-M*-M-", 16384, 64, 1, groups=4)
 QUICK = Shape("tiny", 64, "M-*M-", 256, 16, 1, head=16)

@@ -10,16 +10,17 @@ import torch
 
 from benchmarks.report import FAIL, PASS, Row, measured, not_measured
 from benchmarks.shapes import RandomTokens, Shape, random_model, scan_inputs
-from elastic_core import Submodel, distributed
-from elastic_core.cost import num_parameters
-from elastic_core.curriculum import Loss, Stage
-from elastic_core.distributed import Execution, Ranks
-from elastic_core.elastic_checkpoint import Member
-from elastic_core.families.nemotron_h import layers_of
-from elastic_core.ops import kernels
-from elastic_core.ops.ssd import ssd
-from elastic_core.run import Run
-from elastic_core.training import train_step
+from elastic_core import Submodel
+from elastic_core.cost.metrics import num_parameters
+from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.model.architectures.nemotron_h import layers_of
+from elastic_core.model.ops import kernels
+from elastic_core.model.ops.ssd import ssd
+from elastic_core.training.distributed import placement
+from elastic_core.training.distributed.placement import Execution, Ranks
+from elastic_core.training.loop import train_step
+from elastic_core.training.run import Run
+from elastic_core.training.stage import Loss, Stage
 
 WARM_UP, REPEATS = 2, 9
 LONG = Shape("1.2 B", 2048, "M-M-M*-M-M-M*-M-M-M*-M-M-", 65536, 49152, 1, groups=8)
@@ -78,7 +79,7 @@ def step_rows(ranks: Ranks, shape: Shape, execution: Execution, is_large: bool) 
         precision="bfloat16",
     )  # fmt: skip
     chosen = {name: Member(shares[name], submodel) for name, submodel in budgets.items()}
-    model = distributed.place(random_model(config, 0), ranks, execution, "bfloat16")
+    model = placement.place(random_model(config, 0), ranks, execution, "bfloat16")
     run = Run(model, stage, RandomTokens(config.vocab_size, shape.length), shares, chosen, ranks=ranks)
 
     def step(budget: str) -> Callable[[], object]:

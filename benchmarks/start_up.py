@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.comparison import ROOT, in_turn
 from benchmarks.report import FAIL, PASS, Row, not_measured
-from flows.output import environment
+from flows.process.output import environment
 
 HELP_SECONDS, REPRO_SECONDS = 1.0, 5.0
 REPEATS = 5
@@ -17,7 +17,7 @@ REPEATS = 5
 def rows(quick: bool) -> Iterator[Row]:
     repeats = 1 if quick else REPEATS
     yield seconds(
-        "start-up", "elastic --help", [sys.executable, "-m", "flows.cli", "--help"], ROOT, repeats, HELP_SECONDS
+        "start-up", "elastic --help", [sys.executable, "-m", "flows.cli.app", "--help"], ROOT, repeats, HELP_SECONDS
     )
     yield repro(repeats)
 

@@ -19,13 +19,13 @@ from benchmarks.comparison import in_turn, median_ratio
 from benchmarks.report import Row, at_most, measured
 from benchmarks.shapes import RandomTokens, Shape, random_model
 from elastic_core import ElasticModel, Submodel, extract
-from elastic_core.choices import Choices, ElasticSpace
-from elastic_core.curriculum import Loss, Routing, Stage
-from elastic_core.elastic_checkpoint import Member
-from elastic_core.losses import distillation_loss, resource_loss
-from elastic_core.router import Router, noise_generator
-from elastic_core.run import Run
-from elastic_core.training import train_step
+from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.search.router import Router, noise_generator
+from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.training.loop import train_step
+from elastic_core.training.losses import distillation_loss, resource_loss
+from elastic_core.training.run import Run
+from elastic_core.training.stage import Loss, Routing, Stage
 
 PARAMS = Path(__file__).resolve().parents[1] / "params.yaml"
 ALONE, MASKED, SOFT, TRANSFORMERS = 1.05, 0.55, 1.10, 0.6

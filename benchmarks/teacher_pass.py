@@ -13,13 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.held_out import held_out_loss
-from elastic_core import ElasticModel, Submodel, elastic_checkpoint
-from elastic_core.curriculum import Stage
-from elastic_core.data import PackedSequences, TokenData
-from elastic_core.elastic_checkpoint import Member
-from elastic_core.run import Run
-from elastic_core.training import train, train_step
-from tasks import params
+from elastic_core import ElasticModel, Submodel
+from elastic_core.data.loader import PackedSequences, TokenData
+from elastic_core.export import elastic_checkpoint
+from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.training.loop import train, train_step
+from elastic_core.training.run import Run
+from elastic_core.training.stage import Stage
+from tasks.settings import params
 
 SEEDS = (0, 1)
 TOGETHER = 3  # microbatches of a step; each of the stage's own batch size

@@ -1,7 +1,7 @@
 """The Prefect flow `elastic`: one task per stage of dvc.yaml, in the order of that file.
 
 DVC decides what is stale; Prefect shows, queues, retries and cancels. A task runs `dvc repro --single-item STAGE`
-under the guard (flows/guard.py) and passes its output to the run's log line by line. While a training stage runs, its
+under the guard (flows/process/guard.py) and passes its output to the run's log line by line. While a training stage runs, its
 progress and losses are artifacts of the run (flows/live.py); at the end the results, the report and what has changed
 since the run before are (flows/publish.py).
 """
@@ -18,9 +18,9 @@ from pydantic import BaseModel, Field
 
 from flows import publish
 from flows.live import Live
-from flows.output import follow
+from flows.process.output import follow
 from flows.stages import StageFailed, StageInterrupted, reproduce, select, stage_names
-from tasks import workspace as workspaces
+from tasks.settings import profiles as workspaces
 
 ROOT = Path(__file__).resolve().parents[1]
 RETRIES, RETRY_SECONDS = 3, 30  # of a stage that a server or a worker has let down
@@ -82,7 +82,7 @@ def elastic(
 @task(name="check_parameters", task_run_name="check_parameters", cache_policy=NO_CACHE)
 def check_parameters(workspace: Path) -> None:
     """Refuse wrong parameters now and not when their stage comes, which may be hours later."""
-    status, lines = follow([sys.executable, "-m", "tasks.params"], workspace, get_run_logger().info)
+    status, lines = follow([sys.executable, "-m", "tasks.settings.params"], workspace, get_run_logger().info)
     if status != 0:
         raise ValueError(f"the parameters are not valid ({workspace / 'params.yaml'}):\n" + "\n".join(lines))
 

@@ -9,7 +9,7 @@ from prefect.artifacts import create_progress_artifact, create_table_artifact, u
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
-from tasks import metrics
+from tasks.progress import metrics_file
 
 REFRESH_SECONDS = 5.0
 
@@ -22,12 +22,12 @@ class Live:
 
     def __init__(self, workspace: Path, log: Callable[[str], None]):
         self.workspace, self.log = workspace, log
-        self.announcement: metrics.Announcement | None = None
+        self.announcement: metrics_file.Announcement | None = None
 
     def __call__(self, line: str) -> None:
         """Take in one line of the stage's output."""
         self.log(line)
-        if announcement := metrics.read_announcement(line):
+        if announcement := metrics_file.read_announcement(line):
             self._begin(announcement)
         elif self.announcement is not None and time.monotonic() - self.refreshed_at >= REFRESH_SECONDS:
             self.refresh()
@@ -40,7 +40,7 @@ class Live:
             self.last = row
             for budget, numbers in row["budgets"].items():
                 mean = self.means.setdefault(budget, {})
-                metrics.smooth(mean, numbers)
+                metrics_file.smooth(mean, numbers)
                 mean["step"] = row["step"]
         update_progress_artifact(self.progress_id, *self._progress())
         update = ArtifactUpdate(data=json.dumps(self._table()), description=self._caption())
@@ -48,9 +48,9 @@ class Live:
             client.update_artifact(self.table_id, update)
         self.refreshed_at = time.monotonic()
 
-    def _begin(self, announcement: metrics.Announcement) -> None:
+    def _begin(self, announcement: metrics_file.Announcement) -> None:
         self.announcement = announcement
-        self.rows = metrics.NewRows(self.workspace / announcement.path)
+        self.rows = metrics_file.NewRows(self.workspace / announcement.path)
         self.last, self.means = None, {}
         key = announcement.name.replace("_", "-")
         progress, description = self._progress()
@@ -72,7 +72,7 @@ class Live:
         parts = [f"{name}: {done:,} of {total:,} tokens ({self.last['mode']})"]
         if rate is not None:
             parts.append(f"{rate:,.0f} tokens/s")
-            parts.append(f"{metrics.duration(self.last['seconds_left'])} left")
+            parts.append(f"{metrics_file.duration(self.last['seconds_left'])} left")
         if self.last.get("skipped"):
             parts.append(f"{self.last['skipped']} steps skipped")
         return min(100.0, 100 * done / total), ", ".join(parts)

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flows.output import follow
-from flows.terminal import draw
+from flows.process.output import follow
+from flows.process.terminal import draw
 
 BUSY_SECONDS = 5.0  # between looks at a stage that another DVC process holds
 _BUSY = re.compile(r"^ERROR: .*(is busy, it is being blocked by|Unable to acquire lock)")

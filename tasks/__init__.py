@@ -1,5 +1,5 @@
 """The pipeline's stages. What DVC has started ends with DVC, however that ends: from here on, before slow imports."""
 
-from tasks import lifeline
+from tasks.runtime import stop_with_dvc
 
-lifeline.hold()
+stop_with_dvc.hold()

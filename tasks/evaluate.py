@@ -1,7 +1,7 @@
 """Stage `evaluate`: what an extracted directory is worth, loaded as any user would load it.
 
 Held-out text gives bits per byte, loss and KL to the parent; the reasoning tasks and benchmarks run through lm-eval
-(tasks/harness.py); memory and speed are measured as in tasks/footprint.py.
+(tasks/evaluation/lm_eval_tasks.py); memory and speed are measured as in tasks/evaluation/latency_and_memory.py.
 """
 
 import argparse
@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from elastic_core import storage
-from elastic_core.data import IGNORED_LABEL, TokenData, held_out_batches
-from tasks import footprint, harness, params
-from tasks.endings import errors_as_text
+from elastic_core.data.loader import IGNORED_LABEL, TokenData, held_out_batches
+from elastic_core.io import storage
+from tasks.evaluation import latency_and_memory, lm_eval_tasks
+from tasks.runtime.exit_status import errors_as_text
+from tasks.settings import params
 
 DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
 EVEN = "even"  # see tasks/extract.py
@@ -99,13 +100,13 @@ def evaluate(section: "params.Evaluate", data: TokenData, directory: Path, paren
     return {
         **count_parameters(model),
         **held_out_scores(section, data, model, parent),
-        "memory": footprint.memory(model, first_tokens(data, source, section.cache_tokens)),
-        "latency": footprint.latency(
+        "memory": latency_and_memory.memory(model, first_tokens(data, source, section.cache_tokens)),
+        "latency": latency_and_memory.latency(
             section.latency, model, parent, first_tokens(data, source, section.latency.prompt_tokens)
         ),
-        "tasks": harness.reasoning_scores(section, data, model),
-        "benchmarks": harness.benchmark_scores(section.benchmarks, data, model),
-        "environment": footprint.environment(),
+        "tasks": lm_eval_tasks.reasoning_scores(section, data, model),
+        "benchmarks": lm_eval_tasks.benchmark_scores(section.benchmarks, data, model),
+        "environment": latency_and_memory.environment(),
     }
 
 

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 
-from elastic_core import elastic_checkpoint, extract, hf, storage
+from elastic_core import extract
 from elastic_core.config import ConfigError
-from elastic_core.cost import read_metric
-from elastic_core.even import even_counterpart
-from elastic_core.submodel import Submodel
-from tasks import params, places
-from tasks.endings import errors_as_text
+from elastic_core.cost.metrics import read_metric
+from elastic_core.export import elastic_checkpoint
+from elastic_core.io import storage
+from elastic_core.model import hf
+from elastic_core.model.submodel import Submodel
+from elastic_core.search.uniform import even_counterpart
+from tasks.runtime.exit_status import errors_as_text
+from tasks.settings import params, remote_checks
 
 OUT = Path("artifacts/models")
 FAMILY = Path("artifacts/train_extended/model")
@@ -48,7 +51,7 @@ def main() -> None:
     parser.add_argument("budget", help="a name in params.yaml, in budgets or untrained")
     budget = parser.parse_args().budget
     settings = params.load()
-    places.check(settings, "extract")
+    remote_checks.check(settings, "extract")
     section = settings.extract
     submodel = find_submodel(settings, budget)
     for version, source in SOURCES.items():

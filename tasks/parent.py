@@ -9,15 +9,20 @@ from pathlib import Path
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from elastic_core import ElasticModel, distributed, families, hf, model_files, storage
+from elastic_core import ElasticModel
 from elastic_core.config import ConfigError
-from elastic_core.data import PackedSequences, TokenData, check_tokenizer
-from elastic_core.distributed import Ranks
-from elastic_core.elastic_checkpoint import Member
-from elastic_core.run import Run
-from tasks import gguf_parent, params, places, train
-from tasks.endings import errors_as_text
+from elastic_core.data.loader import PackedSequences, TokenData, check_tokenizer
+from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.io import storage
+from elastic_core.model import architectures, hf
+from elastic_core.training.distributed import model_files, placement
+from elastic_core.training.distributed.placement import Ranks
+from elastic_core.training.run import Run
+from tasks.parents import gguf
 from tasks.prepare_data import load_tokenizer
+from tasks.runtime import training_stage
+from tasks.runtime.exit_status import errors_as_text
+from tasks.settings import params, remote_checks
 
 DATA, OUT = Path("artifacts/data"), Path("artifacts/parent")
 
@@ -43,7 +48,7 @@ def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
 
 def import_parent(path: str, data: TokenData) -> None:
     """Check a parent's directory, URL or package against the data and copy it, as float32 master weights."""
-    config = gguf_parent.read_config(path) if gguf_parent.is_package(path) else hf.read_config(path)
+    config = gguf.read_config(path) if gguf.is_package(path) else hf.read_config(path)
     check_tokenizer(data, load_tokenizer(path), config.vocab_size, f"parent.path ({path})")
     with local_parent(path) as directory:
         ElasticModel.from_pretrained(directory).save_pretrained(OUT, tokenizer_from=directory)
@@ -56,9 +61,9 @@ def local_parent(path: str) -> Iterator[Path]:
     It lies beside the checkpoints: their disk is made for such sizes, which a temporary directory's may not be, and
     a killed download goes on there, file by file.
     """
-    copy = train.LOCAL / "parent-download"
-    if gguf_parent.is_package(path):
-        gguf_parent.write_directory(path, copy)
+    copy = training_stage.LOCAL / "parent-download"
+    if gguf.is_package(path):
+        gguf.write_directory(path, copy)
     elif storage.is_url(path):
         download_parent(path, copy)
     else:
@@ -80,7 +85,7 @@ def download_parent(path: str, copy: Path) -> None:
     storage.download_directory(path, copy, only={"config.json", *hf.TOKENIZER_FILES, *weights})
 
 
-def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> None:
+def train_parent(settings: "params.Params", job: training_stage.Job, ranks: Ranks) -> None:
     """Train `parent.model` on text, with the same loop as every later stage: a family of one, and no teacher."""
     data, stage = TokenData(DATA), settings.parent.training
     manifest = data.manifest
@@ -89,9 +94,11 @@ def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> Non
     config = model_config(settings.parent.model, manifest.vocab_size, **tokens)
     model = initialise(config, settings.seed)
     if ranks.rank == 0:
-        print(f"parent: {sum(p.numel() for p in model.parameters()):,} parameters, layers {families.pattern(config)}")
+        print(
+            f"parent: {sum(p.numel() for p in model.parameters()):,} parameters, layers {architectures.pattern(config)}"
+        )
     run = Run(
-        distributed.place(model, ranks, settings.compute.execution, stage.precision),
+        placement.place(model, ranks, settings.compute.execution, stage.precision),
         stage,
         PackedSequences(data, stage.mixture, stage.sequence_length, settings.seed),
         budgets={"full": 1.0},
@@ -100,7 +107,7 @@ def train_parent(settings: "params.Params", job: train.Job, ranks: Ranks) -> Non
         checkpoints=job.checkpoints(settings),
         ranks=ranks,
     )
-    train.run_to_end(run, settings, job, OUT.parent / "parent_metrics.jsonl")
+    training_stage.run_to_end(run, settings, job, OUT.parent / "parent_metrics.jsonl")
     model_files.save_pretrained(model, OUT, ranks, tokenizer_from=DATA / "tokenizer")
 
 
@@ -122,14 +129,14 @@ def check_stages(settings: "params.Params", data: TokenData) -> None:
 @errors_as_text()
 def main() -> None:
     settings, data = params.load(), TokenData(DATA)
-    places.check(settings, "parent")
+    remote_checks.check(settings, "parent")
     check_stages(settings, data)
     if settings.parent.path is not None:
         import_parent(settings.parent.path, data)
         (OUT.parent / "parent_metrics.jsonl").write_text("")
     else:
-        job = train.make_job(settings, "parent", vars(settings.parent), [])
-        train.run_stage(work, settings, job, settings.parent.training)
+        job = training_stage.make_job(settings, "parent", vars(settings.parent), [])
+        training_stage.run_stage(work, settings, job, settings.parent.training)
 
 
 if __name__ == "__main__":

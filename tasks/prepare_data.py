@@ -13,15 +13,16 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from elastic_core import config as configuration
-from elastic_core import hf, storage
 from elastic_core.config import ConfigError, require
-from elastic_core.data import vocabulary_sha256
-from elastic_core.token_files import SPLITS, Manifest, Source, SplitWriter
-from tasks import gguf_parent
-from tasks.corpora import Bible, Files, Sympy
-from tasks.encoding import Encoder, num_cores
-from tasks.endings import errors_as_text
-from tasks.reasoning import Chains, Evaluation, Recall, write_evaluation
+from elastic_core.data.loader import vocabulary_sha256
+from elastic_core.data.token_files import SPLITS, Manifest, Source, SplitWriter
+from elastic_core.io import storage
+from elastic_core.model import hf
+from tasks.corpora.encoding import Encoder, num_cores
+from tasks.corpora.reasoning import Chains, Evaluation, Recall, write_evaluation
+from tasks.corpora.text_sources import Bible, Files, Sympy
+from tasks.parents import gguf
+from tasks.runtime.exit_status import errors_as_text
 
 KINDS = {"bible": Bible, "sympy": Sympy, "files": Files, "chains": Chains, "recall": Recall}
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
@@ -60,7 +61,7 @@ class PrepareData:
 def prepare(
     config: PrepareData, tokenizer_source: str | Path | None, out_dir: str | Path, seed: int, threads: int | None = None
 ) -> Manifest:
-    """Write the data directory `out_dir` (see elastic_core.token_files) with `tokenizer/` and `lm_eval/` in it.
+    """Write the data directory `out_dir` (see elastic_core.data.token_files) with `tokenizer/` and `lm_eval/` in it.
 
     `tokenizer_source` is the directory (or URL) of a tokenizer to use, or None to train one on the training splits.
     Text is encoded by `threads` threads (None: one per core), whose number changes nothing in the files.
@@ -121,9 +122,9 @@ def train_tokenizer(sources: dict, vocab_size: int, num_characters: int, seed: i
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a directory or package or behind a URL; ValueError where none is, or it cannot end documents."""
-    if gguf_parent.is_package(directory):
+    if gguf.is_package(directory):
         with tempfile.TemporaryDirectory(prefix="elastic-") as written:
-            gguf_parent.write_tokenizer(str(directory), Path(written))
+            gguf.write_tokenizer(str(directory), Path(written))
             return load_tokenizer(written)
     if not storage.is_url(directory) and not Path(directory).is_dir():
         raise ValueError(
@@ -208,10 +209,10 @@ def _replace(partial: Path, out_dir: Path) -> None:
 
 @errors_as_text()
 def main() -> None:
-    from tasks import params, places
+    from tasks.settings import params, remote_checks
 
     parameters = params.load()
-    places.check(parameters, "prepare_data", "parent")
+    remote_checks.check(parameters, "prepare_data", "parent")
     manifest = prepare(parameters.prepare_data, parameters.parent.path, "artifacts/data", parameters.seed)
     for name, source in manifest.sources.items():
         sizes = ", ".join(f"{entry.num_tokens:,} {split}" for split, entry in source.splits.items())

@@ -6,11 +6,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from elastic_core import ElasticModel, rank, sort_
-from elastic_core.data import PackedSequences, TokenData
-from elastic_core.distributed import Ranks
-from tasks import params
-from tasks.endings import errors_as_text
-from tasks.launch import launch
+from elastic_core.data.loader import PackedSequences, TokenData
+from elastic_core.training.distributed.placement import Ranks
+from tasks.runtime.exit_status import errors_as_text
+from tasks.runtime.launch import launch
+from tasks.settings import params
 
 PARENT, DATA, OUT = Path("artifacts/parent"), Path("artifacts/data"), Path("artifacts/rank")
 

@@ -1,17 +1,19 @@
 """Stage `report`: what a run has come to, as one HTML file that needs nothing else, as Markdown, and as data.
 
-The numbers are in tasks/tables.py, their names and units in tasks/columns.py, the pictures in tasks/figures.py and
-tasks/charts.py, the page in tasks/page.py and tasks/report.html.
+The numbers are in tasks/reporting/tables.py, their names and units in tasks/reporting/columns.py, the pictures in tasks/reporting/figures.py and
+tasks/reporting/charts.py, the page in tasks/reporting/page.py and tasks/report.html.
 """
 
 import base64
 import json
 from pathlib import Path
 
-from elastic_core import storage
-from tasks import charts, columns, figures, page, params, predictions, tables, targets, vega
-from tasks.charts import Figure
-from tasks.endings import errors_as_text
+from elastic_core.io import storage
+from tasks.parents import targets
+from tasks.reporting import charts, columns, figures, page, predictions, tables, vega
+from tasks.reporting.charts import Figure
+from tasks.runtime.exit_status import errors_as_text
+from tasks.settings import params
 
 OUT = Path("reports")
 NOTE = (

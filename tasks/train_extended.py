@@ -1,6 +1,6 @@
-"""Stage `train_extended`; see tasks/train.py."""
+"""Stage `train_extended`; see tasks/runtime/training_stage.py."""
 
-from tasks import train
+from tasks.runtime import training_stage
 
 if __name__ == "__main__":
-    train.main("train_extended")
+    training_stage.main("train_extended")

@@ -1,6 +1,6 @@
-"""Stage `train_short`; see tasks/train.py."""
+"""Stage `train_short`; see tasks/runtime/training_stage.py."""
 
-from tasks import train
+from tasks.runtime import training_stage
 
 if __name__ == "__main__":
-    train.main("train_short")
+    training_stage.main("train_short")

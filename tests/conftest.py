@@ -4,13 +4,14 @@ import os
 
 import pytest
 
+pytest_plugins = ["tests.support.runs", "tests.support.places", "tests.support.committed_params"]
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DO_NOT_TRACK="1")
 
 
 @pytest.fixture(scope="session")
 def s3_session():
     """One S3 server for all tests."""
-    from s3_server import s3_server
+    from tests.support.s3_server import s3_server
 
     with s3_server() as server:
         yield server

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from elastic_core.checkpoint import MANIFEST, read_manifest
-from elastic_core.digests import file_digest
+from elastic_core.io.digests import file_digest
+from elastic_core.training.checkpoint import MANIFEST, read_manifest
 
 from . import workspace as spaces
 from .trials import Kill, Stage

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from flows.guard import guarded
+from flows.process.guard import guarded
 
 from .processes import environment, new_mark
 

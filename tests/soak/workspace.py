@@ -62,7 +62,7 @@ def prepare(directory: Path, steps: int | None = None) -> Prepared:
         profile[STAGE]["steps"] = steps
     YAML().dump(profile, checkout / "profiles" / "soak.yaml")
     run(["git", "init", "-q"], checkout)
-    run([sys.executable, "-m", "tasks.workspace", "soak"], checkout)
+    run([sys.executable, "-m", "tasks.settings.profiles", "soak"], checkout)
     run([sys.executable, "-c", PREPARE], prepared.base)
     return prepared
 

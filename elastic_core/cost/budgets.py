@@ -1,0 +1,232 @@
+"""Budgets as people write them: a share of the parent (0.75), parameters (9B, 1.2M), memory (16GiB@128k×8), or time.
+
+A share is of the parent's cost in the family's own metric. Memory is bytes in KiB to TiB or KB to TB; behind @ stands
+the context in tokens (k = 1024, M = 1024²), behind × (or x) the number of sequences; what is left out is as in
+training. Time is a latency, 35ms/token or 0.2s/token, or a throughput of all sequences together, 1200tokens/s, and may
+have a context and sequences behind it too (35ms/token@4k×8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from elastic_core.config import ConfigError, require
+from elastic_core.cost.latency import TIMED, Latency, Throughput, Timed
+from elastic_core.cost.latency_table import REMEDY, Table
+from elastic_core.cost.metrics import COUNTED, PARAMETERS, Memory, Metric, Parameters, exact_cost
+
+COUNTS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+BYTES = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
+BYTES |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
+MILLISECONDS = {"MS/TOKEN": 1, "S/TOKEN": 1000}
+RATE = "TOKENS/S"
+OWN_KINDS = {
+    **dict.fromkeys(
+        COUNTED,
+        (
+            ("parameters",),
+            "a share or a count of parameters; for bytes, set cost: {metric: memory}, for time {metric: latency}",
+        ),
+    ),
+    "memory": (("bytes",), "a share of the parent's memory, or bytes, as long as cost.metric is memory"),
+    "latency": (tuple(TIMED), "a share of the parent's latency, or time, as long as cost.metric is latency"),
+    "throughput": (
+        tuple(TIMED),
+        "a share of the parent's seconds per token, or time, as long as cost.metric is throughput",
+    ),
+}
+SMALLEST_COUNT = 1000  # a bare number below is no model, but a share gone wrong, such as 75 or 1.5
+TOKENS = {"": 1, "K": 2**10, "M": 2**20}
+SPELLING = re.compile(
+    r"(?P<number>[\d.]+(e[+-]?\d+)?)\s*(?P<unit>[a-z]*(/[a-z]+)?)\s*"
+    r"(@\s*(?P<context>\d+)(?P<tokens>[km]?)\s*)?([×x]\s*(?P<batch>\d+))?",
+    re.IGNORECASE,
+)
+ALLOWED = (
+    "a fraction as 0.75, a count as 9B, memory as 16GiB@128k or 16GiB@128k×8 (context × sequences), "
+    "time as 35ms/token or 1200tokens/s"
+)
+
+Spelling = float | str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget that was read: so much of `kind`, and for bytes and time the context and batch where they are said.
+
+    `amount` is a cost: of a throughput, seconds per token.
+    """
+
+    given: Spelling
+    amount: float
+    kind: Literal["share", "parameters", "bytes", "latency", "throughput"]
+    context: int | None = None
+    batch: int | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is the parent's own architecture."""
+        return self.kind == "share" and self.amount == 1
+
+    def metric(self, own: Metric, where: str = "budget") -> Metric:
+        """What this budget is counted in, in a family whose metric is `own`; what it leaves open is as there.
+
+        Raises ConfigError for bytes where nothing says the context, and for time where there is no table of it.
+        """
+        if self.kind in TIMED:
+            return self._timed(own, where)
+        if self.kind != "bytes":
+            return own if self.kind == "share" or isinstance(own, Parameters) else PARAMETERS
+        said = {name: value for name in ("context", "batch") if (value := getattr(self, name)) is not None}
+        if isinstance(own, Memory):
+            return dataclasses.replace(own, **said)
+        require("context" in said, where, self.given, "bytes at a context in tokens, as 16GiB@128k")
+        return Memory(**said)
+
+    def _timed(self, own: Metric, where: str) -> Timed:
+        allowed = (
+            "no time, where nothing has measured it: a family of cost: {metric: latency, table: FILE} knows its own"
+        )
+        require(isinstance(own, Timed), where, self.given, allowed)
+        table = own.table
+        require(self.batch in (None, table.batch), where, self.given, f"×{table.batch} or nothing, as in the table")
+        try:
+            return TIMED[self.kind](table, self.context or own.context)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+    def target(self, own: Metric, config, where: str = "budget") -> tuple[Metric, float, float]:
+        """The metric, the target in its unit, and the parent's cost in it."""
+        metric = self.metric(own, where)
+        full = exact_cost(metric, config)
+        return metric, self.amount * full if self.kind == "share" else self.amount, full
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Section `cost` of params.yaml: what a family's budgets are counted in; what is left out is as in `Memory`.
+
+    The context, and the batch, may stand in the budgets instead. Latency and throughput have those two and `table`, a
+    file that `elastic profile` writes (no cost for the other metrics); without a context it is the longest
+    in the table.
+    """
+
+    metric: Literal["parameters", "active_parameters", "memory", "latency", "throughput"] = "parameters"
+    context: int | None = None
+    batch: int | None = None
+    weights: str | None = None
+    cache: str | None = None
+    state: str | None = None
+    conv_state: str | None = None
+    activations: str | None = None
+    chunk: int | None = None
+    table: str | None = None
+
+    @property
+    def said(self) -> dict:
+        """What is not left out, besides the metric's name and table."""
+        return {
+            name: value for name, value in vars(self).items() if name not in ("metric", "table") and value is not None
+        }
+
+    def check(self) -> None:
+        if self.metric == "memory":
+            Memory(**{"context": 1, **self.said})
+            return
+        for name, value in self.said.items():
+            known = self.metric in TIMED and name in ("context", "batch")
+            require(known, name, value, f"nothing, as long as metric is {self.metric}")
+            require(value >= 1, name, value, "1 or more")
+        given = self.metric not in TIMED or self.table is not None
+        require(given, "table", None, f"a file that `elastic profile` writes, as long as metric is {self.metric}")
+
+
+def parse(given: Spelling, where: str = "budget", names: Iterable[str] = ()) -> Budget:
+    """Read a budget. Raises ConfigError with what is allowed: one of `names`, where there are any, or a spelling."""
+    found = SPELLING.fullmatch(str(given).strip())
+    amount = _number(found["number"]) if found else math.nan
+    unit = found["unit"].upper() if found else ""
+    served = unit in {*BYTES, *MILLISECONDS, RATE}  # what a context and a batch belong to
+    setting = found is not None and (found["context"] or found["batch"])
+    absurd = unit == "" and 1 < amount < SMALLEST_COUNT
+    if not 0 < amount < math.inf or absurd or not (served or unit in {"", *COUNTS}) or (setting and not served):
+        known = f"one of {', '.join(names)}, " if names else ""
+        raise ConfigError(f"{where}: got {given!r}; allowed: {known}{ALLOWED}")
+    if not served:
+        kind = "share" if unit == "" and amount <= 1 else "parameters"
+        return Budget(given, amount * COUNTS.get(unit, 1), kind)
+    context = int(found["context"]) * TOKENS[found["tokens"].upper()] if found["context"] else None
+    batch = int(found["batch"]) if found["batch"] else None
+    for name, value in (("context", context), ("batch", batch)):
+        require(value != 0, where, given, f"a {name} of 1 or more")
+    if unit in BYTES:
+        return Budget(given, amount * BYTES[unit], "bytes", context, batch)
+    if unit == RATE:
+        return Budget(given, 1 / amount, Throughput.name, context, batch)
+    return Budget(given, amount * MILLISECONDS[unit], Latency.name, context, batch)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:  # such as 1.2.3
+        return math.nan
+
+
+def family_metric(cost: Cost, budgets: Mapping[str, Spelling]) -> Metric:
+    """The metric in which a family with these budgets is trained; of latency and throughput, with its table.
+
+    Raises ConfigError for a budget that is counted in something else, and for settings that do not agree.
+    """
+    said = family_setting(cost, budgets)
+    if cost.metric in COUNTED:
+        return COUNTED[cost.metric]
+    if cost.metric in TIMED:
+        table = Table.load(cost.table)
+        batch = said.get("batch", table.batch)
+        require(batch == table.batch, "cost.batch", batch, f"{table.batch}, as in {cost.table}; {REMEDY}")
+        try:
+            return TIMED[cost.metric](table, said.get("context", table.contexts[-1]))
+        except ConfigError as error:
+            raise ConfigError(f"cost.{error}") from None
+    require("context" in said, "cost.context", None, "tokens, such as 131072, here or in a budget such as 16GiB@128k")
+    return Memory(**said)
+
+
+def family_setting(cost: Cost, budgets: Mapping[str, Spelling]) -> dict:
+    """What section `cost` says, and the budgets of context and batch. Raises ConfigError as `family_metric` does."""
+    parsed = {name: parse(given, f"budgets.{name}") for name, given in budgets.items()}
+    kinds, allowed = OWN_KINDS[cost.metric]
+    said = cost.said
+    for name, budget in parsed.items():
+        require(budget.kind in ("share", *kinds), f"budgets.{name}", budget.given, allowed)
+        for field in ("context", "batch"):
+            if (value := getattr(budget, field)) is not None:
+                agreed = f"the {field} of section cost and of the other budgets, {said.get(field)}"
+                require(said.setdefault(field, value) == value, f"budgets.{name}", budget.given, agreed)
+    return said
+
+
+def shares(budgets: Mapping[str, Spelling], metric: Metric, config, where: str = "budgets") -> dict[str, float]:
+    """Every budget as a share of the parent's cost, in `metric` or, where it is counted in something else, in that.
+
+    Raises ConfigError for one above the parent.
+    """
+    found = {}
+    for name, given in budgets.items():
+        key = f"{where}.{name}"
+        budget = parse(given, key)
+        found[name] = budget.amount
+        if budget.kind != "share":
+            measure, target, full = budget.target(metric, config, key)
+            setting = f" ({measure.setting})" if measure.setting else ""
+            own = f"the parent's own {measure.text(full)}"
+            allowed = f"{own} or more" if isinstance(measure, Throughput) else f"up to {own}"
+            require(target <= full, key, given, f"{allowed}{setting}")
+            found[name] = target / full
+    return found

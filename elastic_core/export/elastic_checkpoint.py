@@ -1,0 +1,92 @@
+"""What makes a model directory elastic: ``elastic.json`` beside the weights, naming a submodel per budget."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_core.cost.budgets import parse
+from elastic_core.cost.metrics import PARAMETERS, Metric, exact_cost, num_active_parameters, num_parameters, read_metric
+from elastic_core.model import hf
+from elastic_core.model.submodel import Submodel, full_submodel
+
+FILE = "elastic.json"
+TOLERANCE = 0.02  # an extracted model is within this share of its budget
+
+
+@dataclass(frozen=True)
+class Member:
+    """One budget of the family: its target as a fraction of the parent's cost, and its submodel."""
+
+    target: float
+    submodel: Submodel
+
+
+def write(
+    directory: str | os.PathLike,
+    config,
+    members: dict[str, Member],
+    path: list[Submodel],
+    metric: Metric = PARAMETERS,
+) -> None:
+    """Write ``elastic.json``: the trained `members`, and `path`, nested submodels in between, largest first.
+
+    `metric` is what the members' targets are fractions of.
+    """
+    entries = {
+        name: {
+            "target": member.target,
+            "num_parameters": num_parameters(config, member.submodel),
+            **_active(config, member.submodel),
+            "submodel": member.submodel.to_dict(),
+        }
+        for name, member in members.items()
+    }
+    content = {
+        "cost": metric.to_json(),
+        "parent_num_parameters": num_parameters(config),
+        **{f"parent_{name}": number for name, number in _active(config).items()},
+        "budgets": entries,
+        "path": [submodel.to_dict() for submodel in path],
+    }
+    (Path(directory) / FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _active(config, submodel: Submodel | None = None) -> dict[str, int]:
+    """What one token uses of the parameters, where that is not all of them."""
+    active = num_active_parameters(config, submodel)
+    return {} if active is None else {"num_active_parameters": active}
+
+
+def read(directory: str | os.PathLike) -> dict:
+    """The content of ``elastic.json``; ValueError where there is none."""
+    file = Path(directory) / FILE
+    if not file.is_file():
+        raise ValueError(f"{directory}: no {FILE}, so it knows no budgets; name a Submodel, or a trained elastic model")
+    return json.loads(file.read_text())
+
+
+def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel:
+    """The submodel for a budget: a trained budget's name, or a target that need not have been trained.
+
+    A target is a fraction of the parent's cost in the family's metric (0.75), an absolute number of parameters (9e9,
+    "9B", "1.2M"; of active ones where that is the family's metric), or bytes of memory ("16GiB@128k×8", see
+    `elastic_core.cost.budgets`), whatever the family was trained for; or time, where the family has a table of it
+    ("35ms/token"). It is served by the nested submodel that is nearest in what is asked for, trained or in between.
+    """
+    content = read(directory)
+    if budget in content["budgets"]:
+        return Submodel(**content["budgets"][budget]["submodel"])
+    config, names = hf.read_config(directory), ", ".join(content["budgets"])
+    metric, target, full = parse(budget, names=content["budgets"]).target(read_metric(content["cost"]), config)
+    members = [Submodel(**entry["submodel"]) for entry in content["budgets"].values()]
+    candidates = [full_submodel(config), *members, *(Submodel(**values) for values in content["path"])]
+    costs = {submodel.resolve(config): exact_cost(metric, config, submodel) for submodel in candidates}
+    best = min(costs, key=lambda submodel: abs(costs[submodel] - target))
+    if target > full or abs(costs[best] / target - 1) > TOLERANCE:
+        setting = f" ({metric.setting})" if metric.setting else ""
+        raise ValueError(
+            f"budget: got {budget!r} ({metric.text(target)}); allowed: {metric.number(min(costs.values()))} to "
+            f"{metric.text(full)}{setting}, or one of {names}; the nearest submodel has {metric.number(costs[best])}"
+        )
+    return best

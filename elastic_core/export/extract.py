@@ -1,0 +1,172 @@
+"""Extraction: an elastic checkpoint and a submodel in, an ordinary Hugging Face directory out. No training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic_core.export import elastic_checkpoint
+from elastic_core.io.tensor_files import Entry, Stored
+from elastic_core.model import architectures, hf
+from elastic_core.model.dims import kept_rows, layer_index, layer_of
+from elastic_core.model.expert_files import is_stacked, matrices, matrix_name
+from elastic_core.model.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
+
+
+def extract(
+    elastic_directory: str | os.PathLike,
+    submodel_or_budget: Submodel | str | float,
+    out_directory: str | os.PathLike,
+    heterogeneous: str = "remote_code",
+    dtype: torch.dtype | None = None,
+) -> Submodel:
+    """Cut a submodel out of a checkpoint directory into `out_directory`, whole or not at all, and return it resolved.
+
+    `submodel_or_budget`: a Submodel; or, where the directory has an ``elastic.json``, a budget's name or target (see
+    `elastic_checkpoint.find_submodel`). A homogeneous submodel becomes a stock directory of its family. Widths that
+    differ between layers need ``heterogeneous``: ``remote_code`` adds a modeling file (load it with
+    ``trust_remote_code=True``), ``pad`` fills MLPs with zeros to the widest, which is exact and loads anywhere.
+    Raises ValueError for sizes that the family cannot express. `dtype` None keeps the stored element type. Tensors are
+    read, cut and written in blocks of rows.
+    """
+    if heterogeneous not in ("remote_code", "pad"):
+        raise ValueError(f"heterogeneous: got {heterogeneous!r}; allowed: 'remote_code', 'pad'")
+    if Path(elastic_directory).resolve().is_relative_to(Path(out_directory).resolve()):  # which would be replaced
+        raise ValueError(
+            f"out_directory: got {out_directory}, which is the checkpoint itself or holds it; name another directory"
+        )
+    config = hf.read_config(elastic_directory)
+    if not isinstance(submodel_or_budget, Submodel):
+        submodel_or_budget = elastic_checkpoint.find_submodel(elastic_directory, submodel_or_budget)
+    submodel = submodel_or_budget.resolve(config)
+    pad = heterogeneous == "pad" and not submodel.is_homogeneous
+    changes = config_changes(config, submodel, pad)
+    tensors = _cut_tensors(hf.TensorReader(elastic_directory), config, submodel, pad, dtype)
+    if dtype is not None:
+        changes["dtype"] = str(dtype).removeprefix("torch.")
+    with hf.whole_directory(out_directory) as partial:
+        hf.write_config(partial, config, **changes)
+        hf.write_tensors(partial, {name: cut.entry for name, cut in tensors.items()}, tensors.items())
+        if "auto_map" in changes:
+            file = architectures.of(config).MODELING_FILE
+            (partial / file).write_text(resources.files("elastic_core.export").joinpath(file + ".txt").read_text())
+        hf.copy_tokenizer(elastic_directory, partial)
+    return submodel
+
+
+def _cut_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dict[str, CutTensor]:
+    """The kept layers' tensors by their names on disk, to be cut to size as they are written, and renumbered."""
+    layout, disk_name = architectures.parameter_layout(config), architectures.of(config).disk_name
+    reader.check({name: tuple(dim.size for dim in dims) for name, dims in layout.items()})
+    sizes = submodel.sizes(config)
+    number = {layer: i for i, layer in enumerate(submodel.kept_layers)}
+    final = sizes | (dict.fromkeys(keys_of(sizes, "ffn"), _widest(config, submodel)) if pad else {})
+    tensors = {}
+    for name, dims in layout.items():
+        layer = layer_index(name)
+        if layer is not None and layer not in number:
+            continue
+        shape = tuple(dim.count(final) for dim in dims)
+        stored, kept = reader.stored(name), [kept_rows(dim, sizes) for dim in dims]
+        held = None if dtype is None else architectures.held_in(config, name, dtype)
+        if layer is not None:
+            name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
+        if is_stacked(name):
+            experts = range(kept[0]) if isinstance(kept[0], int) else kept[0].tolist()
+            found = matrices(stored)
+            for i, expert in enumerate(experts):
+                tensors[disk_name(matrix_name(name, i))] = CutTensor(found[expert], kept[1:], shape[1:], held)
+        else:
+            tensors[disk_name(name)] = CutTensor(stored, kept, shape, held)
+    return tensors
+
+
+class CutTensor:
+    """A stored tensor cut to its kept rows on every axis: `cut[start:stop]` reads those rows of the file and no others.
+
+    Where `shape` is larger than what is kept, zeros follow.
+    """
+
+    def __init__(self, stored: Stored, kept: list[int | Tensor], shape: tuple[int, ...], dtype: torch.dtype | None):
+        self.stored, self.entry = stored, Entry(dtype or stored.entry.dtype, shape)
+        self.runs = [_runs(rows) for rows in kept]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        # numpy copies on the thread that asks; torch would wake its own threads for every block.
+        values = self.stored.read(list(_part(self.runs[0], rows.start, rows.stop)))
+        for axis, runs in enumerate(self.runs[1:], 1):
+            pieces = [values[(slice(None),) * axis + (slice(*run),)] for run in runs]
+            values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)
+        tensor = torch.from_numpy(np.ascontiguousarray(values)).view(self.stored.entry.dtype).to(self.entry.dtype)
+        missing = [size - kept for size, kept in zip(self._block_shape(rows), tensor.shape, strict=True)]
+        return F.pad(tensor, [n for size in reversed(missing) for n in (0, size)]) if any(missing) else tensor
+
+    def _block_shape(self, rows: slice) -> tuple[int, ...]:
+        return rows.stop - rows.start, *self.entry.shape[1:]
+
+
+def _runs(rows: int | Tensor) -> list[tuple[int, int]]:
+    """Kept rows, as `kept_rows` says them, as runs [start, stop) of consecutive ones."""
+    if not isinstance(rows, Tensor):
+        return [(0, rows)]
+    numbers = rows.numpy()
+    parts = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+
+def _part(runs: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The kept rows number `start` to `stop` - 1, as runs."""
+    done = 0
+    for first, end in runs:
+        begin, last = first + max(start - done, 0), first + min(stop - done, end - first)
+        if begin < last:
+            yield begin, last
+        done += end - first
+
+
+def _kept_entries(config, submodel: Submodel, field: str) -> list[int]:
+    """A per-layer width's entries for the kept layers that have it, in order."""
+    sizes = submodel.sizes(config)
+    return [sizes[key] for key in keys_of(sizes, WIDTHS[field]) if layer_of(key) in submodel.kept_layers]
+
+
+def _widest(config, submodel: Submodel) -> int:
+    """The width to which padding fills the MLPs."""
+    return max(_kept_entries(config, submodel, "intermediate_size"), default=config.intermediate_size)
+
+
+def config_changes(config, submodel: Submodel, pad: bool = False) -> dict:
+    """What a submodel's configuration has that differs from the parent's; ValueError for what it cannot say."""
+    family, widths = architectures.of(config), {}
+    for field in WIDTHS:
+        value = getattr(submodel, field)
+        if isinstance(value, tuple):
+            value = _kept_entries(config, submodel, field)
+            if pad and field == "intermediate_size":
+                value = max(value)
+            elif pad and family.MODELING_FILE is not None:
+                raise ValueError(f"{field}: differs between layers; only MLP widths can be padded, use 'remote_code'")
+            elif family.MODELING_FILE is None:
+                advice = ", or heterogeneous='pad' (zeros in the MLPs)" if field == "intermediate_size" else ""
+                raise ValueError(
+                    f"{field}: got {value}, which a directory of model_type {config.model_type} cannot express; "
+                    f"allowed: one size for all layers{advice}"
+                )
+        if value is not None:
+            widths[field] = value
+    problem = family.size_problem(config, submodel.hidden_size, submodel.num_attention_heads)
+    if problem is not None:
+        raise ValueError(problem)
+    changes = family.config_changes(config, submodel.kept_layers, widths)
+    if any(isinstance(widths.get(field), list) for field in PER_LAYER):
+        module = family.MODELING_FILE.removesuffix(".py")
+        names = zip(("AutoConfig", "AutoModelForCausalLM"), family.REMOTE_CLASSES, strict=True)
+        changes["auto_map"] = {auto: f"{module}.{name}" for auto, name in names}
+    return changes

@@ -1,0 +1,305 @@
+"""Llama-type decoders: rotary grouped-query attention and a gated MLP in one layer. Llama, SmolLM2, Qwen2 and Qwen3.
+
+What a family says, and how the rest of the library asks for it, is told in families/__init__.py.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    Cache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from elastic_core.model.dims import Fixed, Layout, Product, Units
+from elastic_core.model.layers import Norm, add_parameters, causal_attention, part_of
+from elastic_core.model.ops.flops import Flops, attention_flops, norm_flops
+from elastic_core.model.ops.norm import rms_norm
+from elastic_core.model.slicing import Cut
+
+MODELS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+EMBEDDINGS, FINAL_NORM = "embed_tokens", "norm"
+WIDE = ()
+MODELING_FILE, REMOTE_CLASSES = None, None  # widths that differ between layers are padded, or not exported
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others' frequencies depend on how long the text is
+
+
+def norm_eps(config) -> float:
+    """The epsilon of the norms."""
+    return config.rms_norm_eps
+
+
+def requirements(config) -> list[tuple[bool, str]]:
+    """What has to hold of a configuration, and what to say where it does not."""
+    rope = config.rope_parameters
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return [
+        (
+            config.num_attention_heads % config.num_key_value_heads == 0,
+            f"num_attention_heads={config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}",
+        ),
+        (
+            rope["rope_type"] in ROPE_TYPES,
+            f"rope_type={rope['rope_type']!r}; allowed: {', '.join(map(repr, ROPE_TYPES))}",
+        ),
+        (
+            rope.get("partial_rotary_factor") in (None, 1),
+            f"partial_rotary_factor={rope.get('partial_rotary_factor')}; allowed: 1, whole heads",
+        ),
+        (not sliding, "sliding_attention in layer_types; allowed: 'full_attention' in all layers"),
+    ]
+
+
+def pattern(config) -> str:
+    """``L`` for every decoder layer."""
+    return "L" * config.num_hidden_layers
+
+
+# Names and sizes
+
+
+def head_dim(config) -> int:
+    """The size of a head, where a configuration leaves it open too (Qwen2)."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def units(config) -> dict[str, Units]:
+    """Every unit key with its full size and groups."""
+    found = {"hidden": Units("hidden", config.hidden_size)}
+    for i in range(config.num_hidden_layers):
+        heads, ffn = f"attention_heads.{i}", f"ffn.{i}"
+        found[heads] = Units(heads, config.num_attention_heads, groups=config.num_key_value_heads)
+        found[ffn] = Units(ffn, config.intermediate_size)
+    return found
+
+
+def parameter_layout(config) -> Layout:
+    """Name and dimensions of every parameter, in file order; tied embeddings have no ``lm_head.weight``.
+
+    Names are those of `transformers.LlamaForCausalLM.named_parameters()`.
+    """
+    keys, vocab = units(config), Fixed(config.vocab_size)
+    hidden = keys["hidden"]
+    layout: Layout = {"model.embed_tokens.weight": (vocab, hidden)}
+    for i in range(config.num_hidden_layers):
+        for name, dims in _layer_layout(config, hidden, keys[f"attention_heads.{i}"], keys[f"ffn.{i}"]).items():
+            layout[f"model.layers.{i}.{name}"] = dims
+    layout["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        layout["lm_head.weight"] = (vocab, hidden)
+    return layout
+
+
+def _layer_layout(config, hidden: Units, heads: Units, ffn: Units) -> Layout:
+    size = Fixed(head_dim(config))  # never sorted or cut: RoPE turns channel i with channel i + head_dim/2
+    query, key_value = Product((heads, size)), Product((Fixed(config.num_key_value_heads), size))
+    table: Layout = {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "self_attn.q_norm": (size,),
+        "self_attn.k_norm": (size,),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    layout: Layout = {}
+    for name, dims in table.items():
+        if config.model_type == "qwen3" or name not in ("self_attn.q_norm", "self_attn.k_norm"):
+            layout[f"{name}.weight"] = dims
+        if name.endswith("_proj") and _has_bias(config, name):
+            layout[f"{name}.bias"] = dims[:1]
+    return layout
+
+
+def _has_bias(config, name: str) -> bool:
+    """Whether a projection has a bias, as transformers' classes decide it."""
+    if name.startswith("mlp."):
+        return config.model_type == "llama" and config.mlp_bias
+    return name != "self_attn.o_proj" if config.model_type == "qwen2" else config.attention_bias
+
+
+def kept_state(config) -> dict[str, Layout]:
+    """What layers keep of a text: keys and values of every token."""
+    layout = parameter_layout(config)
+    names = (name for name in layout if name.endswith((".k_proj.weight", ".v_proj.weight")))
+    return {"kv_cache": {name: layout[name][:1] for name in names}}
+
+
+# What training takes
+
+
+def mixing_flops(config, sizes: Mapping[str, int], kept: Iterable[int], length: int, on_gpu: bool) -> Flops:
+    """Operations of attention over one sequence in the kept layers, and of the norms of its heads where it has any."""
+    total, size = Flops(), head_dim(config)
+    for i in kept:
+        heads = sizes[f"attention_heads.{i}"]
+        total += attention_flops(length, heads, size)
+        if config.model_type == "qwen3":
+            total += norm_flops(length * (heads + config.num_key_value_heads), size)
+    return total
+
+
+def scan_block(config, layer: int, sequences: int) -> int | None:
+    """Positions that a layer's scan has at work at a time: no layer has one."""
+    return None
+
+
+# Files
+
+
+def canonical_name(name: str) -> str | None:
+    """transformers' parameter name of a tensor on disk; None for old files' copies of the rotary frequencies."""
+    return None if name.endswith("rotary_emb.inv_freq") else name
+
+
+def disk_name(name: str) -> str:
+    """The name in files, which is the parameter's own."""
+    return name
+
+
+def file_values(values: dict) -> dict:
+    """What config.json says besides: nothing."""
+    return {}
+
+
+def size_problem(config, hidden_size: int, num_attention_heads: int) -> str | None:
+    """Why transformers would refuse these sizes in one directory, or None: its Llama, though it has a head_dim."""
+    if config.model_type != "llama" or hidden_size % num_attention_heads == 0:
+        return None
+    return (
+        f"hidden_size: got {hidden_size} with num_attention_heads {num_attention_heads}; "
+        "allowed: multiples of the number of heads, or transformers will not load the model"
+    )
+
+
+def can_cache(config, kept_layers: Iterable[int]) -> bool:
+    """Whether transformers decodes these layers with a cache: any of them."""
+    return True
+
+
+def config_changes(config, kept_layers: Sequence[int], widths: dict[str, int]) -> dict:
+    """What a submodel's configuration has that differs from the parent's."""
+    changes = widths | {"head_dim": head_dim(config), "num_hidden_layers": len(kept_layers)}
+    types = getattr(config, "layer_types", None)
+    return changes | ({} if types is None else {"layer_types": [types[i] for i in kept_layers]})
+
+
+def finish(model: nn.Module, device: torch.device) -> None:
+    """Give a model of transformers that was made without storage its rotary frequencies, and a tied head."""
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def copy_state(config, layer: int, state, within: Callable[[str], Tensor], cache: Cache, number: int) -> None:
+    """Put a layer's keys and values into a smaller submodel's cache, which has all KV heads too."""
+    cache.update(state.keys, state.values, number)
+
+
+# Layers
+
+
+class Rotary:
+    """Angles of positions (RoPE), as transformers computes them."""
+
+    def __init__(self, config):
+        kind = config.rope_parameters["rope_type"]
+        default = LlamaRotaryEmbedding.compute_default_rope_parameters
+        with torch.device("cpu"):  # and not on the meta device, where a model is made before its weights are there
+            frequencies, self.scale = ROPE_INIT_FUNCTIONS.get(kind, default)(config)
+        self._frequencies = {frequencies.device: frequencies}
+
+    def __call__(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (L, head_dim) for queries `like` (B, L, A, head_dim), from position 0 on."""
+        if like.device not in self._frequencies:
+            self._frequencies[like.device] = next(iter(self._frequencies.values())).to(like.device)
+        positions = torch.arange(like.shape[1], device=like.device, dtype=torch.float32)
+        angles = positions[:, None] * self._frequencies[like.device]  # (L, head_dim / 2)
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * self.scale).to(like.dtype), (angles.sin() * self.scale).to(like.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with RoPE; query heads are cut inside their KV group."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.layout, self.layer, self.units = layout, layer, f"attention_heads.{layer}"
+        self.head_dim, self.num_key_value_heads = head_dim(config), config.num_key_value_heads
+        self.eps, self.rotary = config.rms_norm_eps, Rotary(config)
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        query, value = self._project("q", x, cut), self._project("v", x, cut)
+        cut.observe(self.units, query)
+        query, key = self._normed("q", query, cut), self._normed("k", self._project("k", x, cut), cut)
+        query, key = apply_rotary_pos_emb(query, key, *self.rotary(query), unsqueeze_dim=1)
+        y = causal_attention(query, key, value)
+        weight = cut.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units)
+        cut.observe(self.units, y, weight)
+        return F.linear(y, weight, cut.writing_bias(self, self.layout, "o_proj.bias", self.layer))
+
+    def _project(self, name: str, x: Tensor, cut: Cut) -> Tensor:
+        """Queries, keys or values, (B, L, heads, head_dim)."""
+        weight, bias = (cut.weight(self, self.layout, f"{name}_proj.{part}") for part in ("weight", "bias"))
+        return F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim))
+
+    def _normed(self, name: str, heads: Tensor, cut: Cut) -> Tensor:
+        """Every head normed by itself, where the architecture does so (Qwen3)."""
+        weight = cut.weight(self, self.layout, f"{name}_norm.weight")
+        return heads if weight is None else rms_norm(heads, weight, self.eps, self.head_dim)
+
+
+class MLP(nn.Module):
+    """W_down · (act(W_gate x) · W_up x). `projection` scores neurons by that product, where eq. 2 has W1 x."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.layout, self.layer, self.units = layout, layer, f"ffn.{layer}"
+        self.act = ACT2FN[config.hidden_act]
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        gate, up = (
+            F.linear(x, *(cut.weight(self, self.layout, f"{name}_proj.{part}") for part in ("weight", "bias")))
+            for name in ("gate", "up")
+        )
+        x = self.act(gate) * up
+        cut.observe(self.units, x)
+        weight = cut.writing_weight(self, self.layout, "down_proj.weight", self.layer, self.units)
+        cut.observe(self.units, x, weight)
+        return F.linear(x, weight, cut.writing_bias(self, self.layout, "down_proj.bias", self.layer))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), and that + mlp(norm(that)); both gate what they write, by the layer's one depth gate."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.self_attn = Attention(config, layer, part_of(layout, "self_attn"))
+        self.mlp = MLP(config, layer, part_of(layout, "mlp"))
+        self.input_layernorm = Norm(norm_eps(config), part_of(layout, "input_layernorm"))
+        self.post_attention_layernorm = Norm(norm_eps(config), part_of(layout, "post_attention_layernorm"))
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x, cut), cut)
+        return x + self.mlp(self.post_attention_layernorm(x, cut), cut)

@@ -1,0 +1,255 @@
+"""The family `nemotron_h`: hybrids of Mamba-2, grouped-query attention, MLP and MoE layers, one mixer per layer.
+
+What it says, and how the rest of the library asks for it, is told in families/__init__.py.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, NemotronHConfig, NemotronHForCausalLM
+
+import elastic_core.model.architectures.nemotron_h_ffn as ffn
+import elastic_core.model.architectures.nemotron_h_mamba as mamba
+from elastic_core.model.dims import Fixed, Layout, Product, Units
+from elastic_core.model.layers import Norm, add_parameters, causal_attention, part_of
+from elastic_core.model.ops import ssd
+from elastic_core.model.ops.flops import Flops, attention_flops, scan_flops
+from elastic_core.model.slicing import Cut
+
+MODELS = {"nemotron_h": (NemotronHConfig, NemotronHForCausalLM)}
+EMBEDDINGS, FINAL_NORM = "embeddings", "norm_f"
+WIDE = (ffn.CORRECTION,)
+MODELING_FILE = "modeling_elastic_nemotron_h.py"
+REMOTE_CLASSES = ("ElasticNemotronHConfig", "ElasticNemotronHForCausalLM")
+CHARACTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
+
+
+def requirements(config) -> list[tuple[bool, str]]:
+    """What has to hold of a configuration, and what to say where it does not."""
+    return [
+        *(ffn.moe_requirements(config) if "E" in pattern(config) else []),
+        (not config.tie_word_embeddings, "tie_word_embeddings=true; transformers keeps nemotron_h heads untied"),
+        (
+            config.mamba_num_heads % config.n_groups == 0,
+            f"mamba_num_heads={config.mamba_num_heads} is not a multiple of n_groups={config.n_groups}",
+        ),
+        (
+            config.num_attention_heads % config.num_key_value_heads == 0,
+            f"num_attention_heads={config.num_attention_heads} is not a multiple of "
+            f"num_key_value_heads={config.num_key_value_heads}",
+        ),
+        (config.mamba_hidden_act == "silu", f"mamba_hidden_act={config.mamba_hidden_act!r}; allowed: 'silu'"),
+    ]
+
+
+def norm_eps(config) -> float:
+    """The epsilon of the norms."""
+    return config.layer_norm_epsilon
+
+
+def pattern(config) -> str:
+    """The layer types as characters, for example ``M-M*-``."""
+    return pattern_of(config.layers_block_type)
+
+
+def pattern_of(block_types: Iterable[str]) -> str:
+    """Pattern characters of a list of layer types."""
+    return "".join(CHARACTERS[block_type] for block_type in block_types)
+
+
+def layers_of(config, character: str) -> list[int]:
+    """Indices of the parent's layers of one type."""
+    return [i for i, c in enumerate(pattern(config)) if c == character]
+
+
+# Names and sizes
+
+
+def units(config) -> dict[str, Units]:
+    """Every unit key with its full size and groups."""
+    found = {"hidden": Units("hidden", config.hidden_size)}
+    for i, character in enumerate(pattern(config)):
+        if character == "M":
+            found[f"mamba_heads.{i}"] = Units(f"mamba_heads.{i}", config.mamba_num_heads, groups=config.n_groups)
+            found[f"mamba_channels.{i}"] = Units(f"mamba_channels.{i}", config.mamba_head_dim)
+        elif character == "*":
+            key, groups = f"attention_heads.{i}", config.num_key_value_heads
+            found[key] = Units(key, config.num_attention_heads, groups)
+        elif character == "-":
+            found[f"ffn.{i}"] = Units(f"ffn.{i}", config.intermediate_size)
+        elif character == "E":
+            found |= {width.key: width for width in ffn.moe_units(config, i)}
+    return found
+
+
+def parameter_layout(config) -> Layout:
+    """Name and dimensions of every parameter, in file order.
+
+    Names are those of `transformers.NemotronHForCausalLM.state_dict()`.
+    """
+    keys, vocab = units(config), Fixed(config.vocab_size)
+    hidden = keys["hidden"]
+    mixers = {"M": mamba.mamba_layout, "*": _attention_layout, "-": _mlp_layout, "E": ffn.moe_layout}
+    layout: Layout = {"model.embeddings.weight": (vocab, hidden)}
+    for i, character in enumerate(pattern(config)):
+        layout[f"model.layers.{i}.norm.weight"] = (hidden,)
+        for name, dims in mixers[character](config, i, keys).items():
+            layout[f"model.layers.{i}.mixer.{name}"] = dims
+    layout["model.norm_f.weight"] = (hidden,)
+    layout["lm_head.weight"] = (vocab, hidden)
+    return layout
+
+
+def _attention_layout(config, i: int, keys: dict[str, Units]) -> Layout:
+    head_dim = Fixed(config.head_dim)
+    hidden, heads = keys["hidden"], keys[f"attention_heads.{i}"]
+    query, key_value = Product((heads, head_dim)), Product((Fixed(config.num_key_value_heads), head_dim))
+    return {
+        "q_proj.weight": (query, hidden),
+        "k_proj.weight": (key_value, hidden),
+        "v_proj.weight": (key_value, hidden),
+        "o_proj.weight": (hidden, query),
+    }
+
+
+def _mlp_layout(config, i: int, keys: dict[str, Units]) -> Layout:
+    return ffn.mlp_layout(config, keys["hidden"], keys[f"ffn.{i}"])
+
+
+def kept_state(config) -> dict[str, Layout]:
+    """What layers keep of a text, named and measured by the parameters that write it: see families/__init__.py."""
+    kept: dict[str, Layout] = {"kv_cache": {}, "ssm_state": {}, "conv_state": {}}
+    for name, dims in parameter_layout(config).items():
+        if name.endswith((".k_proj.weight", ".v_proj.weight")):
+            kept["kv_cache"][name] = (dims[0],)
+        elif name.endswith(".conv1d.weight"):  # as many tokens as the kernel is long
+            kept["conv_state"][name] = (dims[0], dims[-1])
+        elif name.endswith(".mixer.out_proj.weight"):  # every inner channel has a state
+            kept["ssm_state"][name] = (dims[1], Fixed(config.ssm_state_size))
+    return kept
+
+
+# What training takes
+
+
+def mixing_flops(config, sizes: Mapping[str, int], kept: Iterable[int], length: int, on_gpu: bool) -> Flops:
+    """Operations of attention and of the scan over one sequence, in the kept layers."""
+    total, types = Flops(), pattern(config)
+    for i in kept:
+        if types[i] == "*":
+            total += attention_flops(length, sizes[f"attention_heads.{i}"], config.head_dim)
+        elif types[i] == "M":
+            heads, channels = sizes[f"mamba_heads.{i}"], sizes[f"mamba_channels.{i}"]
+            total += scan_flops(length, heads, channels, config.n_groups, config.ssm_state_size, on_gpu)
+    return total
+
+
+def scan_block(config, layer: int, sequences: int) -> int | None:
+    """Positions of whole chunks that a layer's scan has at work at a time on a CPU; None for a layer without one."""
+    if pattern(config)[layer] != "M":
+        return None
+    return ssd.CHUNK * max(1, ssd.BLOCK // (sequences * config.mamba_num_heads * ssd.CHUNK**2))
+
+
+# Files
+
+
+def canonical_name(name: str) -> str | None:
+    """transformers' parameter name of a tensor on disk, where the trunk is called ``backbone`` or ``model``.
+
+    None for what is left out: the heads of multi-token prediction.
+    """
+    if name.startswith("mtp."):
+        return None
+    return "model." + name.removeprefix("backbone.") if name.startswith("backbone.") else name
+
+
+def disk_name(name: str) -> str:
+    """The name that transformers and vLLM write and read."""
+    return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
+
+
+def file_values(values: dict) -> dict:
+    """What config.json says besides: where vLLM and SGLang read the layers, and else assume another model's."""
+    types = values["layers_block_type"]
+    return {"hybrid_override_pattern": pattern_of(types), "num_hidden_layers": len(types)}
+
+
+def size_problem(config, hidden_size: int, num_attention_heads: int) -> str | None:
+    """What is wrong with these sizes in one directory: never anything."""
+    return None
+
+
+def can_cache(config, kept_layers: Iterable[int]) -> bool:
+    """Whether transformers decodes these layers with a cache, whose length it asks of a layer of attention."""
+    return "*" in (pattern(config)[i] for i in kept_layers)
+
+
+def config_changes(config, kept_layers: Sequence[int], widths: dict[str, int | list[int]]) -> dict:
+    """What a submodel's configuration has that differs from the parent's; a list has an entry per kept layer."""
+    types = [config.layers_block_type[i] for i in kept_layers]
+    widths = {"n_routed_experts" if name == "num_experts" else name: size for name, size in widths.items()}
+    return widths | {"head_dim": config.head_dim, "layers_block_type": types}
+
+
+def finish(model: nn.Module, device: torch.device) -> None:
+    """Give a model of transformers that was made without storage what it has besides parameters: nothing here."""
+
+
+def copy_state(config, layer: int, state, within: Callable[[str], Tensor], cache: Cache, number: int) -> None:
+    """Put what a smaller submodel has room for of a layer's `state` into its cache, as layer `number`.
+
+    `within(name)`: where the smaller one's rows of a parameter of the layer stand among the larger one's.
+    """
+    character = pattern(config)[layer]
+    if character == "*":  # every budget has all KV heads
+        cache.update(state.keys, state.values, number)
+    elif character == "M":
+        conv, recurrent = state.conv_states[0], state.recurrent_states[0]  # (B, C, K), (B, heads, channels, N)
+        heads = within("mixer.A_log")
+        channels = len(within("mixer.norm.weight")) // len(heads)
+        cache.update_conv_state(conv.index_select(1, within("mixer.conv1d.weight").to(conv.device)), number)
+        recurrent = recurrent.index_select(1, heads.to(recurrent.device))[:, :, :channels]
+        cache.update_recurrent_state(recurrent.contiguous(), layer_idx=number)
+
+
+# Layers
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention without positional embedding; query heads are cut inside their KV group."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.layout, self.layer, self.units = layout, layer, f"attention_heads.{layer}"
+        self.head_dim, self.num_key_value_heads = config.head_dim, config.num_key_value_heads
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        num_heads, num_kv = cut.sizes[self.units], self.num_key_value_heads
+        query, key, value = (
+            F.linear(x, cut.weight(self, self.layout, f"{name}_proj.weight")).unflatten(-1, (heads, self.head_dim))
+            for name, heads in (("q", num_heads), ("k", num_kv), ("v", num_kv))
+        )
+        cut.observe(self.units, query)
+        y = causal_attention(query, key, value)
+        weight = cut.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units)
+        cut.observe(self.units, y, weight)
+        return F.linear(y, weight)
+
+
+MIXERS = {"M": mamba.Mamba, "*": Attention, "-": ffn.MLP, "E": ffn.MoE}
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)); the mixer gates what it writes."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.norm = Norm(norm_eps(config), part_of(layout, "norm"))
+        self.mixer = MIXERS[pattern(config)[layer]](config, layer, part_of(layout, "mixer"))
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        return x + self.mixer(self.norm(x, cut), cut)

@@ -1,0 +1,213 @@
+"""Feed-forward layers of nemotron_h: the MLP, and the mixture of experts (MoE) with a shared expert that is one.
+
+Of a mixture's elastic widths, `experts.i` are the routed experts, cut alike in each of the router's groups;
+`expert_ffn.i` the neurons of every routed expert, each ranked by itself and all cut to one width; `shared_ffn.i` those
+of the shared expert. A row of the router and an entry of its correction bias go with each expert.
+
+What a gate between 0 and 1 on experts means: what an expert says is multiplied by its gate, and tokens choose as if all
+experts were there; with a gate below `FADING` an expert is chosen less as well, by log(gate / FADING) that is added to
+its score, and tokens turn to others. One-hot gates are the slice, exactly, and gates near them are near it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers.activations import ACT2FN
+
+from elastic_core.model.dims import Fixed, Layout, Units
+from elastic_core.model.layers import add_parameters, part_of
+from elastic_core.model.ops.activation import relu_squared
+from elastic_core.model.slicing import Cut
+
+FADING = 0.1  # the gate below which an expert is chosen less
+CORRECTION = "gate.e_score_correction_bias"  # of scores where experts are chosen: transformers' buffer, never trained
+
+
+def moe_requirements(config) -> list[tuple[bool, str]]:
+    """What has to hold of a configuration with mixtures, and what to say where it does not."""
+    sizes = ("n_group", "topk_group", "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size")
+    sizes += ("moe_shared_expert_intermediate_size",)
+    given = {name: getattr(config, name) for name in sizes}
+    given = {name: size for name, size in given.items() if (name, size) != ("moe_latent_size", None)}
+    positive = [(size >= 1, f"{name}={size}; allowed: 1 or more") for name, size in given.items()]
+    if not all(holds for holds, _ in positive):
+        return positive
+    experts, groups = config.n_routed_experts, config.n_group
+    return [
+        (experts % groups == 0, f"n_routed_experts={experts} is not a multiple of n_group={groups}"),
+        (1 <= config.topk_group <= groups, f"topk_group={config.topk_group}; allowed: 1 to n_group={groups}"),
+        (
+            experts >= fewest_experts(config),
+            f"n_routed_experts={experts}; allowed: {fewest_experts(config)} or more with n_group={groups}, "
+            f"topk_group={config.topk_group} and num_experts_per_tok={config.num_experts_per_tok}",
+        ),
+    ]
+
+
+def fewest_experts(config) -> int:
+    """How many experts routing takes: two in every group, and in the chosen groups as many as a token asks."""
+    return config.n_group * max(2, -(-config.num_experts_per_tok // config.topk_group))
+
+
+def moe_units(config, i: int) -> Iterator[Units]:
+    """The elastic widths of a mixture."""
+    yield Units(f"experts.{i}", config.n_routed_experts, config.n_group, fewest_experts(config))
+    yield Units(f"expert_ffn.{i}", config.moe_intermediate_size)
+    yield Units(f"shared_ffn.{i}", config.moe_shared_expert_intermediate_size)
+
+
+def mlp_layout(config, hidden: Units, ffn: Units) -> Layout:
+    """Parameters of an MLP."""
+    layout = {"up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
+    if config.mlp_bias:
+        layout |= {"up_proj.bias": (ffn,), "down_proj.bias": (hidden,)}
+    return layout
+
+
+def moe_layout(config, i: int, keys: dict[str, Units]) -> Layout:
+    """Parameters of a mixture: experts work on hidden channels, or in a latent space of fixed size."""
+    hidden, experts, ffn = keys["hidden"], keys[f"experts.{i}"], keys[f"expert_ffn.{i}"]
+    has_latent = config.moe_latent_size is not None
+    space = Fixed(config.moe_latent_size) if has_latent else hidden
+    layout = {
+        "gate.weight": (experts, hidden),
+        CORRECTION: (experts,),
+        "experts.up_proj": (experts, ffn, space),
+        "experts.down_proj": (experts, space, ffn),
+    }
+    shared = mlp_layout(config, hidden, keys[f"shared_ffn.{i}"])
+    layout |= {f"shared_experts.{name}": dims for name, dims in shared.items()}
+    if has_latent:
+        layout |= {"fc1_latent_proj.weight": (space, hidden), "fc2_latent_proj.weight": (hidden, space)}
+        if config.mlp_bias:
+            layout |= {"fc1_latent_proj.bias": (space,), "fc2_latent_proj.bias": (hidden,)}
+    return layout
+
+
+def activation(config):
+    """The nonlinearity between up and down."""
+    return relu_squared if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
+
+
+class MLP(nn.Module):
+    """W2 · act(W1 x), not gated."""
+
+    def __init__(self, config, layer: int, layout: Layout, axis: str = "ffn"):
+        super().__init__()
+        self.layout, self.layer, self.units = layout, layer, f"{axis}.{layer}"
+        self.act = activation(config)
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        x = F.linear(x, cut.weight(self, self.layout, "up_proj.weight"), cut.weight(self, self.layout, "up_proj.bias"))
+        cut.observe(self.units, x)
+        x = self.act(x)
+        weight = cut.writing_weight(self, self.layout, "down_proj.weight", self.layer, self.units)
+        cut.observe(self.units, x, weight)
+        return F.linear(x, weight, cut.writing_bias(self, self.layout, "down_proj.bias", self.layer))
+
+
+class MoE(nn.Module):
+    """Σ over a token's experts of weight · W2 · act(W1 x), plus a shared expert; routed by sigmoid scores in groups."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        shared = part_of(layout, "shared_experts")
+        self.layout = {name: dims for name, dims in layout.items() if not name.startswith("shared_experts.")}
+        self.layer, self.units, self.ffn_units = layer, f"experts.{layer}", f"expert_ffn.{layer}"
+        self.top_k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.norm_topk_prob, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
+        self.act = activation(config)
+        add_parameters(self, self.layout)
+        self.get_parameter(CORRECTION).requires_grad_(False)
+        self.shared_experts = MLP(config, layer, shared, "shared_ffn")
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        tokens = x.flatten(0, 1)  # (T, hidden)
+        chosen, weights = self._route(tokens, cut)
+        if "fc1_latent_proj.weight" not in self.layout:
+            y, gate = self._experts(tokens, chosen, weights, cut), cut.write_gate(self.layer)
+            y = y if gate is None else y * gate.to(y.dtype)
+        else:
+            weight, bias = (cut.weight(self, self.layout, f"fc1_latent_proj.{part}") for part in ("weight", "bias"))
+            y = self._experts(F.linear(tokens, weight, bias), chosen, weights, cut)
+            weight = cut.writing_weight(self, self.layout, "fc2_latent_proj.weight", self.layer)
+            y = F.linear(y, weight, cut.writing_bias(self, self.layout, "fc2_latent_proj.bias", self.layer))
+        return y.view(*x.shape[:2], -1) + self.shared_experts(x, cut)
+
+    def _route(self, x: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+        """Each token's experts and their weights, both (T, k); in float32 at least, whatever the rest computes in.
+
+        So of a matrix that was gathered in bfloat16 (distributed.py), with its rounding.
+        """
+        wide, gate = torch.promote_types(x.dtype, torch.float32), cut.gate(self.units)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = F.linear(x.to(wide), cut.weight(self, self.layout, "gate.weight").to(wide)).sigmoid()  # (T, E)
+        choice = scores.detach() + cut.weight(self, self.layout, CORRECTION).to(wide)
+        if gate is not None:
+            choice = choice + (gate.detach().to(wide) / FADING).clamp(max=1).log()
+        if self.n_group > 1:
+            choice = _in_best_groups(choice.unflatten(-1, (self.n_group, -1)), self.topk_group)
+        chosen = choice.topk(self.top_k, dim=-1, sorted=False).indices
+        weights = scores.gather(-1, chosen)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        weights = weights * self.scaling
+        return chosen, weights if gate is None else weights * gate.to(wide)[chosen]
+
+    def _experts(self, x: Tensor, chosen: Tensor, weights: Tensor, cut: Cut) -> Tensor:
+        """What the routed experts say together: x (T, in), chosen and weights (T, k) → (T, in)."""
+        up, down = (cut.weight(self, self.layout, f"experts.{name}_proj") for name in ("up", "down"))
+        order = chosen.flatten().argsort(stable=True)  # asked (token, expert) pairs, expert by expert
+        # Pairs are moved by permutations alone, whose gradients are permutations: sums have one order, run for run.
+        pairs = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1).index_select(0, order)  # (T·k, in)
+        gate = cut.gate(self.ffn_units)
+        inner, y = run_experts(pairs, chosen, up, down, self.act, None if gate is None else gate.to(x.dtype))
+        if cut.is_observed:
+            self._observe(chosen, weights, order, inner, y, down, cut)
+        y = y.index_select(0, order.argsort()).view(*chosen.shape, -1)  # (T, k, in)
+        return (y * weights[..., None]).sum(1).to(y.dtype)
+
+    def _observe(self, chosen, weights, order: Tensor, inner: Tensor, y: Tensor, down: Tensor, cut: Cut) -> None:
+        """Show every expert's weighted magnitude at each token, and the weighted neurons of each token's experts."""
+        sorted_weights = weights.flatten()[order]
+        magnitudes = (y.to(weights.dtype).norm(dim=-1) * sorted_weights)[order.argsort()].view_as(chosen)
+        of_experts = weights.new_zeros(len(chosen), cut.sizes[self.units]).scatter(1, chosen, magnitudes)
+        cut.observe(self.units, of_experts[None])
+        owners, sorted_weights = chosen.flatten()[order], sorted_weights[:, None]
+        cut.observe(self.ffn_units, inner * sorted_weights, owners=owners)
+        cut.observe(self.ffn_units, self.act(inner) * sorted_weights, down, owners)
+
+
+def _in_best_groups(choice: Tensor, topk_group: int) -> Tensor:
+    """Scores (T, groups, experts of a group) without those of all but the groups of the best pairs: (T, experts)."""
+    best = choice.topk(2, dim=-1).values.sum(-1).topk(topk_group, dim=-1, sorted=False).indices
+    is_out = torch.ones_like(choice[..., 0], dtype=torch.bool).scatter(1, best, False)
+    return choice.masked_fill(is_out[..., None], -torch.inf).flatten(1)
+
+
+@torch.compiler.disable  # how many tokens an expert has is another number every time
+def run_experts(pairs: Tensor, chosen: Tensor, up: Tensor, down: Tensor, act, gate: Tensor | None):
+    """Pairs (T·k, in), sorted by expert, through their experts only: the neurons' inputs (T·k, ffn) and the outputs.
+
+    `up` (E, ffn, in), `down` (E, in, ffn), `gate` (ffn,) of neurons.
+    """
+    inner, outputs = [], []
+    parts = pairs.split(pairs_of_experts(chosen, len(up)))
+    for part, w1, w2 in zip(parts, up.unbind(), down.unbind(), strict=True):  # one gradient for all, not one for each
+        if len(part) > 0:
+            inner.append(F.linear(part, w1))
+            hidden = act(inner[-1])
+            outputs.append(F.linear(hidden if gate is None else hidden * gate, w2))
+    return torch.cat(inner), torch.cat(outputs)
+
+
+def pairs_of_experts(chosen: Tensor, num_experts: int) -> list[int]:
+    """How many of the pairs each expert has; of tensors without contents, as if all were asked alike."""
+    if isinstance(chosen, FakeTensor) or chosen.is_meta:
+        each, rest = divmod(chosen.numel(), num_experts)
+        return [each + (expert < rest) for expert in range(num_experts)]
+    return torch.bincount(chosen.flatten(), minlength=num_experts).tolist()

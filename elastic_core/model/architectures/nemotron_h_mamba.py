@@ -1,0 +1,95 @@
+"""The Mamba-2 layer of nemotron_h: heads of equal width in groups that share B and C."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_core.model.dims import Concat, Fixed, Layout, Product, Units
+from elastic_core.model.layers import add_parameters
+from elastic_core.model.ops import kernels
+from elastic_core.model.ops.norm import group_rms_norm
+from elastic_core.model.slicing import Cut
+
+
+def mamba_layout(config, i: int, keys: dict[str, Units]) -> Layout:
+    """Parameters of a Mamba-2 layer."""
+    hidden, heads = keys["hidden"], keys[f"mamba_heads.{i}"]
+    inner = Product((heads, keys[f"mamba_channels.{i}"]))
+    states = Fixed(config.n_groups * config.ssm_state_size)
+    conv = Concat((inner, states, states))  # x | B | C
+    projection = Concat((inner, conv, heads))  # z | x | B | C | dt
+    layout = {
+        "in_proj.weight": (projection, hidden),
+        "conv1d.weight": (conv, Fixed(1), Fixed(config.conv_kernel)),
+        "dt_bias": (heads,),
+        "A_log": (heads,),
+        "D": (heads,),
+        "norm.weight": (inner,),
+        "out_proj.weight": (hidden, inner),
+    }
+    if config.use_conv_bias:
+        layout["conv1d.bias"] = (conv,)
+    if config.use_bias:
+        layout |= {"in_proj.bias": (projection,), "out_proj.bias": (hidden,)}
+    return layout
+
+
+class Mamba(nn.Module):
+    """Mamba-2. Heads are cut inside their group, channels alike in every head; B and C stay whole."""
+
+    def __init__(self, config, layer: int, layout: Layout):
+        super().__init__()
+        self.layout, self.layer = layout, layer
+        self.groups, self.state_size = config.n_groups, config.ssm_state_size
+        self.eps = config.layer_norm_epsilon
+        self.time_step_min = config.time_step_min  # transformers' only limit on dt
+        add_parameters(self, layout)
+
+    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+        heads, channels = cut.sizes[f"mamba_heads.{self.layer}"], cut.sizes[f"mamba_channels.{self.layer}"]
+        inner, states = heads * channels, self.groups * self.state_size
+
+        def weight(name: str) -> Tensor | None:
+            return cut.weight(self, self.layout, name)
+
+        projected = F.linear(x, weight("in_proj.weight"), weight("in_proj.bias"))
+        z, conv, dt = projected.split([inner, inner + 2 * states, heads], dim=-1)
+        cut.observe(f"mamba.{self.layer}", conv[..., :inner].unflatten(-1, (heads, channels)))
+        conv = kernels.conv_silu(conv, weight("conv1d.weight"), weight("conv1d.bias"), x.dtype)
+        y, B, C = conv.split([inner, states, states], dim=-1)
+        # Time step and decay in float32 at least, whatever the rest computes in; the scan's sums too.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dt = F.softplus(dt.to(wide) + weight("dt_bias")).clamp(min=self.time_step_min)
+        y = kernels.scan(
+            y.unflatten(-1, (heads, channels)),
+            dt,
+            -torch.exp(weight("A_log").to(wide)),
+            B.unflatten(-1, (self.groups, self.state_size)),
+            C.unflatten(-1, (self.groups, self.state_size)),
+            weight("D"),
+            x.dtype,
+        )
+        y = self._gated_norm(y.flatten(2), z, weight("norm.weight"), cut, x.dtype)
+        writes = cut.writing_weight(self, self.layout, "out_proj.weight", self.layer)
+        cut.observe(f"mamba.{self.layer}", y, writes)
+        return F.linear(y, writes, cut.writing_bias(self, self.layout, "out_proj.bias", self.layer))
+
+    def _gated_norm(self, y: Tensor, z: Tensor, weight: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
+        """norm(y · silu(z) · gates), where the norm counts the live channels."""
+        head_key, channel_key = f"mamba_heads.{self.layer}", f"mamba_channels.{self.layer}"
+        gate = self._gate(cut.gate(head_key), cut.gate(channel_key), cut)
+        if gate is None:
+            return kernels.gated_norm(y, z, weight, self.eps, self.groups, dtype)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        y = y.to(wide) * F.silu(z.to(wide)) * gate.to(wide)
+        num_live = cut.num_live(head_key) * cut.num_live(channel_key) / self.groups
+        return group_rms_norm(y, weight, self.eps, self.groups, num_live).to(dtype)
+
+    def _gate(self, heads: Tensor | None, channels: Tensor | None, cut: Cut) -> Tensor | None:
+        """The gates of heads and of channels as one, (heads · channels,)."""
+        if heads is None and channels is None:
+            return None
+        sizes = cut.sizes[f"mamba_heads.{self.layer}"], cut.sizes[f"mamba_channels.{self.layer}"]
+        if channels is None:
+            return heads[:, None].expand(sizes).flatten()
+        return channels.expand(sizes).flatten() if heads is None else torch.outer(heads, channels).flatten()

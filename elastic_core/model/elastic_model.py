@@ -1,0 +1,149 @@
+"""ElasticModel: the parent's weights, and a forward pass of any submodel nested in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_core.io.tensor_files import Entry
+from elastic_core.model import architectures, hf
+from elastic_core.model.dims import Layout
+from elastic_core.model.layers import Norm, add_parameters, part_of
+from elastic_core.model.slicing import Cut, Observer
+from elastic_core.model.submodel import Submodel, full_submodel
+
+HEAD = "lm_head.weight"
+
+
+class Trunk(nn.Module):
+    """Embeddings, layers and final norm, under the family's names: token ids to the states that the head reads."""
+
+    def __init__(self, config, layout: Layout):
+        super().__init__()
+        family, layout = architectures.of(config), part_of(layout, "model")
+        self.embeddings_name, self.final_norm_name = f"{family.EMBEDDINGS}.weight", family.FINAL_NORM
+        self.layout = {self.embeddings_name: layout[self.embeddings_name]}
+        add_parameters(self, self.layout)
+        self.layers = nn.ModuleList(
+            family.Block(config, i, part_of(layout, f"layers.{i}")) for i in range(architectures.num_layers(config))
+        )
+        self.add_module(family.FINAL_NORM, Norm(family.norm_eps(config), part_of(layout, family.FINAL_NORM)))
+
+    @property
+    def final_norm(self) -> Norm:
+        return self.get_submodule(self.final_norm_name)
+
+    def embedding_weight(self, cut: Cut) -> Tensor:
+        """The embeddings' weight (vocab, kept hidden)."""
+        return cut.weight(self, self.layout, self.embeddings_name)
+
+    def embed(self, input_ids: Tensor, cut: Cut) -> Tensor:
+        x = F.embedding(input_ids, self.embedding_weight(cut))
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as where weights are gathered so
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        gate = cut.gate("hidden")
+        return x if gate is None else x * gate.to(x.dtype)  # gates are float32; the residual stream keeps its own type
+
+    def forward(self, input_ids: Tensor, cut: Cut) -> Tensor:
+        x = self.embed(input_ids, cut)  # (B, L, hidden)
+        for i in cut.kept_layers:
+            x = self.layers[i](x, cut)
+        return self.final_norm(x, cut)
+
+
+class ElasticModel(nn.Module):
+    """A model of which every submodel is a part. `.config` is transformers', `.full` the whole model.
+
+    With tied embeddings there is no `lm_head`: one parameter serves as both.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = hf.check_config(config)
+        self.layout = architectures.parameter_layout(config)
+        self.full = full_submodel(config)
+        self.model = Trunk(config, self.layout)
+        if HEAD in self.layout:
+            self.lm_head = nn.Module()
+            add_parameters(self.lm_head, part_of(self.layout, "lm_head"))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ElasticModel:
+        """Load a Hugging Face directory of a known family, tensor by tensor, as master weights of `dtype`.
+
+        Raises ValueError for another family, unsupported layers, or tensors that do not match the configuration.
+        """
+        model, reader = cls.empty(directory)
+        model = model.to_empty(device="cpu")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.to(architectures.held_in(model.config, name, dtype))
+                parameter.copy_(reader.read(name))
+        return model
+
+    @classmethod
+    def empty(cls, directory: str | os.PathLike) -> tuple[ElasticModel, hf.TensorReader]:
+        """The model of a directory without storage (on the meta device), and the checked reader of its tensors."""
+        config = hf.read_config(directory)
+        reader = hf.TensorReader(directory)
+        with torch.device("meta"):
+            model = cls(config)
+        reader.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+        return model, reader
+
+    def save_pretrained(self, directory: str | os.PathLike, tokenizer_from: str | os.PathLike | None = None) -> None:
+        """Write a plain Hugging Face directory, whole or not at all, with the tokenizer of another directory."""
+        parameters = dict(self.named_parameters())
+        self.write(directory, ((name, parameters[name].detach().cpu()) for name in self.layout), tokenizer_from)
+
+    def write(
+        self,
+        directory: str | os.PathLike,
+        tensors: Iterable[tuple[str, Tensor]],
+        tokenizer_from: str | os.PathLike | None = None,
+    ) -> None:
+        """`save_pretrained` with the parameters given one by one, all of the layout's and in its order."""
+        parameters, disk_name = dict(self.named_parameters()), architectures.of(self.config).disk_name
+        entries = {}
+        for name in self.layout:
+            entry = Entry(parameters[name].dtype, tuple(parameters[name].shape))
+            entries |= hf.disk_entries(name, entry, disk_name)
+        written = (found for name, rows in tensors for found in hf.disk_tensors(name, rows, disk_name))
+        with hf.whole_directory(directory) as partial:
+            hf.write_config(partial, self.config, dtype=str(self._any_matrix().dtype).removeprefix("torch."))
+            hf.write_tensors(partial, entries, written)
+            if tokenizer_from is not None:
+                hf.copy_tokenizer(tokenizer_from, partial)
+
+    def cut(
+        self,
+        submodel: Submodel | None = None,
+        gates: Mapping[str, Tensor] | None = None,
+        observe: Observer | None = None,
+    ) -> Cut:
+        """What `hidden_states` and `head` compute with; make it once for several calls."""
+        submodel = (submodel or self.full).resolve(self.config)
+        sizes = submodel.sizes(self.config)
+        return Cut(self.layout, self._any_matrix().device, sizes, submodel.kept_layers, gates, observe)
+
+    def _any_matrix(self) -> Tensor:
+        return self.get_parameter(next(iter(self.layout)))
+
+    def hidden_states(self, input_ids: Tensor, cut: Cut) -> Tensor:
+        """Final normed hidden states (B, L, kept hidden) of token ids (B, L)."""
+        return self.model(input_ids, cut)
+
+    def head(self, cut: Cut) -> Tensor:
+        """The head's weight (vocab, kept hidden): logits = hidden_states @ head.T"""
+        return cut.weight(self, self.layout, HEAD) if HEAD in self.layout else self.model.embedding_weight(cut)
+
+    def forward(
+        self, input_ids: Tensor, submodel: Submodel | None = None, gates: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Logits (B, L, vocab) of token ids (B, L) int64; `submodel` omitted is the full model."""
+        cut = self.cut(submodel, gates)
+        return F.linear(self.hidden_states(input_ids, cut), self.head(cut))

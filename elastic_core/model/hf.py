@@ -1,0 +1,243 @@
+"""Configurations and tensors to and from Hugging Face directories, under the names of their families (families/)."""
+
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from elastic_core.io import storage, tensor_files
+from elastic_core.io.tensor_files import Entry, Rows, Stored
+from elastic_core.model import architectures
+from elastic_core.model.expert_files import StoredStack, is_stacked, matrix_name, place_in_stack
+from elastic_core.model.submodel import PER_LAYER
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+SHARD_BYTES = 5 * 2**30
+
+
+def read_config(directory: str | os.PathLike) -> PreTrainedConfig:
+    """The configuration of a directory or URL of a known family, checked for what this library can express."""
+    with storage.local_files(directory, ("config.json",)) as local:
+        return _read_config(local, str(directory))
+
+
+def _read_config(local: Path, directory: str) -> PreTrainedConfig:
+    values = read_values(local, directory)
+    config_class, _ = architectures.find(values.get("model_type"), directory).MODELS[values["model_type"]]
+    if any(isinstance(values.get(field), list) for field in PER_LAYER):
+        raise ValueError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it was cut from")
+    return check_config(config_class.from_pretrained(local), directory)
+
+
+def read_values(local: Path, directory: str) -> dict:
+    """What config.json says."""
+    path = local / "config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{directory}: no config.json; expected a Hugging Face directory of model_type "
+            f"{' or '.join(architectures.FAMILIES)}"
+        )
+    return json.loads(path.read_text())
+
+
+def check_config(config, where: str = "config"):
+    """Return `config` if every part of it is supported; raise ValueError naming the first that is not."""
+    for holds, problem in architectures.find(config.model_type, where).requirements(config):
+        if not holds:
+            raise ValueError(f"{where}: {problem}")
+    return config
+
+
+class TensorReader:
+    """Lazy access to the tensors of a directory's safetensors files, by canonical name.
+
+    `files[name]` is where a tensor lies: file and name there; `stacks[name]` the same of every expert (experts.py).
+    """
+
+    def __init__(self, directory: str | os.PathLike):
+        self.directory = Path(directory)
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            files = json.loads(index.read_text())["weight_map"]
+        elif (self.directory / "model.safetensors").is_file():
+            with tensor_files.open_checked(self.directory / "model.safetensors") as file:
+                files = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise ValueError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
+        model_type = read_values(self.directory, str(directory)).get("model_type")
+        canonical_name = architectures.find(model_type, str(directory)).canonical_name
+        named = ((canonical_name(name), (file, name)) for name, file in files.items())
+        self.files = {name: found for name, found in named if name is not None}
+        self.stacks = self._take_stacks()
+        self._headers: dict[str, dict[str, Stored]] = {}
+
+    def _take_stacks(self) -> dict[str, list[tuple[str, str]]]:
+        """The experts' matrices out of `files`, by the tensor that they make together, in order."""
+        found: dict[str, dict[int, tuple[str, str]]] = {}
+        for name in list(self.files):
+            if (place := place_in_stack(name)) is not None:
+                found.setdefault(place[0], {})[place[1]] = self.files.pop(name)
+        for name, experts in found.items():
+            if sorted(experts) != list(range(len(experts))):
+                missing = sorted(set(range(max(experts))) - set(experts))
+                raise ValueError(f"{self.directory}: {name} lacks experts {missing[:5]}; copy the model again")
+        return {name: [experts[i] for i in range(len(experts))] for name, experts in found.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files or name in self.stacks
+
+    def all_files(self) -> list[str]:
+        """The files that hold the tensors."""
+        found = [*self.files.values(), *itertools.chain.from_iterable(self.stacks.values())]
+        return sorted({file for file, _ in found})
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """One tensor, mapped from its file, or some of its first dimension's rows: no others are read."""
+        if name in self.stacks:
+            experts = [self._open(file, stored) for file, stored in self.stacks[name][rows or slice(None)]]
+            entry = self.stored(name).entry
+            return torch.stack(experts) if experts else torch.empty((0, *entry.shape[1:]), dtype=entry.dtype)
+        return self._open(*self.files[name], rows)
+
+    def _open(self, file: str, stored: str, rows: slice | None = None) -> Tensor:
+        with tensor_files.open_checked(self.directory / file) as handle:
+            return handle.get_tensor(stored) if rows is None else handle.get_slice(stored)[rows]
+
+    def stored(self, name: str) -> Stored | StoredStack:
+        """Where a tensor lies; ValueError where its file is missing or broken, or does not hold it."""
+        if name not in self.stacks:
+            return self._stored(*self.files[name])
+        experts = tuple(self._stored(file, stored) for file, stored in self.stacks[name])
+        if len({expert.entry for expert in experts}) > 1:
+            raise ValueError(f"{self.directory}: the experts of {name} differ in shape or element type")
+        return StoredStack(experts)
+
+    def _stored(self, file: str, stored: str) -> Stored:
+        if file not in self._headers:
+            self._headers[file] = tensor_files.read_header(self.directory / file)
+        if stored not in self._headers[file]:
+            raise ValueError(f"{self.directory / file}: does not hold {stored}, as the index says; copy both again")
+        return self._headers[file][stored]
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless the files hold exactly the named tensors."""
+        found = self.files.keys() | self.stacks.keys()
+        missing, unknown = sorted(shapes.keys() - found), sorted(found - shapes.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"{self.directory}: tensors do not match config.json; "
+                f"missing: {missing[:5]}, not expected: {unknown[:5]}"
+            )
+        for name, shape in shapes.items():
+            found = self.stored(name).entry.shape
+            if found != tuple(shape):
+                raise ValueError(f"{self.directory}: {name} has shape {found}; config.json says {tuple(shape)}")
+
+
+def write_tensors(
+    directory: Path, entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Rows]], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write tensors of the given `entries` as safetensors shards of at most `shard_bytes`, and their index.
+
+    Names are those on disk. `tensors` are taken one by one, in any order: whole, or whatever gives their rows (see
+    tensor_files.py).
+    """
+    shards, size = [{}], 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.num_bytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = entry
+        size += entry.num_bytes
+    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    tensor_files.write({directory / file: shard for file, shard in zip(files, shards, strict=True)}, tensors)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(entry.num_bytes for entry in entries.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def disk_entries(name: str, entry: Entry, disk_name: Callable[[str], str]) -> dict[str, Entry]:
+    """The tensors that a parameter is in files, by the names there: itself, or a matrix for each of its experts."""
+    if not is_stacked(name):
+        return {disk_name(name): entry}
+    matrix = Entry(entry.dtype, entry.shape[1:])
+    return {disk_name(matrix_name(name, number)): matrix for number in range(entry.shape[0])}
+
+
+def disk_tensors(name: str, tensor: Tensor, disk_name: Callable[[str], str]) -> Iterator[tuple[str, Tensor]]:
+    """A parameter's tensors as `disk_entries` names them."""
+    if not is_stacked(name):
+        yield disk_name(name), tensor
+    else:
+        for number, matrix in enumerate(tensor):
+            yield disk_name(matrix_name(name, number)), matrix
+
+
+def write_config(directory: Path, config, **changes) -> None:
+    """Write config.json: the values of `config` with `changes`."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    values.pop("auto_map", None)  # names modeling files that are not copied
+    family = architectures.of(config)
+    values |= {"architectures": [family.MODELS[config.model_type][1].__name__], **changes}
+    values |= family.file_values(values)
+    (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def copy_tokenizer(source: str | os.PathLike, directory: Path) -> None:
+    """Copy the tokenizer and generation files that `source` has."""
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, directory / name)
+
+
+@contextmanager
+def whole_directory(directory: str | os.PathLike) -> Iterator[Path]:
+    """A directory that appears whole or not at all: yields one to fill beside it, and renames it at the end.
+
+    Replaces an earlier model of the same name, and refuses to replace anything else. The earlier one steps aside and
+    is dropped last; where a killed process left it aside, it comes back first.
+    """
+    final = Path(directory)
+    partial, earlier = (final.with_name(f".{final.name}.{kind}") for kind in ("partial", "earlier"))
+    _settle(final, partial, earlier)
+    if final.exists() and not (final / "config.json").is_file() and not (final.is_dir() and not any(final.iterdir())):
+        raise ValueError(f"{final}: exists and is no model directory; name another directory, or remove it")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if final.exists():
+            os.replace(final, earlier)
+        os.replace(partial, final)
+    finally:
+        _settle(final, partial, earlier)
+
+
+def _settle(final: Path, partial: Path, earlier: Path) -> None:
+    """Drop what is not whole; of two whole directories the new one stays."""
+    shutil.rmtree(partial, ignore_errors=True)
+    if earlier.exists():
+        if final.exists():
+            os.replace(earlier, partial)  # so that one which is half deleted is never taken for whole
+            shutil.rmtree(partial)
+        else:
+            os.replace(earlier, final)

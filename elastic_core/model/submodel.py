@@ -1,0 +1,173 @@
+"""Submodel: the sizes of one nested model."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from elastic_core.model import architectures
+from elastic_core.model.dims import Units, layer_of
+
+# Submodel field → the axis of its unit keys; which layers have such a key is for the family's table to say.
+WIDTHS = {
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "mamba_num_heads": "mamba_heads",
+    "mamba_head_dim": "mamba_channels",
+    "num_attention_heads": "attention_heads",
+    "num_experts": "experts",
+    "moe_intermediate_size": "expert_ffn",
+    "moe_shared_expert_intermediate_size": "shared_ffn",
+}
+FIELDS = {axis: field for field, axis in WIDTHS.items()}
+EXPERTS = ("num_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")  # one size for all layers
+PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
+
+Width = int | tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Submodel:
+    """Sizes of one nested model; None stands for the parent's own size.
+
+    `kept_layers` are indices into the parent's layers. A width in `PER_LAYER` is an int for all layers, or one entry
+    per parent layer that has it (entries of dropped layers are ignored). A width that the parent's family does not
+    have, or of experts that the parent does not have, stays None. Hashable; lists become tuples.
+    """
+
+    hidden_size: int | None = None
+    kept_layers: tuple[int, ...] | None = None
+    intermediate_size: Width = None
+    mamba_num_heads: Width = None
+    mamba_head_dim: int | None = None
+    num_attention_heads: Width = None
+    num_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            try:
+                plain = value if value is None else _as_ints(value)
+            except TypeError:
+                raise ValueError(f"{field.name}: got {value!r}; allowed: an integer, or a list of integers") from None
+            object.__setattr__(self, field.name, plain)
+
+    def resolve(self, config) -> Submodel:
+        """The same submodel with every size said and checked against the parent's `config`.
+
+        Per-layer widths that are equal in all kept layers become one int, and entries of dropped layers the parent's
+        size, so that equal models compare equal.
+        Raises ValueError for a size that the parent cannot give.
+        """
+        kept, units = self._checked_layers(config), architectures.units(config)
+        fields = {"kept_layers": kept}
+        for name, axis in WIDTHS.items():
+            keys = keys_of(units, axis)
+            full = units[keys[0]].size if keys else _size_without_layers(config, name)
+            value = getattr(self, name)
+            value = full if value is None else value
+            if isinstance(value, tuple):
+                value = self._checked_entries(name, keys, value, kept, full)
+            for size in value if isinstance(value, tuple) else (value,):
+                _check_size(name, size, full, units[keys[0]] if keys else Units(name, full or 1))
+            fields[name] = value
+        return Submodel(**fields)
+
+    def sizes(self, config) -> dict[str, int]:
+        """Kept size of every unit key of the layout (of dropped layers too, where they do not matter)."""
+        resolved, units, sizes = self.resolve(config), architectures.units(config), {}
+        for name, axis in WIDTHS.items():
+            value, keys = getattr(resolved, name), keys_of(units, axis)
+            values = value if isinstance(value, tuple) else (value,) * len(keys)
+            sizes.update(zip(keys, values, strict=True))
+        return sizes
+
+    def is_within(self, other: Submodel, config) -> bool:
+        """Whether every parameter of this submodel is a parameter of `other` too."""
+        mine, theirs = self.resolve(config), other.resolve(config)
+        my_sizes, their_sizes = mine.sizes(config), theirs.sizes(config)
+        kept = set(mine.kept_layers)
+        used = {key for key in my_sizes if layer_of(key) is None or layer_of(key) in kept}
+        return kept <= set(theirs.kept_layers) and all(my_sizes[key] <= their_sizes[key] for key in used)
+
+    @property
+    def is_homogeneous(self) -> bool:
+        """Whether no width differs between layers (say it of a resolved submodel)."""
+        return not any(isinstance(getattr(self, name), tuple) for name in PER_LAYER)
+
+    def to_dict(self) -> dict:
+        """Plain JSON values; `Submodel(**values)` reads them back. Of experts only where they are said."""
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if value is not None or name not in EXPERTS
+        }
+
+    def _checked_layers(self, config) -> tuple[int, ...]:
+        num_layers = architectures.num_layers(config)
+        kept = tuple(range(num_layers)) if self.kept_layers is None else self.kept_layers
+        if (
+            isinstance(kept, int)
+            or not kept
+            or any(not 0 <= i < num_layers for i in kept)
+            or len(set(kept)) < len(kept)
+        ):
+            raise ValueError(
+                f"kept_layers: got {kept}; allowed: one or more different indices in 0..{num_layers - 1} of the parent"
+            )
+        return tuple(sorted(kept))
+
+    @staticmethod
+    def _checked_entries(name: str, keys: list[str], value: tuple[int, ...], kept, full: int) -> Width:
+        if name not in PER_LAYER:
+            raise ValueError(f"{name}: got {value}; allowed: one size for the whole model")
+        if len(value) != len(keys):
+            raise ValueError(
+                f"{name}: got {len(value)} entries; allowed: one size, or one per parent layer that has it, "
+                f"of which there are {len(keys)}"
+            )
+        entries = [(size, layer_of(key) in kept) for key, size in zip(keys, value, strict=True)]
+        live = {size for size, is_kept in entries if is_kept}
+        if len(live) <= 1:
+            return live.pop() if live else full
+        return tuple(size if is_kept else full for size, is_kept in entries)
+
+
+def keys_of(units: Mapping[str, Units], axis: str) -> list[str]:
+    """The unit keys of one axis, in the order of the layers."""
+    return [key for key in units if key.partition(".")[0] == axis]
+
+
+def _as_ints(value) -> int | tuple[int, ...]:
+    """An int for an int of any make, a tuple for a sequence of them; TypeError for what would have to be rounded."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return tuple(operator.index(item) for item in value)
+
+
+def _size_without_layers(config, name: str) -> int | None:
+    """A width of layers that the parent has none of: what its configuration says, but of experts nothing."""
+    return None if name in EXPERTS else getattr(config, name, None)
+
+
+def _check_size(name: str, size: int | None, full: int | None, units: Units) -> None:
+    groups, least = units.groups, max(units.groups, units.least)
+    if full is None:
+        if size is not None:
+            raise ValueError(f"{name}: got {size}; allowed: nothing, this parent has no such width")
+    elif not least <= size <= full or size % groups:
+        multiple = f", multiples of {groups} (every group keeps as many)" if groups > 1 else ""
+        raise ValueError(f"{name}: got {size}; allowed: {least} to {full}, the parent's own{multiple}")
+
+
+def full_submodel(config) -> Submodel:
+    """The parent's own architecture."""
+    return Submodel().resolve(config)
+
+
+def full_sizes(config) -> dict[str, int]:
+    """Full size of every unit key."""
+    return {key: unit.size for key, unit in architectures.units(config).items()}

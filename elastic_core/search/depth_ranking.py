@@ -1,0 +1,168 @@
+"""Depth ranking: which layers matter, by the normalized MSE of the logits without them (eq. 5)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.training.losses import chunked_cross_entropy
+
+Progress = Callable[[str, int, int], None] | None
+Reduce = Callable[[Tensor], Tensor]
+
+FEWEST_PIECES = 8  # of the calibration data: a candidate can be given up after each
+HELD_BYTES = 1 << 30  # of final hidden states on the device; those of further pieces are computed again
+
+
+def rank_layers(
+    model: ElasticModel,
+    batches: list[Tensor],
+    method: str = "iterative_nmse",
+    min_depth: int = 1,
+    progress: Progress = None,
+    reduce: Reduce = lambda sums: sums,
+) -> tuple[tuple[int, ...], dict[int, float]]:
+    """Layers from the most to the least important, and the score at which each was judged.
+
+    Holds the intact model's final hidden states of as many batches as fit HELD_BYTES, never logits. `reduce` adds a
+    tensor up over all processes that hold sequences of each batch.
+    """
+    num_layers = len(model.model.layers)
+    if not 1 <= min_depth <= num_layers:
+        raise ValueError(f"min_depth: got {min_depth}; allowed: 1 to {num_layers}, the parent's layers")
+    return METHODS[method](model, batches, min_depth, progress, reduce)
+
+
+class LogitError:
+    """Σ(M_full − M_without)² over all positions and logits, without the logits.
+
+    Logits are linear in the final hidden states, so the sum is Σ_t Δ_tᵀ(WᵀW)Δ_t with Δ the difference of hidden
+    states: hidden² numbers instead of vocabulary × hidden per position.
+    """
+
+    def __init__(self, model: ElasticModel, batches: list[Tensor], reduce: Reduce):
+        self.model, self.batches, self.cut, self.reduce = model, batches, model.cut(), reduce
+        head = model.head(self.cut).double()
+        self.gram = head.T @ head  # (hidden, hidden)
+        self._held: dict[int, Tensor] = {}
+        total, held_bytes = 0.0, 0
+        for batch in range(len(batches)):
+            full = self.full(batch)
+            total, held_bytes = total + self._squared(full.double()), held_bytes + full.nbytes
+            if held_bytes <= HELD_BYTES:
+                self._held[batch] = full
+        self.denominator = reduce(total).item()
+
+    def full(self, batch: int) -> Tensor:
+        """The intact model's final hidden states of one batch."""
+        held = self._held.get(batch)
+        return self.model.hidden_states(self.batches[batch], self.cut) if held is None else held
+
+    def _squared(self, hidden: Tensor) -> Tensor:
+        return ((hidden @ self.gram) * hidden).sum()
+
+    def __call__(self, full: Tensor, x: Tensor, layers: list[int]) -> Tensor:
+        """The sum for one batch (see `full`) whose residual stream x has still to pass `layers`."""
+        for layer in layers:
+            x = self.model.model.layers[layer](x, self.cut)
+        return self._squared((self.model.model.final_norm(x, self.cut) - full).double())
+
+
+def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[int, float]:
+    """The error of one batch for each candidate's removal, over all processes.
+
+    The prefix before a candidate is computed once for all.
+    """
+    x, full = error.model.model.embed(error.batches[batch], error.cut), error.full(batch)
+    errors = {}
+    for position, layer in enumerate(kept):
+        if layer in candidates:
+            errors[layer] = error(full, x, kept[position + 1 :])
+            if len(errors) == len(candidates):
+                break
+        x = error.model.model.layers[layer](x, error.cut)
+    return dict(zip(errors, error.reduce(torch.stack(list(errors.values()))).tolist(), strict=True))
+
+
+def _pieces(batches: list[Tensor]) -> list[Tensor]:
+    """The batches, cut into fewer sequences each where there are few of them; as many pieces on every process."""
+    parts = -(-FEWEST_PIECES // len(batches))
+    return [piece for input_ids in batches for piece in input_ids.chunk(parts)]
+
+
+def _least_important(error: LogitError, kept: list[int]) -> tuple[int, float]:
+    """The layer whose removal from `kept` changes the logits least, and its nMSE.
+
+    Errors only grow from batch to batch, so a candidate whose partial sum has passed the best complete sum is out.
+    """
+    totals, others = _sweep(error, 0, kept, set(kept)), range(1, len(error.batches))
+    best = min(totals, key=totals.get)
+    for batch in others:
+        totals[best] += _sweep(error, batch, kept, {best})[best]
+    bound, live = totals[best], {layer for layer in kept if layer != best and totals[layer] <= totals[best]}
+    for batch in others:
+        if not live:
+            break
+        for layer, value in _sweep(error, batch, kept, live).items():
+            totals[layer] += value
+        live = {layer for layer in live if totals[layer] <= bound}
+    winner = min(live | {best}, key=lambda layer: (totals[layer], layer))
+    return winner, totals[winner] / error.denominator
+
+
+def _iterative_nmse(model, batches, min_depth, progress, reduce):
+    error, kept = LogitError(model, _pieces(batches), reduce), list(range(len(model.model.layers)))
+    removed, scores, rounds = [], {}, len(kept) - min_depth
+    for done in range(rounds):
+        layer, scores[layer] = _least_important(error, kept)
+        kept.remove(layer)
+        removed.append(layer)
+        if progress:
+            progress("depth", done + 1, rounds)
+    return tuple(kept + removed[::-1]), scores
+
+
+def _one_shot_nmse(model, batches, min_depth, progress, reduce):
+    error, layers = LogitError(model, batches, reduce), list(range(len(model.model.layers)))
+    totals = dict.fromkeys(layers, 0.0)
+    for batch in range(len(batches)):
+        for layer, value in _sweep(error, batch, layers, set(layers)).items():
+            totals[layer] += value
+        if progress:
+            progress("depth", batch + 1, len(batches))
+    return _by_score({layer: total / error.denominator for layer, total in totals.items()})
+
+
+def _one_shot_perplexity(model, batches, min_depth, progress, reduce):
+    """Scores are the cross-entropy (nats per token) without the layer."""
+    layers, scores = list(range(len(model.model.layers))), {}
+    for layer in layers:
+        cut = model.cut()
+        cut.kept_layers = tuple(i for i in layers if i != layer)
+        total = sum(_next_token_loss(model, ids, cut) for ids in batches)
+        total, tokens = reduce(
+            torch.tensor([total, sum(ids[:, 1:].numel() for ids in batches)], dtype=torch.float64)
+        ).tolist()
+        scores[layer] = total / tokens
+        if progress:
+            progress("depth", layer + 1, len(layers))
+    return _by_score(scores)
+
+
+def _next_token_loss(model: ElasticModel, input_ids: Tensor, cut) -> float:
+    labels = F.pad(input_ids[:, 1:], (0, 1), value=-100)
+    hidden = model.hidden_states(input_ids, cut)
+    return chunked_cross_entropy(hidden.flatten(0, 1), model.head(cut), labels.flatten()).item()
+
+
+def _by_score(scores: dict[int, float]) -> tuple[tuple[int, ...], dict[int, float]]:
+    return tuple(sorted(scores, key=lambda layer: (-scores[layer], layer))), scores
+
+
+METHODS = {
+    "iterative_nmse": _iterative_nmse,
+    "one_shot_nmse": _one_shot_nmse,
+    "one_shot_perplexity": _one_shot_perplexity,
+}

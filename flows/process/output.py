@@ -1,0 +1,97 @@
+"""What a command prints, line by line as it comes, with progress bars thinned out."""
+
+import codecs
+import errno
+import math
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from flows.process.guard import guarded
+
+TAIL_LINES = 20  # of a command's output, kept for the error it may end with
+PROGRESS_SECONDS = 5.0  # between two lines of one progress bar
+# What makes stages fast, unless the caller has chosen otherwise: as in the Makefile, whose comments say why.
+SPEED = {
+    "TOKENIZERS_PARALLELISM": "true",
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "2147483647",
+}
+
+# A line and how it ended. A carriage return at the very end stays unread: the next byte tells whether it is "\r\n".
+_LINE = re.compile(r"([^\r\n]*)(\r?\n|\r(?=[^\n]))")
+_COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def follow(command: list[str], workspace: Path, log: Callable[[str], None]) -> tuple[int, list[str]]:
+    """Run a command under the guard, hand each line of its output to `log`; the exit status and the last lines."""
+    tail = deque(maxlen=TAIL_LINES)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with guarded(command, cwd=workspace, env=environment(), **pipes) as process:
+        for line in read_lines(read_chunks(process, process.stdout.fileno())):
+            tail.append(line)
+            log(line)
+        return process.wait(), list(tail)
+
+
+def environment() -> dict[str, str]:
+    """This process's, in which `python` (so says dvc.yaml) is this one, stages are fast, and no buffer holds lines."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {**SPEED, "OMP_NUM_THREADS": str(cores), **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def read_chunks(process: subprocess.Popen, source: int) -> Iterator[bytes]:
+    """The process's output as it comes; `source` is where it is read."""
+    while True:
+        ready, _, _ = select.select([source], [], [], 1.0)
+        if ready:
+            try:
+                chunk = os.read(source, 65536)
+            except OSError as error:
+                if error.errno != errno.EIO:  # which is how Linux says that nobody is left at a terminal
+                    raise
+                return
+            if not chunk:
+                return
+            yield chunk
+        elif process.poll() is not None:
+            return  # somebody killed the guard: what is left of the command would hold the pipe open
+
+
+def read_lines(chunks: Iterable[bytes], every: float = PROGRESS_SECONDS) -> Iterator[str]:
+    """Split output into lines, without blank ones and colours.
+
+    Of lines that end in a carriage return (a progress bar drawn over itself) one is shown every `every` seconds; what
+    finally stands on the terminal is always shown.
+    """
+    hidden, shown_at = "", -math.inf
+    for line, end in _split(chunks):
+        if end != "\r":
+            line, hidden = line or hidden, ""
+        elif line and time.monotonic() - shown_at < every:
+            line, hidden = "", line
+        elif line:
+            hidden, shown_at = "", time.monotonic()
+        if line:
+            yield line
+
+
+def _split(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    """Each line, clean, and how it ended: "\\r" for one that will be drawn over, else "\\n"."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    rest = ""
+    for chunk in chunks:
+        rest += decoder.decode(chunk)
+        start = 0
+        for match in _LINE.finditer(rest):
+            start = match.end()
+            yield _COLOUR.sub("", match[1]).rstrip(), match[2][-1]
+        rest = rest[start:]
+    yield _COLOUR.sub("", rest).rstrip(), "\n"

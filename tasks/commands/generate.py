@@ -1,0 +1,102 @@
+"""`elastic generate`: a prompt's continuation by one member of a family, or by an extracted model, as it comes."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+
+from elastic_core import extract
+from elastic_core.export import elastic_checkpoint
+from elastic_core.model.architectures.nemotron_h import MODELING_FILE
+from tasks.commands.extract import find_budget
+from tasks.settings.params import TOKENIZERS
+
+
+def generate(
+    directory: Path, budget: str | None, prompt: str, max_new_tokens: int = 100, temperature: float = 0.0
+) -> list[int]:
+    """Print the continuation of `prompt` as it comes; its tokens.
+
+    A family needs a `budget`; its member is extracted for as long as it is used, and transformers runs it as it will
+    run wherever it is served. An extracted model is itself the budget. `temperature` 0 takes the likeliest token.
+    Raises ValueError for what the caller has to change.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens: got {max_new_tokens}; allowed: 1 or more")
+    if not temperature >= 0:
+        raise ValueError(f"--temperature: got {temperature}; allowed: 0 (the likeliest token) or more")
+    if not any((directory / name).is_file() for name in TOKENIZERS):
+        raise ValueError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's there")
+    with _quiet():
+        with _plain_model(directory, budget) as plain:
+            trust = {"trust_remote_code": _is_ours(plain)}
+            tokenizer = AutoTokenizer.from_pretrained(plain, **trust)
+            model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
+        return _continue(model, tokenizer, prompt, max_new_tokens, temperature)
+
+
+def _continue(model, tokenizer, prompt: str, max_new_tokens: int, temperature: float) -> list[int]:
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
+    length = encoded["input_ids"].shape[1]
+    if length == 0:
+        raise ValueError("prompt: got no tokens; write something")
+    end = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    output = model.generate(
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_id=end,
+        **({"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}),
+    )
+    return output[0, length:].tolist()
+
+
+@contextlib.contextmanager
+def _plain_model(directory: Path, budget: str | None) -> Iterator[Path]:
+    """A directory that transformers loads: an extracted model's own, or that of a member until the block is left."""
+    if not (directory / elastic_checkpoint.FILE).is_file():
+        if budget is not None:
+            raise ValueError(f"--budget: got {budget!r}; allowed: none, as {directory} is one model and no family")
+        yield directory
+        return
+    submodel = find_budget(directory, budget)
+    with tempfile.TemporaryDirectory(prefix="elastic-") as temporary:
+        extract(directory, submodel, Path(temporary) / "model")
+        yield Path(temporary) / "model"
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether the model's code, if it brings any, is what this library writes; other code is not run."""
+    if "auto_map" not in json.loads((directory / "config.json").read_text()):
+        return False
+    ours = resources.files("elastic_core.export").joinpath(MODELING_FILE + ".txt").read_text()
+    file = directory / MODELING_FILE
+    if not file.is_file() or file.read_text() != ours:
+        raise ValueError(
+            f"{directory}: brings modeling code that this library did not write; load it in Python yourself"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and hints: what is printed is the continuation."""
+    before, had_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+        if had_bars:
+            transformers.logging.enable_progress_bar()

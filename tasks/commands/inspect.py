@@ -1,0 +1,143 @@
+"""`elastic inspect`: what a model directory holds, as plain values; from its headers, without reading a weight."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from transformers import PreTrainedConfig
+
+from elastic_core.cost.latency import Timed, as_latency
+from elastic_core.cost.metrics import Memory, exact_cost, num_active_parameters, num_parameters, read_metric
+from elastic_core.export import elastic_checkpoint
+from elastic_core.model import architectures, hf
+from elastic_core.model.dims import layer_of
+from elastic_core.model.submodel import EXPERTS, PER_LAYER, WIDTHS, Submodel, keys_of
+
+DROPPED = "·"  # stands in a pattern for a layer that the parent has and the member has not
+
+
+def inspect_checkpoint(directory: Path) -> dict:
+    """What the directory is and says of itself; ValueError where its tensors are not those of its config.json."""
+    config, own = read_sizes(directory)
+    sizes = own.sizes(config)
+    shapes = {
+        name: tuple(dim.count(sizes) for dim in dims) for name, dims in architectures.parameter_layout(config).items()
+    }
+    reader = hf.TensorReader(directory)
+    reader.check(shapes)
+    files = reader.all_files()
+    elastic = (directory / elastic_checkpoint.FILE).is_file()
+    return {
+        "directory": str(directory),
+        "model_type": config.model_type,
+        "kind": "elastic" if elastic else "plain",
+        "vocab_size": config.vocab_size,
+        "context": config.max_position_embeddings,
+        **member(config, own),
+        "bytes": sum((directory / file).stat().st_size for file in files),
+        "files": files,
+        "dtypes": sorted({str(reader.read(name, slice(0, 0)).dtype).removeprefix("torch.") for name in shapes}),
+        "tokenizer": any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")),
+        "memory": read_memory(directory, config) if elastic else None,
+        "time": read_time(directory, config) if elastic else None,
+        "budgets": read_budgets(directory, config) if elastic else None,
+        "provenance": find_provenance(directory),
+    }
+
+
+def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:
+    """The directory's configuration and sizes: one whose widths differ between layers is a submodel of the widest."""
+    values, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)  # an OSError names a broken file
+    widths = {field: values[field] for field in PER_LAYER if isinstance(values.get(field), list)}
+    if not widths or values.get("model_type") not in architectures.FAMILIES:
+        return hf.read_config(directory), Submodel()
+    values |= {field: max(entries) for field, entries in widths.items()}
+    values.pop("auto_map", None)
+    config_class, _ = architectures.find(values["model_type"], str(directory)).MODELS[values["model_type"]]
+    return hf.check_config(config_class.from_dict(values), str(directory)), Submodel(**widths)
+
+
+def member(config, submodel: Submodel) -> dict:
+    """Parameters, layers and widths; a width that differs between layers has an entry per kept layer that has it.
+
+    Widths of experts are there where the parent has experts. `active_parameters`: those that one token uses, or None
+    where that is all of them.
+    """
+    submodel = submodel.resolve(config)
+    kept, units, widths = submodel.kept_layers, architectures.units(config), {}
+    for field, axis in WIDTHS.items():
+        value, layers = getattr(submodel, field), [layer_of(key) for key in keys_of(units, axis)]
+        if field in EXPERTS and not layers:
+            continue
+        if isinstance(value, tuple):
+            value = [size for layer, size in zip(layers, value, strict=True) if layer in kept]
+        widths[field] = value if layers == [None] or set(layers) & set(kept) else None  # None: no such layers
+    return {
+        "parameters": num_parameters(config, submodel),
+        "active_parameters": num_active_parameters(config, submodel),
+        "pattern": "".join(c if i in kept else DROPPED for i, c in enumerate(architectures.pattern(config))),
+        "kept_layers": list(kept),
+        "widths": widths,
+    }
+
+
+def read_budgets(directory: Path, config) -> dict[str, dict]:
+    """The trained budgets, with the share of the parent that each really has, in what budgets are counted in.
+
+    Where that is memory or time, also `cost`, in bytes or milliseconds, and `target_cost`, what was asked for.
+    """
+    content = elastic_checkpoint.read(directory)
+    metric, budgets = as_latency(read_metric(content["cost"])), {}
+    full = exact_cost(metric, config)
+    for name, entry in content["budgets"].items():
+        submodel, target = Submodel(**entry["submodel"]), entry["target"]
+        cost = exact_cost(metric, config, submodel)
+        costs = {"cost": cost, "target_cost": target * full} if isinstance(metric, Memory | Timed) else {}
+        budgets[name] = {"target": target, "share": cost / full, **costs, **member(config, submodel)}
+    return budgets
+
+
+def read_memory(directory: Path, config) -> dict | None:
+    """The setting of a family whose budgets are memory and the parent's bytes in it; None for any other."""
+    metric = read_metric(elastic_checkpoint.read(directory)["cost"])
+    if not isinstance(metric, Memory):
+        return None
+    return {**dataclasses.asdict(metric), "setting": metric.setting, "parent": exact_cost(metric, config)}
+
+
+def read_time(directory: Path, config) -> dict | None:
+    """The setting of a family whose budgets are time and the parent's milliseconds per token; None for any other."""
+    metric = read_metric(elastic_checkpoint.read(directory)["cost"])
+    if not isinstance(metric, Timed):
+        return None
+    values = {"metric": metric.name, "context": metric.context, "batch": metric.table.batch, "setting": metric.setting}
+    return values | {"parent": exact_cost(as_latency(metric), config)}
+
+
+def find_provenance(directory: Path) -> dict | None:
+    """Which stage wrote the directory with which parameters, as the dvc.lock around it says; None without one."""
+    directory = directory.resolve()
+    for workspace in directory.parents:
+        lock = workspace / "dvc.lock"
+        if lock.is_file():
+            stages = YAML(typ="safe").load(lock).get("stages", {})
+            return _writer(stages, directory.relative_to(workspace), workspace)
+    return None
+
+
+def _writer(stages: Mapping, path: Path, workspace: Path) -> dict | None:
+    for name, stage in stages.items():
+        for out in stage.get("outs", ()):
+            if path.is_relative_to(out["path"]):
+                parameters = {
+                    key: value for values in stage.get("params", {}).values() for key, value in values.items()
+                }
+                return {
+                    "workspace": str(workspace),
+                    "stage": name,
+                    "output": out["path"],
+                    "md5": out.get("md5"),
+                    "seed": parameters.get("seed"),
+                }
+    return None

@@ -1,0 +1,68 @@
+"""Texts to tokens on all cores: in order, and with a few batches of text in memory however long the corpus is."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from elastic_core.data.token_files import SPLITS, Manifest
+from elastic_core.io.ordered_map import in_order
+
+BATCH_CHARACTERS = 1 << 18  # tokenizers holds about 100 bytes per token of a batch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents of one split, encoded."""
+
+    split: str
+    documents: list[np.ndarray]  # token ids, eos included
+    num_bytes: int  # of the texts in UTF-8
+    num_characters: int
+
+
+class Encoder:
+    """A tokenizer that writes documents: each between its start, where the tokenizer has one, and eos.
+
+    The tokenizer lets go of Python while it works, so threads are enough to use all cores.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, manifest: Manifest, threads: int):
+        # A copy: text that spells out a special token must stay text, and only here.
+        self._encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._encoder.encode_special_tokens = True
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        eos, bos = manifest.eos_token_id, manifest.bos_token_id
+        self._start, self._end = [] if bos is None or bos == eos else [bos], eos
+        self._dtype, self._threads = manifest.dtype, threads
+
+    def encoded(self, documents: Iterable[tuple[str, str]]) -> Iterator[Batch]:
+        """Batches of (split, text) documents; each split's documents come in their order."""
+        return in_order(self._encode, _batches(documents), self._threads)
+
+    def _encode(self, batch: tuple[str, list[str]]) -> Batch:
+        split, texts = batch
+        encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
+        documents = [np.array([*self._start, *encoding.ids, self._end], self._dtype) for encoding in encodings]
+        return Batch(split, documents, sum(len(text.encode()) for text in texts), sum(map(len, texts)))
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
+    """Texts of one split, enough of them to be worth a thread's while."""
+    waiting, sizes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
+    for split, text in documents:
+        waiting[split].append(text)
+        sizes[split] += len(text)
+        if sizes[split] >= BATCH_CHARACTERS:
+            yield split, waiting[split]
+            waiting[split], sizes[split] = [], 0
+    yield from ((split, texts) for split, texts in waiting.items() if texts)

@@ -1,0 +1,293 @@
+"""The report's pictures, drawn from the tables: each one as wide as a phone, and in colours for light and dark."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import altair as alt
+
+from tasks.reporting import tables
+
+MODELS = ["parent", *tables.LABELS.values()]
+SHAPES = ["diamond", "triangle-down", "square", "circle"]  # of MODELS
+WIDTH, HEIGHT = 288, 200  # a number of pixels that many numbers divide, so that a heat map has no seams
+FONT = "system-ui, Helvetica, Arial, sans-serif"
+FEW_COLUMNS = 14  # up to which a heat map's cells have room for their numbers
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours. `series` are the models', the parent's first; `ramp` runs from nothing to everything."""
+
+    ink: str
+    muted: str
+    grid: str
+    series: tuple[str, ...]
+    ramp: tuple[str, str]
+    on_ramp: tuple[str, str]  # text on the lower and on the upper half of the ramp
+    ground: str | None = None  # None: transparent
+
+
+LIGHT = Theme(
+    ink="#1f2937",
+    muted="#6b7280",
+    grid="#e5e7eb",
+    series=("#4b5563", "#1d4ed8", "#c2410c", "#047857", "#a21caf", "#b91c1c", "#0e7490", "#6d28d9", "#4d7c0f"),
+    ramp=("#eaf1fd", "#1e40af"),
+    on_ramp=("#1f2937", "#ffffff"),
+)
+DARK = Theme(
+    ink="#e5e7eb",
+    muted="#9ca3af",
+    grid="#374151",
+    series=("#d1d5db", "#60a5fa", "#fb923c", "#34d399", "#e879f9", "#f87171", "#22d3ee", "#a78bfa", "#a3e635"),
+    ramp=("#172033", "#7db4fb"),
+    on_ramp=("#e5e7eb", "#0b1220"),
+)
+PAPER = Theme(**{**vars(LIGHT), "ground": "#ffffff"})  # where nobody knows what is behind it
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture: what it shows, said in a caption, and how to draw it in a theme. A wide one may scroll on a phone."""
+
+    title: str
+    caption: str
+    draw: Callable[[Theme], alt.TopLevelMixin]
+    wide: bool = False
+
+    def spec(self, theme: Theme) -> str:
+        """The picture in a theme, as Vega-Lite's JSON."""
+        axis = {"domainColor": theme.muted, "tickColor": theme.muted, "gridColor": theme.grid, "titleFontWeight": 500}
+        text = {"labelColor": theme.ink, "titleColor": theme.ink, "labelFontSize": 11, "titleFontSize": 11}
+        config = alt.Config(
+            background=theme.ground or "transparent",
+            font=FONT,
+            axis=alt.AxisConfig(**axis, **text),
+            legend=alt.LegendConfig(**text, orient="top", symbolSize=70, columns=4),
+            header=alt.HeaderConfig(**text),
+            title=alt.TitleConfig(color=theme.ink, fontSize=11, fontWeight=500, anchor="start", offset=4),
+            view=alt.ViewConfig(stroke=None),
+        )
+        return self.draw(theme).properties(config=config, padding=6).to_json()
+
+
+def colour(theme: Theme, budgets: list[str], legend: alt.Legend | None) -> alt.Color:
+    """A budget's colour, the same in all pictures; `budgets` in the order of the results, the parent first."""
+    colours = [theme.series[0]] + [theme.series[1 + i % (len(theme.series) - 1)] for i in range(len(budgets) - 1)]
+    return alt.Color("budget:N", sort=budgets, scale=alt.Scale(domain=budgets, range=colours), legend=legend)
+
+
+def shapes(theme: Theme, frame) -> alt.Shape:
+    """A version's shape, the same in all pictures."""
+    present = [model for model in MODELS if model in set(frame["model"])]
+    fill = {"symbolFillColor": theme.muted, "symbolStrokeColor": theme.muted}
+    legend = alt.Legend(title=None, values=present, columns=2 if len(present) > 3 else 3, **fill)
+    return alt.Shape("model:N", sort=present, scale=alt.Scale(domain=MODELS, range=SHAPES), legend=legend)
+
+
+def curve(frame, measure: str, title: str, budgets: list[str], settled: int | None = None):
+    """How to draw a measure of training over the tokens of one stage; `settled`: a line where the router was done."""
+
+    def draw(theme: Theme) -> alt.TopLevelMixin:
+        present = [budget for budget in budgets if budget in set(frame["budget"])]
+        legend = alt.Legend(title=None, values=present, symbolType="stroke", symbolStrokeWidth=2)
+        form = {"format": ".0%"} if measure == "budget_error" else {}
+        lines = (
+            alt.Chart(frame[["tokens", "budget", measure]].dropna())
+            .mark_line(strokeWidth=1.6)
+            .encode(
+                x=alt.X("tokens:Q", title="tokens of the stage", axis=alt.Axis(format="~s", tickCount=5, grid=False)),
+                y=alt.Y(f"{measure}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5, **form)),
+                color=colour(theme, budgets, legend),
+            )
+        )
+        if settled is None:
+            return lines.properties(width=WIDTH, height=HEIGHT)
+        point = alt.Chart(alt.Data(values=[{"tokens": settled, "text": "router settled"}]))
+        rule = point.mark_rule(color=theme.muted, strokeDash=[3, 3]).encode(x="tokens:Q")
+        text = point.mark_text(color=theme.muted, align="left", dx=4, fontSize=10).encode(
+            x="tokens:Q", y=alt.value(6), text="text:N"
+        )
+        return alt.layer(lines, rule, text).properties(width=WIDTH, height=HEIGHT)
+
+    return draw
+
+
+def won_back(frame, budgets: list[str]):
+    """How to draw the loss of every budget's versions, one line each, and the parent's as a rule."""
+
+    def draw(theme: Theme) -> alt.TopLevelMixin:
+        members = frame[frame["budget"] != "parent"]
+        legend = alt.Legend(title=None, values=budgets[1:])
+        lines = (
+            alt.Chart(members)
+            .mark_line(strokeWidth=1.6, point=alt.OverlayMarkDef(size=55, filled=True))
+            .encode(
+                x=alt.X("model:N", sort=MODELS[1:], title=None, axis=alt.Axis(labelAngle=0)),
+                y=alt.Y("loss:Q", title="held-out loss, nats per token", scale=alt.Scale(zero=False)),
+                color=colour(theme, budgets, legend),
+            )
+        )
+        parent = alt.Chart(frame[frame["budget"] == "parent"])
+        rule = parent.mark_rule(color=theme.series[0], strokeDash=[4, 3]).encode(y="loss:Q")
+        text = parent.mark_text(color=theme.series[0], align="left", dy=-7, fontSize=10).encode(
+            x=alt.value(4), y="loss:Q", text=alt.value("parent")
+        )
+        return alt.layer(rule, lines, text).properties(width=WIDTH, height=HEIGHT)
+
+    return draw
+
+
+def quality(frame, cost: str, title: str, budgets: list[str], form: str):
+    """How to draw held-out loss against a cost, with the Pareto front; untrained slices would squash the rest."""
+
+    def draw(theme: Theme) -> alt.TopLevelMixin:
+        trained = frame[frame["model"] != tables.LABELS["zero_shot"]]
+        x = alt.X(
+            f"{cost}:Q",
+            title=title,
+            scale=alt.Scale(zero=False, padding=24),
+            axis=alt.Axis(format=form, tickCount=5, grid=False),
+        )
+        y = alt.Y("loss:Q", title="held-out loss, nats per token", scale=alt.Scale(zero=False, padding=14))
+        front = (
+            alt.Chart(tables.pareto(trained, cost))
+            .mark_line(color=theme.muted, strokeDash=[4, 3], interpolate="step-after")
+            .encode(x=x, y=y)
+        )
+        points = (
+            alt.Chart(trained)
+            .mark_point(filled=True, size=70, opacity=0.9)
+            .encode(x=x, y=y, color=colour(theme, budgets, None), shape=shapes(theme, trained))
+        )
+        names = (
+            alt.Chart(tables.finals(trained))
+            .mark_text(align="left", dx=8, dy=-7, fontSize=11)
+            .encode(x=x, y=y, text="budget:N", color=colour(theme, budgets, None))
+        )
+        return alt.layer(front, points, names).properties(width=WIDTH, height=HEIGHT)
+
+    return draw
+
+
+def reasoning(frame, task: str, chance: float, budgets: list[str]):
+    """How to draw a task's exact match, a mark per model, with one standard error to either side."""
+    error = frame[f"{task}_error"]
+    low, high = (frame[task] - error).clip(lower=0), (frame[task] + error).clip(upper=1)
+    frame = frame.assign(value=frame[task], low=low, high=high)[["budget", "model", "value", "low", "high"]]
+
+    def draw(theme: Theme) -> alt.TopLevelMixin:
+        scale = alt.Scale(domain=[0, 1])
+        x = alt.X("value:Q", title="exact match", scale=scale, axis=alt.Axis(tickCount=5, format=".1f"))
+        y = alt.Y("budget:N", sort=budgets, title=None, axis=alt.Axis(ticks=False, domain=False, labelPadding=9))
+        shade = colour(theme, budgets, None)
+        base = alt.Chart(frame).encode(y=y, yOffset=alt.YOffset("model:N", sort=MODELS), color=shade)
+        errors = base.mark_rule(strokeWidth=1.6).encode(x=alt.X("low:Q", scale=scale), x2="high:Q")
+        points = base.mark_point(filled=True, size=34, opacity=1).encode(x=x, shape=shapes(theme, frame))
+        guess = alt.Chart(alt.Data(values=[{"chance": chance}]))
+        rule = guess.mark_rule(color=theme.muted, strokeDash=[2, 2]).encode(x=alt.X("chance:Q", scale=scale))
+        return alt.layer(rule, errors, points).properties(width=WIDTH, height=34 * len(budgets))
+
+    return draw
+
+
+def cells(theme: Theme, rows: list[dict], columns: list[str], budgets: list[str], is_first: bool):
+    """A heat map of kept shares: a row per budget; dropped layers are crossed out."""
+    step, has_text = (36, True) if len(columns) <= FEW_COLUMNS else (17, False)
+    if is_first:  # named by words, not by numbers
+        step = 56
+    x = alt.X(
+        "column:N",
+        sort=columns,
+        title=None,
+        axis=alt.Axis(orient="top", labelAngle=0 if has_text else -90, ticks=False, domain=False, labelLimit=90),
+    )
+    axis = alt.Axis(ticks=False, domain=False, labelPadding=6) if is_first else None
+    y = alt.Y("budget:N", sort=budgets, title=None, axis=axis)
+    base = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y)
+    legend = alt.Legend(
+        title="kept share of the parent's size", format=".0%", values=[0, 0.5, 1], orient="bottom", titleLimit=0
+    )
+    scale = alt.Scale(domain=[0, 1], range=list(theme.ramp))
+    kept = base.transform_filter("isValid(datum.kept)")
+    dropped = base.transform_filter("!isValid(datum.kept)")
+    text = alt.condition("datum.kept > 0.55", alt.value(theme.on_ramp[1]), alt.value(theme.on_ramp[0]))
+    marks = [
+        kept.mark_rect(cornerRadius=3, stroke=theme.grid).encode(color=alt.Color("kept:Q", scale=scale, legend=legend)),
+        dropped.mark_rect(cornerRadius=3, fillOpacity=0, stroke=theme.muted, strokeDash=[2, 2]),
+        dropped.mark_text(color=theme.muted, fontSize=14, text="×"),
+    ]
+    if has_text:
+        marks.append(kept.mark_text(fontSize=11).encode(text="size:Q", color=text))
+    return alt.layer(*marks).properties(width=alt.Step(step), height=alt.Step(30))
+
+
+def choices(frame):
+    """How to draw what every budget keeps: sizes of the whole model, then a column per layer."""
+    budgets = list(dict.fromkeys(frame["budget"]))
+    shared = {"hidden_size": "hidden", "mamba_head_dim": "head dim"}
+    whole, layers = {}, []
+    for row in tables.records(frame):
+        if row["axis"] in shared:
+            column = shared[row["axis"]]
+            if whole.get((row["budget"], column), {}).get("kept") is None:  # of a layer that is not dropped
+                whole[row["budget"], column] = row | {"column": column}
+        else:
+            layers.append(row | {"column": row["layer"]})
+    columns = sorted({row["column"] for row in layers}, key=lambda name: int(name.split()[0]))
+    names = [name for name in shared.values() if any(column == name for _, column in whole)]
+
+    def draw(theme: Theme) -> alt.TopLevelMixin:
+        left = cells(theme, list(whole.values()), names, budgets, is_first=True)
+        right = cells(theme, layers, columns, budgets, is_first=False)
+        return alt.hconcat(left, right, spacing=14)
+
+    return draw
+
+
+def importance(frame):
+    """How to draw the importance of the units by rank: a panel per axis, in it a row per layer."""
+    count = frame.groupby(["axis", "layer"])["rank"].transform("size")
+    place = (frame["rank"] * (count - 1)).round()
+    frame = frame.assign(start=place / count, end=(place + 1) / count)
+
+    def draw(theme: Theme) -> alt.TopLevelMixin:
+        panels, axes = [], list(dict.fromkeys(frame["axis"]))
+        for axis in axes:
+            part = frame[frame["axis"] == axis]
+            last = axis == axes[-1]
+            x_axis = alt.Axis(format=".0%", tickCount=5, grid=False, labels=last, ticks=last, domain=False)
+            legend = alt.Legend(title="relative importance", values=[0, 0.5, 1], orient="bottom")
+            panels.append(
+                alt.Chart(part)
+                .mark_rect()
+                .encode(
+                    x=alt.X("start:Q", title="units, best to worst" if last else None, axis=x_axis),
+                    x2="end:Q",
+                    y=alt.Y("layer:N", sort=None, title=None, axis=alt.Axis(ticks=False, domain=False)),
+                    color=alt.Color(
+                        "importance:Q", scale=alt.Scale(domain=[0, 1], range=list(theme.ramp)), legend=legend
+                    ),
+                )
+                .properties(width=WIDTH, height=alt.Step(15), title=axis)
+            )
+        return alt.vconcat(*panels, spacing=6)
+
+    return draw
+
+
+def depth(frame, title: str):
+    """How to draw the scores at which the layers were judged."""
+
+    def draw(theme: Theme) -> alt.TopLevelMixin:
+        return (
+            alt.Chart(frame)
+            .mark_bar(color=theme.series[1], cornerRadiusEnd=2)
+            .encode(
+                x=alt.X("score:Q", title=title, axis=alt.Axis(tickCount=4)),
+                y=alt.Y("layer:N", sort=None, title=None, axis=alt.Axis(ticks=False)),
+            )
+            .properties(width=WIDTH, height=alt.Step(20))
+        )
+
+    return draw

@@ -1,0 +1,96 @@
+"""The report as one HTML file that needs nothing else: the template's content, pictures in both themes, provenance."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+
+from tasks.reporting import charts, tables, vega
+from tasks.reporting.charts import Figure
+from tasks.reporting.columns import Column
+from tasks.settings import params
+
+TEMPLATE = Path(__file__).parent / "report.html"
+CODE = ("tasks", "elastic_core", "params.yaml", "profiles", "requirements.lock")
+
+
+def render(
+    settings: "params.Params",
+    scores: tables.Scores,
+    frame,
+    described: dict[str, Column],
+    figures: dict[str, list[Figure]],
+    findings: list[dict],
+    note: str,
+) -> str:
+    """The page. `frame` holds the results, `described` their columns, `findings` what is said first."""
+    groups = [tables.records(rows) for _, rows in frame.groupby("budget", sort=False)]
+    content = {
+        "title": settings.report.title,
+        "findings": findings,
+        "parent": scores["parent"]["parent"],
+        "columns": described,
+        "groups": groups,
+        "final": {"parent", tables.LABELS[tables.FINAL]},
+        "chance": tables.chance(scores),
+        "untrained": list(settings.untrained),
+        "note": note,
+        "sections": {name: [picture(figure) for figure in group] for name, group in figures.items()},
+        "seed": settings.seed,
+        "provenance": provenance(scores),
+        "params": Path(params.FILE).read_text(),
+    }
+    template = jinja2.Template(TEMPLATE.read_text(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return template.render(content) + "\n"
+
+
+def provenance(scores: tables.Scores) -> dict[str, str]:
+    """What the numbers came from. No date: the same inputs give the same report."""
+    places = {
+        json.dumps(values["environment"]): values["environment"]
+        for found in scores.values()
+        for values in found.values()
+    }
+    found = {"package": f"nemotron-elastic {version('nemotron-elastic')}"}
+    if code := commit():
+        found["code"] = f"commit {code}, the last that changed the pipeline"
+    for place in places.values():
+        device = f"{place['device']}, {place['cores']} cores"
+        versions = ", ".join(f"{name} {place[name]}" for name in ("python", "torch", "transformers", "lm_eval"))
+        found[f"evaluated on {device}"] = versions
+    return found
+
+
+def commit() -> str | None:
+    """The last commit that changed the pipeline's code, and whether files differ from it; None outside of git."""
+    if shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str, cwd: str | None = None) -> str:
+        done = subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    top = git("rev-parse", "--show-toplevel")
+    if not top or not (found := git("log", "-1", "--format=%h", "--", *CODE, cwd=top)):
+        return None
+    changed = git("status", "--porcelain", "--", *CODE, cwd=top)
+    return found + (" (with changes that are not committed)" if changed else "")
+
+
+def picture(figure: Figure) -> dict:
+    """A figure in both themes, as data: URLs, with its size in pixels."""
+    svgs = {name: vega.to_svg(figure.spec(theme)) for name, theme in (("light", charts.LIGHT), ("dark", charts.DARK))}
+    width, height = (round(float(n)) for n in re.search(r'width="([\d.]+)" height="([\d.]+)"', svgs["light"]).groups())
+    urls = {name: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode() for name, svg in svgs.items()}
+    return {
+        "title": figure.title,
+        "caption": figure.caption,
+        "wide": figure.wide,
+        "width": width,
+        "height": height,
+    } | urls

@@ -1,0 +1,64 @@
+"""Vega's own code, out of a package: pictures of charts, and a page for `dvc plots` that needs no internet.
+
+`python -m tasks.reporting.vega PAGE` writes the page. DVC's own one loads Vega from a server.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import vl_convert
+
+VERSION = "5.20"  # of Vega-Lite: DVC's plots are written for its version 5
+
+PAGE = """<!DOCTYPE html>
+<html>
+<head>
+  <meta charset="utf-8">
+  {refresh_tag}
+  <title>Plots of the pipeline</title>
+  <script>%s</script>
+  <script>
+    // The menu's link to an editor elsewhere is left out.
+    const embed = window.vegaEmbed;
+    window.vegaEmbed = (element, spec) => embed(element, spec, {actions: {export: true, source: true}});
+  </script>
+  <style>body {font: 14px sans-serif; margin: 2em} .vega-embed {margin-bottom: 2em}</style>
+</head>
+<body>
+{plot_divs}
+</body>
+</html>
+"""
+
+
+def to_png(chart: str) -> bytes:
+    """A Vega-Lite chart, as JSON, drawn at twice the size of a screen's pixels."""
+    return vl_convert.vegalite_to_png(chart, scale=2)
+
+
+def to_svg(chart: str) -> str:
+    """A Vega-Lite chart, as JSON, as a picture of any size; the same one whatever was drawn before."""
+    svg = vl_convert.vegalite_to_svg(chart)
+    names = dict.fromkeys(re.findall(r"\b(?:clip|gradient_)\d+\b", svg))  # counted on from picture to picture
+    places = {name: re.sub(r"\d+", str(i), name) for i, name in enumerate(names)}
+    return re.sub(r"\b(?:clip|gradient_)\d+\b", lambda found: places[found[0]], svg)
+
+
+def plots_page() -> str:
+    """DVC's `plots.html_template`, with everything that shows a plot inside."""
+    code = vl_convert.javascript_bundle(vl_version=VERSION)
+    assert "</script" not in code and "{plot_divs}" not in code
+    return PAGE.replace("%s", code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("page", type=Path, help="the file to write")
+    path = parser.parse_args().page
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(plots_page())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""benchmarks/gpu.py on a CPU: its checks pass, its files say so, and what is broken is seen."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import gpu, report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_small_run_passes_and_says_what_it_did_not_measure(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--small", "--out", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (path,) = tmp_path.glob("cpu*-small.json")
+    content = json.loads(path.read_text())
+    rows = [report.Row(**row) for row in content["rows"]]
+    assert content["environment"]["torch"] == torch.__version__
+    assert report.table(rows) in done.stdout
+    status = {(row.check, row.what): row.status for row in rows}
+    assert report.FAIL not in status.values()
+    assert status["resume", "weights and moments after the next step"] == report.PASS
+    assert sum(row.status == report.PASS for row in rows) == 14
+    assert status["execution = plain", "compile, bfloat16"] == report.NOT_MEASURED
+    for name in ("scan", "convolution", "gated norm"):
+        assert status["kernel = torch", f"{name}, output and gradients"] == report.NOT_MEASURED
+    assert status["step", "1.2 B, 49,152 tokens of context"] == report.NOT_MEASURED
+
+
+def test_deviations_and_bounds():
+    one = {"a": torch.tensor([1.0, 2.0]), "b": torch.zeros(2)}
+    assert gpu.deviation(one, one) == 0
+    assert gpu.deviation({**one, "a": torch.tensor([1.0, 2.1])}, one) > 0.04
+    assert gpu.deviation({"a": one["a"]}, one) == float("inf")  # a gradient too few
+    broken = gpu.deviation({**one, "b": torch.tensor([0.0, torch.nan])}, one)
+    assert report.within("check", "what", broken, 1.0).status == report.FAIL
+    assert report.within("check", "what", 0.1, 0.1).status == report.PASS
+    assert report.holds("check", "what", False).status == report.FAIL
+    assert report.measured("check", "what", "1 ms").status == report.MEASURED
+
+
+def test_a_failed_check_ends_with_an_error(tmp_path, monkeypatch, capsys):
+    rows = [report.within("check", "what", 1.0, 0.1)]
+    monkeypatch.setattr(gpu, "run", lambda device, small: ({"device": "a GPU / 80GB"}, rows))
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--out", str(tmp_path)])
+    try:
+        gpu.main()
+    except SystemExit as end:
+        assert end.code == 1
+    else:
+        raise AssertionError("main returned")
+    assert "fail" in capsys.readouterr().out and (tmp_path / "a-GPU-80GB.json").is_file()

@@ -1,0 +1,203 @@
+"""Directories that appear whole, and the budgets of an elastic one: by name, fraction and count, and in between."""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from elastic_core import extract
+from elastic_core.config import ConfigError
+from elastic_core.cost.metrics import num_parameters
+from elastic_core.export import elastic_checkpoint
+from elastic_core.export.elastic_checkpoint import TOLERANCE, Member, find_submodel
+from elastic_core.model import hf
+from elastic_core.model.submodel import Submodel
+from elastic_core.search.selection import path_between, select_family
+from elastic_core.search.space import Choices, ElasticSpace
+from tasks import extract as stage
+from tests.support.parents import random_elastic
+from tests.support.routed_family import CONFIG, RANKING, SIZES, make_router
+
+FULL = num_parameters(CONFIG)
+FINE = {**SIZES, "hidden_size": tuple(range(16, 7, -1)), "intermediate_size": tuple(range(24, 7, -1))}
+NAMES = ("full", "medium", "small")
+
+
+@pytest.fixture(scope="module")
+def elastic(tmp_path_factory):
+    """A saved family and its members."""
+    directory = tmp_path_factory.mktemp("family") / "model"
+    random_elastic(0, CONFIG).save_pretrained(directory)
+    space = ElasticSpace(CONFIG, Choices(**FINE), RANKING)
+    router = make_router(space, seed=3, targets=(1.0, 0.7, 0.4))
+    family = select_family(router)
+    members = {
+        name: Member(target, space.submodel(indices))
+        for name, target, indices in zip(NAMES, router.targets, family, strict=True)
+    }
+    elastic_checkpoint.write(directory, CONFIG, members, path_between(router, family))
+    return directory, members
+
+
+def test_the_pipeline_finds_budgets_that_were_not_trained(elastic, monkeypatch):
+    directory, members = elastic
+    monkeypatch.setattr(stage, "FAMILY", directory)
+    count = num_parameters(CONFIG, Submodel(**elastic_checkpoint.read(directory)["path"][3]))
+    settings = SimpleNamespace(untrained={"between": count / FULL, "far": 0.05})
+    assert num_parameters(CONFIG, stage.find_submodel(settings, "between")) == count
+    assert stage.find_submodel(settings, "medium") == members["medium"].submodel
+    with pytest.raises(ConfigError, match=r"^params\.yaml: untrained\.far: .*got 0\.05 .*the nearest submodel has"):
+        stage.find_submodel(settings, "far")
+
+
+def test_what_is_written_is_read(elastic):
+    directory, members = elastic
+    content = elastic_checkpoint.read(directory)
+    assert content["parent_num_parameters"] == FULL and list(content["budgets"]) == list(NAMES)
+    for name, member in members.items():
+        entry = content["budgets"][name]
+        assert entry["target"] == member.target
+        assert entry["num_parameters"] == num_parameters(CONFIG, member.submodel)
+
+
+def test_trained_budgets_by_name_fraction_and_count(elastic):
+    directory, members = elastic
+    for name, member in members.items():
+        count = num_parameters(CONFIG, member.submodel)
+        assert find_submodel(directory, name) == member.submodel
+        assert find_submodel(directory, count) == find_submodel(directory, str(count)) == member.submodel
+        assert find_submodel(directory, f"{count / 1e3:.6f}K") == find_submodel(directory, f" {count / 1e6:.9f}m ")
+    assert find_submodel(directory, 1) == find_submodel(directory, 1.0) == members["full"].submodel
+    assert find_submodel(directory, FULL) == members["full"].submodel
+
+
+@pytest.mark.parametrize("unit, factor", [("", 1), ("K", 1e3), ("M", 1e6), ("B", 1e9), ("T", 1e12), ("b", 1e9)])
+def test_units(elastic, unit, factor):
+    directory, members = elastic
+    assert find_submodel(directory, f"{FULL / factor:.15f}{unit}") == members["full"].submodel
+
+
+def test_budgets_in_between_are_served_by_the_path(elastic):
+    directory, members = elastic
+    sizes = [member.submodel for member in members.values()]
+    served = []
+    for fraction in np.linspace(0.41, 0.99, 30):
+        try:
+            submodel = find_submodel(directory, float(fraction))
+        except ValueError as error:
+            assert "the nearest submodel has" in str(error)
+            continue
+        served.append(submodel)
+        assert abs(num_parameters(CONFIG, submodel) / (fraction * FULL) - 1) <= TOLERANCE
+        assert submodel.is_within(sizes[0], CONFIG) and sizes[2].is_within(submodel, CONFIG)
+    assert len(served) >= 12 and len(set(served)) >= 8  # most, and not only the three trained ones
+
+
+@pytest.mark.parametrize(
+    "budget, words",
+    [
+        (FULL + 1, rf"budget: got {FULL + 1} .*to {FULL:,} parameters, or one of full, medium, small; the nearest"),
+        ("9B", r"budget: got '9B' \(9,000,000,000 parameters\); allowed: .* the nearest submodel has"),
+        (0.2, rf"budget: got 0\.2 \({0.2 * FULL:,.0f} parameters\)"),
+        ("tiny", r"budget: got 'tiny'; allowed: one of full, medium, small, a fraction as 0\.75, a count as 9B"),
+        ("9X", r"budget: got '9X'; allowed: one of"),
+        ("B", r"budget: got 'B'; allowed: one of"),
+        ("", r"budget: got ''; allowed: one of"),
+        (0, r"budget: got 0; allowed"),
+        (-0.5, r"budget: got -0\.5; allowed"),
+        ("-9B", r"budget: got '-9B'; allowed"),
+        (float("nan"), r"budget: got nan; allowed"),
+        ("inf", r"budget: got 'inf'; allowed"),
+        (True, r"budget: got True; allowed"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(elastic, budget, words):
+    with pytest.raises(ValueError, match=words):
+        find_submodel(elastic[0], budget)
+
+
+def test_a_gap_in_the_path_names_the_nearest(elastic, tmp_path):
+    directory, members = elastic
+    random_elastic(0, CONFIG).save_pretrained(tmp_path / "model")
+    elastic_checkpoint.write(tmp_path / "model", CONFIG, members, [])
+    nearest = num_parameters(CONFIG, members["medium"].submodel)
+    with pytest.raises(ValueError, match=rf"the nearest submodel has {nearest:,}"):
+        find_submodel(tmp_path / "model", 0.75)
+    assert find_submodel(tmp_path / "model", "medium") == find_submodel(directory, "medium")
+
+
+def test_a_directory_without_budgets(tmp_path):
+    with pytest.raises(ValueError, match=r"no elastic\.json, so it knows no budgets"):
+        find_submodel(tmp_path, 0.5)
+
+
+@pytest.mark.parametrize("budget", ["small", 0.7, "in between"])
+def test_extract_by_name_and_by_number(elastic, tmp_path, budget):
+    directory, _ = elastic
+    if budget == "in between":
+        path = elastic_checkpoint.read(directory)["path"]
+        budget = num_parameters(CONFIG, Submodel(**path[2]))
+    submodel = extract(directory, budget, tmp_path / "out")
+    assert submodel == find_submodel(directory, budget)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(CONFIG, submodel)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_extract_says_what_it_cannot_serve(elastic, tmp_path):
+    with pytest.raises(ValueError, match=r"budget: got 'large'; allowed: one of full, medium, small"):
+        extract(elastic[0], "large", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def write_version(directory, text):
+    with hf.whole_directory(directory) as partial:
+        (partial / "config.json").write_text(text)
+
+
+def test_at_every_moment_of_a_replacement_one_whole_directory_is_there(tmp_path, monkeypatch):
+    """A kill before or after any rename or removal leaves the old or the new one, under its name or set aside."""
+    out, moments = tmp_path / "out", []
+    write_version(out, "old")
+
+    def watched(function):
+        def call(*arguments, **values):
+            moments.append({path.parent.name: path.read_text() for path in tmp_path.glob("*/config.json")})
+            return function(*arguments, **values)
+
+        return call
+
+    monkeypatch.setattr(os, "replace", watched(os.replace))
+    monkeypatch.setattr(hf.shutil, "rmtree", watched(hf.shutil.rmtree))
+    write_version(out, "new")
+    assert len(moments) >= 4 and out.joinpath("config.json").read_text() == "new"
+    assert all({"out", ".out.earlier"} & set(moment) for moment in moments)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_directory_that_a_killed_process_had_set_aside_comes_back(tmp_path, fails):
+    out = tmp_path / "out"
+    write_version(out, "old")
+    out.rename(tmp_path / ".out.earlier")  # killed between the two renames
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "junk").write_text("x")
+    if fails:
+        with pytest.raises(KeyboardInterrupt), hf.whole_directory(out) as partial:
+            assert (out / "config.json").read_text() == "old" and not list(partial.iterdir())
+            raise KeyboardInterrupt
+    else:
+        write_version(out, "new")
+    assert (out / "config.json").read_text() == ("old" if fails else "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_process_had_not_yet_removed_goes(tmp_path):
+    out = tmp_path / "out"
+    write_version(tmp_path / ".out.earlier", "older")  # killed after the second rename
+    write_version(out, "old")
+    write_version(out, "new")
+    assert (out / "config.json").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]

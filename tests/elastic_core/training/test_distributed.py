@@ -1,0 +1,195 @@
+"""Two gloo ranks against one process: the same losses and weights, whatever is sharded, skipped or killed."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tests.support.distributed_cases as cases
+from elastic_core.config import ConfigError
+from elastic_core.training.distributed.placement import Execution, Ranks, compile_blocks, make_mesh, place
+from tests.support.runs import assert_same
+
+ROOT = Path(__file__).resolve().parents[3]
+# One process adds a microbatch's terms up in another order than two do: float32 rounding, grown over twelve steps.
+LOSS, WEIGHT = 2e-5, 2e-4
+# bfloat16 rounds every product to 3 digits; where a sum is rounded differs too.
+HALF_LOSS, HALF_WEIGHT = 3e-2, 3e-2
+ALONE = Ranks()
+
+
+@pytest.fixture(scope="module")
+def pair(data, tmp_path_factory, s3_session):
+    """Results of all cases on two ranks. What a single process has to prepare for them lies there first."""
+    out = tmp_path_factory.mktemp("pair")
+    first = cases.start(ALONE, data, checkpoints=out / "from_other_ranks" / "first")
+    rows = cases.train(first)
+    for _ in range(7):
+        next(rows)
+    rows.close()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {**s3_session.environment, "TEST_PLACE": f"s3://{s3_session.bucket}/pair"}
+    arguments = [str(ROOT / "tests" / "support" / "distributed_cases.py"), str(data.directory), str(out)]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {case.__name__: torch.load(out / f"{case.__name__}.pt", weights_only=False) for case in cases.CASES}, out
+
+
+def assert_alike(pair, single, loss=LOSS, weight=WEIGHT):
+    """The same curves, budgets and weights, up to rounding."""
+    assert [row["mode"] for row in pair["rows"]] == [row["mode"] for row in single["rows"]]
+    for ours, theirs in zip(pair["rows"], single["rows"], strict=True):
+        assert [r["budget"] for r in ours["microbatches"]] == [r["budget"] for r in theirs["microbatches"]]
+        for one, two in zip(ours["microbatches"], theirs["microbatches"], strict=True):
+            for key in ("loss", "ce", "kl", "router_loss"):
+                if key in two:
+                    assert one[key] == pytest.approx(two[key], rel=loss, abs=loss), (ours["step"], key)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=50 * loss)
+        assert ours["tokens"] == theirs["tokens"]
+    for name, value in single["weights"].items():
+        assert (pair["weights"][name] - value).abs().max() <= weight * value.abs().max(), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["hard", "soft", "straight_through", "recomputed", "copies", "own_teacher", "shared_pass", "tied_llama", "experts"],
+)
+def test_two_ranks_give_the_loss_curve_of_one_process(pair, data, tmp_path, name):
+    assert_alike(pair[0][name], getattr(cases, name)(ALONE, data, tmp_path))
+
+
+def test_recomputation_sharding_and_offloading_change_nothing(pair):
+    for name in ("recomputed", "copies"):
+        assert_alike(pair[0][name], pair[0]["hard"])
+
+
+def test_bfloat16_matrices_on_two_ranks_learn_like_autocast_on_one(pair, data, tmp_path):
+    assert_alike(pair[0]["half"], cases.half(ALONE, data, tmp_path), HALF_LOSS, HALF_WEIGHT)
+    first = cases.half_soft(ALONE, data, tmp_path) | {"weights": {}}
+    assert_alike(pair[0]["half_soft"], first, HALF_LOSS)
+    assert_alike(pair[0]["half_recomputed"], pair[0]["half"], HALF_LOSS, HALF_WEIGHT)
+
+
+def test_every_rank_takes_the_same_budget_in_the_same_microbatch(pair):
+    result = pair[0]["budgets_of_ranks"]
+    first, second = result["seen"]
+    assert len(first) == 36 and first == second  # sizes, layers and the router's gates, to the last digit
+    assert result["dealt"][0] == result["dealt"][1]
+    assert len({layers for _, layers, _ in first}) > 1  # depth does change
+
+
+def test_a_killed_run_of_two_ranks_ends_at_the_same_bits(pair):
+    straight, killed = pair[0]["resumed"]["straight"], pair[0]["resumed"]["killed"]
+    assert_same(killed["weights"], straight["weights"])
+    assert killed["rows"] == straight["rows"][6:]
+    assert [row["mode"] for row in straight["rows"]] == ["soft"] * 6 + ["hard"] * 6
+
+
+def test_two_ranks_resume_from_s3_to_the_same_bits(pair):
+    straight, resumed = pair[0]["hard"], pair[0]["remote"]
+    assert resumed["rows"] == straight["rows"][3:]
+    assert_same(resumed["weights"], straight["weights"])
+
+
+def test_another_number_of_ranks_goes_on(pair, data):
+    """Two ranks continue what one began, and one what two began."""
+    single = cases.hard(ALONE, data, None)
+    continued = pair[0]["from_other_ranks"]
+    assert [row["step"] for row in continued["rows"]] == list(range(7, 13))
+    assert_alike(continued, {**single, "rows": single["rows"][6:]})
+    soft = {"routed": True, "routing": cases.Routing(share=0.5, settle_steps=100)}
+    run = cases.start(ALONE, data, checkpoints=pair[1] / "resumed" / "killed", **soft)
+    assert list(cases.train(run)) == []  # it had come to its end
+    assert_same(cases.outcome(run, [])["weights"], pair[0]["resumed"]["straight"]["weights"])
+    assert run.members is not None
+
+
+def test_a_bad_number_on_one_rank_makes_all_skip_the_step(pair):
+    result = pair[0]["poisoned"]
+    assert result["skipped"] == 1 and result["unchanged"] and result["next"] == 1
+    assert all(math.isfinite(budget["loss"]) for budget in result["loss"].values())
+
+
+def test_what_is_not_finite_on_one_rank_is_explained_on_all(pair):
+    first, second = pair[0]["explained"]["messages"]
+    assert first == second
+    assert first.startswith("NonFiniteError: step 1, budget full: the loss is nan, first in layer 2 (*)")
+    assert "100.0% not finite; before it layer 1 (-): largest magnitude" in first
+    assert "Data: samples" in first and "Skipped 2 steps in a row" in first
+
+
+def test_two_ranks_rank_like_one_process(pair, data, tmp_path):
+    single = cases.ranking(ALONE, data, tmp_path)
+    for method, expected in single.items():
+        found = pair[0]["ranking"][method]
+        assert found["depth"] == expected["depth"]
+        assert found["depth_scores"] == pytest.approx(expected["depth_scores"], rel=1e-5)
+        for key, scores in expected["scores"].items():
+            torch.testing.assert_close(found["scores"][key], scores, rtol=1e-5, atol=0)
+            assert torch.equal(found["orders"][key], expected["orders"][key]), key
+
+
+def test_shards_are_written_whole_and_read_into_shards(pair):
+    result = pair[0]["stored"]
+    assert result["same"] and result["frozen"]
+    dtypes = result["dtypes"]
+    assert dtypes["lm_head.weight"] == dtypes["model.layers.0.mixer.in_proj.weight"] == "torch.bfloat16"
+    assert dtypes["model.layers.0.mixer.A_log"] == dtypes["model.norm_f.weight"] == "torch.float32"
+    model = cases.random_elastic(5, cases.CONFIG)
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    rest = sum(p.numel() for p in model.parameters() if p.dim() != 2)
+    assert result["numbers"] <= 0.55 * matrices + rest  # a rank holds its half of the matrices
+
+
+def test_a_failed_save_is_the_same_error_on_every_rank(pair):
+    errors = pair[0]["unwritable"]["errors"]
+    assert len(errors) == 2 and all(error.startswith("CheckpointError: the checkpoint of step 0") for error in errors)
+
+
+def test_an_error_of_rank_0_alone_is_everybodys(pair):
+    first, second = pair[0]["told"]["messages"]
+    assert first == second and len(first) == 2
+    assert first[0].startswith("StorageError: nowhere://bucket/run") and first[1] == "tracking.wandb: got 'x'"
+
+
+def test_a_disk_that_is_full_for_rank_0_ends_the_stage_on_every_rank(pair):
+    """And at once, without Ray: the other rank gathers the rest of the model, and is told then."""
+    text = "[Errno 28] No space left on device; make space and start again: the run goes on from its last checkpoint"
+    assert pair[0]["ended"]["endings"] == [(text, False)] * 2
+    assert not (pair[1] / "ended" / "model").exists()
+
+
+def test_what_cannot_be_shared_out_is_refused():
+    with pytest.raises(ValueError, match=r"batch_size: got 5; allowed: multiples of the number of workers \(2\)"):
+        Ranks(0, 2).part(5)
+    with pytest.raises(ConfigError, match=r"shard_over: got 3; allowed: divisors of the number of workers \(4\)"):
+        make_mesh(Ranks(0, 4), 3)
+
+
+def test_compiled_layers_compute_the_same_and_none_falls_back():
+    """More shapes than the limit that is set before, the slices' and the full one, each with and without gradients."""
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=4, fail_on_recompile_limit_hit=True):
+        config = cases.CONFIG.__class__(
+            **cases.CONFIG.to_dict() | {"layers_block_type": ["mlp", "attention"], "hidden_size": 16}
+        )
+        plain, compiled = (cases.random_elastic(0, config) for _ in range(2))
+        place(compiled, ALONE, Execution(), "float32")
+        compile_blocks(compiled)
+        assert torch._dynamo.config.recompile_limit == 64
+        for block in compiled.model.layers:  # the graphs are what is tested, not the C++ made of them
+            block.norm.compile(dynamic=False, backend="aot_eager")
+            block.mixer.compile(dynamic=False, backend="aot_eager")
+        ids = torch.randint(0, config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+        for hidden in (16, 12, 8):
+            submodel = cases.Submodel(hidden_size=hidden, intermediate_size=hidden)
+            for model in (plain, compiled):
+                model(ids, submodel).square().mean().backward()
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(ids, submodel), plain(ids, submodel), rtol=1e-4, atol=1e-5)
+        for one, two in zip(plain.parameters(), compiled.parameters(), strict=True):
+            torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-5)

