@@ -20,7 +20,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 
 .PHONY: run test soak bench dashboard lint
 run: $(SETUP) $(PAGE)
-	@$(VENV)/bin/python -m flows.cli.app run $(PROFILE)
+	@$(VENV)/bin/python -m flows.cli run $(PROFILE)
 
 test: $(SETUP) $(PAGE)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/flows/dashboard/test_browser.py
@@ -33,7 +33,7 @@ bench: $(SETUP)
 	$(VENV)/bin/python -m benchmarks.bench $(SECTIONS)
 
 dashboard: $(SETUP) $(PAGE)
-	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m flows.dashboard.server
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m flows.dashboard
 
 lint: $(SETUP)
 	$(VENV)/bin/ruff check && $(VENV)/bin/ruff format --check

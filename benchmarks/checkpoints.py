@@ -9,11 +9,11 @@ from pathlib import Path
 
 from benchmarks.report import FAIL, PASS, Row, measured
 from benchmarks.shapes import RandomTokens
-from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.search.selection import Member
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from tasks.parent import initialise, model_config
-from tasks.settings import params
+from tasks.settings.load import load
 
 MOST = 0.02
 PARAMETERS = Path(__file__).resolve().parents[1] / "params.yaml"
@@ -22,7 +22,7 @@ INTERVALS = 3
 
 def rows(quick: bool) -> Iterator[Row]:
     """The default parent in its own training stage, on random tokens."""
-    settings = params.load(PARAMETERS)
+    settings = load(PARAMETERS)
     stage = replace(settings.parent.training, mixture={"random": 1.0})
     every = 6 if quick else stage.checkpoint_every
     stage = replace(stage, checkpoint_every=every, steps=every * INTERVALS + (3 if quick else every // 2))

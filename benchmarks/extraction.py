@@ -17,6 +17,7 @@ from transformers import NemotronHConfig
 from benchmarks.comparison import MB, in_turn, median_ratio, peak_memory
 from benchmarks.report import FAIL, PASS, Row, at_least, measured, not_measured
 from elastic_core import Submodel, extract
+from elastic_core.io.atomic import whole_directory
 from elastic_core.io.tensor_files import Entry
 from elastic_core.model import hf
 from elastic_core.model.architectures import parameter_layout
@@ -54,7 +55,7 @@ def write_checkpoint(directory: Path, config: NemotronHConfig, shard_bytes: int 
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
     shapes = {disk_name(name): tuple(dim.size for dim in dims) for name, dims in parameter_layout(config).items()}
     entries = {name: Entry(torch.bfloat16, shape) for name, shape in shapes.items()}
-    with hf.whole_directory(directory) as partial:
+    with whole_directory(directory) as partial:
         hf.write_config(partial, config, dtype="bfloat16")
         hf.write_tensors(partial, entries, ((n, Repeated(s, block)) for n, s in shapes.items()), shard_bytes)
     return max(entry.num_bytes for entry in entries.values())

@@ -26,13 +26,16 @@ from benchmarks.kernels import deviation
 from benchmarks.report import FAIL, Row, holds, not_measured, table, within, write
 from benchmarks.shapes import RandomTokens, Shape, random_model
 from elastic_core import Submodel
-from elastic_core.export.elastic_checkpoint import Member
 from elastic_core.model.architectures.nemotron_h import layers_of
+from elastic_core.search.choices import Choices
 from elastic_core.search.router import Router
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.search.selection import Member
+from elastic_core.search.space import ElasticSpace
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.distributed import model_files
-from elastic_core.training.distributed.placement import Execution, Ranks, average_gradients, whole
+from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.distributed.gradients import average_gradients, whole
+from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import accumulate_gradients, train_step
 from elastic_core.training.run import Run, named_parameters, resume, save, state_tensors, trained_modules
 from elastic_core.training.stage import Loss, Routing, Stage

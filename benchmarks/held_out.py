@@ -4,21 +4,21 @@ import torch
 
 from elastic_core import ElasticModel, Submodel
 from elastic_core.data.loader import IGNORED_LABEL, TokenData, held_out_batches
-from elastic_core.training.losses import chunked_cross_entropy
-from tasks.settings import params
+from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
+from tasks.settings.schema import Evaluate
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: ElasticModel, submodel: Submodel, data: TokenData, section: params.Evaluate
+    model: ElasticModel, submodel: Submodel, data: TokenData, section: Evaluate
 ) -> tuple[float, int, float]:
     """Cross-entropy in nats, summed over all sources; how many tokens were predicted, and the bytes they stand for."""
-    cut, nats, num_tokens, num_bytes = model.cut(submodel), 0.0, 0, 0.0
+    sliced, nats, num_tokens, num_bytes = model.slice(submodel), 0.0, 0, 0.0
     for source in section.held_out:
         per_token = data.bytes_per_token(source, "held_out")
         batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
         for ids, labels in batches:
-            hidden, tokens = model.hidden_states(ids, cut).flatten(0, 1), int((labels != IGNORED_LABEL).sum())
-            nats += chunked_cross_entropy(hidden, model.head(cut), labels.flatten()).item()
+            hidden, tokens = model.hidden_states(ids, sliced).flatten(0, 1), int((labels != IGNORED_LABEL).sum())
+            nats += chunked_cross_entropy(hidden, model.head(sliced), labels.flatten()).item()
             num_tokens, num_bytes = num_tokens + tokens, num_bytes + tokens * per_token
     return nats, num_tokens, num_bytes

@@ -18,20 +18,22 @@ import torch.distributed as dist
 from benchmarks.comparison import MB, peak_allocated
 from benchmarks.shapes import RandomTokens
 from elastic_core import ElasticModel
-from elastic_core.export.elastic_checkpoint import Member
 from elastic_core.model import architectures
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.router import Router
+from elastic_core.search.selection import Member
 from elastic_core.search.space import ElasticSpace
-from elastic_core.training.distributed.placement import Ranks, place
+from elastic_core.training.distributed.placement import place
+from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.estimate.step_memory import Peak
 from elastic_core.training.loop import train_step
 from elastic_core.training.run import Run
 from tasks.commands.plan import read_parent
 from tasks.commands.plan_stages import stage_peak
 from tasks.parents.targets import resolve
-from tasks.settings.params import Params, read
+from tasks.settings.load import read
 from tasks.settings.profiles import parameters
+from tasks.settings.schema import Params
 
 STAGES = ("train_short", "train_extended")
 STEPS = 2  # in the second one the optimizer's moments are there

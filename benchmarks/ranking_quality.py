@@ -30,20 +30,21 @@ from benchmarks.held_out import held_out_loss
 from elastic_core import ElasticModel, Submodel, rank, sort_
 from elastic_core.cost.metrics import exact_cost, num_parameters
 from elastic_core.data.loader import IGNORED_LABEL, PackedSequences, TokenData, held_out_batches
-from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.model.axes import WIDTHS
 from elastic_core.model.dims import Layout, elastic_units
-from elastic_core.model.submodel import WIDTHS
 from elastic_core.search.depth_ranking import METHODS, rank_layers
 from elastic_core.search.importance import Ranking, order_units
+from elastic_core.search.selection import Member
 from elastic_core.search.space import ElasticSpace
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from tasks.parents.targets import resolve
-from tasks.settings import params
+from tasks.settings.load import FILE, load
+from tasks.settings.schema import Evaluate, Rank
 
 HEADINGS = ("model", "budget", "cut", "ranking", "share", "bits per byte")
 PARTS = ("widths", "axes", "distil", "depth")
-IMPORTANCES = (("projection", "l1"), ("written", "l2"))  # the paper's, and what proved better here
+IMPORTANCES = (("projection", "l1"), ("output_norm", "l2"))  # the paper's, and what proved better here
 Line = tuple[str, str, str, str, str, str]
 
 
@@ -61,7 +62,7 @@ def lines(workspace: Path, parts: Collection[str], steps: int, seeds: int) -> It
     if "axes" in parts:
         smallest = min(targets, key=targets.get)
         cuts = one_by_one(bench.model, shapes[smallest])
-        yield from compared(bench, {(smallest, name): cut for name, cut in cuts.items()}, bench.score)
+        yield from compared(bench, {(smallest, name): sliced for name, sliced in cuts.items()}, bench.score)
     if "distil" in parts:
         cuts = {(budget, f"widths, {steps} steps"): shape for budget, shape in shapes.items()}
         yield from compared(bench, cuts, functools.partial(bench.distilled_score, steps=steps))
@@ -73,7 +74,7 @@ class Bench:
     """A workspace's parent, its data, and the calibration batches of its `rank` stage."""
 
     def __init__(self, workspace: Path, seeds: int):
-        self.settings, self.name = params.load(workspace / params.FILE), workspace.resolve().name
+        self.settings, self.name = load(workspace / FILE), workspace.resolve().name
         self.seeds = seeds
         self.data, section = TokenData(workspace / "artifacts/data"), self.settings.rank
         self.model = ElasticModel.from_pretrained(workspace / "artifacts/parent").eval()
@@ -82,10 +83,10 @@ class Bench:
         order = tuple(range(len(self.model.model.layers)))
         self.space = ElasticSpace(self.model.config, self.settings.choices, order, metric=self.settings.metric)
 
-    def line(self, budget: str, cut: str, ranking: str, submodel: Submodel, scores: list[float]) -> Line:
+    def line(self, budget: str, sliced: str, ranking: str, submodel: Submodel, scores: list[float]) -> Line:
         share = num_parameters(self.model.config, submodel) / num_parameters(self.model.config)
         spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
-        return self.name, budget, cut, ranking, f"{share:.3f}", f"{statistics.mean(scores):.4f}{spread}"
+        return self.name, budget, sliced, ranking, f"{share:.3f}", f"{statistics.mean(scores):.4f}{spread}"
 
     def score(self, ranked: ElasticModel, submodel: Submodel) -> float:
         """Bits per byte of the held-out text that the evaluate stage reads too."""
@@ -143,7 +144,7 @@ def depth_lines(bench: Bench, targets: dict[str, float]) -> Iterator[Line]:
         yield bench.line(budget, f"depth {depth}/{len(order)}", name, submodel, [bench.score(bench.model, submodel)])
 
 
-def unigram(data: TokenData, section: params.Evaluate) -> float:
+def unigram(data: TokenData, section: Evaluate) -> float:
     """Bits per byte of the held-out text by the frequencies of tokens in each source's training text."""
     nats = num_bytes = 0.0
     for source in section.held_out:
@@ -160,7 +161,7 @@ def unigram(data: TokenData, section: params.Evaluate) -> float:
 
 
 def width_orders(
-    model: ElasticModel, batches: list[Tensor], section: params.Rank, seeds: int
+    model: ElasticModel, batches: list[Tensor], section: Rank, seeds: int
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Orders of all widths by importance, by the weights' magnitude and by chance, with the ranking's name."""
     units = elastic_units(model.layout)

@@ -14,8 +14,8 @@ from benchmarks.shapes import Shape, random_model
 from elastic_core import Submodel, extract
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.elastic_checkpoint import Member
 from elastic_core.export.nested import NestedModel
+from elastic_core.search.selection import Member
 
 SHAPE = Shape("60 M", 512, "M-M*-M-M*-M-", 16384, 64, 1, groups=4)
 QUICK = Shape("tiny", 64, "M-*M-", 256, 16, 1, head=16)

@@ -12,12 +12,13 @@ from benchmarks.report import FAIL, PASS, Row, measured, not_measured
 from benchmarks.shapes import RandomTokens, Shape, random_model, scan_inputs
 from elastic_core import Submodel
 from elastic_core.cost.metrics import num_parameters
-from elastic_core.export.elastic_checkpoint import Member
 from elastic_core.model.architectures.nemotron_h import layers_of
 from elastic_core.model.ops import kernels
 from elastic_core.model.ops.ssd import ssd
+from elastic_core.search.selection import Member
 from elastic_core.training.distributed import placement
-from elastic_core.training.distributed.placement import Execution, Ranks
+from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import train_step
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Loss, Stage

@@ -19,9 +19,10 @@ from benchmarks.comparison import in_turn, median_ratio
 from benchmarks.report import Row, at_most, measured
 from benchmarks.shapes import RandomTokens, Shape, random_model
 from elastic_core import ElasticModel, Submodel, extract
-from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.search.choices import Choices
 from elastic_core.search.router import Router, noise_generator
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.search.selection import Member
+from elastic_core.search.space import ElasticSpace
 from elastic_core.training.loop import train_step
 from elastic_core.training.losses import distillation_loss, resource_loss
 from elastic_core.training.run import Run
@@ -67,8 +68,8 @@ def one_pass(model: ElasticModel, size: tuple[int, int], make_cut: Callable) -> 
     ids, labels = RandomTokens(model.config.vocab_size, size[1]).batch(0, size[0])
 
     def take() -> None:
-        cut, more = make_cut()
-        loss = distillation_loss(model.hidden_states(ids, cut), model.head(cut), labels, None, 1.0, 0.0)[0]
+        sliced, more = make_cut()
+        loss = distillation_loss(model.hidden_states(ids, sliced), model.head(sliced), labels, None, 1.0, 0.0)[0]
         (loss + more).backward()
         model.zero_grad(set_to_none=True)
 
@@ -97,7 +98,7 @@ def against_alone(config: NemotronHConfig, name: str, submodel: Submodel, size: 
         model.save_pretrained(f"{directory}/parent")
         extract(f"{directory}/parent", submodel, f"{directory}/alone")
         alone = ElasticModel.from_pretrained(f"{directory}/alone")
-    cuts = model.cut(submodel), alone.cut()
+    cuts = model.slice(submodel), alone.slice()
     ways = {
         "slice": one_pass(model, size, lambda: (cuts[0], 0.0)),
         "alone": one_pass(alone, size, lambda: (cuts[1], 0.0)),
@@ -110,7 +111,7 @@ def against_masks(
 ) -> Row:
     """A slice against the whole model with everything else masked."""
     model, submodel = random_model(config, 0), submodel.resolve(config)
-    cuts = model.cut(submodel), model.cut(gates=one_hot_gates(model, submodel))
+    cuts = model.slice(submodel), model.slice(gates=one_hot_gates(model, submodel))
     ways = {
         "slice": one_pass(model, size, lambda: (cuts[0], 0.0)),
         "masked": one_pass(model, size, lambda: (cuts[1], 0.0)),
@@ -138,10 +139,10 @@ def gates(config: NemotronHConfig, params: dict, size: tuple[int, int], repeats:
     def soft():
         probs = router.probs(1, 1.0, 1.0, noise_generator(0, 0, 0))
         target = router.targets[1] * sum(p.numel() for p in model.parameters())
-        return model.cut(gates=router.space.soft_gates(probs)), resource_loss(router.space.cost(probs), target)
+        return model.slice(gates=router.space.soft_gates(probs)), resource_loss(router.space.cost(probs), target)
 
-    cut = model.cut()
-    ways = {"soft": one_pass(model, size, soft), "plain": one_pass(model, size, lambda: (cut, 0.0))}
+    sliced = model.slice()
+    ways = {"soft": one_pass(model, size, soft), "plain": one_pass(model, size, lambda: (sliced, 0.0))}
     yield compare("soft pass against the plain full one", tokens(size), ways, repeats, SOFT)
 
 

@@ -1,8 +1,24 @@
-"""One pretrained hybrid language model in, one elastic checkpoint out, with a nested submodel for every budget."""
+"""One pretrained language model in, one elastic checkpoint out, with a nested submodel for every budget.
 
-from elastic_core import cost as cost
-from elastic_core.export.extract import extract as extract
-from elastic_core.model.elastic_model import ElasticModel as ElasticModel
-from elastic_core.model.submodel import Submodel as Submodel
-from elastic_core.search.importance import rank as rank
-from elastic_core.search.importance import sort_ as sort_
+Names are imported when they are first asked for, so that settings and command lines start without torch.
+"""
+
+import importlib
+
+_HOMES = {
+    "ElasticModel": "elastic_core.model.elastic_model",
+    "Submodel": "elastic_core.model.submodel",
+    "rank": "elastic_core.search.importance",
+    "sort_": "elastic_core.search.importance",
+    "extract": "elastic_core.export.extract",
+    "NestedModel": "elastic_core.export.nested",
+    "cost": "elastic_core.cost",
+}
+__all__ = ["ElasticModel", "NestedModel", "Submodel", "cost", "extract", "rank", "sort_"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'elastic_core' has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name])
+    return module if name == "cost" else getattr(module, name)

@@ -11,10 +11,12 @@ import types
 import typing
 from collections.abc import Mapping
 
+from elastic_core.errors import UserError
+
 _NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A configuration value that the user has to change."""
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
+from elastic_core.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 NAMED = Path("reports/runs")  # a directory for every finished run, see flows/publish.py
 RECORD = "run.json"
@@ -31,12 +33,12 @@ def choose(names: list[str], before: str | None, after: str | None) -> tuple[str
     """The two runs to compare, of `names` in the order in which they finished."""
     for name in filter(None, (before, after)):
         if name not in names:
-            raise ValueError(f"run: got {name!r}; allowed: {', '.join(names) or 'none has finished yet'} ({NAMED}/)")
+            raise UserError(f"run: got {name!r}; allowed: {', '.join(names) or 'none has finished yet'} ({NAMED}/)")
     after = after or next((name for name in reversed(names) if name != before), None)
     earlier = names[: names.index(after)] if after else []
     before = before or next(reversed(earlier), None)
     if before is None or after is None:
-        raise ValueError(f"comparing takes two finished runs, of which {NAMED}/ has {len(names)}: {', '.join(names)}")
+        raise UserError(f"comparing takes two finished runs, of which {NAMED}/ has {len(names)}: {', '.join(names)}")
     return before, after
 
 

@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 from pydantic import BaseModel, Field
 
+from elastic_core.errors import UserError
 from flows import publish
 from flows.live import Live
 from flows.process.output import follow
@@ -30,7 +31,7 @@ Stage = Literal[tuple(STAGES)]
 Override = Annotated[str, Field(pattern=f"^{workspaces.OVERRIDE}$")]
 
 
-class Budget(BaseModel):
+class BudgetForm(BaseModel):
     """A member of the family."""
 
     name: str = Field(pattern=r"^[A-Za-z_]\w*$", description="Of its models and its row in the results.")
@@ -43,7 +44,7 @@ def elastic(
     from_stage: Stage = STAGES[0],
     until_stage: Stage = STAGES[-1],
     only_stages: list[Stage] = [],  # noqa: B006 - never changed; a form shows it as an empty list
-    budgets: list[Budget] = [],  # noqa: B006
+    budgets: list[BudgetForm] = [],  # noqa: B006
     overrides: list[Override] = [],  # noqa: B006
     force: bool = False,
 ) -> None:
@@ -65,7 +66,7 @@ def elastic(
     # Stages are called and not submitted: only in the main thread does a cancellation interrupt a silent stage.
     shares = {budget.name: budget.share for budget in budgets}
     if len(shares) < len(budgets):
-        raise ValueError(f"budgets: a name is there twice: {', '.join(budget.name for budget in budgets)}")
+        raise UserError(f"budgets: a name is there twice: {', '.join(budget.name for budget in budgets)}")
     workspace = workspaces.prepare(profile, ROOT, shares, overrides)
     names = stage_names(workspace)
     chosen = select(names, from_stage, until_stage, only_stages)
@@ -82,9 +83,9 @@ def elastic(
 @task(name="check_parameters", task_run_name="check_parameters", cache_policy=NO_CACHE)
 def check_parameters(workspace: Path) -> None:
     """Refuse wrong parameters now and not when their stage comes, which may be hours later."""
-    status, lines = follow([sys.executable, "-m", "tasks.settings.params"], workspace, get_run_logger().info)
+    status, lines = follow([sys.executable, "-m", "tasks.commands.check"], workspace, get_run_logger().info)
     if status != 0:
-        raise ValueError(f"the parameters are not valid ({workspace / 'params.yaml'}):\n" + "\n".join(lines))
+        raise UserError(f"the parameters are not valid ({workspace / 'params.yaml'}):\n" + "\n".join(lines))
 
 
 def time_limits(workspace: Path) -> dict[str, float]:
@@ -105,7 +106,7 @@ def run_stage(stage: str, workspace: Path, force: bool = False) -> State:
     """Bring one stage of dvc.yaml, or every item of a foreach group, up to date."""
     live = Live(workspace, get_run_logger().info)
     try:
-        ran = reproduce(stage, workspace, force, live)
+        ran = reproduce(stage, workspace, force, get_run_logger().info, watch=live.watch)
     except StageFailed:
         live.refresh()
         raise

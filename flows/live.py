@@ -10,31 +10,28 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from tasks.progress import metrics_file
+from tasks.progress.durations import duration
 
 REFRESH_SECONDS = 5.0
 
 
 class Live:
-    """Follows the rows that a stage's output announces; use it as the stage's log.
-
-    Rows are looked at when the stage prints a line, which a training stage does every few seconds, and at the end.
-    """
+    """Follows the rows of a stage that trains; give `watch` to flows.stages.reproduce."""
 
     def __init__(self, workspace: Path, log: Callable[[str], None]):
         self.workspace, self.log = workspace, log
-        self.announcement: metrics_file.Announcement | None = None
+        self.training: dict | None = None  # the event with which training began
 
-    def __call__(self, line: str) -> None:
-        """Take in one line of the stage's output."""
-        self.log(line)
-        if announcement := metrics_file.read_announcement(line):
-            self._begin(announcement)
-        elif self.announcement is not None and time.monotonic() - self.refreshed_at >= REFRESH_SECONDS:
+    def watch(self, event: dict) -> None:
+        """Take in an event of the stage; an empty one, about once a second, brings the artifacts up to date."""
+        if event.get("event") == "training":
+            self._begin(event)
+        elif self.training is not None and time.monotonic() - self.refreshed_at >= REFRESH_SECONDS:
             self.refresh()
 
     def refresh(self) -> None:
         """Bring the artifacts up to date, where the stage has any."""
-        if self.announcement is None:
+        if self.training is None:
             return
         for row in self.rows.read():
             self.last = row
@@ -48,31 +45,31 @@ class Live:
             client.update_artifact(self.table_id, update)
         self.refreshed_at = time.monotonic()
 
-    def _begin(self, announcement: metrics_file.Announcement) -> None:
-        self.announcement = announcement
-        self.rows = metrics_file.NewRows(self.workspace / announcement.path)
+    def _begin(self, training: dict) -> None:
+        self.training = training
+        self.rows = metrics_file.NewRows(self.workspace / training["path"])
         self.last, self.means = None, {}
-        key = announcement.name.replace("_", "-")
+        key = training["name"].replace("_", "-")
         progress, description = self._progress()
         self.progress_id = create_progress_artifact(progress, key=f"{key}-progress", description=description)
         self.table_id = create_table_artifact(self._table(), key=f"{key}-losses", description=self._caption())
         self.refresh()
         if self.last is not None:
-            done, total = self.last["step"], announcement.num_steps
+            done, total = self.last["step"], training["num_steps"]
             self.log(
-                f"{announcement.name}: came to step {done:,} of {total:,} before; going on from its newest checkpoint"
+                f"{training['name']}: came to step {done:,} of {total:,} before; going on from its newest checkpoint"
             )
 
     def _progress(self) -> tuple[float, str]:
         """Percent done, and the sentence beside it."""
-        name, total = self.announcement.name, self.announcement.num_tokens
+        name, total = self.training["name"], self.training["num_tokens"]
         if self.last is None:
             return 0.0, f"{name}: {total:,} tokens to train on; starting"
         done, rate = self.last["tokens"], self.last["tokens_per_second"]
         parts = [f"{name}: {done:,} of {total:,} tokens ({self.last['mode']})"]
         if rate is not None:
             parts.append(f"{rate:,.0f} tokens/s")
-            parts.append(f"{metrics_file.duration(self.last['seconds_left'])} left")
+            parts.append(f"{duration(self.last['seconds_left'])} left")
         if self.last.get("skipped"):
             parts.append(f"{self.last['skipped']} steps skipped")
         return min(100.0, 100 * done / total), ", ".join(parts)
@@ -80,7 +77,7 @@ class Live:
     def _caption(self) -> str:
         step = self.last["step"] if self.last else 0
         return (
-            f"{self.announcement.name}, step {step:,} of {self.announcement.num_steps:,}. Running means in nats per "
+            f"{self.training['name']}, step {step:,} of {self.training['num_steps']:,}. Running means in nats per "
             "token; the budget error is how far the expected cost is from its target"
         )
 

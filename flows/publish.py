@@ -16,6 +16,8 @@ from urllib.parse import quote
 from prefect import runtime
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
+from elastic_core.errors import UserError
+from elastic_core.io.atomic import whole_directory
 from flows.compare import NAMED, RECORD, changes, read_record, records
 
 RESULTS, REPORT, PAGE = Path("reports/results.json"), Path("reports/report.md"), Path("reports/report.html")
@@ -53,34 +55,30 @@ def read_results(workspace: Path) -> list[dict]:
     keys = [list(row) for row in rows]
     if not keys or any(row_keys != keys[0] for row_keys in keys):
         # The table's columns are those of its first row.
-        raise ValueError(f"{RESULTS}: expected a list of rows with the same keys in each, got the keys {keys}")
+        raise UserError(f"{RESULTS}: expected a list of rows with the same keys in each, got the keys {keys}")
     return rows
 
 
 def keep(profile: str, workspace: Path, root: Path) -> Path:
     """Copy what a run has made, and note what it was, in reports/runs/NAME, whole or not at all; that directory."""
     directory = directory_of(runtime.flow_run.name, runtime.flow_run.id, root / NAMED)
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for path in KEPT:
-        if (workspace / path).is_file():
-            shutil.copy2(workspace / path, partial / path.name)
-    if (workspace / MODELS).is_dir():
-        (partial / "models").symlink_to(workspace / MODELS)
-    record = {
-        "name": runtime.flow_run.name,
-        "id": runtime.flow_run.id,
-        "profile": profile,
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "parameters": {name: value for name, value in runtime.flow_run.parameters.items() if value},
-        "commit": commit(root),
-        "workspace": str(workspace),
-        "models": [str(path.parent) for path in sorted((workspace / MODELS).glob("*/*/config.json"))],
-    }
-    (partial / RECORD).write_text(json.dumps(record, indent=1, default=_plain) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)  # of an earlier attempt of this run
-    os.replace(partial, directory)
+    with whole_directory(directory, marker=RECORD) as partial:  # replaces that of an earlier attempt of this run
+        for path in KEPT:
+            if (workspace / path).is_file():
+                shutil.copy2(workspace / path, partial / path.name)
+        if (workspace / MODELS).is_dir():
+            (partial / "models").symlink_to(workspace / MODELS)
+        record = {
+            "name": runtime.flow_run.name,
+            "id": runtime.flow_run.id,
+            "profile": profile,
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "parameters": {name: value for name, value in runtime.flow_run.parameters.items() if value},
+            "commit": commit(root),
+            "workspace": str(workspace),
+            "models": [str(path.parent) for path in sorted((workspace / MODELS).glob("*/*/config.json"))],
+        }
+        (partial / RECORD).write_text(json.dumps(record, indent=1, default=_plain) + "\n")
     return directory
 
 

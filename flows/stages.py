@@ -1,42 +1,38 @@
-"""The stages of dvc.yaml, and how DVC brings one up to date: what the flow and `elastic run` have in common."""
+"""The stages of dvc.yaml, and how one is brought up to date: what the flow and `elastic run` have in common."""
 
 import os
-import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from elastic_core.errors import UserError
+from flows.process.dvc_repro import BUSY
 from flows.process.output import follow
 from flows.process.terminal import draw
+from tasks.progress.events import VARIABLE
+from tasks.progress.metrics_file import NewRows
 
 BUSY_SECONDS = 5.0  # between looks at a stage that another DVC process holds
-_BUSY = re.compile(r"^ERROR: .*(is busy, it is being blocked by|Unable to acquire lock)")
-_BEGIN = "Running stage "
-_LAST_LINES = "; its last lines:\n"
-_STATUS = re.compile(r"exited with (\d+)$")
 
 
 class StageFailed(RuntimeError):
-    """A stage ended with an error; the message carries its last lines."""
+    """A stage ended with an error; `summary` says which, the message carries its last lines too."""
 
-    @property
-    def summary(self) -> str:
-        """The message without those lines, for whoever has seen them."""
-        return str(self).partition(_LAST_LINES)[0]
+    def __init__(self, summary: str, lines: Sequence[str] = ()):
+        super().__init__("; its last lines:\n".join([summary, "\n".join(lines)]) if lines else summary)
+        self.summary = summary
 
 
 class StageInterrupted(StageFailed):
-    """A stage ended for a reason that another try may mend: a server was away, a worker was lost."""
-
-
-class StageBusy(StageFailed):
-    """Another DVC process holds the lock of this stage."""
+    """A stage ended for a reason that may be gone later: a server was away, a worker was lost."""
 
 
 def stage_names(workspace: Path) -> list[str]:
     """The stages, foreach groups counted as one, in the order of dvc.yaml."""
-    from ruamel.yaml import YAML
+    from ruamel.yaml import YAML  # not needed for --help
 
     return list(YAML(typ="safe").load(workspace / "dvc.yaml")["stages"])
 
@@ -44,16 +40,16 @@ def stage_names(workspace: Path) -> list[str]:
 def select(names: Sequence[str], first: str | None, last: str | None, only: Sequence[str] = ()) -> list[str]:
     """The stages of `names` from `first` until `last`, of these only those in `only` where it names any.
 
-    Raises ValueError for a stage that does not exist and for a selection without any.
+    Raises UserError for a stage that does not exist and for a selection without any.
     """
     for name in filter(None, (first, last, *only)):
         if name not in names:
-            raise ValueError(f"stage: got {name!r}; allowed: {', '.join(names)} (dvc.yaml)")
+            raise UserError(f"stage: got {name!r}; allowed: {', '.join(names)} (dvc.yaml)")
     start = names.index(first) if first else 0
     end = names.index(last) + 1 if last else len(names)
     chosen = [name for name in names[start:end] if not only or name in only]
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"stages: nothing is left from {first or names[0]} until {last or names[-1]}"
             + (f" of only {', '.join(only)}" if only else "")
             + f"; their order is {', '.join(names)}"
@@ -61,60 +57,71 @@ def select(names: Sequence[str], first: str | None, last: str | None, only: Sequ
     return chosen
 
 
+@dataclass
+class Outcome:
+    """What a run of DVC did, as its stages told it (tasks/progress/events.py)."""
+
+    ran: list[str]  # stages that began, items of foreach groups by name
+    status: int | None = None  # of the last stage that ended
+
+
 def reproduce(
-    stage: str | None, workspace: Path, force: bool, log: Callable[[str], None], terminal: bool = False
+    stage: str | None,
+    workspace: Path,
+    force: bool,
+    log: Callable[[str], None],
+    terminal: bool = False,
+    watch: Callable[[dict], None] = lambda event: None,
 ) -> list[str]:
     """Bring one stage of dvc.yaml, or every item of a foreach group, up to date (None: all); the names that ran.
 
     `log` is given each line of output, or, with `terminal`, only what is said here: the output is drawn on this
-    process's terminal. As long as another DVC process holds the stage, this one waits for it. Raises StageInterrupted
-    where another try may help, StageFailed otherwise.
+    process's terminal. `watch` is given every event of the stages, and an empty one about once a second. As long as
+    another DVC process holds the stage, this one waits for it. Raises StageInterrupted where another try may help,
+    StageFailed otherwise.
     """
-    ran, waiting = [], False
+    waiting = False
     while True:
-        try:
-            _reproduce(stage, workspace, force, log, terminal, waiting, ran)
-            return ran
-        except StageBusy as busy:
-            if not waiting:
-                log(f"{busy}\nWaiting until it is free …")
-            waiting = True
-            time.sleep(BUSY_SECONDS)
+        outcome = Outcome([])
+        status, lines = _try(stage, workspace, force, log, terminal, watch, waiting, outcome)
+        if status == 0:
+            return outcome.ran
+        if status != BUSY:
+            raise _failure(stage, workspace, status, outcome, lines)
+        if not waiting:
+            log("Waiting until it is free …")
+        waiting = True
+        time.sleep(BUSY_SECONDS)
 
 
-def _reproduce(stage: str | None, workspace: Path, force: bool, log, terminal: bool, waiting: bool, ran: list) -> None:
-    """One try; names of stages that run go to `ran`. `waiting`: that the stage is busy has been said."""
+def _try(
+    stage, workspace: Path, force: bool, log, terminal: bool, watch, waiting: bool, outcome: Outcome
+) -> tuple[int, list[str]]:
+    """Run DVC once. Where `waiting`, what it prints before a stage begins has been said before and is held back."""
+    command = [sys.executable, "-m", "flows.process.dvc_repro", *([stage] if stage else [])]
+    command += ["--force"] if force else []
+    with tempfile.TemporaryDirectory(prefix="elastic-") as directory:
+        events = NewRows(Path(directory) / "events.jsonl")
 
-    before = len(ran)
+        def look() -> bool:
+            """Take in new events; whether output may be shown."""
+            for event in events.read():
+                if event["event"] == "begin":
+                    outcome.ran.append(event["stage"])
+                elif event["event"] == "end":
+                    outcome.status = event["status"]
+                watch(event)
+            watch({})
+            return bool(outcome.ran) or not waiting
 
-    def take(line: str) -> None:
-        if not terminal and not (waiting and _is_known(line)):
-            log(line)
-        if line.startswith(_BEGIN):
-            ran.append(line.split("'")[1])
-
-    which = ["--single-item", stage] if stage else []
-    command = [sys.executable, "-m", "dvc", "repro", *(["--force"] if force else []), *which]
-    if terminal:
-        status, lines = draw(command, workspace, take, _BEGIN if waiting else None)
-    else:
-        status, lines = follow(command, workspace, take)
-    busy = status != 0 and any(_BUSY.match(line) for line in lines)
-    if terminal and waiting and not busy and len(ran) == before:  # what it has drawn was held back to the end
-        log("\n".join(lines))
-    if status == 0:
-        return
-    name = f"stage {stage!r}" if stage else "`dvc repro`"
-    if busy:
-        raise StageBusy(f"another DVC process works on what {name} needs, see above")
-    if not stage and ran:
-        name = f"stage {ran[-1]!r}"
-    statuses = [found[1] for found in map(_STATUS.search, lines) if found]
-    kind = StageInterrupted if str(os.EX_TEMPFAIL) in statuses else StageFailed
-    ended = f"{name} ended with exit status {statuses[-1] if statuses else status} in {workspace}"
-    raise kind(ended + _LAST_LINES + "\n".join(lines))
+        show = draw if terminal else follow
+        status, lines = show(command, workspace, log, {VARIABLE: str(events.path)}, look)
+        look()
+    return status, lines
 
 
-def _is_known(line: str) -> bool:
-    """Whether an earlier look at a busy stage has said this already: that it is busy, and what has not changed."""
-    return bool(_BUSY.match(line)) or line.startswith(("  (PID", "To ")) or line.endswith("didn't change, skipping")
+def _failure(stage: str | None, workspace: Path, status: int, outcome: Outcome, lines: list[str]) -> StageFailed:
+    name = f"stage {outcome.ran[-1] if outcome.ran and not stage else stage!r}" if stage or outcome.ran else "DVC"
+    known = outcome.status if outcome.status not in (None, 0) else status
+    kind = StageInterrupted if outcome.status == os.EX_TEMPFAIL else StageFailed
+    return kind(f"{name} ended with exit status {known} in {workspace}", lines)

@@ -1,5 +1,1 @@
-"""The pipeline's stages. What DVC has started ends with DVC, however that ends: from here on, before slow imports."""
-
-from tasks.runtime import stop_with_dvc
-
-stop_with_dvc.hold()
+"""The pipeline's stages, one module per stage of dvc.yaml, and the rooms with what they share."""

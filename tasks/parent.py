@@ -12,29 +12,40 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 from elastic_core import ElasticModel
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import PackedSequences, TokenData, check_tokenizer
-from elastic_core.export.elastic_checkpoint import Member
 from elastic_core.io import storage
-from elastic_core.model import architectures, hf
+from elastic_core.io.atomic import write_text
+from elastic_core.io.tokenizer_files import TOKENIZER_FILES
+from elastic_core.model import architectures
+from elastic_core.search.selection import Member
 from elastic_core.training.distributed import model_files, placement
-from elastic_core.training.distributed.placement import Ranks
+from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.run import Run
 from tasks.parents import gguf
-from tasks.prepare_data import load_tokenizer
-from tasks.runtime import training_stage
-from tasks.runtime.exit_status import errors_as_text
-from tasks.settings import params, remote_checks
+from tasks.parents.config import new_config, read_parent_config
+from tasks.parents.tokenizer import load_tokenizer
+from tasks.runtime.preflight import check_family
+from tasks.settings import remote_checks
+from tasks.settings.load import FILE, load
+from tasks.settings.local_checks import is_package
+from tasks.settings.schema import Params
+from tasks.training.family import run_to_end
+from tasks.training.job import LOCAL, Job, make_job, run_stage
 
 DATA, OUT = Path("artifacts/data"), Path("artifacts/parent")
+METRICS = Path("artifacts/parent_metrics.jsonl")
 
 
-def model_config(model: "params.ParentModel", vocab_size: int, **special_tokens: int) -> NemotronHConfig:
-    """The transformers configuration of a parent to be trained."""
-    values = vars(model).copy()
-    pattern = values.pop("pattern")
-    config = NemotronHConfig(
-        vocab_size=vocab_size, layers_block_type=NemotronHConfig._pattern_to_list(pattern), **values, **special_tokens
-    )
-    return hf.check_config(config, "params.yaml: parent.model")
+def main() -> None:
+    settings, data = load(), TokenData(DATA)
+    remote_checks.check(settings, "parent")
+    check_family(settings, FILE)
+    check_stages(settings, data)
+    if settings.parent.path is not None:
+        import_parent(settings.parent.path, data)
+        write_text(METRICS, "")
+    else:
+        job = make_job(settings, "parent", vars(settings.parent), [])
+        run_stage(work, settings, job, settings.parent.training)
 
 
 def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
@@ -48,7 +59,7 @@ def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
 
 def import_parent(path: str, data: TokenData) -> None:
     """Check a parent's directory, URL or package against the data and copy it, as float32 master weights."""
-    config = gguf.read_config(path) if gguf.is_package(path) else hf.read_config(path)
+    config = read_parent_config(path, None, 0)
     check_tokenizer(data, load_tokenizer(path), config.vocab_size, f"parent.path ({path})")
     with local_parent(path) as directory:
         ElasticModel.from_pretrained(directory).save_pretrained(OUT, tokenizer_from=directory)
@@ -61,8 +72,8 @@ def local_parent(path: str) -> Iterator[Path]:
     It lies beside the checkpoints: their disk is made for such sizes, which a temporary directory's may not be, and
     a killed download goes on there, file by file.
     """
-    copy = training_stage.LOCAL / "parent-download"
-    if gguf.is_package(path):
+    copy = LOCAL / "parent-download"
+    if is_package(path):
         gguf.write_directory(path, copy)
     elif storage.is_url(path):
         download_parent(path, copy)
@@ -82,16 +93,16 @@ def download_parent(path: str, copy: Path) -> None:
         if index.is_file():
             weights = {index.name, *json.loads(index.read_text())["weight_map"].values()}
     shutil.rmtree(copy, ignore_errors=True)
-    storage.download_directory(path, copy, only={"config.json", *hf.TOKENIZER_FILES, *weights})
+    storage.download_directory(path, copy, only={"config.json", *TOKENIZER_FILES, *weights})
 
 
-def train_parent(settings: "params.Params", job: training_stage.Job, ranks: Ranks) -> None:
+def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:
     """Train `parent.model` on text, with the same loop as every later stage: a family of one, and no teacher."""
     data, stage = TokenData(DATA), settings.parent.training
     manifest = data.manifest
     eos = manifest.eos_token_id
     tokens = {"eos_token_id": eos, "bos_token_id": manifest.bos_token_id, "pad_token_id": eos}
-    config = model_config(settings.parent.model, manifest.vocab_size, **tokens)
+    config = new_config(settings.parent.model, manifest.vocab_size, **tokens)
     model = initialise(config, settings.seed)
     if ranks.rank == 0:
         print(
@@ -107,7 +118,7 @@ def train_parent(settings: "params.Params", job: training_stage.Job, ranks: Rank
         checkpoints=job.checkpoints(settings),
         ranks=ranks,
     )
-    training_stage.run_to_end(run, settings, job, OUT.parent / "parent_metrics.jsonl")
+    run_to_end(run, settings, job, METRICS)
     model_files.save_pretrained(model, OUT, ranks, tokenizer_from=DATA / "tokenizer")
 
 
@@ -116,28 +127,11 @@ def work(arguments: dict, ranks: Ranks) -> None:
     train_parent(arguments["settings"], arguments["job"], ranks)
 
 
-def check_stages(settings: "params.Params", data: TokenData) -> None:
+def check_stages(settings: Params, data: TokenData) -> None:
     """Whether the data can fill every later stage's sequences: said now, not when the stage comes."""
     sections = {"rank": settings.rank, "train_short": settings.train_short, "train_extended": settings.train_extended}
     for name, section in sections.items():
         try:
             PackedSequences(data, section.mixture, section.sequence_length, settings.seed)
         except ValueError as error:
-            raise ConfigError(f"{params.FILE}: {name}: {error}") from None
-
-
-@errors_as_text()
-def main() -> None:
-    settings, data = params.load(), TokenData(DATA)
-    remote_checks.check(settings, "parent")
-    check_stages(settings, data)
-    if settings.parent.path is not None:
-        import_parent(settings.parent.path, data)
-        (OUT.parent / "parent_metrics.jsonl").write_text("")
-    else:
-        job = training_stage.make_job(settings, "parent", vars(settings.parent), [])
-        training_stage.run_stage(work, settings, job, settings.parent.training)
-
-
-if __name__ == "__main__":
-    main()
+            raise ConfigError(f"{FILE}: {name}: {error}") from None

@@ -1,18 +1,20 @@
 """Stage `rank`: score the parent's widths and layers, and sort its weights by importance."""
 
-import json
 from pathlib import Path
-
-from tqdm import tqdm
 
 from elastic_core import ElasticModel, rank, sort_
 from elastic_core.data.loader import PackedSequences, TokenData
-from elastic_core.training.distributed.placement import Ranks
-from tasks.runtime.exit_status import errors_as_text
+from elastic_core.training.distributed.ranks import Ranks
+from tasks.progress.bars import progress_bar
 from tasks.runtime.launch import launch
-from tasks.settings import params
+from tasks.settings.load import load
 
 PARENT, DATA, OUT = Path("artifacts/parent"), Path("artifacts/data"), Path("artifacts/rank")
+
+
+def main() -> None:
+    settings = load()
+    launch(work, {"settings": settings}, settings.compute, "rank")
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
@@ -24,42 +26,30 @@ def work(arguments: dict, ranks: Ranks) -> None:
     part = ranks.part(section.batch_size, "rank.batch_size")
     size = part.stop - part.start
     batches = [sequences.batch(i * section.batch_size + part.start, size)[0] for i in range(section.batches)]
-    min_depth = min(settings.choices.depth or (len(model.model.layers),))
-    bars: dict[str, tqdm] = {}
+    bars = {}
 
     def progress(what: str, done: int, total: int) -> None:
         if ranks.rank == 0:
-            bar = bars.setdefault(what, tqdm(total=total, desc=f"rank {what}"))
-            bar.update(done - bar.n)
+            if what not in bars:
+                bars[what] = progress_bar(f"rank {what}", total, "step")
+            bars[what].update(done - bars[what].n)
 
     ranking = rank(
         model,
         [batch.to(ranks.device) for batch in batches],
-        section.aggregation,
-        section.depth_method,
-        min_depth,
-        section.top_channels,
-        section.depth_batches,
-        progress,
-        ranks.sum,
-        section.measure,
+        measure=section.measure,
+        aggregation=section.aggregation,
+        depth_method=section.depth_method,
+        depth_batches=section.depth_batches,
+        min_depth=min(settings.choices.depth or (len(model.model.layers),)),
+        progress=progress,
+        reduce=ranks.sum,
     )
     for bar in bars.values():
         bar.close()
     with ranks.first_alone() as is_first:
         if is_first:
             sort_(model, ranking)
-            OUT.mkdir(parents=True, exist_ok=True)
             ranking.save(OUT / "ranking.json")
             model.save_pretrained(OUT / "model", tokenizer_from=PARENT)
-            print(json.dumps({"depth": ranking.depth}))
-
-
-@errors_as_text()
-def main() -> None:
-    settings = params.load()
-    launch(work, {"settings": settings}, settings.compute, "rank")
-
-
-if __name__ == "__main__":
-    main()
+            print(f"layers, most important first: {' '.join(map(str, ranking.depth))}")

@@ -1,6 +1,36 @@
-"""Stage `train_extended`; see tasks/runtime/training_stage.py."""
+"""Stage `train_extended`: the chosen family on longer sequences, sliced throughout."""
 
-from tasks.runtime import training_stage
+from pathlib import Path
 
-if __name__ == "__main__":
-    training_stage.main("train_extended")
+from elastic_core.cost.metrics import read_metric
+from elastic_core.export import elastic_checkpoint
+from elastic_core.model.submodel import Submodel
+from elastic_core.search.selection import Member
+from elastic_core.training.distributed import model_files
+from elastic_core.training.distributed.ranks import Ranks
+from tasks.settings.load import load
+from tasks.training.family import make_run, run_to_end, save_family
+from tasks.training.job import make_job, run_stage
+
+RANK, SHORT = Path("artifacts/rank"), Path("artifacts/train_short/model")
+
+
+def main() -> None:
+    settings = load()
+    job = make_job(settings, "train_extended", {"stage": settings.train_extended}, [SHORT, RANK])
+    run_stage(work, settings, job, settings.train_extended)
+
+
+def work(arguments: dict, ranks: Ranks) -> None:
+    """What every worker does, with the parameters that the job was keyed by."""
+    settings, job = arguments["settings"], arguments["job"]
+    stage, content = settings.train_extended, elastic_checkpoint.read(SHORT)
+    model = model_files.from_pretrained(SHORT, ranks, settings.compute.execution, stage.precision)
+    members = {
+        name: Member(entry["target"], Submodel(**entry["submodel"])) for name, entry in content["budgets"].items()
+    }
+    budgets = {name: member.target for name, member in members.items()}
+    family = {"members": members, "metric": read_metric(content["cost"])}
+    run = make_run(settings, job, stage, settings.seed + 3, model, budgets, ranks, **family)
+    run_to_end(run, settings, job, job.out / "metrics.jsonl")
+    save_family(run, job, SHORT, [Submodel(**values) for values in content["path"]])

@@ -1,6 +1,61 @@
-"""Stage `train_short`; see tasks/runtime/training_stage.py."""
+"""Stage `train_short`: from the sorted parent to a family. The router learns first; then its choice trains, sliced."""
 
-from tasks.runtime import training_stage
+from pathlib import Path
 
-if __name__ == "__main__":
-    training_stage.main("train_short")
+import torch
+
+from elastic_core.cost.metrics import PARAMETERS
+from elastic_core.model import hf
+from elastic_core.search.importance import Ranking
+from elastic_core.search.router import Router
+from elastic_core.search.selection import check_budgets, path_between
+from elastic_core.search.space import ElasticSpace
+from elastic_core.training.distributed import model_files
+from elastic_core.training.distributed.ranks import Ranks
+from tasks.parents.targets import metric_of_family, resolve
+from tasks.settings.load import load
+from tasks.settings.schema import Params
+from tasks.training.family import make_run, run_to_end, save_family
+from tasks.training.job import Job, make_job, run_stage
+
+RANK = Path("artifacts/rank")
+
+
+def main() -> None:
+    settings = load()
+    run_stage(work, settings, make_short_job(settings), settings.train_short)
+
+
+def make_short_job(settings: Params) -> Job:
+    """The stage's job, after a last check of the budgets: now the order is known in which depth drops layers."""
+    space = make_space(settings, hf.read_config(RANK / "model"))
+    targets = resolve(settings, space.config)
+    check_budgets(space, targets)
+    configuration = {
+        "stage": settings.train_short,
+        "routing": settings.routing,
+        "budgets": targets,
+        "choices": settings.choices,
+    }
+    if space.metric != PARAMETERS:
+        configuration["cost"] = space.metric
+    return make_job(settings, "train_short", configuration, [RANK])
+
+
+def make_space(settings: Params, config) -> ElasticSpace:
+    """The family's choices, in the metric of its budgets."""
+    ranking = Ranking.load(RANK / "ranking.json")
+    return ElasticSpace(config, settings.choices, ranking.depth, metric=metric_of_family(settings))
+
+
+def work(arguments: dict, ranks: Ranks) -> None:
+    """What every worker does, with the parameters that the job was keyed by: the file may have changed since."""
+    settings, job = arguments["settings"], arguments["job"]
+    stage, source = settings.train_short, RANK / "model"
+    model = model_files.from_pretrained(source, ranks, settings.compute.execution, stage.precision)
+    torch.manual_seed(settings.seed)  # the router's initial weights
+    space, budgets = make_space(settings, model.config), resolve(settings, model.config)
+    router = Router(space, tuple(budgets.values()))
+    run = make_run(settings, job, stage, settings.seed + 2, model, budgets, ranks, router=router)
+    run_to_end(run, settings, job, job.out / "metrics.jsonl")
+    save_family(run, job, source, path_between(router, run.indices))

@@ -1,14 +1,19 @@
-"""Budgets as people write them: a share of the parent (0.75), parameters (9B, 1.2M), memory (16GiB@128k×8), or time.
+"""Budgets as people write them: a share of the parent, a number of parameters, memory, or time. Needs no torch.
 
-A share is of the parent's cost in the family's own metric. Memory is bytes in KiB to TiB or KB to TB; behind @ stands
-the context in tokens (k = 1024, M = 1024²), behind × (or x) the number of sequences; what is left out is as in
-training. Time is a latency, 35ms/token or 0.2s/token, or a throughput of all sequences together, 1200tokens/s, and may
-have a context and sequences behind it too (35ms/token@4k×8).
+==================  ===============================================================================================
+0.75                share of the parent's cost, in the metric that the family is counted in
+9B, 1.2M            parameters
+16GiB@128k×8        bytes of memory, in KiB to TiB or KB to TB, at a context of 128k tokens, for 8 sequences
+35ms/token          latency; also 0.2s/token
+1200tokens/s        throughput of all sequences together
+==================  ===============================================================================================
+
+After ``@`` stands the context in tokens (k = 1024, M = 1024²), after ``×`` (or x) the number of sequences. Memory and
+time may have both. What is left out is taken from the section `cost`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,27 +21,26 @@ from dataclasses import dataclass
 from typing import Literal
 
 from elastic_core.config import ConfigError, require
-from elastic_core.cost.latency import TIMED, Latency, Throughput, Timed
-from elastic_core.cost.latency_table import REMEDY, Table
-from elastic_core.cost.metrics import COUNTED, PARAMETERS, Memory, Metric, Parameters, exact_cost
+from elastic_core.cost.element_types import ELEMENT_BYTES
 
 COUNTS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 BYTES = {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
 BYTES |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 MILLISECONDS = {"MS/TOKEN": 1, "S/TOKEN": 1000}
 RATE = "TOKENS/S"
+TIMED_METRICS = ("latency", "throughput")
 OWN_KINDS = {
     **dict.fromkeys(
-        COUNTED,
+        ("parameters", "active_parameters"),
         (
             ("parameters",),
             "a share or a count of parameters; for bytes, set cost: {metric: memory}, for time {metric: latency}",
         ),
     ),
     "memory": (("bytes",), "a share of the parent's memory, or bytes, as long as cost.metric is memory"),
-    "latency": (tuple(TIMED), "a share of the parent's latency, or time, as long as cost.metric is latency"),
+    "latency": (TIMED_METRICS, "a share of the parent's latency, or time, as long as cost.metric is latency"),
     "throughput": (
-        tuple(TIMED),
+        TIMED_METRICS,
         "a share of the parent's seconds per token, or time, as long as cost.metric is throughput",
     ),
 }
@@ -53,6 +57,7 @@ ALLOWED = (
 )
 
 Spelling = float | str
+TOLERANCE = 0.02  # a submodel is within this share of its budget
 
 
 @dataclass(frozen=True)
@@ -72,39 +77,6 @@ class Budget:
     def is_full(self) -> bool:
         """Whether it is the parent's own architecture."""
         return self.kind == "share" and self.amount == 1
-
-    def metric(self, own: Metric, where: str = "budget") -> Metric:
-        """What this budget is counted in, in a family whose metric is `own`; what it leaves open is as there.
-
-        Raises ConfigError for bytes where nothing says the context, and for time where there is no table of it.
-        """
-        if self.kind in TIMED:
-            return self._timed(own, where)
-        if self.kind != "bytes":
-            return own if self.kind == "share" or isinstance(own, Parameters) else PARAMETERS
-        said = {name: value for name in ("context", "batch") if (value := getattr(self, name)) is not None}
-        if isinstance(own, Memory):
-            return dataclasses.replace(own, **said)
-        require("context" in said, where, self.given, "bytes at a context in tokens, as 16GiB@128k")
-        return Memory(**said)
-
-    def _timed(self, own: Metric, where: str) -> Timed:
-        allowed = (
-            "no time, where nothing has measured it: a family of cost: {metric: latency, table: FILE} knows its own"
-        )
-        require(isinstance(own, Timed), where, self.given, allowed)
-        table = own.table
-        require(self.batch in (None, table.batch), where, self.given, f"×{table.batch} or nothing, as in the table")
-        try:
-            return TIMED[self.kind](table, self.context or own.context)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
-
-    def target(self, own: Metric, config, where: str = "budget") -> tuple[Metric, float, float]:
-        """The metric, the target in its unit, and the parent's cost in it."""
-        metric = self.metric(own, where)
-        full = exact_cost(metric, config)
-        return metric, self.amount * full if self.kind == "share" else self.amount, full
 
 
 @dataclass(frozen=True)
@@ -136,13 +108,17 @@ class Cost:
 
     def check(self) -> None:
         if self.metric == "memory":
-            Memory(**{"context": 1, **self.said})
+            for name, value in self.said.items():
+                if name in ("context", "batch", "chunk"):
+                    require(value >= 1, name, value, "1 or more")
+                else:
+                    require(value in ELEMENT_BYTES, name, value, ", ".join(ELEMENT_BYTES))
             return
         for name, value in self.said.items():
-            known = self.metric in TIMED and name in ("context", "batch")
+            known = self.metric in TIMED_METRICS and name in ("context", "batch")
             require(known, name, value, f"nothing, as long as metric is {self.metric}")
             require(value >= 1, name, value, "1 or more")
-        given = self.metric not in TIMED or self.table is not None
+        given = self.metric not in TIMED_METRICS or self.table is not None
         require(given, "table", None, f"a file that `elastic profile` writes, as long as metric is {self.metric}")
 
 
@@ -167,8 +143,8 @@ def parse(given: Spelling, where: str = "budget", names: Iterable[str] = ()) -> 
     if unit in BYTES:
         return Budget(given, amount * BYTES[unit], "bytes", context, batch)
     if unit == RATE:
-        return Budget(given, 1 / amount, Throughput.name, context, batch)
-    return Budget(given, amount * MILLISECONDS[unit], Latency.name, context, batch)
+        return Budget(given, 1 / amount, "throughput", context, batch)
+    return Budget(given, amount * MILLISECONDS[unit], "latency", context, batch)
 
 
 def _number(text: str) -> float:
@@ -176,26 +152,6 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:  # such as 1.2.3
         return math.nan
-
-
-def family_metric(cost: Cost, budgets: Mapping[str, Spelling]) -> Metric:
-    """The metric in which a family with these budgets is trained; of latency and throughput, with its table.
-
-    Raises ConfigError for a budget that is counted in something else, and for settings that do not agree.
-    """
-    said = family_setting(cost, budgets)
-    if cost.metric in COUNTED:
-        return COUNTED[cost.metric]
-    if cost.metric in TIMED:
-        table = Table.load(cost.table)
-        batch = said.get("batch", table.batch)
-        require(batch == table.batch, "cost.batch", batch, f"{table.batch}, as in {cost.table}; {REMEDY}")
-        try:
-            return TIMED[cost.metric](table, said.get("context", table.contexts[-1]))
-        except ConfigError as error:
-            raise ConfigError(f"cost.{error}") from None
-    require("context" in said, "cost.context", None, "tokens, such as 131072, here or in a budget such as 16GiB@128k")
-    return Memory(**said)
 
 
 def family_setting(cost: Cost, budgets: Mapping[str, Spelling]) -> dict:
@@ -210,23 +166,3 @@ def family_setting(cost: Cost, budgets: Mapping[str, Spelling]) -> dict:
                 agreed = f"the {field} of section cost and of the other budgets, {said.get(field)}"
                 require(said.setdefault(field, value) == value, f"budgets.{name}", budget.given, agreed)
     return said
-
-
-def shares(budgets: Mapping[str, Spelling], metric: Metric, config, where: str = "budgets") -> dict[str, float]:
-    """Every budget as a share of the parent's cost, in `metric` or, where it is counted in something else, in that.
-
-    Raises ConfigError for one above the parent.
-    """
-    found = {}
-    for name, given in budgets.items():
-        key = f"{where}.{name}"
-        budget = parse(given, key)
-        found[name] = budget.amount
-        if budget.kind != "share":
-            measure, target, full = budget.target(metric, config, key)
-            setting = f" ({measure.setting})" if measure.setting else ""
-            own = f"the parent's own {measure.text(full)}"
-            allowed = f"{own} or more" if isinstance(measure, Throughput) else f"up to {own}"
-            require(target <= full, key, given, f"{allowed}{setting}")
-            found[name] = target / full
-    return found

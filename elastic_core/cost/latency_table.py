@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from elastic_core.config import ConfigError
-from elastic_core.io import storage
+from elastic_core.errors import UserError
+from elastic_core.io.atomic import write_text
 from elastic_core.model import architectures
+from elastic_core.model.axes import FIELDS
 from elastic_core.model.dims import Concat, Dim, Fixed, Product, Units, is_stack, layer_index, layer_of
-from elastic_core.model.submodel import FIELDS
 
 FORMAT = 1  # of files
 REST = "rest"  # what is no layer's
@@ -52,9 +53,9 @@ class Part:
         for seconds in (part.decode, part.prefill):
             found = torch.tensor(seconds, dtype=torch.float64)
             if found.shape != shape or not (found > 0).all():
-                raise ValueError(f"seconds of shape {tuple(found.shape)}; expected {shape}, all above 0")
+                raise UserError(f"seconds of shape {tuple(found.shape)}; expected {shape}, all above 0")
         if len(part.axes) != len(part.grid) or any(list(points) != sorted(set(points)) for points in part.grid):
-            raise ValueError("a grid whose sizes do not ascend")
+            raise UserError("a grid whose sizes do not ascend")
         return part
 
 
@@ -81,12 +82,12 @@ class Table:
         try:
             fields = dict(values)
             if fields.pop("format") != FORMAT:
-                raise ValueError(f"not of format {FORMAT}")
+                raise UserError(f"not of format {FORMAT}")
             fields["contexts"] = _tuples(fields["contexts"])
             parts = {kind: Part.read(part, fields["contexts"]) for kind, part in fields.pop("parts").items()}
             return cls(parts=parts, **fields)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"no table of latencies ({type(error).__name__}: {error})") from None
+            raise UserError(f"no table of latencies ({type(error).__name__}: {error})") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike, where: str = "cost.table") -> Table:
@@ -101,7 +102,7 @@ class Table:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write a file, whole or not at all."""
-        storage.write_text(path, json.dumps(self.to_json()) + "\n")
+        write_text(path, json.dumps(self.to_json()) + "\n")
 
     def to_json(self) -> dict:
         """What `from_json` reads."""

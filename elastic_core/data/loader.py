@@ -15,6 +15,7 @@ import torch
 from elastic_core import config
 from elastic_core.data.packing import PackedDocuments, Windows, schedule
 from elastic_core.data.token_files import Manifest, Split
+from elastic_core.errors import UserError
 
 IGNORED_LABEL = -100  # torch's cross_entropy leaves these positions out
 
@@ -29,11 +30,11 @@ class TokenData:
         self.directory = Path(directory)
         path = self.directory / "manifest.json"
         if not path.is_file():
-            raise ValueError(f"{self.directory}: not a data directory (no manifest.json); make one with prepare_data")
+            raise UserError(f"{self.directory}: not a data directory (no manifest.json); make one with prepare_data")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: not readable as JSON ({error}); run prepare_data again") from None
+            raise UserError(f"{path}: not readable as JSON ({error}); run prepare_data again") from None
         self.manifest = config.load(Manifest, values, str(path))
         self._arrays = {
             (name, split): self._open(entry)
@@ -58,14 +59,14 @@ class TokenData:
     def _key(self, source: str, split: str) -> tuple[str, str]:
         if (source, split) not in self._arrays:
             allowed = ", ".join(f"{name}/{part}" for name, part in self._arrays)
-            raise ValueError(f"no data {source}/{split} in {self.directory}; there are {allowed}")
+            raise UserError(f"no data {source}/{split} in {self.directory}; there are {allowed}")
         return source, split
 
     def _open(self, entry: Split) -> tuple[np.ndarray, np.ndarray]:
         tokens = self._map(entry.tokens, entry.num_tokens, self.manifest.dtype)
         offsets = self._map(entry.offsets, entry.num_documents + 1, np.dtype(np.int64))
         if offsets[0] != 0 or offsets[-1] != entry.num_tokens:
-            raise ValueError(f"{self.directory / entry.offsets}: does not belong to {entry.tokens}; prepare again")
+            raise UserError(f"{self.directory / entry.offsets}: does not belong to {entry.tokens}; prepare again")
         return tokens, offsets
 
     def _map(self, name: str, size: int, dtype: np.dtype) -> np.ndarray:
@@ -73,10 +74,10 @@ class TokenData:
         try:
             array = np.load(path, mmap_mode="r")
         except (OSError, EOFError, ValueError) as error:
-            raise ValueError(f"{path}: missing, cut short or not an array ({error}); run prepare_data again") from None
+            raise UserError(f"{path}: missing, cut short or not an array ({error}); run prepare_data again") from None
         if array.shape != (size,) or array.dtype != dtype:
             found = f"{array.dtype} {array.shape}"
-            raise ValueError(f"{path}: holds {found}, the manifest says {dtype} ({size},); run prepare_data again")
+            raise UserError(f"{path}: holds {found}, the manifest says {dtype} ({size},); run prepare_data again")
         return array
 
 
@@ -95,7 +96,7 @@ class PackedSequences:
     def __init__(self, data: TokenData, mixture: Mapping[str, float], sequence_length: int, seed: int):
         shares = _normalise(mixture, data)
         if sequence_length < 1:
-            raise ValueError(f"sequence_length: got {sequence_length}; allowed: 1 or more")
+            raise UserError(f"sequence_length: got {sequence_length}; allowed: 1 or more")
         self.sequence_length = sequence_length
         self.sources = tuple(shares)
         self._seed = seed
@@ -167,7 +168,7 @@ def check_tokenizer(data: TokenData, tokenizer, vocab_size: int | None = None, o
     manifest = data.manifest
     advice = f"prepare the data with {owner}'s tokenizer, or take another model"
     if vocab_size is not None and vocab_size < manifest.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{data.directory} holds token ids up to {manifest.vocab_size - 1}, but {owner} has a vocabulary of "
             f"{vocab_size}; {advice}"
         )
@@ -176,7 +177,7 @@ def check_tokenizer(data: TokenData, tokenizer, vocab_size: int | None = None, o
 
         owner, tokenizer = f"{owner} ({tokenizer})", AutoTokenizer.from_pretrained(tokenizer)
     if tokenizer is not None and vocabulary_sha256(tokenizer) != manifest.tokenizer_sha256:
-        raise ValueError(
+        raise UserError(
             f"{data.directory} was tokenised with another vocabulary ({manifest.vocab_size} tokens, sha256 "
             f"{manifest.tokenizer_sha256[:12]}) than that of {owner} ({len(tokenizer)} tokens, "
             f"{vocabulary_sha256(tokenizer)[:12]}); {advice}"
@@ -187,11 +188,11 @@ def _normalise(mixture: Mapping[str, float], data: TokenData) -> dict[str, float
     allowed = ", ".join(data.manifest.sources)
     for name, share in mixture.items():
         if name not in data.manifest.sources:
-            raise ValueError(f"mixture: unknown source {name!r}; {data.directory} has {allowed}")
+            raise UserError(f"mixture: unknown source {name!r}; {data.directory} has {allowed}")
         if not 0 <= share < float("inf"):
-            raise ValueError(f"mixture.{name}: got {share}; allowed: 0 or more")
+            raise UserError(f"mixture.{name}: got {share}; allowed: 0 or more")
     if not any(mixture.values()):
-        raise ValueError(f"mixture: got {dict(mixture)}; at least one source ({allowed}) needs a positive share")
+        raise UserError(f"mixture: got {dict(mixture)}; at least one source ({allowed}) needs a positive share")
     return {name: share for name, share in mixture.items() if share}
 
 
@@ -204,7 +205,7 @@ def _rows(
     if not manifest.sources[source].whole_documents:
         rows = Windows(tokens, sequence_length + 1, keep_tail)
         if len(rows) == 0:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {len(tokens)} tokens do not fill one sequence of sequence_length {sequence_length} "
                 f"(which needs {sequence_length + 1}); shorten it or give the source more text"
             )
@@ -213,7 +214,7 @@ def _rows(
     lead = manifest.eos_token_id if manifest.bos_token_id == manifest.eos_token_id else None
     rows = PackedDocuments(tokens, data.offsets(source, split), sequence_length + 1, lead)
     if len(rows) == 0:
-        raise ValueError(
+        raise UserError(
             f"{where}: no document fits sequence_length {sequence_length}, the shortest has {rows.shortest} tokens; "
             "lengthen the sequences or make shorter documents"
         )

@@ -2,24 +2,18 @@
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_core.cost.budgets import parse
+from elastic_core.cost.budgets import TOLERANCE, parse
 from elastic_core.cost.metrics import PARAMETERS, Metric, exact_cost, num_active_parameters, num_parameters, read_metric
+from elastic_core.cost.targets import target_of
+from elastic_core.errors import UserError
+from elastic_core.io.atomic import write_text
 from elastic_core.model import hf
 from elastic_core.model.submodel import Submodel, full_submodel
+from elastic_core.search.selection import Member
 
 FILE = "elastic.json"
-TOLERANCE = 0.02  # an extracted model is within this share of its budget
-
-
-@dataclass(frozen=True)
-class Member:
-    """One budget of the family: its target as a fraction of the parent's cost, and its submodel."""
-
-    target: float
-    submodel: Submodel
 
 
 def write(
@@ -49,7 +43,7 @@ def write(
         "budgets": entries,
         "path": [submodel.to_dict() for submodel in path],
     }
-    (Path(directory) / FILE).write_text(json.dumps(content, indent=1) + "\n")
+    write_text(Path(directory) / FILE, json.dumps(content, indent=1) + "\n")
 
 
 def _active(config, submodel: Submodel | None = None) -> dict[str, int]:
@@ -62,7 +56,7 @@ def read(directory: str | os.PathLike) -> dict:
     """The content of ``elastic.json``; ValueError where there is none."""
     file = Path(directory) / FILE
     if not file.is_file():
-        raise ValueError(f"{directory}: no {FILE}, so it knows no budgets; name a Submodel, or a trained elastic model")
+        raise UserError(f"{directory}: no {FILE}, so it knows no budgets; name a Submodel, or a trained elastic model")
     return json.loads(file.read_text())
 
 
@@ -78,14 +72,15 @@ def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel
     if budget in content["budgets"]:
         return Submodel(**content["budgets"][budget]["submodel"])
     config, names = hf.read_config(directory), ", ".join(content["budgets"])
-    metric, target, full = parse(budget, names=content["budgets"]).target(read_metric(content["cost"]), config)
+    own = read_metric(content["cost"])
+    metric, target, full = target_of(parse(budget, names=content["budgets"]), own, config)
     members = [Submodel(**entry["submodel"]) for entry in content["budgets"].values()]
     candidates = [full_submodel(config), *members, *(Submodel(**values) for values in content["path"])]
     costs = {submodel.resolve(config): exact_cost(metric, config, submodel) for submodel in candidates}
     best = min(costs, key=lambda submodel: abs(costs[submodel] - target))
     if target > full or abs(costs[best] / target - 1) > TOLERANCE:
         setting = f" ({metric.setting})" if metric.setting else ""
-        raise ValueError(
+        raise UserError(
             f"budget: got {budget!r} ({metric.text(target)}); allowed: {metric.number(min(costs.values()))} to "
             f"{metric.text(full)}{setting}, or one of {names}; the nearest submodel has {metric.number(costs[best])}"
         )

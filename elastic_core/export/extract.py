@@ -12,12 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
+from elastic_core.io.atomic import whole_directory
 from elastic_core.io.tensor_files import Entry, Stored
+from elastic_core.io.tokenizer_files import copy_tokenizer
 from elastic_core.model import architectures, hf
+from elastic_core.model.axes import PER_LAYER, WIDTHS
 from elastic_core.model.dims import kept_rows, layer_index, layer_of
 from elastic_core.model.expert_files import is_stacked, matrices, matrix_name
-from elastic_core.model.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
+from elastic_core.model.submodel import Submodel, keys_of
 
 
 def extract(
@@ -37,9 +41,9 @@ def extract(
     read, cut and written in blocks of rows.
     """
     if heterogeneous not in ("remote_code", "pad"):
-        raise ValueError(f"heterogeneous: got {heterogeneous!r}; allowed: 'remote_code', 'pad'")
+        raise UserError(f"heterogeneous: got {heterogeneous!r}; allowed: 'remote_code', 'pad'")
     if Path(elastic_directory).resolve().is_relative_to(Path(out_directory).resolve()):  # which would be replaced
-        raise ValueError(
+        raise UserError(
             f"out_directory: got {out_directory}, which is the checkpoint itself or holds it; name another directory"
         )
     config = hf.read_config(elastic_directory)
@@ -48,20 +52,20 @@ def extract(
     submodel = submodel_or_budget.resolve(config)
     pad = heterogeneous == "pad" and not submodel.is_homogeneous
     changes = config_changes(config, submodel, pad)
-    tensors = _cut_tensors(hf.TensorReader(elastic_directory), config, submodel, pad, dtype)
+    tensors = _sliced_tensors(hf.TensorReader(elastic_directory), config, submodel, pad, dtype)
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")
-    with hf.whole_directory(out_directory) as partial:
+    with whole_directory(out_directory) as partial:
         hf.write_config(partial, config, **changes)
-        hf.write_tensors(partial, {name: cut.entry for name, cut in tensors.items()}, tensors.items())
+        hf.write_tensors(partial, {name: sliced.entry for name, sliced in tensors.items()}, tensors.items())
         if "auto_map" in changes:
             file = architectures.of(config).MODELING_FILE
             (partial / file).write_text(resources.files("elastic_core.export").joinpath(file + ".txt").read_text())
-        hf.copy_tokenizer(elastic_directory, partial)
+        copy_tokenizer(elastic_directory, partial)
     return submodel
 
 
-def _cut_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dict[str, CutTensor]:
+def _sliced_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dict[str, SlicedTensor]:
     """The kept layers' tensors by their names on disk, to be cut to size as they are written, and renumbered."""
     layout, disk_name = architectures.parameter_layout(config), architectures.of(config).disk_name
     reader.check({name: tuple(dim.size for dim in dims) for name, dims in layout.items()})
@@ -82,13 +86,13 @@ def _cut_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dict[s
             experts = range(kept[0]) if isinstance(kept[0], int) else kept[0].tolist()
             found = matrices(stored)
             for i, expert in enumerate(experts):
-                tensors[disk_name(matrix_name(name, i))] = CutTensor(found[expert], kept[1:], shape[1:], held)
+                tensors[disk_name(matrix_name(name, i))] = SlicedTensor(found[expert], kept[1:], shape[1:], held)
         else:
-            tensors[disk_name(name)] = CutTensor(stored, kept, shape, held)
+            tensors[disk_name(name)] = SlicedTensor(stored, kept, shape, held)
     return tensors
 
 
-class CutTensor:
+class SlicedTensor:
     """A stored tensor cut to its kept rows on every axis: `cut[start:stop]` reads those rows of the file and no others.
 
     Where `shape` is larger than what is kept, zeros follow.
@@ -152,10 +156,10 @@ def config_changes(config, submodel: Submodel, pad: bool = False) -> dict:
             if pad and field == "intermediate_size":
                 value = max(value)
             elif pad and family.MODELING_FILE is not None:
-                raise ValueError(f"{field}: differs between layers; only MLP widths can be padded, use 'remote_code'")
+                raise UserError(f"{field}: differs between layers; only MLP widths can be padded, use 'remote_code'")
             elif family.MODELING_FILE is None:
                 advice = ", or heterogeneous='pad' (zeros in the MLPs)" if field == "intermediate_size" else ""
-                raise ValueError(
+                raise UserError(
                     f"{field}: got {value}, which a directory of model_type {config.model_type} cannot express; "
                     f"allowed: one size for all layers{advice}"
                 )
@@ -163,7 +167,7 @@ def config_changes(config, submodel: Submodel, pad: bool = False) -> dict:
             widths[field] = value
     problem = family.size_problem(config, submodel.hidden_size, submodel.num_attention_heads)
     if problem is not None:
-        raise ValueError(problem)
+        raise UserError(problem)
     changes = family.config_changes(config, submodel.kept_layers, widths)
     if any(isinstance(widths.get(field), list) for field in PER_LAYER):
         module = family.MODELING_FILE.removesuffix(".py")

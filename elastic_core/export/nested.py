@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from elastic_core.cost.metrics import num_parameters
+from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.export.extract import config_changes
 from elastic_core.model import architectures, hf
@@ -131,7 +132,7 @@ class NestedModel:
             order = torch.arange(dim.size)
         stored, places = order[:number].sort()
         if not torch.equal(stored, torch.arange(number) if isinstance(rows, int) else rows):
-            raise ValueError("this submodel is nested with the checkpoint's budgets, but needs rows in between theirs")
+            raise UserError("this submodel is nested with the checkpoint's budgets, but needs rows in between theirs")
         return number, None if torch.equal(places, torch.arange(number)) else places
 
     def _build(self, submodel: Submodel) -> PreTrainedModel:
@@ -237,7 +238,7 @@ def nested_chain(config, submodels: list[Submodel]) -> list[Submodel]:
     chain = sorted(set(submodels), key=lambda submodel: num_parameters(config, submodel))
     for smaller, larger in itertools.pairwise(chain):
         if not smaller.is_within(larger, config):
-            raise ValueError(f"budgets: {smaller} is not nested in {larger}; extract it to serve it by itself")
+            raise UserError(f"budgets: {smaller} is not nested in {larger}; extract it to serve it by itself")
     return chain
 
 
@@ -263,7 +264,7 @@ class Conversation:
     def generate(self, budget: Budget, hand_over: bool = False, **options) -> Tensor:
         """Continue the text at one budget, with transformers' options; the new tokens (B, N), which are part of it."""
         if self.input_ids is None:
-            raise ValueError("conversation: nothing has been said yet; begin with say(input_ids)")
+            raise UserError("conversation: nothing has been said yet; begin with say(input_ids)")
         submodel, length = self.model.submodel(budget), self.input_ids.shape[1]
         model = self.model.at(submodel)
         if hand_over:

@@ -5,6 +5,9 @@ import json
 import os
 from pathlib import Path
 
+from elastic_core.errors import UserError
+from elastic_core.io.atomic import write_text
+
 FORMAT = 2  # of checkpoints: a run never looks at those of another format
 
 
@@ -24,7 +27,7 @@ def run_key(configuration: dict, inputs: list[str | os.PathLike], cache: str | o
     digest = hashlib.sha256(json.dumps([FORMAT, configuration], sort_keys=True, default=str).encode())
     for root in map(Path, inputs):
         if not root.exists():
-            raise ValueError(f"{root}: not there; run the stage that makes it first")
+            raise UserError(f"{root}: not there; run the stage that makes it first")
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
             if path.is_file():
                 digest.update(str(path.relative_to(root)).encode() + _remembered_digest(path, known).encode())
@@ -49,7 +52,4 @@ def _read_cache(cache: str | os.PathLike | None) -> dict[str, list]:
 
 
 def _write_cache(cache: Path, known: dict[str, list]) -> None:
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    partial = cache.with_name(f".{cache.name}.{os.getpid()}")
-    partial.write_text(json.dumps({name: entry for name, entry in known.items() if os.path.exists(name)}))
-    os.replace(partial, cache)
+    write_text(cache, json.dumps({name: entry for name, entry in known.items() if os.path.exists(name)}))

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
-Place = str | os.PathLike
+Location = str | os.PathLike
 
 S3_SCHEMES = ("s3", "s3a")
 # botocore waits a random part of 1, 2, 4, ... up to 20 s before each next attempt: five minutes on average.
@@ -43,17 +43,17 @@ class StorageUnavailable(StorageError):
     """A server that did not answer, or was too busy, for as long as it was waited for; later it may."""
 
 
-def is_url(place: Place) -> bool:
+def is_url(place: Location) -> bool:
     """Whether `place` is a URL; all else is a local path."""
     return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place) is not None
 
 
-def scheme_of(place: Place) -> str:
+def scheme_of(place: Location) -> str:
     """The part before ``://``; ``file`` for a local path."""
     return place.split("://")[0].lower() if is_url(place) else "file"
 
 
-def open_filesystem(place: Place, patient: bool = True):
+def open_filesystem(place: Location, patient: bool = True):
     """The fsspec file system that serves `place`, and the path in it.
 
     Where not `patient`, a server that does not answer at once is given up. Raises StorageError for a scheme that no
@@ -122,7 +122,7 @@ def _log_retry(operation, attempts: int, response, caught_exception, **_) -> Non
 
 
 @contextmanager
-def explained(place: Place, doing: str) -> Iterator[None]:
+def explained(place: Location, doing: str) -> Iterator[None]:
     """Turn what a file system's library raises into a StorageError: ``<place>: cannot <doing>: <why>``."""
     try:
         yield
@@ -131,7 +131,7 @@ def explained(place: Place, doing: str) -> Iterator[None]:
         raise kind(f"{place}: cannot {doing} it: {_reason(error)}") from None
 
 
-def _foreign_errors(place: Place) -> tuple[type[BaseException], ...]:
+def _foreign_errors(place: Location) -> tuple[type[BaseException], ...]:
     scheme, errors = scheme_of(place), (OSError,)
     if scheme in S3_SCHEMES:
         from botocore.exceptions import BotoCoreError, ClientError
@@ -169,7 +169,7 @@ def _reason(error: BaseException) -> str:
     return f"no answer ({name}); see that the server is up, and that AWS_ENDPOINT_URL and AWS_DEFAULT_REGION are right"
 
 
-def _is_temporary(place: Place, error: BaseException) -> bool:
+def _is_temporary(place: Location, error: BaseException) -> bool:
     """Whether the same request may be answered later: nobody did, the answer broke off, or the server was too busy."""
     answer = _server_answer(error)
     if answer is not None:
@@ -181,7 +181,7 @@ def _is_temporary(place: Place, error: BaseException) -> bool:
     return isinstance(error, _connection_errors(place)) and not refused
 
 
-def _connection_errors(place: Place) -> tuple[type[BaseException], ...]:
+def _connection_errors(place: Location) -> tuple[type[BaseException], ...]:
     scheme, errors = scheme_of(place), (ConnectionError, TimeoutError)
     if scheme in S3_SCHEMES:
         from botocore import exceptions

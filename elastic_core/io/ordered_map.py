@@ -8,7 +8,7 @@ from typing import TypeVar
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """`function` of every item, in the order of the items, computed by `threads` threads.
 
     Items are taken by the caller's thread, as results are: never more than 2 · `threads` ahead of what was yielded.

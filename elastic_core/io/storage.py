@@ -17,10 +17,11 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from elastic_core.io.atomic import whole_file
 from elastic_core.io.filesystem import (
     REQUESTS_AT_ONCE,
     S3_SCHEMES,
-    Place,
+    Location,
     StorageError,
     StorageUnavailable,
     explained,
@@ -48,7 +49,6 @@ __all__ = [
     "upload",
     "upload_directory",
     "write_bytes",
-    "write_text",
 ]
 
 BLOCK_BYTES = 4 << 20  # asked for at once when reading
@@ -57,12 +57,12 @@ _MOST_PARTS = 10_000  # that S3 takes
 _WILDCARD = re.compile(r"[*?\[]")
 
 
-def join(place: Place, *names: str) -> str:
+def join(place: Location, *names: str) -> str:
     """The place of `names` below `place`."""
     return "/".join([place.rstrip("/"), *names]) if is_url(place) else os.path.join(place, *names)
 
 
-def exists(place: Place) -> bool:
+def exists(place: Location) -> bool:
     """Whether a file or a directory is there (on S3: an object, or objects below)."""
     with explained(place, "look at"):
         filesystem, path = open_filesystem(place)
@@ -85,7 +85,7 @@ def glob(pattern: str) -> dict[str, int]:
     return {filesystem.unstrip_protocol(name): size for name, size in sizes.items()}
 
 
-def list_names(url: Place) -> list[str]:
+def list_names(url: Location) -> list[str]:
     """Names of the files and directories directly below, in order; none where nothing is there. Always asked anew.
 
     Some S3 servers go on listing a directory for a while after its last object is gone.
@@ -100,30 +100,21 @@ def list_names(url: Place) -> list[str]:
     return sorted(name for name in names if name and "/" not in name)  # a file is listed as itself
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a local file, whole or not at all; its directory is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def read_bytes(url: Place) -> bytes:
+def read_bytes(url: Location) -> bytes:
     """A small file's content."""
     with explained(url, "read"):
         filesystem, path = open_filesystem(url)
         return filesystem.cat_file(path)
 
 
-def write_bytes(url: Place, data: bytes) -> None:
+def write_bytes(url: Location, data: bytes) -> None:
     """Write a small file, replacing what was there; on S3 it appears whole or not at all."""
     with explained(url, "write"):
         filesystem, path = open_filesystem(url)
         filesystem.pipe_file(path, data)
 
 
-def remove(url: Place) -> None:
+def remove(url: Location) -> None:
     """Remove a file or all files below a directory; nothing happens where nothing is. A whole bucket is refused."""
     with explained(url, "remove"):
         filesystem, path = open_filesystem(url)
@@ -138,7 +129,7 @@ def remove(url: Place) -> None:
 
 
 @contextmanager
-def open_binary(place: Place, block_bytes: int = BLOCK_BYTES) -> Iterator[io.BufferedReader]:
+def open_binary(place: Location, block_bytes: int = BLOCK_BYTES) -> Iterator[io.BufferedReader]:
     """A file to read from, seekable and never whole in memory; a URL's is asked for in blocks as they are needed.
 
     Smaller blocks are for readers that jump and know how much they want: a longer read is one request in any case.
@@ -157,7 +148,7 @@ def open_binary(place: Place, block_bytes: int = BLOCK_BYTES) -> Iterator[io.Buf
 class _Blocks(io.RawIOBase):
     """Reads `file`, and says it in our words where that fails."""
 
-    def __init__(self, file, place: Place):
+    def __init__(self, file, place: Location):
         self.file, self.place = file, place
 
     def readable(self) -> bool:
@@ -181,7 +172,7 @@ class _Blocks(io.RawIOBase):
             return self.file.read()
 
 
-def upload(source: Path, url: Place) -> None:
+def upload(source: Path, url: Location) -> None:
     """Copy a local file to `url`, large ones in parts; on S3 it appears whole or not at all."""
     size = Path(source).stat().st_size
     with explained(url, "write"):
@@ -197,26 +188,19 @@ def upload(source: Path, url: Place) -> None:
             raise StorageError(f"{url}: holds another number of bytes than {source}, which was written to it")
 
 
-def download(url: Place, target: Path) -> None:
+def download(url: Location, target: Path) -> None:
     """Copy `url` to a local file, which appears whole or not at all."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with open_binary(url) as file, open(partial, "wb") as copy:
-            shutil.copyfileobj(file, copy, BLOCK_BYTES)
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(target) as partial, open_binary(url) as file, open(partial, "wb") as copy:
+        shutil.copyfileobj(file, copy, BLOCK_BYTES)
 
 
-def download_files(url: Place, names: Iterable[str], directory: Path) -> None:
+def download_files(url: Location, names: Iterable[str], directory: Path) -> None:
     """Copy the files `names` below `url` to a local directory, some at a time; each appears whole or not at all."""
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:  # one request each; an error leaves the files behind it out
         list(pool.map(lambda name: download(join(url, name), Path(directory) / name), names))
 
 
-def upload_directory(source: Path, url: Place, last: str = "config.json") -> None:
+def upload_directory(source: Path, url: Location, last: str = "config.json") -> None:
     """Copy a local directory to `url`, replacing what was there.
 
     The file named `last`, without which no reader takes the directory for whole, is removed first and written last.
@@ -233,7 +217,7 @@ def upload_directory(source: Path, url: Place, last: str = "config.json") -> Non
     upload(source / last, join(url, last))
 
 
-def download_directory(url: Place, target: Path, last: str = "config.json", only: Set[str] | None = None) -> None:
+def download_directory(url: Location, target: Path, last: str = "config.json", only: Set[str] | None = None) -> None:
     """Copy the files below `url` (of the relative names `only`; None: all) to a new directory, whole or not at all.
 
     Refuses a place without the file named `last` (see `upload_directory`) and a `target` that is there already. One
@@ -259,7 +243,7 @@ def download_directory(url: Place, target: Path, last: str = "config.json", only
 
 
 @contextmanager
-def local_files(place: Place, names: tuple[str, ...]) -> Iterator[Path]:
+def local_files(place: Location, names: tuple[str, ...]) -> Iterator[Path]:
     """A local directory with those of the small files `names` that `place` has: a temporary copy where it is a URL."""
     if not is_url(place):
         yield Path(place)
@@ -269,7 +253,7 @@ def local_files(place: Place, names: tuple[str, ...]) -> Iterator[Path]:
         yield Path(directory)
 
 
-def check_access(url: Place, writing: bool) -> None:
+def check_access(url: Location, writing: bool) -> None:
     """Refuse a place that cannot be used, within seconds: StorageError says what is wrong and where to change it.
 
     Of a pattern, what is before its first wildcard counts. The place need not exist yet, but its bucket has to. With
@@ -295,7 +279,7 @@ def _files(filesystem, path: str) -> dict[str, dict]:
     return {name: entry for name, entry in found.items() if entry["type"] == "file"}  # an empty directory lists itself
 
 
-def _listing(url: Place) -> dict[str, tuple]:
+def _listing(url: Location) -> dict[str, tuple]:
     """Every file below `url` by its relative name, with what changes when it does."""
     with explained(url, "list"):
         filesystem, path = open_filesystem(url)

@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from elastic_core.io.ordered_map import in_order
+from elastic_core.errors import UserError
+from elastic_core.io.ordered_map import ordered_map
 
 BLOCK_BYTES = 1 << 21  # some thousand rows at a time, and yet about what a core's cache holds
 WRITERS = 2  # threads: while one is in the kernel, the other cuts
@@ -83,7 +84,7 @@ def open_checked(path: Path):
     try:
         return safe_open(path, "pt")
     except (FileNotFoundError, SafetensorError) as error:
-        raise ValueError(f"{path}: missing, truncated or no safetensors file ({error}); copy it again") from error
+        raise UserError(f"{path}: missing, truncated or no safetensors file ({error}); copy it again") from error
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -95,7 +96,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     stored = {}
     for name, values in header.items():
         if values["dtype"] not in _DTYPES:
-            raise ValueError(f"{path}: {name} is stored as {values['dtype']}; allowed: {', '.join(_DTYPES)}")
+            raise UserError(f"{path}: {name} is stored as {values['dtype']}; allowed: {', '.join(_DTYPES)}")
         entry = Entry(_DTYPES[values["dtype"]], tuple(values["shape"]))
         stored[name] = Stored(path, entry, 8 + size + values["data_offsets"][0])
     return stored
@@ -151,7 +152,7 @@ def write(files: Mapping[Path, Mapping[str, Entry]], tensors: Iterable[tuple[str
             file = TensorFile(path, entries)
             stack.callback(file.close)
             owners |= dict.fromkeys(entries, file)
-        for _ in in_order(_copy, _blocks(owners, tensors), WRITERS):
+        for _ in ordered_map(_copy, _blocks(owners, tensors), WRITERS):
             pass
 
 

@@ -19,11 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-AXES = (
-    *("hidden", "ffn", "mamba_heads", "mamba_channels", "attention_heads"),
-    *("experts", "expert_ffn", "shared_ffn", "depth"),
-)
-
 
 @dataclass(frozen=True)
 class Fixed:

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_core.io.atomic import whole_directory
 from elastic_core.io.tensor_files import Entry
+from elastic_core.io.tokenizer_files import copy_tokenizer
 from elastic_core.model import architectures, hf
 from elastic_core.model.dims import Layout
 from elastic_core.model.layers import Norm, add_parameters, part_of
-from elastic_core.model.slicing import Cut, Observer
+from elastic_core.model.slicing import Observer, Slice
 from elastic_core.model.submodel import Submodel, full_submodel
 
 HEAD = "lm_head.weight"
@@ -37,22 +39,22 @@ class Trunk(nn.Module):
     def final_norm(self) -> Norm:
         return self.get_submodule(self.final_norm_name)
 
-    def embedding_weight(self, cut: Cut) -> Tensor:
+    def embedding_weight(self, sliced: Slice) -> Tensor:
         """The embeddings' weight (vocab, kept hidden)."""
-        return cut.weight(self, self.layout, self.embeddings_name)
+        return sliced.weight(self, self.layout, self.embeddings_name)
 
-    def embed(self, input_ids: Tensor, cut: Cut) -> Tensor:
-        x = F.embedding(input_ids, self.embedding_weight(cut))
+    def embed(self, input_ids: Tensor, sliced: Slice) -> Tensor:
+        x = F.embedding(input_ids, self.embedding_weight(sliced))
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as where weights are gathered so
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        gate = cut.gate("hidden")
+        gate = sliced.gate("hidden")
         return x if gate is None else x * gate.to(x.dtype)  # gates are float32; the residual stream keeps its own type
 
-    def forward(self, input_ids: Tensor, cut: Cut) -> Tensor:
-        x = self.embed(input_ids, cut)  # (B, L, hidden)
-        for i in cut.kept_layers:
-            x = self.layers[i](x, cut)
-        return self.final_norm(x, cut)
+    def forward(self, input_ids: Tensor, sliced: Slice) -> Tensor:
+        x = self.embed(input_ids, sliced)  # (B, L, hidden)
+        for i in sliced.kept_layers:
+            x = self.layers[i](x, sliced)
+        return self.final_norm(x, sliced)
 
 
 class ElasticModel(nn.Module):
@@ -113,37 +115,37 @@ class ElasticModel(nn.Module):
             entry = Entry(parameters[name].dtype, tuple(parameters[name].shape))
             entries |= hf.disk_entries(name, entry, disk_name)
         written = (found for name, rows in tensors for found in hf.disk_tensors(name, rows, disk_name))
-        with hf.whole_directory(directory) as partial:
+        with whole_directory(directory) as partial:
             hf.write_config(partial, self.config, dtype=str(self._any_matrix().dtype).removeprefix("torch."))
             hf.write_tensors(partial, entries, written)
             if tokenizer_from is not None:
-                hf.copy_tokenizer(tokenizer_from, partial)
+                copy_tokenizer(tokenizer_from, partial)
 
-    def cut(
+    def slice(
         self,
         submodel: Submodel | None = None,
         gates: Mapping[str, Tensor] | None = None,
         observe: Observer | None = None,
-    ) -> Cut:
+    ) -> Slice:
         """What `hidden_states` and `head` compute with; make it once for several calls."""
         submodel = (submodel or self.full).resolve(self.config)
         sizes = submodel.sizes(self.config)
-        return Cut(self.layout, self._any_matrix().device, sizes, submodel.kept_layers, gates, observe)
+        return Slice(self.layout, self._any_matrix().device, sizes, submodel.kept_layers, gates, observe)
 
     def _any_matrix(self) -> Tensor:
         return self.get_parameter(next(iter(self.layout)))
 
-    def hidden_states(self, input_ids: Tensor, cut: Cut) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, sliced: Slice) -> Tensor:
         """Final normed hidden states (B, L, kept hidden) of token ids (B, L)."""
-        return self.model(input_ids, cut)
+        return self.model(input_ids, sliced)
 
-    def head(self, cut: Cut) -> Tensor:
+    def head(self, sliced: Slice) -> Tensor:
         """The head's weight (vocab, kept hidden): logits = hidden_states @ head.T"""
-        return cut.weight(self, self.layout, HEAD) if HEAD in self.layout else self.model.embedding_weight(cut)
+        return sliced.weight(self, self.layout, HEAD) if HEAD in self.layout else self.model.embedding_weight(sliced)
 
     def forward(
         self, input_ids: Tensor, submodel: Submodel | None = None, gates: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Logits (B, L, vocab) of token ids (B, L) int64; `submodel` omitted is the full model."""
-        cut = self.cut(submodel, gates)
-        return F.linear(self.hidden_states(input_ids, cut), self.head(cut))
+        sliced = self.slice(submodel, gates)
+        return F.linear(self.hidden_states(input_ids, sliced), self.head(sliced))

@@ -3,31 +3,20 @@
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from elastic_core.errors import UserError
 from elastic_core.io import storage, tensor_files
 from elastic_core.io.tensor_files import Entry, Rows, Stored
 from elastic_core.model import architectures
+from elastic_core.model.axes import PER_LAYER
 from elastic_core.model.expert_files import StoredStack, is_stacked, matrix_name, place_in_stack
-from elastic_core.model.submodel import PER_LAYER
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 SHARD_BYTES = 5 * 2**30
 
 
@@ -41,7 +30,7 @@ def _read_config(local: Path, directory: str) -> PreTrainedConfig:
     values = read_values(local, directory)
     config_class, _ = architectures.find(values.get("model_type"), directory).MODELS[values["model_type"]]
     if any(isinstance(values.get(field), list) for field in PER_LAYER):
-        raise ValueError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it was cut from")
+        raise UserError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it was cut from")
     return check_config(config_class.from_pretrained(local), directory)
 
 
@@ -49,7 +38,7 @@ def read_values(local: Path, directory: str) -> dict:
     """What config.json says."""
     path = local / "config.json"
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{directory}: no config.json; expected a Hugging Face directory of model_type "
             f"{' or '.join(architectures.FAMILIES)}"
         )
@@ -60,7 +49,7 @@ def check_config(config, where: str = "config"):
     """Return `config` if every part of it is supported; raise ValueError naming the first that is not."""
     for holds, problem in architectures.find(config.model_type, where).requirements(config):
         if not holds:
-            raise ValueError(f"{where}: {problem}")
+            raise UserError(f"{where}: {problem}")
     return config
 
 
@@ -79,7 +68,7 @@ class TensorReader:
             with tensor_files.open_checked(self.directory / "model.safetensors") as file:
                 files = dict.fromkeys(file.keys(), "model.safetensors")
         else:
-            raise ValueError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
+            raise UserError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
         model_type = read_values(self.directory, str(directory)).get("model_type")
         canonical_name = architectures.find(model_type, str(directory)).canonical_name
         named = ((canonical_name(name), (file, name)) for name, file in files.items())
@@ -96,7 +85,7 @@ class TensorReader:
         for name, experts in found.items():
             if sorted(experts) != list(range(len(experts))):
                 missing = sorted(set(range(max(experts))) - set(experts))
-                raise ValueError(f"{self.directory}: {name} lacks experts {missing[:5]}; copy the model again")
+                raise UserError(f"{self.directory}: {name} lacks experts {missing[:5]}; copy the model again")
         return {name: [experts[i] for i in range(len(experts))] for name, experts in found.items()}
 
     def __contains__(self, name: str) -> bool:
@@ -125,14 +114,14 @@ class TensorReader:
             return self._stored(*self.files[name])
         experts = tuple(self._stored(file, stored) for file, stored in self.stacks[name])
         if len({expert.entry for expert in experts}) > 1:
-            raise ValueError(f"{self.directory}: the experts of {name} differ in shape or element type")
+            raise UserError(f"{self.directory}: the experts of {name} differ in shape or element type")
         return StoredStack(experts)
 
     def _stored(self, file: str, stored: str) -> Stored:
         if file not in self._headers:
             self._headers[file] = tensor_files.read_header(self.directory / file)
         if stored not in self._headers[file]:
-            raise ValueError(f"{self.directory / file}: does not hold {stored}, as the index says; copy both again")
+            raise UserError(f"{self.directory / file}: does not hold {stored}, as the index says; copy both again")
         return self._headers[file][stored]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -140,14 +129,14 @@ class TensorReader:
         found = self.files.keys() | self.stacks.keys()
         missing, unknown = sorted(shapes.keys() - found), sorted(found - shapes.keys())
         if missing or unknown:
-            raise ValueError(
+            raise UserError(
                 f"{self.directory}: tensors do not match config.json; "
                 f"missing: {missing[:5]}, not expected: {unknown[:5]}"
             )
         for name, shape in shapes.items():
             found = self.stored(name).entry.shape
             if found != tuple(shape):
-                raise ValueError(f"{self.directory}: {name} has shape {found}; config.json says {tuple(shape)}")
+                raise UserError(f"{self.directory}: {name} has shape {found}; config.json says {tuple(shape)}")
 
 
 def write_tensors(
@@ -201,43 +190,3 @@ def write_config(directory: Path, config, **changes) -> None:
     values |= {"architectures": [family.MODELS[config.model_type][1].__name__], **changes}
     values |= family.file_values(values)
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
-def copy_tokenizer(source: str | os.PathLike, directory: Path) -> None:
-    """Copy the tokenizer and generation files that `source` has."""
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, directory / name)
-
-
-@contextmanager
-def whole_directory(directory: str | os.PathLike) -> Iterator[Path]:
-    """A directory that appears whole or not at all: yields one to fill beside it, and renames it at the end.
-
-    Replaces an earlier model of the same name, and refuses to replace anything else. The earlier one steps aside and
-    is dropped last; where a killed process left it aside, it comes back first.
-    """
-    final = Path(directory)
-    partial, earlier = (final.with_name(f".{final.name}.{kind}") for kind in ("partial", "earlier"))
-    _settle(final, partial, earlier)
-    if final.exists() and not (final / "config.json").is_file() and not (final.is_dir() and not any(final.iterdir())):
-        raise ValueError(f"{final}: exists and is no model directory; name another directory, or remove it")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if final.exists():
-            os.replace(final, earlier)
-        os.replace(partial, final)
-    finally:
-        _settle(final, partial, earlier)
-
-
-def _settle(final: Path, partial: Path, earlier: Path) -> None:
-    """Drop what is not whole; of two whole directories the new one stays."""
-    shutil.rmtree(partial, ignore_errors=True)
-    if earlier.exists():
-        if final.exists():
-            os.replace(earlier, partial)  # so that one which is half deleted is never taken for whole
-            shutil.rmtree(partial)
-        else:
-            os.replace(earlier, final)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from elastic_core.model.dims import Layout
 from elastic_core.model.ops.norm import rms_norm
-from elastic_core.model.slicing import Cut
+from elastic_core.model.slicing import Slice
 
 
 def add_parameters(module: nn.Module, layout: Layout) -> None:
@@ -37,9 +37,9 @@ class Norm(nn.Module):
         self.eps, self.layout = eps, layout
         add_parameters(self, layout)
 
-    def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        x = rms_norm(x, cut.weight(self, self.layout, "weight"), self.eps, cut.num_live("hidden"))
-        cut.observe("hidden", x)
+    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+        x = rms_norm(x, sliced.weight(self, self.layout, "weight"), self.eps, sliced.num_live("hidden"))
+        sliced.observe("hidden", x)
         return x
 
 

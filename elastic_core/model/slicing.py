@@ -15,7 +15,7 @@ from elastic_core.model.dims import Dim, Layout, kept_rows, take
 Observer = Callable[[str, Tensor, Tensor | None, Tensor | None], None]
 
 
-class Cut:
+class Slice:
     """Sizes of every unit key, kept layers, and optional gates and observer.
 
     `gates` maps unit keys to a multiplier per kept unit, or one for all (shape (size,) or ()), and ``depth`` to one

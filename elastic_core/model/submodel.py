@@ -7,23 +7,10 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from elastic_core.errors import UserError
 from elastic_core.model import architectures
+from elastic_core.model.axes import EXPERTS, PER_LAYER, WIDTHS
 from elastic_core.model.dims import Units, layer_of
-
-# Submodel field → the axis of its unit keys; which layers have such a key is for the family's table to say.
-WIDTHS = {
-    "hidden_size": "hidden",
-    "intermediate_size": "ffn",
-    "mamba_num_heads": "mamba_heads",
-    "mamba_head_dim": "mamba_channels",
-    "num_attention_heads": "attention_heads",
-    "num_experts": "experts",
-    "moe_intermediate_size": "expert_ffn",
-    "moe_shared_expert_intermediate_size": "shared_ffn",
-}
-FIELDS = {axis: field for field, axis in WIDTHS.items()}
-EXPERTS = ("num_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")  # one size for all layers
-PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 
 Width = int | tuple[int, ...] | None
 
@@ -53,7 +40,7 @@ class Submodel:
             try:
                 plain = value if value is None else _as_ints(value)
             except TypeError:
-                raise ValueError(f"{field.name}: got {value!r}; allowed: an integer, or a list of integers") from None
+                raise UserError(f"{field.name}: got {value!r}; allowed: an integer, or a list of integers") from None
             object.__setattr__(self, field.name, plain)
 
     def resolve(self, config) -> Submodel:
@@ -114,7 +101,7 @@ class Submodel:
             or any(not 0 <= i < num_layers for i in kept)
             or len(set(kept)) < len(kept)
         ):
-            raise ValueError(
+            raise UserError(
                 f"kept_layers: got {kept}; allowed: one or more different indices in 0..{num_layers - 1} of the parent"
             )
         return tuple(sorted(kept))
@@ -122,9 +109,9 @@ class Submodel:
     @staticmethod
     def _checked_entries(name: str, keys: list[str], value: tuple[int, ...], kept, full: int) -> Width:
         if name not in PER_LAYER:
-            raise ValueError(f"{name}: got {value}; allowed: one size for the whole model")
+            raise UserError(f"{name}: got {value}; allowed: one size for the whole model")
         if len(value) != len(keys):
-            raise ValueError(
+            raise UserError(
                 f"{name}: got {len(value)} entries; allowed: one size, or one per parent layer that has it, "
                 f"of which there are {len(keys)}"
             )
@@ -157,10 +144,10 @@ def _check_size(name: str, size: int | None, full: int | None, units: Units) -> 
     groups, least = units.groups, max(units.groups, units.least)
     if full is None:
         if size is not None:
-            raise ValueError(f"{name}: got {size}; allowed: nothing, this parent has no such width")
+            raise UserError(f"{name}: got {size}; allowed: nothing, this parent has no such width")
     elif not least <= size <= full or size % groups:
         multiple = f", multiples of {groups} (every group keeps as many)" if groups > 1 else ""
-        raise ValueError(f"{name}: got {size}; allowed: {least} to {full}, the parent's own{multiple}")
+        raise UserError(f"{name}: got {size}; allowed: {least} to {full}, the parent's own{multiple}")
 
 
 def full_submodel(config) -> Submodel:

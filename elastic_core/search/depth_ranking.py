@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_core.errors import UserError
 from elastic_core.model.elastic_model import ElasticModel
-from elastic_core.training.losses import chunked_cross_entropy
+from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
+from elastic_core.search.ranking_methods import DEPTH_METHODS
 
 Progress = Callable[[str, int, int], None] | None
 Reduce = Callable[[Tensor], Tensor]
@@ -19,7 +21,7 @@ HELD_BYTES = 1 << 30  # of final hidden states on the device; those of further p
 def rank_layers(
     model: ElasticModel,
     batches: list[Tensor],
-    method: str = "iterative_nmse",
+    method: str = DEPTH_METHODS[0],
     min_depth: int = 1,
     progress: Progress = None,
     reduce: Reduce = lambda sums: sums,
@@ -31,7 +33,7 @@ def rank_layers(
     """
     num_layers = len(model.model.layers)
     if not 1 <= min_depth <= num_layers:
-        raise ValueError(f"min_depth: got {min_depth}; allowed: 1 to {num_layers}, the parent's layers")
+        raise UserError(f"min_depth: got {min_depth}; allowed: 1 to {num_layers}, the parent's layers")
     return METHODS[method](model, batches, min_depth, progress, reduce)
 
 
@@ -43,8 +45,8 @@ class LogitError:
     """
 
     def __init__(self, model: ElasticModel, batches: list[Tensor], reduce: Reduce):
-        self.model, self.batches, self.cut, self.reduce = model, batches, model.cut(), reduce
-        head = model.head(self.cut).double()
+        self.model, self.batches, self.sliced, self.reduce = model, batches, model.slice(), reduce
+        head = model.head(self.sliced).double()
         self.gram = head.T @ head  # (hidden, hidden)
         self._held: dict[int, Tensor] = {}
         total, held_bytes = 0.0, 0
@@ -58,7 +60,7 @@ class LogitError:
     def full(self, batch: int) -> Tensor:
         """The intact model's final hidden states of one batch."""
         held = self._held.get(batch)
-        return self.model.hidden_states(self.batches[batch], self.cut) if held is None else held
+        return self.model.hidden_states(self.batches[batch], self.sliced) if held is None else held
 
     def _squared(self, hidden: Tensor) -> Tensor:
         return ((hidden @ self.gram) * hidden).sum()
@@ -66,8 +68,8 @@ class LogitError:
     def __call__(self, full: Tensor, x: Tensor, layers: list[int]) -> Tensor:
         """The sum for one batch (see `full`) whose residual stream x has still to pass `layers`."""
         for layer in layers:
-            x = self.model.model.layers[layer](x, self.cut)
-        return self._squared((self.model.model.final_norm(x, self.cut) - full).double())
+            x = self.model.model.layers[layer](x, self.sliced)
+        return self._squared((self.model.model.final_norm(x, self.sliced) - full).double())
 
 
 def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[int, float]:
@@ -75,14 +77,14 @@ def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[i
 
     The prefix before a candidate is computed once for all.
     """
-    x, full = error.model.model.embed(error.batches[batch], error.cut), error.full(batch)
+    x, full = error.model.model.embed(error.batches[batch], error.sliced), error.full(batch)
     errors = {}
     for position, layer in enumerate(kept):
         if layer in candidates:
             errors[layer] = error(full, x, kept[position + 1 :])
             if len(errors) == len(candidates):
                 break
-        x = error.model.model.layers[layer](x, error.cut)
+        x = error.model.model.layers[layer](x, error.sliced)
     return dict(zip(errors, error.reduce(torch.stack(list(errors.values()))).tolist(), strict=True))
 
 
@@ -139,9 +141,9 @@ def _one_shot_perplexity(model, batches, min_depth, progress, reduce):
     """Scores are the cross-entropy (nats per token) without the layer."""
     layers, scores = list(range(len(model.model.layers))), {}
     for layer in layers:
-        cut = model.cut()
-        cut.kept_layers = tuple(i for i in layers if i != layer)
-        total = sum(_next_token_loss(model, ids, cut) for ids in batches)
+        sliced = model.slice()
+        sliced.kept_layers = tuple(i for i in layers if i != layer)
+        total = sum(_next_token_loss(model, ids, sliced) for ids in batches)
         total, tokens = reduce(
             torch.tensor([total, sum(ids[:, 1:].numel() for ids in batches)], dtype=torch.float64)
         ).tolist()
@@ -151,10 +153,10 @@ def _one_shot_perplexity(model, batches, min_depth, progress, reduce):
     return _by_score(scores)
 
 
-def _next_token_loss(model: ElasticModel, input_ids: Tensor, cut) -> float:
+def _next_token_loss(model: ElasticModel, input_ids: Tensor, sliced) -> float:
     labels = F.pad(input_ids[:, 1:], (0, 1), value=-100)
-    hidden = model.hidden_states(input_ids, cut)
-    return chunked_cross_entropy(hidden.flatten(0, 1), model.head(cut), labels.flatten()).item()
+    hidden = model.hidden_states(input_ids, sliced)
+    return chunked_cross_entropy(hidden.flatten(0, 1), model.head(sliced), labels.flatten()).item()
 
 
 def _by_score(scores: dict[int, float]) -> tuple[tuple[int, ...], dict[int, float]]:

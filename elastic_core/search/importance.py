@@ -16,16 +16,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from elastic_core.errors import UserError
+from elastic_core.io.atomic import write_text
 from elastic_core.model.dims import Units, elastic_units, permute
 from elastic_core.model.elastic_model import ElasticModel
-from elastic_core.search.depth_ranking import METHODS, rank_layers
+from elastic_core.search.depth_ranking import rank_layers
+from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS, MEASURES
 
-AGGREGATIONS = {
+AGGREGATE = {
     "l1": (torch.abs, lambda total, count: total),
     "l2": (torch.square, lambda total, count: total.sqrt()),
     "mean": (lambda activation: activation, lambda total, count: (total / count).abs()),
 }
-MEASURES = ("projection", "written")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Ranking:
             "scores": {key: value.tolist() for key, value in self.scores.items()},
             "orders": {key: value.tolist() for key, value in self.orders.items()},
         }
-        Path(path).write_text(json.dumps(content) + "\n")
+        write_text(path, json.dumps(content) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Ranking:
@@ -66,39 +68,43 @@ class Ranking:
 def rank(
     model: ElasticModel,
     batches: Iterable[Tensor],
-    aggregation: str = "l1",
-    depth_method: str = "iterative_nmse",
-    min_depth: int = 1,
-    top_channels: int | None = None,
+    *,
+    measure: str = MEASURES[0],
+    aggregation: str = AGGREGATIONS[0],
+    depth_method: str = DEPTH_METHODS[0],
     depth_batches: int | None = None,
+    min_depth: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
-    measure: str = "projection",
 ) -> Ranking:
     """Rank every width and the layers of `model` on `batches` of token ids, each (B, L) int64.
 
-    `aggregation` over batch and positions: l1 (Σ|a|, as the paper's equations), l2 (√Σa²) or mean (|mean a|).
-    `depth_method`: iterative_nmse, one_shot_nmse or one_shot_perplexity. `min_depth`: the smallest depth of interest,
-    below which iterative ranking need not go. `top_channels`: how many of the best Mamba channels judge the heads
-    (eq. 4; default half). `depth_batches`: how many of the batches judge the layers (default all).
-    `progress(what, done, total)` is called as work proceeds. Where several processes hold different sequences of every
-    batch, `reduce` adds a tensor up over all of them; they all end with the same ranking.
-    `measure`, of neurons, heads and Mamba channels: projection, the magnitude of what the layer's first projection puts
-    out, as in the paper (of a gated MLP, the product); or written, the norm of what a unit adds to the residual stream.
+    - `measure`, of neurons, heads and Mamba channels: ``output_norm``, the norm of what a unit adds to the residual
+      stream (ours); or ``projection``, the magnitude of what the layer's first projection puts out (eqs. 2–4; of a
+      gated MLP, the product).
+    - `aggregation` over batch and positions: ``l2`` (√Σa²), ``l1`` (Σ|a|, as in the paper) or ``mean`` (|mean a|).
+    - `depth_method`: ``iterative_nmse`` (eq. 5), ``one_shot_nmse`` or ``one_shot_perplexity``.
+    - `depth_batches`: how many of the batches score the layers (None: all).
+    - `min_depth`: the smallest depth that any budget may choose; iterative ranking stops there.
+    - `progress(what, done, total)` is called as work proceeds.
+    - `reduce` adds a tensor up over all processes, where several hold different sequences of every batch; they all end
+      with the same ranking.
+
+    Raises UserError for an unknown name or batches of another type.
     """
     if measure not in MEASURES:
-        raise ValueError(f"measure: got {measure!r}; allowed: {', '.join(MEASURES)}")
+        raise UserError(f"measure: got {measure!r}; allowed: {', '.join(MEASURES)}")
     if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation: got {aggregation!r}; allowed: {', '.join(AGGREGATIONS)}")
-    if depth_method not in METHODS:
-        raise ValueError(f"depth_method: got {depth_method!r}; allowed: {', '.join(METHODS)}")
+        raise UserError(f"aggregation: got {aggregation!r}; allowed: {', '.join(AGGREGATIONS)}")
+    if depth_method not in DEPTH_METHODS:
+        raise UserError(f"depth_method: got {depth_method!r}; allowed: {', '.join(DEPTH_METHODS)}")
     batches = list(batches)
     if not batches or any(ids.dim() != 2 or ids.dtype != torch.int64 or ids.shape[1] < 2 for ids in batches):
-        raise ValueError("batches: expected one or more int64 tensors (B, L) of token ids with L ≥ 2")
+        raise UserError("batches: expected one or more int64 tensors (B, L) of token ids with L ≥ 2")
     training = model.training
     model.eval()
     with torch.no_grad():
-        scores = score_widths(model, batches, aggregation, top_channels, progress, reduce, measure)
+        scores = score_widths(model, batches, measure, aggregation, progress, reduce)
         depth, depth_scores = rank_layers(model, batches[:depth_batches], depth_method, min_depth, progress, reduce)
     model.train(training)
     units = elastic_units(model.layout)
@@ -108,12 +114,11 @@ def rank(
 
 def score_widths(
     model: ElasticModel,
-    batches,
-    aggregation="l1",
-    top_channels=None,
-    progress=None,
-    reduce=lambda sums: sums,
-    measure="projection",
+    batches: list[Tensor],
+    measure: str = MEASURES[0],
+    aggregation: str = AGGREGATIONS[0],
+    progress: Callable[[str, int, int], None] | None = None,
+    reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[str, Tensor]:
     """Importance of every unit of every width, float64, keyed by unit key.
 
@@ -121,20 +126,20 @@ def score_widths(
     in one), by either measure; its neurons' are the first projection's output, or what the neuron adds to what the
     expert says, times the routing weight, of the tokens sent there.
     """
-    transform, finish = AGGREGATIONS[aggregation]
+    transform, finish = AGGREGATE[aggregation]
     units = elastic_units(model.layout)
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
     def observe(key: str, activation: Tensor, writes: Tensor | None, owners: Tensor | None) -> None:
         is_same = key == "hidden" or key.startswith("experts.")  # by either measure
-        if not is_same and (writes is not None) != (measure == "written"):
+        if not is_same and (writes is not None) != (measure == "output_norm"):
             return
         if writes is not None and owners is not None:
             activation = activation.double() * torch.stack([one.double().norm(dim=0) for one in writes])[owners]
         elif writes is not None:
             parts = [units[key].size] if key in units else mamba_sizes(units, key)
-            activation = written(activation, writes, math.prod(parts)).unflatten(-1, parts)
+            activation = output_norms(activation, writes, math.prod(parts)).unflatten(-1, parts)
         elif key.startswith("attention_heads"):
             activation = activation.norm(dim=-1)  # (B, L, A, head_dim) → magnitude per head
         values = transform(activation.double())
@@ -147,9 +152,9 @@ def score_widths(
         totals[key] = totals[key] + total if key in totals else total
         counts[key] = counts.get(key, 0) + count
 
-    cut = model.cut(observe=observe)
+    sliced = model.slice(observe=observe)
     for done, input_ids in enumerate(batches, 1):
-        model.hidden_states(input_ids, cut)
+        model.hidden_states(input_ids, sliced)
         if progress:
             progress("widths", done, len(batches))
     # One message for all: unit keys come in the same order everywhere.
@@ -164,7 +169,7 @@ def score_widths(
     }
     for key in [key for key in scores if key.startswith("mamba.")]:
         layer = key.removeprefix("mamba.")
-        heads, channels = score_mamba(scores.pop(key), top_channels)
+        heads, channels = score_mamba(scores.pop(key))
         scores |= {f"mamba_heads.{layer}": heads, f"mamba_channels.{layer}": channels}
     return scores
 
@@ -175,7 +180,7 @@ def mamba_sizes(units: dict[str, Units], key: str) -> list[int]:
     return [units[f"{axis}.{layer}"].size for axis in ("mamba_heads", "mamba_channels")]
 
 
-def written(inputs: Tensor, weight: Tensor, num_units: int) -> Tensor:
+def output_norms(inputs: Tensor, weight: Tensor, num_units: int) -> Tensor:
     """‖W_u x_u‖₂ per unit u: inputs (B, L, units · size), weight (hidden, units · size) → (B, L, units), float64."""
     columns = weight.double().T.unflatten(0, (num_units, -1))  # (units, size, hidden)
     inputs = inputs.double().unflatten(-1, (num_units, -1))
@@ -183,13 +188,13 @@ def written(inputs: Tensor, weight: Tensor, num_units: int) -> Tensor:
     return (torch.einsum("...us,ust->...ut", inputs, gram) * inputs).sum(-1).clamp(min=0).sqrt()
 
 
-def score_mamba(s: Tensor, top_channels: int | None = None) -> tuple[Tensor, Tensor]:
+def score_mamba(s: Tensor) -> tuple[Tensor, Tensor]:
     """Head and channel scores of one Mamba layer from its aggregated activations s (heads, channels).
 
-    Channels: ‖s[:, d]‖₂ over heads (eq. 3). Heads: ‖s[h, D_top]‖₂ over the best channels only (eq. 4).
+    Channels: ‖s[:, d]‖₂ over heads (eq. 3). Heads: ‖s[h, D_top]‖₂ over the best half of the channels only (eq. 4).
     """
     channels = s.norm(dim=0)
-    top = channels.topk(min(top_channels or max(1, s.shape[1] // 2), s.shape[1])).indices
+    top = channels.topk(max(1, s.shape[1] // 2)).indices
     return s[:, top].norm(dim=1), channels
 
 
@@ -211,16 +216,14 @@ def sort_(model: ElasticModel, ranking: Ranking) -> ElasticModel:
     units = elastic_units(model.layout)
     for key, order in ranking.orders.items():
         if key not in units:
-            raise ValueError(
-                f"ranking: key {key!r} is not in this model; rank it again with this model's configuration"
-            )
+            raise UserError(f"ranking: key {key!r} is not in this model; rank it again with this model's configuration")
         groups = torch.arange(units[key].size) // (units[key].size // units[key].groups)
         rows = (units[key.replace("expert_ffn", "experts")].size,) if order.dim() == 2 else ()  # neurons of experts
         shape = (*rows, units[key].size)
         all_units = torch.arange(units[key].size).expand(shape)
         is_permutation = order.shape == shape and torch.equal(order.sort().values, all_units)
         if not is_permutation or not torch.equal(groups[order], groups.expand(shape)):
-            raise ValueError(f"ranking: the order of {key!r} is not a permutation within the groups of this model")
+            raise UserError(f"ranking: the order of {key!r} is not a permutation within the groups of this model")
     for name, parameter in model.named_parameters():
         parameter.copy_(permute(parameter, model.layout[name], ranking.orders))
     return model

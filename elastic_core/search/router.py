@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_core.errors import UserError
 from elastic_core.search.space import ElasticSpace
 
-HIDDEN_WIDTH = 256
+HIDDEN_WIDTH = 256  # of each network; the paper's
 
 
 class Router(nn.Module):
@@ -22,10 +23,10 @@ class Router(nn.Module):
     draw and the next larger budget's choice, so no axis of a smaller submodel exceeds a larger one's.
     """
 
-    def __init__(self, space: ElasticSpace, targets: tuple[float, ...], hidden_width: int = HIDDEN_WIDTH):
+    def __init__(self, space: ElasticSpace, targets: tuple[float, ...]):
         super().__init__()
         if list(targets) != sorted(set(targets), reverse=True) or not all(0 < target <= 1 for target in targets):
-            raise ValueError(f"budgets: got {list(targets)}; allowed: different fractions in (0, 1], largest first")
+            raise UserError(f"budgets: got {list(targets)}; allowed: different fractions in (0, 1], largest first")
         self.space, self.targets = space, tuple(targets)
         outputs: dict[str, int] = {}
         for slot in space.slots:
@@ -33,7 +34,7 @@ class Router(nn.Module):
         num = len(targets)
         self.networks = nn.ModuleDict(
             {
-                axis: nn.Sequential(nn.Linear(num, hidden_width), nn.LeakyReLU(), nn.Linear(hidden_width, size))
+                axis: nn.Sequential(nn.Linear(num, HIDDEN_WIDTH), nn.LeakyReLU(), nn.Linear(HIDDEN_WIDTH, size))
                 for axis, size in outputs.items()
             }
         )

@@ -2,17 +2,26 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from elastic_core.config import ConfigError
-from elastic_core.export.elastic_checkpoint import TOLERANCE
+from elastic_core.cost.budgets import TOLERANCE
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.router import Router
 from elastic_core.search.space import ElasticSpace
 
 LARGEST_GRID = 100_000  # combinations that are all looked at
+
+
+@dataclass(frozen=True)
+class Member:
+    """One budget of the family: its target as a fraction of the parent's cost, and its submodel."""
+
+    target: float
+    submodel: Submodel
 
 
 def check_budgets(space: ElasticSpace, budgets: dict[str, float], tolerance: float = TOLERANCE) -> None:

@@ -9,36 +9,13 @@ from torch import Tensor
 
 from elastic_core.config import ConfigError, require
 from elastic_core.cost.metrics import PARAMETERS, Metric, expected_cost
+from elastic_core.errors import UserError
 from elastic_core.model import architectures
-from elastic_core.model.dims import AXES
-from elastic_core.model.submodel import EXPERTS, FIELDS, PER_LAYER, WIDTHS, Submodel, keys_of
+from elastic_core.model.axes import AXES, EXPERTS, FIELDS, PER_LAYER, WIDTHS
+from elastic_core.model.submodel import Submodel, keys_of
+from elastic_core.search.choices import Choices
 
 EXPERT_ROW = 8  # numbers in bfloat16, 16 bytes, of which a row of an expert's matrices has to be a multiple
-
-
-@dataclass(frozen=True)
-class Choices:
-    """Kept sizes per axis, largest first, the first being the parent's own; None keeps the parent's size.
-
-    `depth` holds numbers of layers, taken from the depth ranking. `num_experts` are the routed ones of every layer that
-    has experts, `moe_intermediate_size` the width of each of them. Axes named in `heterogeneous` (intermediate_size,
-    mamba_num_heads, num_attention_heads) choose per layer, all others once for the whole model.
-    """
-
-    hidden_size: tuple[int, ...] | None = None
-    intermediate_size: tuple[int, ...] | None = None
-    mamba_num_heads: tuple[int, ...] | None = None
-    mamba_head_dim: tuple[int, ...] | None = None
-    num_attention_heads: tuple[int, ...] | None = None
-    num_experts: tuple[int, ...] | None = None
-    moe_intermediate_size: tuple[int, ...] | None = None
-    moe_shared_expert_intermediate_size: tuple[int, ...] | None = None
-    depth: tuple[int, ...] | None = None
-    heterogeneous: tuple[str, ...] = ()
-
-    def check(self) -> None:
-        for name in self.heterogeneous:
-            require(name in PER_LAYER, "heterogeneous", name, ", ".join(PER_LAYER))
 
 
 @dataclass(frozen=True)
@@ -69,7 +46,7 @@ class ElasticSpace:
         self.config, self.depth_ranking, self.metric = config, tuple(depth_ranking), metric
         num_layers = architectures.num_layers(config)
         if sorted(self.depth_ranking) != list(range(num_layers)):
-            raise ValueError(f"depth_ranking: got {self.depth_ranking}; expected every layer 0..{num_layers - 1} once")
+            raise UserError(f"depth_ranking: got {self.depth_ranking}; expected every layer 0..{num_layers - 1} once")
         self.units = architectures.units(config)
         _check_expressible(config, choices, where)
         self.slots = [slot for axis in AXES for slot in self._slots(axis, choices, where)]

@@ -8,11 +8,12 @@ import statistics
 
 from elastic_core.cost.metrics import PARAMETERS, Metric, exact_cost
 from elastic_core.model import architectures
+from elastic_core.model.axes import PER_LAYER, WIDTHS
 from elastic_core.model.dims import layer_of
-from elastic_core.model.submodel import PER_LAYER, WIDTHS, Submodel, keys_of
+from elastic_core.model.submodel import Submodel, keys_of
 
 
-def even_counterpart(config, submodel: Submodel, metric: Metric = PARAMETERS) -> Submodel:
+def uniform_counterpart(config, submodel: Submodel, metric: Metric = PARAMETERS) -> Submodel:
     """The homogeneous submodel of the same layers and global widths whose cost is nearest to that of `submodel`.
 
     Every width that differs between the kept layers becomes its mean over them, rounded to what its groups allow; the

@@ -26,9 +26,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.digests import file_digest
-from elastic_core.training.distributed.placement import Ranks
+from elastic_core.training.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +116,9 @@ class Checkpoints:
             for name in sorted(manifest["files"])[self.ranks.rank :: self.ranks.world]:
                 entry, path = manifest["files"][name], directory / name
                 if path.stat().st_size != entry["bytes"]:
-                    raise ValueError(f"{name} has {path.stat().st_size} bytes, should have {entry['bytes']}")
+                    raise UserError(f"{name} has {path.stat().st_size} bytes, should have {entry['bytes']}")
                 if file_digest(path) != entry["sha256"]:
-                    raise ValueError(f"the checksum of {name} does not match")
+                    raise UserError(f"the checksum of {name} does not match")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problem = str(error)
         found = [problem for problem in self.ranks.gather(problem) if problem is not None]
@@ -128,7 +129,7 @@ def read_manifest(directory: Path) -> dict:
     """A checkpoint's manifest; ValueError where its own checksum does not match."""
     content = json.loads((directory / MANIFEST).read_text())
     if content.pop("sha256") != _digest(content):
-        raise ValueError(f"the checksum of {MANIFEST} does not match")
+        raise UserError(f"the checksum of {MANIFEST} does not match")
     return content
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from elastic_core.model import architectures
 from elastic_core.model.dims import layer_index
-from elastic_core.training.distributed.placement import local
+from elastic_core.training.distributed.gradients import local
 from elastic_core.training.run import Run, named_parameters
 
 ADVICE = "lower learning_rate, or start from the last checkpoint with other data"
@@ -16,9 +16,9 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not a finite number; none of them reached the weights."""
 
 
-def explain_loss(run: Run, microbatch: int, row: dict, cut, input_ids: Tensor) -> str:
+def explain_loss(run: Run, microbatch: int, row: dict, sliced, input_ids: Tensor) -> str:
     """Run a microbatch whose loss is not finite once more, looking at every layer's output."""
-    statistics = layer_statistics(run, cut, input_ids)
+    statistics = layer_statistics(run, sliced, input_ids)
     found = [lines for lines in run.ranks.gather(statistics) if any(bad for _, _, bad in lines)]
     if found:
         lines = found[0]
@@ -59,7 +59,7 @@ def explain_gradient(run: Run, microbatches: list[dict]) -> str:
     )
 
 
-def layer_statistics(run: Run, cut, input_ids: Tensor) -> list[tuple[str, float, float]]:
+def layer_statistics(run: Run, sliced, input_ids: Tensor) -> list[tuple[str, float, float]]:
     """Per step of the forward pass its name, the largest finite magnitude and the share of numbers not finite."""
     lines: list[tuple[str, float, float]] = []
     pattern = architectures.pattern(run.model.config)
@@ -76,7 +76,7 @@ def layer_statistics(run: Run, cut, input_ids: Tensor) -> list[tuple[str, float,
     handles = [layer.register_forward_hook(watch(f"layer {i} ({pattern[i]})")) for i, layer in enumerate(trunk.layers)]
     handles.append(trunk.final_norm.register_forward_hook(watch("the final norm")))
     try:
-        run.model.hidden_states(input_ids.to(run.ranks.device), cut)
+        run.model.hidden_states(input_ids.to(run.ranks.device), sliced)
     finally:
         for handle in handles:
             handle.remove()

@@ -23,7 +23,7 @@ from elastic_core.search.router import anneal, noise_generator
 from elastic_core.search.selection import select_family
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.diagnosis import NonFiniteError, explain_gradient, explain_loss
-from elastic_core.training.distributed.placement import average_gradients, clip_gradients, gradient_norm
+from elastic_core.training.distributed.gradients import average_gradients, clip_gradients, gradient_norm
 from elastic_core.training.losses import distillation_loss, resource_loss
 from elastic_core.training.run import Run, members_of, resume, save, trained_modules
 from elastic_core.training.stage import Stage, deal, uses_trainable_teacher
@@ -62,7 +62,7 @@ def train_step(run: Run) -> dict:
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak"] * stage.learning_rate_factor(run.step)
     shares = stage.budget_shares or dict.fromkeys(run.budgets, 1.0)
-    dealt = deal(shares, stage.microbatches, run.seed, run.step, stage.budgets_per_batch)
+    dealt = deal(shares, stage.microbatches, run.seed, run.step)
     mode = "hard" if run.members else "soft"
     results = accumulate_gradients(run, dealt)
     average_gradients(modules, run.ranks)
@@ -98,11 +98,9 @@ def accumulate_gradients(run: Run, dealt: list[str]) -> list[dict]:
     """
     batches = [microbatch_data(run, microbatch) for microbatch in range(len(dealt))]
     num_live = run.ranks.sum(torch.stack([(labels != IGNORED_LABEL).sum() for _, labels in batches])).clamp(min=1)
-    results, taught = [], {}
+    results = []
     for microbatch, (budget, (input_ids, labels)) in enumerate(zip(dealt, batches, strict=True)):
-        if microbatch % run.stage.budgets_per_batch == 0:
-            taught = {}  # what teachers make of these sequences, for all microbatches that read them
-        result = microbatch_loss(run, microbatch, budget, input_ids, labels, num_live[microbatch], taught)
+        result = microbatch_loss(run, microbatch, budget, input_ids, labels, num_live[microbatch])
         total = run.ranks.world * result["loss"]  # gradients are averaged over ranks, losses are parts of a sum
         if result["router_loss"] is not None:
             total = total + run.routing.weight * result["router_loss"]
@@ -118,7 +116,7 @@ def microbatch_data(run: Run, microbatch: int) -> tuple[Tensor, Tensor]:
 
 
 def microbatch_loss(
-    run: Run, microbatch: int, budget: str, input_ids: Tensor, labels: Tensor, num_live: Tensor, taught: dict
+    run: Run, microbatch: int, budget: str, input_ids: Tensor, labels: Tensor, num_live: Tensor
 ) -> dict:
     """Losses of one microbatch on one budget: `loss` and `router_loss` to differentiate, the rest for the eyes.
 
@@ -126,16 +124,16 @@ def microbatch_loss(
     """
     weights, device = run.stage.loss_of(budget), run.ranks.device
     input_ids, labels = input_ids.to(device), labels.to(device)
-    cut, router_loss, cost = choose_cut(run, microbatch, budget)
+    sliced, router_loss, cost = choose_slice(run, microbatch, budget)
     with precision(run.stage, device):
-        teacher = teacher_states(run, microbatch, budget, input_ids, taught)
-        hidden = run.model.hidden_states(input_ids, cut)
+        teacher = teacher_states(run, microbatch, budget, input_ids)
+        hidden = run.model.hidden_states(input_ids, sliced)
         if teacher is not None:
             model, states = teacher
-            teacher = states, model.head(run.cut_of(model))  # after a forward pass, which gathers a sharded head
+            teacher = states, model.head(run.slice_of(model))  # after a forward pass, which gathers a sharded head
         loss, ce, kl = distillation_loss(
             hidden,
-            run.model.head(cut),
+            run.model.head(sliced),
             labels,
             teacher,
             weights.ce_weight,
@@ -146,38 +144,33 @@ def microbatch_loss(
     return {"loss": loss, "ce": ce, "kl": kl, "cost": cost, "router_loss": router_loss}
 
 
-def choose_cut(run: Run, microbatch: int, budget: str):
+def choose_slice(run: Run, microbatch: int, budget: str):
     """The part of the model that this microbatch computes with, its resource loss, and its expected cost."""
     if run.members is not None:
-        return run.cut_of(run.model, run.members[budget].submodel), None, None
+        return run.slice_of(run.model, run.members[budget].submodel), None, None
     index, space = list(run.budgets).index(budget), run.router.space
     tau, scale = anneal(run.step / (run.routing.share * run.stage.steps), run.routing.temperatures, run.routing.scales)
     probs = run.router.probs(index, tau, scale, noise_generator(run.seed, run.step, microbatch))
     cost = space.cost(probs)
     loss = resource_loss(cost, run.budgets[budget] * run.parent_cost, run.routing.dead_zone)
     if run.routing.mode == "soft":
-        return run.model.cut(gates=space.soft_gates(probs)), loss, cost.detach()
+        return run.model.slice(gates=space.soft_gates(probs)), loss, cost.detach()
     indices = [int(prob.argmax()) for prob in probs]
-    return run.model.cut(space.submodel(indices), space.hard_gates(probs, indices)), loss, cost.detach()
+    return run.model.slice(space.submodel(indices), space.hard_gates(probs, indices)), loss, cost.detach()
 
 
 @torch.no_grad()
-def teacher_states(
-    run: Run, microbatch: int, budget: str, input_ids: Tensor, taught: dict[ElasticModel, Tensor]
-) -> tuple[ElasticModel, Tensor] | None:
+def teacher_states(run: Run, microbatch: int, budget: str, input_ids: Tensor) -> tuple[ElasticModel, Tensor] | None:
     """The teacher, frozen parent or the family's own full model, and its hidden states; None for no teacher.
 
-    `taught` remembers what each teacher made of these sequences. The full budget is not its own teacher: where the
-    teacher is trainable it learns from the text alone.
+    The full budget is not its own teacher: where the teacher is trainable, the full budget learns from text alone.
     """
     model = run.frozen_teacher
     if uses_trainable_teacher(run.stage, run.step, microbatch):
         model = None if run.budgets[budget] == 1.0 else run.model
     if model is None or run.stage.loss_of(budget).kl_weight == 0:
         return None
-    if model not in taught:
-        taught[model] = model.hidden_states(input_ids, run.cut_of(model))
-    return model, taught[model]
+    return model, model.hidden_states(input_ids, run.slice_of(model))
 
 
 def precision(stage: Stage, device: torch.device):
@@ -228,9 +221,9 @@ def skip_step(run: Run, microbatches: list[dict]) -> None:
     if not any(is_bad):
         raise NonFiniteError(explain_gradient(run, microbatches))
     bad = is_bad.index(True)
-    cut, *_ = choose_cut(run, bad, microbatches[bad]["budget"])
+    sliced, *_ = choose_slice(run, bad, microbatches[bad]["budget"])
     with precision(run.stage, run.ranks.device), torch.no_grad():
-        raise NonFiniteError(explain_loss(run, bad, microbatches[bad], cut, microbatch_data(run, bad)[0]))
+        raise NonFiniteError(explain_loss(run, bad, microbatches[bad], sliced, microbatch_data(run, bad)[0]))
 
 
 def settle(run: Run) -> None:

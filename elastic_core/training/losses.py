@@ -6,20 +6,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elastic_core.data.loader import IGNORED_LABEL as IGNORED
+from elastic_core.errors import UserError
 
 CHUNK = 1024  # tokens whose logits exist at a time, at most
 # With a large vocabulary fewer, down to what still fills matrix products: 64 MB of float32 logits, where they suffice.
 SMALLEST, ENTRIES = 512, 2**24
-
-
-def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Summed next-token cross-entropy in nats, forward only. hidden (T, H), head (V, H), labels (T,) → ()."""
-    total = hidden.new_zeros((), dtype=torch.float64)
-    for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        logits = F.linear(h, head)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total += F.cross_entropy(logits, y, ignore_index=IGNORED, reduction="sum")
-    return total
 
 
 class DistillationLoss(torch.autograd.Function):
@@ -124,7 +115,7 @@ def distillation_loss(
     if teacher is not None:
         teacher = teacher[0].detach().flatten(0, -2), teacher[1].detach()
     elif kl_weight:
-        raise ValueError("kl_weight: distillation needs a teacher; pass one, or set kl_weight to 0")
+        raise UserError("kl_weight: distillation needs a teacher; pass one, or set kl_weight to 0")
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     chunk = chunk or min(CHUNK, max(SMALLEST, ENTRIES // len(head)))
     return DistillationLoss.apply(hidden, head, labels, teacher, ce_weight, kl_weight, temperature, chunk, num_live)

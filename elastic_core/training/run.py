@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from elastic_core.config import ConfigError
 from elastic_core.cost.metrics import PARAMETERS, Metric, exact_cost
 from elastic_core.data.loader import PackedSequences
-from elastic_core.export.elastic_checkpoint import Member
 from elastic_core.model.elastic_model import ElasticModel
-from elastic_core.model.slicing import Cut
+from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.router import Router
+from elastic_core.search.selection import Member
 from elastic_core.training.checkpoint import Checkpoints
-from elastic_core.training.distributed.placement import Ranks, is_matrix, local
+from elastic_core.training.distributed.gradients import local
+from elastic_core.training.distributed.placement import is_matrix
+from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.stage import Routing, Stage
 
 
@@ -64,14 +66,14 @@ class Run:
         self.optimizer = make_optimizer(self.model, self.router, self.stage, self.routing)
         self.frozen_teacher = None if self.teacher is None else self.teacher.requires_grad_(False).eval()
         self._costs: dict[str, float] = {}
-        self._cuts: dict[tuple[int, Submodel], Cut] = {}
+        self._slices: dict[tuple[int, Submodel], Slice] = {}
 
-    def cut_of(self, model: ElasticModel, submodel: Submodel | None = None) -> Cut:
+    def slice_of(self, model: ElasticModel, submodel: Submodel | None = None) -> Slice:
         """`model.cut(submodel)`, looked up once in a run and not in every microbatch."""
         key = id(model), submodel or model.full
-        if key not in self._cuts:
-            self._cuts[key] = model.cut(submodel)
-        return self._cuts[key]
+        if key not in self._slices:
+            self._slices[key] = model.slice(submodel)
+        return self._slices[key]
 
     def member_cost(self, budget: str) -> float:
         """Cost of a budget's submodel, once it is chosen."""

@@ -64,10 +64,8 @@ class Stage:
 
     A step takes `batch_size` sequences in `microbatches` equal parts, each dealt to one budget in the proportions of
     `budget_shares`. `mixture`: share of the sequences drawn from each data source. The learning rate warms up
-    linearly and falls by `schedule` to `final_learning_rate` of its peak. With `budgets_per_batch` k, k microbatches in
-    a row read the same sequences, as far as shares allow each on a budget of its own, and the teacher reads them once;
-    `batch_size` counts them k times, as the students do. A step whose loss or gradient is not finite
-    is skipped; more than `max_skipped_steps` in a row end the run.
+    linearly and falls by `schedule` to `final_learning_rate` of its peak. A step whose loss or gradient is not finite is
+    skipped; more than `max_skipped_steps` in a row end the run.
     """
 
     sequence_length: int
@@ -77,7 +75,6 @@ class Stage:
     mixture: dict[str, float]
     budget_shares: dict[str, float] = field(default_factory=dict)
     microbatches: int = 1
-    budgets_per_batch: int = 1
     warmup_steps: int = 60
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     final_learning_rate: float = 0.1
@@ -94,7 +91,7 @@ class Stage:
 
     def check(self) -> None:
         for name in (
-            *("sequence_length", "batch_size", "steps", "microbatches", "budgets_per_batch"),
+            *("sequence_length", "batch_size", "steps", "microbatches"),
             *("checkpoint_every", "keep_checkpoints"),
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
@@ -103,12 +100,6 @@ class Stage:
             "batch_size",
             self.batch_size,
             f"a multiple of microbatches ({self.microbatches})",
-        )
-        require(
-            self.microbatches % self.budgets_per_batch == 0,
-            "microbatches",
-            self.microbatches,
-            f"a multiple of budgets_per_batch ({self.budgets_per_batch})",
         )
         require(self.max_skipped_steps >= 0, "max_skipped_steps", self.max_skipped_steps, "0 or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
@@ -128,8 +119,7 @@ class Stage:
 
     def first_sample(self, step: int, microbatch: int) -> int:
         """The number of a microbatch's first sequence in the stage's data."""
-        batch = step * (self.microbatches // self.budgets_per_batch) + microbatch // self.budgets_per_batch
-        return batch * (self.batch_size // self.microbatches)
+        return step * self.batch_size + microbatch * (self.batch_size // self.microbatches)
 
     def num_tokens(self, steps: int | None = None) -> int:
         """Tokens of `steps` steps (None: all)."""
@@ -144,21 +134,19 @@ class Stage:
         return 1 - fall * (1 - self.final_learning_rate)
 
 
-def deal(shares: dict[str, float], microbatches: int, seed: int, step: int, together: int = 1) -> list[str]:
+def deal(shares: dict[str, float], microbatches: int, seed: int, step: int) -> list[str]:
     """The budget of each microbatch of a step, stratified: a function of its arguments alone, so all ranks agree.
 
     Evenly spaced points, shifted from step to step by the golden ratio, are looked up in the cumulative shares: in
-    any run of steps every budget gets its share to within a few microbatches. Of `together` microbatches in a row no
-    two get the same budget, unless it has so many of them that they have to.
+    any run of steps every budget gets its share to within a few microbatches.
     """
     names = [name for name in shares if shares[name] > 0]
     cumulative = list(itertools.accumulate(shares[name] for name in names))
     offset = (GOLDEN * (seed + step + 1)) % 1
     points = [(i + offset) / microbatches * cumulative[-1] for i in range(microbatches)]
     dealt = [names[min(bisect.bisect_right(cumulative, point), len(names) - 1)] for point in points]
-    groups = [dealt[first :: microbatches // together] for first in range(microbatches // together)]
-    np.random.default_rng([seed, step]).shuffle(groups)
-    return [name for group in groups for name in group]
+    np.random.default_rng([seed, step]).shuffle(dealt)
+    return dealt
 
 
 def uses_trainable_teacher(stage: Stage, step: int, microbatch: int) -> bool:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
+from elastic_core.errors import UserError
 from flows.cli.options import Budget, Dtype, Heterogeneous, Settings, complete_profile, stage_option
 
 INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
@@ -202,10 +203,10 @@ def extract(
     """
     with clear_errors("stopped; nothing was written"):
         if len(paths) > 2:
-            raise ValueError(f"got {len(paths)} paths; allowed: [DIR] OUT, the family's directory and the new one")
+            raise UserError(f"got {len(paths)} paths; allowed: [DIR] OUT, the family's directory and the new one")
         out = paths[-1]
         if out.exists() and not force:
-            raise ValueError(f"{out}: exists; name another directory, or replace it with --force")
+            raise UserError(f"{out}: exists; name another directory, or replace it with --force")
         from tasks.commands import find_family
         from tasks.commands.extract import export
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic_core.errors import UserError
 from flows.process.output import follow
 from flows.stages import reproduce, select, stage_names
 from tasks.settings import profiles as workspaces
@@ -33,7 +34,7 @@ def run_pipeline(
     Raises ValueError for what the caller can mend and StageFailed for a stage that ends with an error.
     """
     if not (root / "dvc.yaml").is_file():
-        raise ValueError(f"{root}: no checkout (no dvc.yaml); install from one, with `pip install --editable`")
+        raise UserError(f"{root}: no checkout (no dvc.yaml); install from one, with `pip install --editable`")
     names = stage_names(root)
     chosen = select(names, selection.first, selection.last, selection.only)
     workspace = workspaces.prepare(profile, root, budgets, overrides)
@@ -57,7 +58,7 @@ def read_budgets(texts: Iterable[str]) -> dict[str, float | str]:
         name, _, budget = text.partition("=")
         if not budget[:1].isdigit() and not budget.startswith("."):
             allowed = "NAME=BUDGET, such as small=0.4, small=9B, small=16GiB@128k or small=35ms/token"
-            raise ValueError(f"--budget: got {text!r}; allowed: {allowed}")
+            raise UserError(f"--budget: got {text!r}; allowed: {allowed}")
         try:
             budgets[name] = float(budget)
         except ValueError:
@@ -67,10 +68,10 @@ def read_budgets(texts: Iterable[str]) -> dict[str, float | str]:
 
 def _check_parameters(workspace: Path, log: Callable[[str], None]) -> None:
     """In the workspace, where relative paths of params.yaml start, and before a stage has cost hours."""
-    status, lines = follow([sys.executable, "-m", "tasks.settings.params"], workspace, lambda line: None)
+    status, lines = follow([sys.executable, "-m", "tasks.commands.check"], workspace, lambda line: None)
     if status != 0:
-        raise ValueError(
-            "\n".join(lines).removeprefix("error: ") or f"tasks.settings.params ended with exit status {status}"
+        raise UserError(
+            "\n".join(lines).removeprefix("error: ") or f"tasks.commands.check ended with exit status {status}"
         )
     log("\n".join(lines))
 

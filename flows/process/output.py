@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from flows.process.guard import guarded
@@ -29,15 +29,33 @@ _LINE = re.compile(r"([^\r\n]*)(\r?\n|\r(?=[^\n]))")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def follow(command: list[str], workspace: Path, log: Callable[[str], None]) -> tuple[int, list[str]]:
-    """Run a command under the guard, hand each line of its output to `log`; the exit status and the last lines."""
+def follow(
+    command: list[str],
+    workspace: Path,
+    log: Callable[[str], None],
+    variables: Mapping[str, str] = {},
+    look: Callable[[], bool] = lambda: True,
+) -> tuple[int, list[str]]:
+    """Run a command under the guard, hand each line of its output to `log`; the exit status and the last lines.
+
+    `variables` are added to its environment. `look` is called for every line and about once a second; a line is handed
+    on only where it returns True.
+    """
     tail = deque(maxlen=TAIL_LINES)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with guarded(command, cwd=workspace, env=environment(), **pipes) as process:
-        for line in read_lines(read_chunks(process, process.stdout.fileno())):
+    with guarded(command, cwd=workspace, env=environment() | dict(variables), **pipes) as process:
+        for line in read_lines(watched(read_chunks(process, process.stdout.fileno()), look)):
             tail.append(line)
-            log(line)
+            if look():
+                log(line)
         return process.wait(), list(tail)
+
+
+def watched(chunks: Iterable[bytes], look: Callable[[], bool]) -> Iterator[bytes]:
+    """The chunks; `look` is called for each."""
+    for chunk in chunks:
+        look()
+        yield chunk
 
 
 def environment() -> dict[str, str]:
@@ -48,7 +66,7 @@ def environment() -> dict[str, str]:
 
 
 def read_chunks(process: subprocess.Popen, source: int) -> Iterator[bytes]:
-    """The process's output as it comes; `source` is where it is read."""
+    """The process's output as it comes, and an empty chunk every second without any; `source` is where it is read."""
     while True:
         ready, _, _ = select.select([source], [], [], 1.0)
         if ready:
@@ -63,6 +81,8 @@ def read_chunks(process: subprocess.Popen, source: int) -> Iterator[bytes]:
             yield chunk
         elif process.poll() is not None:
             return  # somebody killed the guard: what is left of the command would hold the pipe open
+        else:
+            yield b""
 
 
 def read_lines(chunks: Iterable[bytes], every: float = PROGRESS_SECONDS) -> Iterator[str]:

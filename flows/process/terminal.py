@@ -10,7 +10,7 @@ import sys
 import termios
 import tty
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from flows.process.guard import guarded
@@ -18,47 +18,48 @@ from flows.process.output import TAIL_LINES, environment, read_chunks, read_line
 
 
 def draw(
-    command: list[str], workspace: Path, log: Callable[[str], None], begin: str | None = None
+    command: list[str],
+    workspace: Path,
+    log: Callable[[str], None],
+    variables: Mapping[str, str] = {},
+    look: Callable[[], bool] = lambda: True,
 ) -> tuple[int, list[str]]:
-    """Like `flows.process.output.follow`, but the command sees a terminal and its output appears on this one as it comes.
+    """Like `flows.process.output.follow`, but the command sees a terminal and its output appears on this one.
 
-    With `begin`, nothing appears before a line that begins so: of a command that is tried again and again.
+    Nothing appears before `look` has returned True. `log` is not called: lines are on the terminal already.
     """
-    tail, screen = deque(maxlen=TAIL_LINES), _Screen(hold=begin is not None)
-    with _terminal() as (ours, theirs), _started(command, workspace, theirs) as process:
+    tail, screen = deque(maxlen=TAIL_LINES), _Screen(look)
+    with _terminal() as (ours, theirs), _started(command, workspace, theirs, variables) as process:
         for line in read_lines(screen.show(read_chunks(process, ours))):
-            if begin is not None and line.startswith(begin):
-                screen.release()
             tail.append(line)
-            log(line)
         return process.wait(), list(tail)
 
 
 @contextlib.contextmanager
-def _started(command: list[str], workspace: Path, terminal: int) -> Iterator[subprocess.Popen]:
-    with guarded(command, cwd=workspace, env=environment(), stdout=terminal, stderr=terminal) as process:
+def _started(
+    command: list[str], workspace: Path, terminal: int, variables: Mapping[str, str]
+) -> Iterator[subprocess.Popen]:
+    with guarded(
+        command, cwd=workspace, env=environment() | dict(variables), stdout=terminal, stderr=terminal
+    ) as process:
         os.close(terminal)  # here; the end of the output shows when nobody has it open any more
         yield process
 
 
 class _Screen:
-    """Bytes on their way to the terminal, held back until they are released."""
+    """Bytes on their way to the terminal, held back until `look` returns True."""
 
-    def __init__(self, hold: bool):
-        self.held: list[bytes] | None = [] if hold else None
+    def __init__(self, look: Callable[[], bool]):
+        self.look, self.held, self.is_open = look, b"", False
 
     def show(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
         for chunk in chunks:
-            if self.held is None:
-                _write(chunk)
-            else:
-                self.held.append(chunk)
+            self.is_open = self.look() or self.is_open
+            self.held += chunk
+            if self.is_open and self.held:
+                _write(self.held)
+                self.held = b""
             yield chunk
-
-    def release(self) -> None:
-        if self.held is not None:
-            _write(b"".join(self.held))
-            self.held = None
 
 
 def _write(content: bytes) -> None:

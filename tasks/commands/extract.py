@@ -9,6 +9,8 @@ import torch
 from elastic_core import cost, extract
 from elastic_core.cost import latency
 from elastic_core.cost.budgets import parse
+from elastic_core.cost.targets import metric_of
+from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model import hf
 from elastic_core.model.submodel import Submodel
@@ -46,7 +48,7 @@ def predict(family: Path, budget: str, config, submodel: Submodel) -> str | None
     content = elastic_checkpoint.read(family)
     metric = cost.read_metric(content["cost"])
     if budget not in content["budgets"] and (asked := parse(budget)).kind not in ("share", "parameters"):
-        metric = asked.metric(metric)
+        metric = metric_of(asked, metric)
     if isinstance(metric, latency.Timed):
         both = (kind(metric.table, metric.context) for kind in latency.TIMED.values())
         costs = (each.text(cost.exact_cost(each, config, submodel)) for each in both)
@@ -60,7 +62,7 @@ def find_budget(family: Path, budget: str | None) -> Submodel:
     """The budget's submodel, or an error that lists those which `family` has."""
     names = elastic_checkpoint.read(family)["budgets"]
     if budget is None:
-        raise ValueError(
+        raise UserError(
             f"--budget: none given; allowed: {', '.join(names)}, a share of the parent as 0.75, a count as 9B, "
             "memory as 16GiB@128k, time as 35ms/token"
         )

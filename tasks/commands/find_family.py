@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from elastic_core.errors import UserError
 from tasks.settings.profiles import ROOT
 
 FAMILY = Path("artifacts/train_extended/model")  # inside a workspace, see tasks.extract
@@ -16,7 +17,7 @@ def find(directory: Path | None = None, root: Path = ROOT) -> Path:
     if directory is None:
         families = [family for workspace in workspaces(root) if _is_model(family := workspace / FAMILY)]
         if not families:
-            raise ValueError(
+            raise UserError(
                 f"no run in {root} has ended with a family yet; run `elastic run` first, or name a directory"
             )
         # The directory's time and not its files': with DVC's links those are as old as the cache's.
@@ -24,7 +25,7 @@ def find(directory: Path | None = None, root: Path = ROOT) -> Path:
     for candidate in (directory, directory / FAMILY):
         if _is_model(candidate):
             return candidate
-    raise ValueError(
+    raise UserError(
         f"{directory}: "
         + ("no config.json in it" if directory.is_dir() else "no such directory")
         + f"; allowed: a model directory, or one with a finished run ({FAMILY}/config.json)"

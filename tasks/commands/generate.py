@@ -12,10 +12,11 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from elastic_core import extract
+from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model.architectures.nemotron_h import MODELING_FILE
 from tasks.commands.extract import find_budget
-from tasks.settings.params import TOKENIZERS
+from tasks.settings.local_checks import TOKENIZERS
 
 
 def generate(
@@ -28,11 +29,11 @@ def generate(
     Raises ValueError for what the caller has to change.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens: got {max_new_tokens}; allowed: 1 or more")
+        raise UserError(f"--max-new-tokens: got {max_new_tokens}; allowed: 1 or more")
     if not temperature >= 0:
-        raise ValueError(f"--temperature: got {temperature}; allowed: 0 (the likeliest token) or more")
+        raise UserError(f"--temperature: got {temperature}; allowed: 0 (the likeliest token) or more")
     if not any((directory / name).is_file() for name in TOKENIZERS):
-        raise ValueError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's there")
+        raise UserError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's there")
     with _quiet():
         with _plain_model(directory, budget) as plain:
             trust = {"trust_remote_code": _is_ours(plain)}
@@ -46,7 +47,7 @@ def _continue(model, tokenizer, prompt: str, max_new_tokens: int, temperature: f
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = encoded["input_ids"].shape[1]
     if length == 0:
-        raise ValueError("prompt: got no tokens; write something")
+        raise UserError("prompt: got no tokens; write something")
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
     output = model.generate(
@@ -66,7 +67,7 @@ def _plain_model(directory: Path, budget: str | None) -> Iterator[Path]:
     """A directory that transformers loads: an extracted model's own, or that of a member until the block is left."""
     if not (directory / elastic_checkpoint.FILE).is_file():
         if budget is not None:
-            raise ValueError(f"--budget: got {budget!r}; allowed: none, as {directory} is one model and no family")
+            raise UserError(f"--budget: got {budget!r}; allowed: none, as {directory} is one model and no family")
         yield directory
         return
     submodel = find_budget(directory, budget)
@@ -82,7 +83,7 @@ def _is_ours(directory: Path) -> bool:
     ours = resources.files("elastic_core.export").joinpath(MODELING_FILE + ".txt").read_text()
     file = directory / MODELING_FILE
     if not file.is_file() or file.read_text() != ours:
-        raise ValueError(
+        raise UserError(
             f"{directory}: brings modeling code that this library did not write; load it in Python yourself"
         )
     return True

@@ -8,11 +8,13 @@ from ruamel.yaml import YAML
 from transformers import PreTrainedConfig
 
 from elastic_core.cost.latency import Timed, as_latency
-from elastic_core.cost.metrics import Memory, exact_cost, num_active_parameters, num_parameters, read_metric
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import exact_cost, num_active_parameters, num_parameters, read_metric
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model import architectures, hf
+from elastic_core.model.axes import EXPERTS, PER_LAYER, WIDTHS
 from elastic_core.model.dims import layer_of
-from elastic_core.model.submodel import EXPERTS, PER_LAYER, WIDTHS, Submodel, keys_of
+from elastic_core.model.submodel import Submodel, keys_of
 
 DROPPED = "·"  # stands in a pattern for a layer that the parent has and the member has not
 
@@ -50,7 +52,7 @@ def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:
     """The directory's configuration and sizes: one whose widths differ between layers is a submodel of the widest."""
     values, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)  # an OSError names a broken file
     widths = {field: values[field] for field in PER_LAYER if isinstance(values.get(field), list)}
-    if not widths or values.get("model_type") not in architectures.FAMILIES:
+    if not widths or values.get("model_type") not in architectures.ARCHITECTURES:
         return hf.read_config(directory), Submodel()
     values |= {field: max(entries) for field, entries in widths.items()}
     values.pop("auto_map", None)

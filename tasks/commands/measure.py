@@ -23,13 +23,15 @@ from elastic_core.cost.budgets import Cost, family_setting
 from elastic_core.cost.latency import TIMED
 from elastic_core.cost.latency_table import FORMAT, REST, Table, axes_of, shape_of
 from elastic_core.model import architectures
-from elastic_core.model.submodel import FIELDS, Submodel
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.model.axes import FIELDS
+from elastic_core.model.submodel import Submodel
+from elastic_core.search.choices import Choices
+from elastic_core.search.space import ElasticSpace
 from tasks.commands.layer_times import Models, Setting, turns
 from tasks.commands.plan import read_parent
 from tasks.evaluation import latency_and_memory
-from tasks.settings import params
 from tasks.settings.profiles import ROOT, parameters
+from tasks.settings.schema import Evaluate, Parent, PrepareData
 
 DIGITS = 4  # of seconds in the table
 
@@ -159,8 +161,8 @@ def profile(name: str, overrides: Iterable[str] = (), out: Path | None = None, *
     Raises ConfigError for what is to be changed.
     """
     values, where = parameters(name, overrides=overrides), f"profile {name}"
-    kinds = {"parent": params.Parent, "prepare_data": params.PrepareData, "choices": Choices, "cost": Cost}
-    kinds["evaluate"] = params.Evaluate
+    kinds = {"parent": Parent, "prepare_data": PrepareData, "choices": Choices, "cost": Cost}
+    kinds["evaluate"] = Evaluate
     read = SimpleNamespace(**{k: load_section(kind, values.get(k) or {}, f"{where}: {k}") for k, kind in kinds.items()})
     said, measured = family_setting(read.cost, values["budgets"]), read.evaluate.latency
     has_own = out is None

@@ -11,7 +11,8 @@ import torch
 
 from elastic_core.config import ConfigError
 from elastic_core.cost.latency import Timed, as_latency
-from elastic_core.cost.metrics import Memory, Metric, exact_cost
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import Metric, exact_cost
 from elastic_core.io import storage
 from elastic_core.model import architectures, hf
 from elastic_core.model.submodel import Submodel
@@ -19,12 +20,14 @@ from elastic_core.search.selection import check_budgets, select, with_smaller_on
 from elastic_core.search.space import ElasticSpace
 from tasks.commands.inspect import member
 from tasks.commands.plan_stages import Hardware, describe_rank, describe_stage, stages_of
-from tasks.parent import model_config
 from tasks.parents import gguf
-from tasks.parents.targets import check_architecture, resolve
-from tasks.settings import params
-from tasks.settings.params import Params
+from tasks.parents.config import new_config
+from tasks.parents.targets import metric_of_family, resolve
+from tasks.runtime.preflight import check_architecture
+from tasks.settings.load import read
+from tasks.settings.local_checks import is_package
 from tasks.settings.profiles import ROOT, parameters
+from tasks.settings.schema import Params
 
 TOLERANCE = 0.01  # of a budget
 PARENTS = ROOT / "profiles" / "parents"
@@ -38,7 +41,7 @@ def plan_profile(
     values = parameters(profile, overrides=[*overrides, *changes])
     if values["cost"].get("table"):
         values["cost"]["table"] = str(ROOT / values["cost"]["table"])  # wherever this is called
-    settings = params.read(values, f"profile {profile}")
+    settings = read(values, f"profile {profile}")
     return make_plan(settings, *read_parent(settings, config), hardware)
 
 
@@ -49,7 +52,7 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict
     `time` is. Raises ConfigError for a budget that no combination of `choices` meets, and for workers that cannot be
     grouped.
     """
-    targets, metric, pieces = resolve(settings, config), settings.metric, {}
+    targets, metric, pieces = resolve(settings, config), metric_of_family(settings), {}
     members, assumption, ranges = find_members(settings, config, targets)
     check_architecture(settings, config)  # as a run does
     metric = as_latency(metric)
@@ -91,8 +94,8 @@ def read_parent(settings: Params, config: Path | None = None):
         return hf.read_config(directory), str(config)
     path = settings.parent.path
     if path is None:
-        return model_config(settings.parent.model, settings.prepare_data.vocab_size), "parent.model"
-    if gguf.is_package(path):
+        return new_config(settings.parent.model, settings.prepare_data.vocab_size), "parent.model"
+    if is_package(path):
         return gguf.read_config(path), path
     ready = PARENTS / path.rstrip("/").rpartition("/")[2]
     if storage.is_url(path) or (Path(path) / "config.json").is_file() or not ready.is_dir():
@@ -119,7 +122,7 @@ def find_members(
     costliest first; ranges are of the same sizes over all three. Axes that choose per layer are taken to choose alike.
     Raises ConfigError where no assumption meets the targets.
     """
-    choices, metric = dataclasses.replace(settings.choices, heterogeneous=()), as_latency(settings.metric)
+    choices, metric = dataclasses.replace(settings.choices, heterogeneous=()), as_latency(metric_of_family(settings))
     orders = depth_orders(config, metric)
     spaces = {name: ElasticSpace(config, choices, order, metric=metric) for name, order in orders.items()}
     found = {name: nested_indices(space, targets) for name, space in spaces.items()}

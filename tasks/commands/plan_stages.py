@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from elastic_core.config import require
 from elastic_core.cost.budgets import parse
 from elastic_core.cost.metrics import num_parameters
+from elastic_core.errors import UserError
 from elastic_core.model.submodel import Submodel, full_submodel
 from elastic_core.training.estimate.flops import pass_flops
 from elastic_core.training.estimate.piece_memory import Pieces, Setting
 from elastic_core.training.estimate.step_memory import Load, Peak, step_peak
 from elastic_core.training.stage import Stage
-from tasks.runtime.launch import Compute
-from tasks.settings.params import Params
+from tasks.settings.schema import Compute, Params
 
 RESERVE = 0.1  # of a GPU, for what allocator, libraries and CUDA take
 PEAKS = {"bfloat16": 989e12, "float32": 67e12}  # FLOP/s of one H100 SXM, dense, as its data sheet says
@@ -43,7 +43,7 @@ class Hardware:
         """From `memory` as '80GB', '141 GB' or '80GiB', and a peak in TFLOP/s."""
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB)\s*", memory)
         if found is None:
-            raise ValueError(f"gpu-memory: got {memory!r}; allowed: a size such as 80GB or 80GiB")
+            raise UserError(f"gpu-memory: got {memory!r}; allowed: a size such as 80GB or 80GiB")
         unit = {"GB": 1e9, "GiB": 2.0**30}[found[2]]
         return cls(float(found[1]) * unit, utilisation, None if teraflops is None else 1e12 * teraflops)
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.data.token_files import SPLITS, Manifest
-from elastic_core.io.ordered_map import in_order
+from elastic_core.io.ordered_map import ordered_map
 
 BATCH_CHARACTERS = 1 << 18  # tokenizers holds about 100 bytes per token of a batch
 
@@ -42,7 +42,7 @@ class Encoder:
 
     def encoded(self, documents: Iterable[tuple[str, str]]) -> Iterator[Batch]:
         """Batches of (split, text) documents; each split's documents come in their order."""
-        return in_order(self._encode, _batches(documents), self._threads)
+        return ordered_map(self._encode, _batches(documents), self._threads)
 
     def _encode(self, batch: tuple[str, list[str]]) -> Batch:
         split, texts = batch

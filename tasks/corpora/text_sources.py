@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import ClassVar
 
 from elastic_core.config import require
+from elastic_core.errors import UserError
 from elastic_core.io import storage
 
 Document = tuple[str, str]  # (split, text)
@@ -107,11 +108,11 @@ class Files:
         paths = storage.glob(self.path)
         if not paths:
             seen_from = "" if storage.is_url(self.path) else f" (seen from {Path.cwd()})"
-            raise ValueError(f"path {self.path!r}: no file matches it{seen_from}")
+            raise UserError(f"path {self.path!r}: no file matches it{seen_from}")
         for path in paths:
             suffix = PurePosixPath(path).suffix
             if suffix not in _READERS:
-                raise ValueError(f"{path}: cannot read {suffix or 'this'!r} files; allowed: {', '.join(_READERS)}")
+                raise UserError(f"{path}: cannot read {suffix or 'this'!r} files; allowed: {', '.join(_READERS)}")
         return paths
 
     def _read(self) -> Iterator[Document]:
@@ -124,7 +125,7 @@ class Files:
                 digest = hashlib.sha256(text.encode()).digest()
                 yield ("held_out" if int.from_bytes(digest[:8], "big") < limit else "train"), text
         if not found:
-            raise ValueError(f"path {self.path!r}: the files hold no text")
+            raise UserError(f"path {self.path!r}: the files hold no text")
 
 
 def _check_max_characters(value: int | None) -> None:
@@ -153,7 +154,7 @@ def _capped(documents: Iterator[Document], max_characters: int | None) -> Iterat
 def _package(name: str, distribution: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None:
-        raise ValueError(f"the package {distribution} is not installed; pip install {distribution}")
+        raise UserError(f"the package {distribution} is not installed; pip install {distribution}")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -191,7 +192,7 @@ def _read_txt(path: str, text_field: str) -> Iterator[str]:
             try:
                 parts.append(decoder.decode(raw, final=not raw))
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {line}: not valid UTF-8 ({error.reason})") from None
+                raise UserError(f"{path}, line {line}: not valid UTF-8 ({error.reason})") from None
             size += len(parts[-1])
             line += raw.endswith(b"\n")
             if size >= _TEXT_FILE_DOCUMENT or not raw:
@@ -208,13 +209,13 @@ def _read_jsonl(path: str, text_field: str) -> Iterator[str]:
             try:
                 record = json.loads(raw.decode("utf-8")) if raw.strip() else {text_field: ""}
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
+                raise UserError(f"{where}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+                raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
             if not isinstance(record, dict):
-                raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
+                raise UserError(f"{where}: expected an object, got {type(record).__name__}")
             if text_field not in record:
-                raise ValueError(f"{where}: no field {text_field!r} (there are {_listed(record)}); set text_field")
+                raise UserError(f"{where}: no field {text_field!r} (there are {_listed(record)}); set text_field")
             yield _as_text(record[text_field], where, text_field)
 
 
@@ -226,9 +227,9 @@ def _read_parquet(path: str, text_field: str) -> Iterator[str]:
         try:
             table = pyarrow.parquet.ParquetFile(file)
         except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a readable parquet file ({error})") from None
+            raise UserError(f"{path}: not a readable parquet file ({error})") from None
         if text_field not in table.schema_arrow.names:
-            raise ValueError(
+            raise UserError(
                 f"{path}: no column {text_field!r} (there are {_listed(table.schema_arrow.names)}); set text_field"
             )
         row = 0
@@ -239,7 +240,7 @@ def _read_parquet(path: str, text_field: str) -> Iterator[str]:
                 try:
                     text = value.as_py()
                 except UnicodeDecodeError as error:
-                    raise ValueError(f"{where}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
+                    raise UserError(f"{where}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
                 yield _as_text(text, where, text_field)
 
 
@@ -248,11 +249,11 @@ _READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 def _as_text(value, where: str, text_field: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {text_field!r} must be text, got {type(value).__name__}")
+        raise UserError(f"{where}: {text_field!r} must be text, got {type(value).__name__}")
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can write half a surrogate pair, which no UTF-8 holds
-        raise ValueError(f"{where}: {text_field!r} holds a lone surrogate, which is not valid Unicode") from None
+        raise UserError(f"{where}: {text_field!r} holds a lone surrogate, which is not valid Unicode") from None
     return value
 
 

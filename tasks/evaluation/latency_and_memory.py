@@ -10,30 +10,15 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from elastic_core.config import require
+from tasks.settings.schema import LatencyOptions
 
 CPU_INFO = Path("/proc/cpuinfo")  # of Linux, where `platform` does not know the model
-
-
-@dataclass(frozen=True)
-class Latency:
-    """How speed is measured: one sequence, greedy, with a cache."""
-
-    prompt_tokens: int = 128
-    new_tokens: int = 16
-    repeats: int = 8  # after one that warms up
-    threads: int = 1
-
-    def check(self) -> None:
-        for name, value in vars(self).items():
-            require(value >= 1, name, value, "1 or more")
 
 
 def tensors_in(value) -> Iterator[Tensor]:
@@ -103,7 +88,7 @@ def threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def latency(section: Latency, model, parent, prompt: Tensor) -> dict:
+def latency(section: LatencyOptions, model, parent, prompt: Tensor) -> dict:
     """Median seconds of the model and of the parent, and the median of the ratios of their steps, one by one.
 
     The two take turns at every token, so that a slow spell of the machine meets both. `parent` None: the model is the

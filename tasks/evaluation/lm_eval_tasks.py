@@ -2,55 +2,17 @@
 
 import contextlib
 import math
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from elastic_core.config import require
 from elastic_core.data.loader import TokenData
-
-if TYPE_CHECKING:
-    from tasks.settings import params
+from tasks.settings.schema import Benchmarks, Evaluate
 
 METRICS = ("acc_norm", "acc", "exact_match")  # the one that is shown of a task; of another's, the first
-NAME = re.compile(r"^(?:task|group):[ \t]*[\"']?([\w./][\w./-]*)", re.MULTILINE)
 RESAMPLES = 1000  # for the standard error of what has no formula
 
 
-@dataclass(frozen=True)
-class Benchmarks:
-    """Section `evaluate.benchmarks`: tasks of lm-eval, and the first `limit` items of each (None: all)."""
-
-    tasks: tuple[str, ...]
-    include: str | None = None  # a directory of task files; None: the tasks that come with lm-eval, data from the hub
-    data_root: str = "."  # where relative paths inside those files start
-    limit: int | None = None
-    num_fewshot: int | None = None  # None: as the task has it
-    batch_size: int = 8
-
-    def check(self) -> None:
-        require(bool(self.tasks), "tasks", self.tasks, "one or more; or benchmarks: null")
-        require(len(set(self.tasks)) == len(self.tasks), "tasks", self.tasks, "every task once")
-        require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more, or null")
-        require(self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", self.num_fewshot, "0 or more")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-
-    def check_is_here(self, where: str) -> None:
-        """Raise ConfigError for directories that are not there and tasks that no file in `include` has."""
-        require(Path(self.data_root).is_dir(), f"{where}.data_root", self.data_root, "a directory")
-        if self.include is not None:
-            require(
-                Path(self.include).is_dir(), f"{where}.include", self.include, "a directory of lm-eval's task files"
-            )
-            texts = (path.read_text() for path in sorted(Path(self.include).rglob("*.yaml")))
-            known = sorted({name for text in texts for name in NAME.findall(text)})
-            for task in self.tasks:
-                require(task in known, f"{where}.tasks", task, f"{', '.join(known)} (files in {self.include})")
-
-
-def reasoning_scores(section: "params.Evaluate", data: TokenData, model) -> dict:
+def reasoning_scores(section: Evaluate, data: TokenData, model) -> dict:
     """Exact match and its standard error of every reasoning task; chance comes along."""
     if not section.tasks:
         return {}

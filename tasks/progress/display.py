@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -14,12 +13,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from elastic_core.io.atomic import write_text
 from elastic_core.training.stage import Stage
-from tasks.progress.metrics_file import Announcement, NewRows, drop_cut_off_line, duration, plain, read_rows, smooth
-from tasks.progress.tracking import OFF, Tracking, open_writers
+from tasks.progress import events
+from tasks.progress.durations import duration
+from tasks.progress.metrics_file import NewRows, drop_cut_off_line, plain, read_rows, smooth
+from tasks.progress.tracking import open_writers
+from tasks.settings.schema import Tracking
 
 FOLLOW_SECONDS = 0.5  # between looks at rows that another process writes
-LOG_SECONDS = 5.0  # between lines where there is no terminal for a progress bar
+LOG_SECONDS = 10.0  # between lines where there is no terminal for a progress bar
 RATE_SECONDS, RATE_STEPS = 60.0, 20  # the rate is that of the last minute, or of 20 steps where those take longer
 
 
@@ -36,11 +39,11 @@ class Recorder:
         name: str,
         stage: Stage,
         metrics: Path,
-        tracking: Tracking = OFF,
+        tracking: Tracking | None = None,
         clock: Callable[[], float] = time.monotonic,
         display: bool = True,
     ):
-        self.name, self.stage, self.metrics, self.tracking = name, stage, Path(metrics), tracking
+        self.name, self.stage, self.metrics, self.tracking = name, stage, Path(metrics), tracking or Tracking()
         self.speed = Speed(clock)
         self.display = Display(name, stage, clock) if display else None
 
@@ -51,7 +54,8 @@ class Recorder:
         directory.mkdir(parents=True, exist_ok=True)
         drop_cut_off_line(self.metrics)
         self.file = open(self.metrics, "a", buffering=1)
-        print(Announcement(self.name, self.stage.num_tokens(), self.stage.steps, str(self.metrics)), flush=True)
+        size = {"num_tokens": self.stage.num_tokens(), "num_steps": self.stage.steps}
+        events.note(event="training", name=self.name, **size, path=str(self.metrics))
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
@@ -75,10 +79,7 @@ class Recorder:
 
     def finish(self, out: Path) -> None:
         """Write the rows of the whole run to `out`, each step once; whole or not at all."""
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial = out.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in read_rows(self.metrics)))
-        os.replace(partial, out)
+        write_text(out, "".join(json.dumps(row, allow_nan=False) + "\n" for row in read_rows(self.metrics)))
 
 
 class Display:

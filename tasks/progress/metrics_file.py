@@ -6,36 +6,9 @@ Needs nothing beyond the standard library: the flow reads them as well, in a pro
 import json
 import math
 import os
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
 SMOOTHING = 0.1  # weight of the newest loss in the mean that is shown
-_ANNOUNCEMENT = re.compile(
-    r"(?P<name>\w+): (?P<tokens>[\d,]+) tokens in (?P<steps>[\d,]+) steps, rows in (?P<path>.+)$"
-)
-
-
-@dataclass(frozen=True)
-class Announcement:
-    """What a training stage says when it begins: how much there is to do, and where its rows can be read."""
-
-    name: str
-    num_tokens: int
-    num_steps: int
-    path: str
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.num_tokens:,} tokens in {self.num_steps:,} steps, rows in {self.path}"
-
-
-def read_announcement(line: str) -> Announcement | None:
-    """The announcement in a line of a stage's output, if it is one."""
-    found = _ANNOUNCEMENT.search(line)
-    if found is None:
-        return None
-    tokens, steps = (int(found[name].replace(",", "")) for name in ("tokens", "steps"))
-    return Announcement(found["name"], tokens, steps, found["path"])
 
 
 class NewRows:
@@ -72,19 +45,6 @@ def smooth(means: dict[str, float], numbers: dict) -> None:
             means[name] = (1 - SMOOTHING) * means.get(name, value) + SMOOTHING * value
     if numbers.get("budget_error") is not None:
         means["budget_error"] = numbers["budget_error"]
-
-
-def duration(seconds: float) -> str:
-    """A length of time for people: 40 s, 12 min, 1h05m, 3d04h."""
-    if round(seconds) < 60:
-        return f"{round(seconds)} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    if minutes < 48 * 60:
-        return f"{minutes // 60}h{minutes % 60:02}m"
-    hours = round(seconds / 3600)
-    return f"{hours // 24}d{hours % 24:02}h"
 
 
 def plain(value):

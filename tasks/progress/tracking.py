@@ -2,47 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from elastic_core.config import ConfigError, require
-
-INSTALL = "pip install --editable '.[tracking]'"
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """Where training is shown besides the terminal; section `tracking` of params.yaml, all off by default.
-
-    `tensorboard` is a directory, in which every run gets one of its own; `wandb` a project of Weights & Biases.
-    """
-
-    tensorboard: str | None = None
-    wandb: str | None = None
-    wandb_mode: Literal["online", "offline"] = "online"
-
-    def check(self) -> None:
-        for name in ("tensorboard", "wandb"):
-            if (value := getattr(self, name)) is not None:
-                require(value.strip() != "", name, value, "a directory" if name == "tensorboard" else "a project name")
-                allowed = f"null, as long as the package {name} is not installed (to install it: {INSTALL})"
-                require(is_installed(name), name, value, allowed)
-        if self.tensorboard is not None:
-            require(not Path(self.tensorboard).is_file(), "tensorboard", self.tensorboard, "a directory, not a file")
-        if self.wandb is not None:
-            valid = len(self.wandb) <= 128 and not set(self.wandb) & set("/\\#?%:")
-            require(valid, "wandb", self.wandb, "a project name of up to 128 characters without / \\ # ? % :")
-
-
-OFF = Tracking()
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported; a mere directory of that name, such as one of logs, does not count."""
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None
+from elastic_core.config import ConfigError
+from tasks.settings.schema import Tracking
 
 
 def scalars(row: dict) -> dict[str, float]:

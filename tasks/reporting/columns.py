@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from elastic_core.cost.latency import Throughput, Timed
-from elastic_core.cost.metrics import Memory
+from elastic_core.cost.memory import Memory
+from tasks.parents.targets import metric_of_family
 from tasks.reporting import predictions
 from tasks.reporting.tables import Scores
 
@@ -41,7 +42,7 @@ class Column:
 def describe(settings, scores: Scores) -> dict[str, Column]:
     """Every numeric column of `tables.results` that is shown, in the order in which it is."""
     parent = scores["parent"]["parent"]
-    metric, predicted = settings.metric, {}
+    metric, predicted = metric_of_family(settings), {}
     if isinstance(metric, Memory):
         predicted = _memory(metric, parent)
     elif isinstance(metric, Timed):

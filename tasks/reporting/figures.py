@@ -1,14 +1,15 @@
 """Which pictures the report shows, under which headings, and what is said of each."""
 
 from elastic_core.cost.metrics import Metric
+from tasks.parents.targets import metric_of_family
 from tasks.reporting import charts, tables
 from tasks.reporting.charts import Figure
-from tasks.settings import params
+from tasks.settings.schema import Params
 
 STAGE_NAMES = {"parent": "Parent", "train_short": "Stage 1", "train_extended": "Stage 2"}
 
 
-def sections(settings: "params.Params", scores: tables.Scores, frame) -> dict[str, list[Figure]]:
+def sections(settings: Params, scores: tables.Scores, frame) -> dict[str, list[Figure]]:
     """The pictures by section."""
     budgets, config = list(scores), tables.parent_config()
     curves, settled = tables.training(), tables.settled()
@@ -24,7 +25,7 @@ def sections(settings: "params.Params", scores: tables.Scores, frame) -> dict[st
             ),
         ],
         "What the router chose": _router_figures(
-            settings.metric, tables.router(scores, config), curves, settled, budgets
+            metric_of_family(settings), tables.router(scores, config), curves, settled, budgets
         ),
         "Importance": _importance_figures(settings, config),
     }
@@ -49,7 +50,7 @@ def _cost_figures(scores: tables.Scores, frame, budgets: list[str]) -> list[Figu
     ]
 
 
-def _task_figures(settings: "params.Params", scores: tables.Scores, frame, budgets: list[str]) -> list[Figure]:
+def _task_figures(settings: Params, scores: tables.Scores, frame, budgets: list[str]) -> list[Figure]:
     caption = "Bars: one standard error to either side. Dotted: what guessing scores."
     guesses = tables.chance(scores)
     return [
@@ -57,7 +58,7 @@ def _task_figures(settings: "params.Params", scores: tables.Scores, frame, budge
     ]
 
 
-def _training_figures(settings: "params.Params", curves, settled: int | None, budgets: list[str]) -> list[Figure]:
+def _training_figures(settings: Params, curves, settled: int | None, budgets: list[str]) -> list[Figure]:
     """Cross-entropy and KL of every stage, where they say anything."""
     measures = {
         "ce": ("cross-entropy with the text", "Cross-entropy with the next token"),
@@ -99,7 +100,7 @@ def _router_figures(metric: Metric, kept, curves, settled: int | None, budgets: 
     ]
 
 
-def _importance_figures(settings: "params.Params", config) -> list[Figure]:
+def _importance_figures(settings: Params, config) -> list[Figure]:
     method = settings.rank.depth_method
     error = "normalised squared error of the logits" if "nmse" in method else "cross-entropy without it, nats/token"
     return [

@@ -13,14 +13,16 @@ import jinja2
 from tasks.reporting import charts, tables, vega
 from tasks.reporting.charts import Figure
 from tasks.reporting.columns import Column
-from tasks.settings import params
+from tasks.settings.load import FILE
+from tasks.settings.schema import Params
 
+TITLE = "A family of nested language models"
 TEMPLATE = Path(__file__).parent / "report.html"
 CODE = ("tasks", "elastic_core", "params.yaml", "profiles", "requirements.lock")
 
 
 def render(
-    settings: "params.Params",
+    settings: Params,
     scores: tables.Scores,
     frame,
     described: dict[str, Column],
@@ -31,7 +33,7 @@ def render(
     """The page. `frame` holds the results, `described` their columns, `findings` what is said first."""
     groups = [tables.records(rows) for _, rows in frame.groupby("budget", sort=False)]
     content = {
-        "title": settings.report.title,
+        "title": TITLE,
         "findings": findings,
         "parent": scores["parent"]["parent"],
         "columns": described,
@@ -43,7 +45,7 @@ def render(
         "sections": {name: [picture(figure) for figure in group] for name, group in figures.items()},
         "seed": settings.seed,
         "provenance": provenance(scores),
-        "params": Path(params.FILE).read_text(),
+        "params": Path(FILE).read_text(),
     }
     template = jinja2.Template(TEMPLATE.read_text(), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return template.render(content) + "\n"

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from elastic_core.config import ConfigError
 from elastic_core.cost.latency import Latency, Throughput, Timed, as_latency
 from elastic_core.cost.latency_table import Table
-from elastic_core.cost.metrics import Memory, Metric, exact_cost, memory_parts
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import Metric, exact_cost, memory_parts
 from elastic_core.model.submodel import Submodel
 from tasks.reporting.tables import MIB, Scores
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pandas as pd
 
 from elastic_core.model import architectures
-from elastic_core.model.dims import AXES
-from elastic_core.model.submodel import FIELDS, Submodel
+from elastic_core.model.axes import AXES, FIELDS
+from elastic_core.model.submodel import Submodel
 from tasks.progress.metrics_file import read_rows
 
 ARTIFACTS = Path("artifacts")
@@ -106,6 +106,20 @@ def metrics(frame: pd.DataFrame, tasks: list[str]) -> dict[str, dict]:
         budget: {name: value if isinstance(value, int) else float(f"{value:.6g}") for name, value in row.items()}
         for budget, row in rows.iterrows()
     }
+
+
+def rounded(frame: pd.DataFrame, described: dict, guesses: dict[str, float]) -> list[dict]:
+    """The results as plain rows with the same keys in each, rounded as their columns say; last what guessing scores."""
+    rows = []
+    for record in records(frame):
+        row = {"budget": record["budget"], "model": record["model"]}
+        for name, column in described.items():
+            row[column.title] = column.round(record[name])
+        rows.append(row)
+    if guesses:
+        found = {described[task].title: round(value, 3) for task, value in guesses.items()}
+        rows.append(dict.fromkeys(rows[0]) | {"budget": "–", "model": "guessing"} | found)
+    return rows
 
 
 def pareto(frame: pd.DataFrame, cost: str, quality: str = "loss") -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""A stage ends with the `dvc` that started it: DVC, killed, would leave its stages running with nobody waiting."""
+"""A stage ends with the `dvc` that started it: when DVC is killed, its stages would go on with nobody waiting."""
 
 import os
 import signal
@@ -13,8 +13,11 @@ GRACE_SECONDS = 5.0  # between TERM and KILL to ourselves
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish"}
 
 
-def hold() -> None:
-    """Watch the `dvc` process that runs this stage, if one does, and end this process soon after it."""
+def start() -> None:
+    """Watch the `dvc` process that runs this stage, if one does, and end this process soon after it.
+
+    Call it before slow imports: a stage whose DVC has died by then can no longer tell which process that was.
+    """
     if "DVC_STAGE" not in os.environ:  # set by DVC for its stages
         return
     chain = [psutil.Process()]
@@ -25,7 +28,7 @@ def hold() -> None:
         expected = [process.pid for process in chain[1:]]
     except (psutil.NoSuchProcess, AttributeError):  # already orphaned
         expected = [-1]
-    threading.Thread(target=_watch, args=(expected,), name="lifeline", daemon=True).start()
+    threading.Thread(target=_watch, args=(expected,), name="stop with dvc", daemon=True).start()
 
 
 def _watch(expected: list[int]) -> None:
@@ -37,7 +40,7 @@ def _watch(expected: list[int]) -> None:
 
 
 def _ancestors(count: int) -> list[int]:
-    """The process numbers of the parent, its parent, …: a child of a dead process has another."""
+    """The process numbers of the parent, its parent, …: the child of a dead process has another parent."""
     found, number = [], os.getpid()
     for _ in range(count):
         try:

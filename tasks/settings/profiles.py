@@ -17,6 +17,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML, YAMLError
 
+from elastic_core.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[2]
 OVERRIDE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.+"  # as `dvc exp run -S` takes it: train_short.steps=100
 
@@ -65,7 +67,7 @@ def check_profile(profile: str, root: Path = ROOT) -> None:
     """Raise ValueError for a profile that is not there."""
     names = profile_names(root)
     if profile not in names:
-        raise ValueError(f"profile: got {profile!r}; allowed: {', '.join(names)} (files in profiles/)")
+        raise UserError(f"profile: got {profile!r}; allowed: {', '.join(names)} (files in profiles/)")
 
 
 def parameters(
@@ -89,12 +91,12 @@ def parameters(
 
 def _read_override(text: str) -> tuple[list[str], object]:
     if not re.fullmatch(OVERRIDE, text):
-        raise ValueError(f"override: got {text!r}; allowed: section.key=value, such as train_short.learning_rate=1e-3")
+        raise UserError(f"override: got {text!r}; allowed: section.key=value, such as train_short.learning_rate=1e-3")
     name, _, value = text.partition("=")
     try:
         return name.split("."), YAML(typ="safe").load(value)
     except YAMLError:
-        raise ValueError(f"override: got {text!r}, whose value is not valid YAML") from None
+        raise UserError(f"override: got {text!r}, whose value is not valid YAML") from None
 
 
 def _set(values, path: list[str], value) -> None:

@@ -1,15 +1,17 @@
 """What params.yaml names outside of this machine: corpora, the parent, where checkpoints and exports go.
 
-Reading params.yaml touches no server, so that a stage which needs none runs also while one is away;
-`python -m tasks.settings.params` and the stages that use a place check it here, within seconds.
+Reading params.yaml asks no server, so a stage that needs none runs also while a server is away. The stages that use a
+place check it here, within seconds; `python -m tasks.commands.check` checks all of them.
 """
 
 from elastic_core.config import ConfigError
 from elastic_core.io import storage
-from tasks.settings import params
+from tasks.settings.load import FILE
+from tasks.settings.local_checks import TOKENIZERS
+from tasks.settings.schema import Params
 
 
-def check(settings: "params.Params", *sections: str, where: str = params.FILE) -> None:
+def check(settings: Params, *sections: str, where: str = FILE) -> None:
     """Check the places of the named sections (of all, where none is named).
 
     Raises ConfigError naming the key, or StorageUnavailable, of which the same is true.
@@ -24,13 +26,13 @@ def check(settings: "params.Params", *sections: str, where: str = params.FILE) -
         checks[section](settings, where)
 
 
-def _check_corpora(settings: "params.Params", where: str) -> None:
+def _check_corpora(settings: Params, where: str) -> None:
     for name, source in settings.prepare_data.sources.items():
         if storage.is_url(path := source.get("path")):
             _check_access(path, f"{where}: prepare_data.sources.{name}.path", writing=False)
 
 
-def _check_parent(settings: "params.Params", where: str) -> None:
+def _check_parent(settings: Params, where: str) -> None:
     path = settings.parent.path
     if not storage.is_url(path):  # checked with the rest of params.yaml
         return
@@ -39,18 +41,17 @@ def _check_parent(settings: "params.Params", where: str) -> None:
     names = storage.list_names(path)
     if "config.json" not in names:
         raise ConfigError(f"{key}: got {path!r}; allowed: a Hugging Face directory with a config.json, or null")
-    if not set(params.TOKENIZERS) & set(names):
-        allowed = f"a directory with its tokenizer too ({' or '.join(params.TOKENIZERS)})"
+    if not set(TOKENIZERS) & set(names):
+        allowed = f"a directory with its tokenizer too ({' or '.join(TOKENIZERS)})"
         raise ConfigError(f"{key}: got {path!r}; allowed: {allowed}")
-    params.check_family(settings, where)
 
 
-def _check_destination(settings: "params.Params", where: str) -> None:
+def _check_destination(settings: Params, where: str) -> None:
     if settings.extract.destination is not None:
         _check_access(settings.extract.destination, f"{where}: extract.destination", writing=True)
 
 
-def _check_checkpoints(settings: "params.Params", where: str) -> None:
+def _check_checkpoints(settings: Params, where: str) -> None:
     if storage.is_url(settings.compute.storage):
         _check_access(settings.compute.storage, f"{where}: compute.storage", writing=True)
 

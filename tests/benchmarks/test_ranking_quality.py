@@ -14,7 +14,8 @@ from elastic_core.cost.metrics import num_parameters
 from elastic_core.data.loader import TokenData, held_out_batches
 from elastic_core.data.token_files import Manifest, Source, SplitWriter
 from elastic_core.model import architectures
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.search.choices import Choices
+from elastic_core.search.space import ElasticSpace
 from tests.support.parents import CONFIGS, random_config, random_elastic, random_llama_config, save_random_parent
 from tests.support.real_parents import ROOT
 
@@ -117,9 +118,9 @@ def test_one_table_for_any_family(tmp_path, family, monkeypatch, capsys):
     distilled = cuts.pop("widths, 2 steps")
     assert [row[3] for row in distilled] == names and {row[5] for row in distilled}.isdisjoint(r[5] for r in rows[4:8])
     assert all(abs(float(row[4]) / 0.6 - 1) <= 0.02 for row in rows[4:8])
-    (depth,) = (cuts.pop(cut) for cut in list(cuts) if cut.startswith("depth"))
+    (depth,) = (cuts.pop(sliced) for sliced in list(cuts) if sliced.startswith("depth"))
     assert [row[3].split(",")[0] for row in depth] == list(ranking_quality.METHODS)
-    assert {cut.split()[0] for cut in cuts} >= {"hidden_size", "intermediate_size"}
+    assert {sliced.split()[0] for sliced in cuts} >= {"hidden_size", "intermediate_size"}
     assert all([row[3] for row in axis] == names and float(axis[0][4]) >= float(rows[4][4]) for axis in cuts.values())
     # The parent's own number, computed from whole logits.
     data, model = TokenData(workspace / "artifacts/data"), ElasticModel.from_pretrained(workspace / "artifacts/parent")

@@ -12,8 +12,9 @@ import pytest
 import vl_convert
 import yaml
 
+import elastic_core
 from tasks.reporting import vega
-from tasks.settings import params
+from tasks.settings import schema
 
 pytest.importorskip("dvc")
 
@@ -21,53 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 DEFINITION = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = DEFINITION["stages"]
 PARAMETERS = yaml.safe_load((ROOT / "params.yaml").read_text())
+EXTRACTS = {f"extract@{name}" for name in yaml.safe_load((ROOT / "params.yaml").read_text())["budgets"]}
 BUDGETS, TABLE = PARAMETERS["budgets"], PARAMETERS["cost"]["table"]
-# What changes no stage's result: reading and checking parameters (their values are `params` in dvc.yaml), where and
-# how work is launched, shown and kept.
-NO_RESULT = {
-    *(
-        "tasks",
-        "tasks.runtime.stop_with_dvc",
-        "tasks.settings.params",
-        "tasks.settings.remote_checks",
-        "tasks.runtime.launch",
-        "tasks.progress.display",
-        "tasks.progress.tracking",
-    ),
-    *("tasks.runtime.exit_status", "tasks.parents.targets"),
-    *(
-        "elastic_core.config",
-        "elastic_core.io.storage",
-        "elastic_core.training.checkpoint",
-        "elastic_core.io.digests",
-    ),
-    "elastic_core.training.diagnosis",
-}
-# What a stage imports and does not run: stage 1 alone has a router; a ranking is read from the artifact.
-RANKING = {"elastic_core.search.importance"}
-ROUTER = {"elastic_core.search.router", "elastic_core.search.selection", "elastic_core.search.space"}
-FORWARD = {
-    "elastic_core.model.layers",
-    "elastic_core.model.slicing",
-}  # a family's file has its layers too, and counts what they do
-FORWARD |= {f"elastic_core.model.ops.{name}" for name in ("kernels", "activation", "norm", "ssd", "flops")}
-UNUSED = {
-    # How the files of a tokenizer are named, and those of a package's model, of which only the tokenizer is read.
-    "prepare_data": {
-        "elastic_core.model.hf",
-        "elastic_core.io.tensor_files",
-        "elastic_core.model.architectures",
-    },
-    "parent": RANKING | ROUTER | {"tasks.prepare_data"},  # its tokenizer is in artifacts/data
-    "train_short": RANKING,
-    "train_extended": RANKING | ROUTER,
-    "extract": FORWARD,
-    "report": FORWARD,
-}
-NOT_IMPORTED = {  # code that is read by another way
-    "extract": {"elastic_core/export/modeling_elastic_nemotron_h.py.txt"},
-    "report": {"tasks/reporting/report.html"},
-}
+# Rooms that decide how work is started, watched and stored, and no stage's result.
+NO_RESULT = ("elastic_core/io", "elastic_core/config.py", "elastic_core/errors.py")
+NO_RESULT += ("tasks/settings", "tasks/progress", "tasks/runtime", "tasks/__init__.py")
 
 
 def file_of(module: str) -> Path:
@@ -75,39 +34,33 @@ def file_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-def imported(path: Path) -> set[str]:
-    """Our modules that a file imports; a name that a package only hands on stands for the module that it is from."""
+def imported(path: Path) -> set[Path]:
+    """Our files that a file imports; a name that a package hands on lazily stands for the file that it is from."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("tasks", "elastic_core"):
             for alias in node.names:
-                found.add(origin(node.module, alias.name))
-    return {name for name in found if name.split(".")[0] in ("tasks", "elastic_core")}
+                module = elastic_core._HOMES.get(alias.name) if node.module == "elastic_core" else node.module
+                submodule = file_of(f"{node.module}.{alias.name}")
+                found.add(submodule if submodule.is_file() else file_of(module))
+        elif isinstance(node, ast.Import):
+            names = (alias.name for alias in node.names if alias.name.split(".")[0] in ("tasks", "elastic_core"))
+            found |= {file_of(name) for name in names}
+    return found
 
 
-def origin(module: str, name: str) -> str:
-    """Where `name`, imported from `module`, is defined: a package's `__init__` is seen through."""
-    if module.split(".")[0] not in ("tasks", "elastic_core"):
-        return module
-    if file_of(module).name != "__init__.py":
-        return module
-    for node in ast.parse(file_of(module).read_text()).body:
-        if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
-            return origin(node.module, name)
-    return f"{module}.{name}"
+def is_in(path: Path, places: list[str] | tuple[str, ...]) -> bool:
+    return any(path.relative_to(ROOT).is_relative_to(place) for place in places)
 
 
-def code_of(stage: str) -> set[str]:
-    """Files whose change can alter the result of `python -m tasks.<stage>`."""
-    unused = NO_RESULT | UNUSED.get(stage, set())
-    seen, todo = set(), {f"tasks.{stage}"}
+def code_of(stage: str) -> set[Path]:
+    """The files that decide the result of `python -m tasks STAGE`."""
+    seen, todo = set(), {ROOT / "tasks" / f"{stage}.py"}
     while todo:
-        module = todo.pop()
-        seen.add(module)
-        todo |= imported(file_of(module)) - seen - unused
-    return {str(file_of(module).relative_to(ROOT)) for module in seen} | NOT_IMPORTED.get(stage, set())
+        path = todo.pop()
+        seen.add(path)
+        todo |= {other for other in imported(path) - seen if not is_in(other, NO_RESULT)}
+    return seen
 
 
 def deps_of(stage: str) -> list[str]:
@@ -117,11 +70,11 @@ def deps_of(stage: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_depend_on_their_code(stage):
-    code = {name for name in code_of(stage.removesuffix("_parent").removesuffix("_untrained"))}
+    code = code_of(stage.removesuffix("_parent").removesuffix("_untrained"))
     listed = [name for name in deps_of(stage) if not name.startswith(("artifacts/", "${cost.table}"))]
-    covered = {name for name in code if any(Path(name).is_relative_to(dep) for dep in listed)}
-    assert sorted(code - covered) == []
-    assert [dep for dep in listed if not any(Path(name).is_relative_to(dep) for name in covered)] == []
+    assert sorted(str(path) for path in code if not is_in(path, listed)) == []
+    assert [dep for dep in listed if not any(is_in(path, [dep]) for path in code)] == []
+    assert not [dep for dep in listed if is_in(ROOT / dep, NO_RESULT)]
 
 
 def dvc(directory: Path, *arguments: str) -> str:
@@ -210,9 +163,10 @@ def edit(name: str):
         (put("choices", "hidden_size", [128, 64]), {"train_short"}),
         (put("train_extended", "steps", 901), {"train_extended"}),
         (put("tracking", "tensorboard", "here"), set()),
-        (edit("elastic_core/search/router.py"), {"train_short"}),
+        (edit("elastic_core/search/router.py"), {"parent", "rank", "train_short", "train_extended", *EXTRACTS}),
         (edit("tasks/evaluate.py"), {"evaluate_parent", *(f"evaluate@{name}" for name in BUDGETS)}),
-        (edit("elastic_core/training/checkpoint.py"), set()),
+        (edit("elastic_core/io/storage.py"), set()),
+        (edit("tasks/runtime/launch.py"), set()),
         (edit(TABLE), {"train_short", "report"}),
     ],
 )
@@ -256,4 +210,4 @@ def test_the_page_of_plots_loads_nothing(finished, monkeypatch):
 
 
 def test_every_stage_can_have_a_time_limit():
-    assert list(STAGES) == list(params.STAGES)
+    assert list(STAGES) == list(schema.STAGES)

@@ -11,15 +11,17 @@ import yaml
 
 from elastic_core.config import ConfigError
 from elastic_core.config import load as load_section
-from elastic_core.cost.budgets import Cost, family_metric, parse, shares
+from elastic_core.cost.budgets import Cost, parse
 from elastic_core.cost.latency import Latency, Throughput, digits
-from elastic_core.cost.metrics import PARAMETERS, Memory, exact_cost, num_parameters
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
+from elastic_core.cost.targets import family_metric, shares
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.elastic_checkpoint import Member
 from elastic_core.model.architectures.nemotron_h import layers_of
-from elastic_core.search.selection import check_budgets, path_between, select
-from elastic_core.search.space import Choices, ElasticSpace
-from tasks.parent import model_config
+from elastic_core.search.choices import Choices
+from elastic_core.search.selection import Member, check_budgets, path_between, select
+from elastic_core.search.space import ElasticSpace
+from tasks.parents.config import new_config as model_config
 from tasks.reporting import columns, predictions
 from tests.support.budgeted_family import CHOICES, CONFIG, RANKING, train_family
 from tests.support.command_line import CONFIG as SERVED
@@ -318,9 +320,9 @@ def test_the_committed_table_is_the_default_parents():
     """And has every size that params.yaml and profiles/latency.yaml choose from."""
     metric = family_metric(section(**{**COMMITTED["cost"], "metric": "latency"}), {"full": 1.0})
     settings = load_section(Choices, COMMITTED["choices"], "choices")
-    from tasks.settings import params
+    from tasks.settings.load import load
 
-    values = params.load(ROOT / "params.yaml")
+    values = load(ROOT / "params.yaml")
     config = model_config(values.parent.model, values.prepare_data.vocab_size)
     space = ElasticSpace(config, settings, tuple(range(8)), metric=metric)
     costs = space.grid_costs()

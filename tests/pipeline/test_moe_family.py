@@ -12,12 +12,12 @@ from elastic_core import ElasticModel, Submodel, extract, rank, sort_
 from elastic_core.cost.metrics import ACTIVE_PARAMETERS, exact_cost, num_active_parameters, read_metric
 from elastic_core.data.loader import PackedSequences
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.elastic_checkpoint import Member
 from elastic_core.export.nested import NestedModel
 from elastic_core.model import architectures
 from elastic_core.model.architectures.nemotron_h import layers_of
 from elastic_core.search.importance import Ranking
 from elastic_core.search.router import Router
+from elastic_core.search.selection import Member
 from elastic_core.search.space import ElasticSpace
 from elastic_core.training.estimate.flops import pass_flops
 from elastic_core.training.loop import train
@@ -25,7 +25,7 @@ from elastic_core.training.losses import distillation_loss
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Loss, Routing
 from tasks.commands.inspect import inspect_checkpoint
-from tasks.settings.params import read
+from tasks.settings.load import read
 from tasks.settings.profiles import parameters
 from tests.support.flop_counter import counted
 from tests.support.memory_cases import CASES
@@ -41,7 +41,7 @@ LATENT_IN_GROUPS = NemotronHConfig(**VALUES, moe_latent_size=16, n_group=2, topk
 
 
 @pytest.mark.parametrize("aggregation", ["l1", "l2", "mean"])
-@pytest.mark.parametrize("measure", ["projection", "written"])
+@pytest.mark.parametrize("measure", ["projection", "output_norm"])
 @pytest.mark.parametrize("config", [CONFIG, LATENT_IN_GROUPS], ids=["plain", "latent"])
 def test_scores_equal_the_naive_ones(config, measure, aggregation):
     """Every expert of transformers' model asked by itself, of every token, and weighted with the router's answer."""
@@ -63,7 +63,7 @@ def test_scores_equal_the_naive_ones(config, measure, aggregation):
             inner = torch.einsum("tc,efc->tef", mixer.fc1_latent_proj(x), mixer.experts.up_proj)
             acted, down = mixer.experts.act_fn(inner), mixer.experts.down_proj
             experts = dense * torch.einsum("tef,ecf->tec", acted, down).norm(dim=-1)
-            if measure == "written":
+            if measure == "output_norm":
                 inner = torch.einsum("tef,ecf->tefc", acted, down).norm(dim=-1)
             neurons = dense[..., None] * inner
             expected = {
@@ -79,13 +79,13 @@ def test_scores_equal_the_naive_ones(config, measure, aggregation):
 def test_sorting_changes_nothing_and_puts_the_best_first(tmp_path, seed):
     config = random_moe_config(seed)
     model, batches = random_elastic(seed, config), [random_ids(config, seed + i) for i in range(2)]
-    ranking = rank(model, batches, min_depth=2, measure="written")
+    ranking = rank(model, batches, min_depth=2, measure="output_norm")
     ranking.save(tmp_path / "ranking.json")
     with torch.no_grad():
         before = model(batches[0])
         sort_(model, Ranking.load(tmp_path / "ranking.json"))
         assert relative_error(model(batches[0]), before) < 1e-5
-    scores = rank(model, batches, min_depth=len(config.layers_block_type), measure="written").scores
+    scores = rank(model, batches, min_depth=len(config.layers_block_type), measure="output_norm").scores
     for i in layers_of(config, "E"):
         experts, neurons = scores[f"experts.{i}"].view(config.n_group, -1), scores[f"expert_ffn.{i}"]
         for row in (*experts, *neurons):  # every group's experts, every expert's neurons
@@ -190,13 +190,13 @@ def test_autocast_routes_in_float32():
     """The same experts as without, where all else is rounded."""
     config = NemotronHConfig(**VALUES | {"layers_block_type": NemotronHConfig._pattern_to_list("E")})
     model, x = random_elastic(6, config), torch.randn(50, 32).bfloat16().float()
-    mixer, cut = model.model.layers[0].mixer, model.cut()
-    chosen, weights = mixer._route(x, cut)
+    mixer, sliced = model.model.layers[0].mixer, model.slice()
+    chosen, weights = mixer._route(x, sliced)
     with torch.autocast("cpu", torch.bfloat16):
-        low_chosen, low_weights = mixer._route(x.bfloat16(), cut)
-        y = mixer(x[None].bfloat16(), cut)
+        low_chosen, low_weights = mixer._route(x.bfloat16(), sliced)
+        y = mixer(x[None].bfloat16(), sliced)
     assert torch.equal(low_chosen, chosen) and torch.equal(low_weights, weights) and y.dtype == torch.bfloat16
-    assert relative_error(y.float(), mixer(x[None], cut)) < 0.02
+    assert relative_error(y.float(), mixer(x[None], sliced)) < 0.02
 
 
 # What it takes
@@ -207,9 +207,9 @@ def test_operations_are_those_of_the_experts_that_are_asked(seed):
     config = random_moe_config(seed)
     model, ids = random_elastic(seed, config), random_ids(config, seed, (2, 21))
     submodel = random_submodel(config, seed)
-    cut = model.cut(submodel)
-    hidden, trunk = counted(lambda: model.hidden_states(ids, cut))
-    loss, head = counted(lambda: distillation_loss(hidden, model.head(cut), ids, None, 1.0, 0.0)[0])
+    sliced = model.slice(submodel)
+    hidden, trunk = counted(lambda: model.hidden_states(ids, sliced))
+    loss, head = counted(lambda: distillation_loss(hidden, model.head(sliced), ids, None, 1.0, 0.0)[0])
     _, backward = counted(loss.backward)
     flops = pass_flops(config, 21, submodel) * 2
     gradients_of_head = 2 * head // 3

@@ -1,7 +1,6 @@
 """The smoke profile with all that can be on S3 there: corpus, parent, checkpoints, exports; and the server dies."""
 
 import shutil
-import sys
 import threading
 import time
 from pathlib import Path
@@ -11,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic_core.io import storage
-from tasks import extract, parent, prepare_data, rank
-from tasks.runtime import training_stage
+from tasks import parent, prepare_data, rank
 from tests.support.corpora import texts, write_jsonl
 from tests.support.s3_server import SECRET
+from tests.support.stages import run_stage
 from tests.support.tiny_pipeline import write_params
 
 pytest.importorskip("ray")
@@ -45,7 +44,7 @@ def test_the_pipeline_lives_on_s3_and_outlives_the_server(s3, tmp_path, monkeypa
     assert hashes(Path("artifacts/parent")) == trained
     rank.main()
 
-    training_stage.main("train_short")
+    run_stage("train_short")
     undisturbed = hashes(Path("artifacts/train_short"))
     (run,) = [name for name in storage.list_names(f"{s3.place}/checkpoints") if name.startswith("train_short")]
     storage.remove(f"{s3.place}/checkpoints/{run}")
@@ -53,13 +52,12 @@ def test_the_pipeline_lives_on_s3_and_outlives_the_server(s3, tmp_path, monkeypa
     shutil.rmtree(f"checkpoints/{run}")
     outage = threading.Thread(target=be_away, args=(s3, f"checkpoints/{run}/metrics.jsonl"))
     outage.start()
-    training_stage.main("train_short")  # the server is away while it saves
+    run_stage("train_short")  # the server is away while it saves
     outage.join()
     assert hashes(Path("artifacts/train_short")) == undisturbed
 
-    training_stage.main("train_extended")
-    monkeypatch.setattr(sys, "argv", ["extract", "small"])
-    extract.main()
+    run_stage("train_extended")
+    run_stage("extract", "small")
     storage.download_directory(f"{s3.place}/exports/small/extended", tmp_path / "downloaded")
     ids = torch.arange(1, 12)[None]
     ours, theirs = (

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from . import checks
-from . import workspace as spaces
-from .processes import marked
-from .server import prefect_server
-from .trials import KINDS, Result, Trial, random_trial, run_trial
+from tests.soak import checks
+from tests.soak import workspace as spaces
+from tests.soak.processes import marked
+from tests.soak.server import prefect_server
+from tests.soak.trials import KINDS, Result, Trial, random_trial, run_trial
 
 
 def main() -> int:

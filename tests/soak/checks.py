@@ -13,9 +13,8 @@ from pathlib import Path
 
 from elastic_core.io.digests import file_digest
 from elastic_core.training.checkpoint import MANIFEST, read_manifest
-
-from . import workspace as spaces
-from .trials import Kill, Stage
+from tests.soak import workspace as spaces
+from tests.soak.trials import Kill, Stage
 
 TOO_SMALL, ENOUGH = "4500k", "64m"  # of a disk; a checkpoint has 1.9 MB, two are kept, a third is being written
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import httpx
 
 from flows.process.guard import guarded
-
-from .processes import environment, new_mark
+from tests.soak.processes import environment, new_mark
 
 
 @contextlib.contextmanager

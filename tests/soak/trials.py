@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import workspace as spaces
-from .processes import environment, left_after, living, marked, start
+from tests.soak import workspace as spaces
+from tests.soak.processes import environment, left_after, living, marked, start
 
 GONE_SECONDS = 10.0  # within which nothing of a killed run may be left
 LIMIT_SECONDS = 300.0  # for a run that nobody kills

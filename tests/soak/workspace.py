@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from .processes import environment, new_mark
+from tests.soak.processes import environment, new_mark
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE = "train_short"

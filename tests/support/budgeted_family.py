@@ -1,12 +1,13 @@
 """A tiny family trained for budgets in bytes or time."""
 
 import torch
+from elastic_core.cost.targets import shares
 from transformers import NemotronHConfig
 
-from elastic_core.cost.budgets import shares
 from elastic_core.data.loader import PackedSequences
+from elastic_core.search.choices import Choices
 from elastic_core.search.router import Router
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.search.space import ElasticSpace
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Routing

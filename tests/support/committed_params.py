@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.settings import params
+from tasks.settings import load as settings
 from tasks.settings.profiles import _merge
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ def load(values, tmp_path, monkeypatch):
     """Load as a user would: a params.yaml in the working directory."""
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
-    return params.load()
+    return settings.load()
 
 
 @pytest.fixture

@@ -15,10 +15,13 @@ from transformers import NemotronHConfig
 from elastic_core import Submodel, rank
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import PackedSequences, TokenData
-from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.search.selection import Member
 from elastic_core.training.checkpoint import Checkpoints
+from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.distributed.gradients import local, whole
 from elastic_core.training.distributed.model_files import from_pretrained, save_pretrained
-from elastic_core.training.distributed.placement import Execution, Ranks, local, place, whole
+from elastic_core.training.distributed.placement import place
+from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import train, train_step
 from elastic_core.training.run import Run, named_parameters, save
 from elastic_core.training.stage import Loss, Routing
@@ -143,15 +146,15 @@ def half_recomputed(ranks, data, directory):
 def budgets_of_ranks(ranks, data, directory):
     """What every rank computes with, microbatch by microbatch."""
     run, seen = start(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0)), []
-    cut = run.model.cut
+    sliced = run.model.sliced
 
     def remember(submodel=None, gates=None, observe=None):
-        made = cut(submodel, gates, observe)
+        made = sliced(submodel, gates, observe)
         values = {key: gate.tolist() for key, gate in made.gates.items()}
         seen.append((made.sizes, made.kept_layers, values))
         return made
 
-    run.model.cut = remember
+    run.model.sliced = remember
     rows = list(train(run))
     dealt = [[result["budget"] for result in row["microbatches"]] for row in rows]
     return {"seen": ranks.gather(seen), "dealt": ranks.gather(dealt)}
@@ -222,7 +225,7 @@ def ranking(ranks, data, directory):
     ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
     found, part = {}, ranks.part(4)
     cases = [(CONFIG, method, "projection") for method in ("iterative_nmse", "one_shot_nmse", "one_shot_perplexity")]
-    for config, method, measure in [*cases, (EXPERTS, "one_shot_nmse", "written")]:
+    for config, method, measure in [*cases, (EXPERTS, "one_shot_nmse", "output_norm")]:
         model = random_elastic(3, config)
         ranked = rank(model, list(ids[:, part]), depth_method=method, reduce=ranks.sum, measure=measure)
         found[f"{method} {measure}"] = {

@@ -4,7 +4,7 @@ import itertools
 
 from elastic_core.cost.latency_table import FORMAT, REST, Table, axes_of, shape_of
 from elastic_core.model import architectures
-from elastic_core.model.submodel import FIELDS
+from elastic_core.model.axes import FIELDS
 
 CONTEXTS = (16, 64)
 

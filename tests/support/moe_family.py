@@ -2,7 +2,7 @@
 
 from transformers import NemotronHConfig
 
-from elastic_core.search.space import Choices
+from elastic_core.search.choices import Choices
 from tests.support.runs import TEXT, data, make_stage  # noqa: F401
 
 VALUES = {

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import NemotronHConfig
 
+from elastic_core.search.choices import Choices
 from elastic_core.search.router import Router
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.search.space import ElasticSpace
 
 CONFIG = NemotronHConfig(
     vocab_size=32,

@@ -7,9 +7,10 @@ import torch
 from elastic_core import Submodel
 from elastic_core.data.loader import PackedSequences, TokenData
 from elastic_core.data.token_files import Manifest, Source, SplitWriter
-from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.search.choices import Choices
 from elastic_core.search.router import Router
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.search.selection import Member
+from elastic_core.search.space import ElasticSpace
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Loss, Routing, Stage

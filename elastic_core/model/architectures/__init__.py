@@ -31,16 +31,17 @@ import torch
 
 import elastic_core.model.architectures.llama as llama
 import elastic_core.model.architectures.nemotron_h as nemotron_h
+from elastic_core.errors import UserError
 from elastic_core.model.dims import Fixed, Layout, Units, is_stack
 
-FAMILIES = {model_type: family for family in (nemotron_h, llama) for model_type in family.MODELS}
+ARCHITECTURES = {model_type: family for family in (nemotron_h, llama) for model_type in family.MODELS}
 
 
 def find(model_type: str | None, where: str) -> ModuleType:
     """The family of a model_type; ValueError where there is none."""
-    if model_type not in FAMILIES:
-        raise ValueError(f"{where}: model_type is {model_type!r}; allowed: {', '.join(map(repr, FAMILIES))}")
-    return FAMILIES[model_type]
+    if model_type not in ARCHITECTURES:
+        raise UserError(f"{where}: model_type is {model_type!r}; allowed: {', '.join(map(repr, ARCHITECTURES))}")
+    return ARCHITECTURES[model_type]
 
 
 def of(config) -> ModuleType:

@@ -25,7 +25,7 @@ from elastic_core.model.dims import Fixed, Layout, Product, Units
 from elastic_core.model.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.model.ops.flops import Flops, attention_flops, norm_flops
 from elastic_core.model.ops.norm import rms_norm
-from elastic_core.model.slicing import Cut
+from elastic_core.model.slicing import Slice
 
 MODELS = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -248,24 +248,24 @@ class Attention(nn.Module):
         self.eps, self.rotary = config.rms_norm_eps, Rotary(config)
         add_parameters(self, layout)
 
-    def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        query, value = self._project("q", x, cut), self._project("v", x, cut)
-        cut.observe(self.units, query)
-        query, key = self._normed("q", query, cut), self._normed("k", self._project("k", x, cut), cut)
+    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+        query, value = self._project("q", x, sliced), self._project("v", x, sliced)
+        sliced.observe(self.units, query)
+        query, key = self._normed("q", query, sliced), self._normed("k", self._project("k", x, sliced), sliced)
         query, key = apply_rotary_pos_emb(query, key, *self.rotary(query), unsqueeze_dim=1)
         y = causal_attention(query, key, value)
-        weight = cut.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units)
-        cut.observe(self.units, y, weight)
-        return F.linear(y, weight, cut.writing_bias(self, self.layout, "o_proj.bias", self.layer))
+        weight = sliced.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units)
+        sliced.observe(self.units, y, weight)
+        return F.linear(y, weight, sliced.writing_bias(self, self.layout, "o_proj.bias", self.layer))
 
-    def _project(self, name: str, x: Tensor, cut: Cut) -> Tensor:
+    def _project(self, name: str, x: Tensor, sliced: Slice) -> Tensor:
         """Queries, keys or values, (B, L, heads, head_dim)."""
-        weight, bias = (cut.weight(self, self.layout, f"{name}_proj.{part}") for part in ("weight", "bias"))
+        weight, bias = (sliced.weight(self, self.layout, f"{name}_proj.{part}") for part in ("weight", "bias"))
         return F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim))
 
-    def _normed(self, name: str, heads: Tensor, cut: Cut) -> Tensor:
+    def _normed(self, name: str, heads: Tensor, sliced: Slice) -> Tensor:
         """Every head normed by itself, where the architecture does so (Qwen3)."""
-        weight = cut.weight(self, self.layout, f"{name}_norm.weight")
+        weight = sliced.weight(self, self.layout, f"{name}_norm.weight")
         return heads if weight is None else rms_norm(heads, weight, self.eps, self.head_dim)
 
 
@@ -278,16 +278,16 @@ class MLP(nn.Module):
         self.act = ACT2FN[config.hidden_act]
         add_parameters(self, layout)
 
-    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
         gate, up = (
-            F.linear(x, *(cut.weight(self, self.layout, f"{name}_proj.{part}") for part in ("weight", "bias")))
+            F.linear(x, *(sliced.weight(self, self.layout, f"{name}_proj.{part}") for part in ("weight", "bias")))
             for name in ("gate", "up")
         )
         x = self.act(gate) * up
-        cut.observe(self.units, x)
-        weight = cut.writing_weight(self, self.layout, "down_proj.weight", self.layer, self.units)
-        cut.observe(self.units, x, weight)
-        return F.linear(x, weight, cut.writing_bias(self, self.layout, "down_proj.bias", self.layer))
+        sliced.observe(self.units, x)
+        weight = sliced.writing_weight(self, self.layout, "down_proj.weight", self.layer, self.units)
+        sliced.observe(self.units, x, weight)
+        return F.linear(x, weight, sliced.writing_bias(self, self.layout, "down_proj.bias", self.layer))
 
 
 class Block(nn.Module):
@@ -300,6 +300,6 @@ class Block(nn.Module):
         self.input_layernorm = Norm(norm_eps(config), part_of(layout, "input_layernorm"))
         self.post_attention_layernorm = Norm(norm_eps(config), part_of(layout, "post_attention_layernorm"))
 
-    def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x, cut), cut)
-        return x + self.mlp(self.post_attention_layernorm(x, cut), cut)
+    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x, sliced), sliced)
+        return x + self.mlp(self.post_attention_layernorm(x, sliced), sliced)

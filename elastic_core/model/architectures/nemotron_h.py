@@ -16,7 +16,7 @@ from elastic_core.model.dims import Fixed, Layout, Product, Units
 from elastic_core.model.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.model.ops import ssd
 from elastic_core.model.ops.flops import Flops, attention_flops, scan_flops
-from elastic_core.model.slicing import Cut
+from elastic_core.model.slicing import Slice
 
 MODELS = {"nemotron_h": (NemotronHConfig, NemotronHForCausalLM)}
 EMBEDDINGS, FINAL_NORM = "embeddings", "norm_f"
@@ -227,16 +227,16 @@ class Attention(nn.Module):
         self.head_dim, self.num_key_value_heads = config.head_dim, config.num_key_value_heads
         add_parameters(self, layout)
 
-    def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        num_heads, num_kv = cut.sizes[self.units], self.num_key_value_heads
+    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+        num_heads, num_kv = sliced.sizes[self.units], self.num_key_value_heads
         query, key, value = (
-            F.linear(x, cut.weight(self, self.layout, f"{name}_proj.weight")).unflatten(-1, (heads, self.head_dim))
+            F.linear(x, sliced.weight(self, self.layout, f"{name}_proj.weight")).unflatten(-1, (heads, self.head_dim))
             for name, heads in (("q", num_heads), ("k", num_kv), ("v", num_kv))
         )
-        cut.observe(self.units, query)
+        sliced.observe(self.units, query)
         y = causal_attention(query, key, value)
-        weight = cut.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units)
-        cut.observe(self.units, y, weight)
+        weight = sliced.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units)
+        sliced.observe(self.units, y, weight)
         return F.linear(y, weight)
 
 
@@ -251,5 +251,5 @@ class Block(nn.Module):
         self.norm = Norm(norm_eps(config), part_of(layout, "norm"))
         self.mixer = MIXERS[pattern(config)[layer]](config, layer, part_of(layout, "mixer"))
 
-    def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        return x + self.mixer(self.norm(x, cut), cut)
+    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+        return x + self.mixer(self.norm(x, sliced), sliced)

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from elastic_core.model.dims import Fixed, Layout, Units
 from elastic_core.model.layers import add_parameters, part_of
 from elastic_core.model.ops.activation import relu_squared
-from elastic_core.model.slicing import Cut
+from elastic_core.model.slicing import Slice
 
 FADING = 0.1  # the gate below which an expert is chosen less
 CORRECTION = "gate.e_score_correction_bias"  # of scores where experts are chosen: transformers' buffer, never trained
@@ -101,13 +101,15 @@ class MLP(nn.Module):
         self.act = activation(config)
         add_parameters(self, layout)
 
-    def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        x = F.linear(x, cut.weight(self, self.layout, "up_proj.weight"), cut.weight(self, self.layout, "up_proj.bias"))
-        cut.observe(self.units, x)
+    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+        x = F.linear(
+            x, sliced.weight(self, self.layout, "up_proj.weight"), sliced.weight(self, self.layout, "up_proj.bias")
+        )
+        sliced.observe(self.units, x)
         x = self.act(x)
-        weight = cut.writing_weight(self, self.layout, "down_proj.weight", self.layer, self.units)
-        cut.observe(self.units, x, weight)
-        return F.linear(x, weight, cut.writing_bias(self, self.layout, "down_proj.bias", self.layer))
+        weight = sliced.writing_weight(self, self.layout, "down_proj.weight", self.layer, self.units)
+        sliced.observe(self.units, x, weight)
+        return F.linear(x, weight, sliced.writing_bias(self, self.layout, "down_proj.bias", self.layer))
 
 
 class MoE(nn.Module):
@@ -125,28 +127,28 @@ class MoE(nn.Module):
         self.get_parameter(CORRECTION).requires_grad_(False)
         self.shared_experts = MLP(config, layer, shared, "shared_ffn")
 
-    def forward(self, x: Tensor, cut: Cut) -> Tensor:
+    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
         tokens = x.flatten(0, 1)  # (T, hidden)
-        chosen, weights = self._route(tokens, cut)
+        chosen, weights = self._route(tokens, sliced)
         if "fc1_latent_proj.weight" not in self.layout:
-            y, gate = self._experts(tokens, chosen, weights, cut), cut.write_gate(self.layer)
+            y, gate = self._experts(tokens, chosen, weights, sliced), sliced.write_gate(self.layer)
             y = y if gate is None else y * gate.to(y.dtype)
         else:
-            weight, bias = (cut.weight(self, self.layout, f"fc1_latent_proj.{part}") for part in ("weight", "bias"))
-            y = self._experts(F.linear(tokens, weight, bias), chosen, weights, cut)
-            weight = cut.writing_weight(self, self.layout, "fc2_latent_proj.weight", self.layer)
-            y = F.linear(y, weight, cut.writing_bias(self, self.layout, "fc2_latent_proj.bias", self.layer))
-        return y.view(*x.shape[:2], -1) + self.shared_experts(x, cut)
+            weight, bias = (sliced.weight(self, self.layout, f"fc1_latent_proj.{part}") for part in ("weight", "bias"))
+            y = self._experts(F.linear(tokens, weight, bias), chosen, weights, sliced)
+            weight = sliced.writing_weight(self, self.layout, "fc2_latent_proj.weight", self.layer)
+            y = F.linear(y, weight, sliced.writing_bias(self, self.layout, "fc2_latent_proj.bias", self.layer))
+        return y.view(*x.shape[:2], -1) + self.shared_experts(x, sliced)
 
-    def _route(self, x: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+    def _route(self, x: Tensor, sliced: Slice) -> tuple[Tensor, Tensor]:
         """Each token's experts and their weights, both (T, k); in float32 at least, whatever the rest computes in.
 
         So of a matrix that was gathered in bfloat16 (distributed.py), with its rounding.
         """
-        wide, gate = torch.promote_types(x.dtype, torch.float32), cut.gate(self.units)
+        wide, gate = torch.promote_types(x.dtype, torch.float32), sliced.gate(self.units)
         with torch.autocast(x.device.type, enabled=False):
-            scores = F.linear(x.to(wide), cut.weight(self, self.layout, "gate.weight").to(wide)).sigmoid()  # (T, E)
-        choice = scores.detach() + cut.weight(self, self.layout, CORRECTION).to(wide)
+            scores = F.linear(x.to(wide), sliced.weight(self, self.layout, "gate.weight").to(wide)).sigmoid()  # (T, E)
+        choice = scores.detach() + sliced.weight(self, self.layout, CORRECTION).to(wide)
         if gate is not None:
             choice = choice + (gate.detach().to(wide) / FADING).clamp(max=1).log()
         if self.n_group > 1:
@@ -158,28 +160,28 @@ class MoE(nn.Module):
         weights = weights * self.scaling
         return chosen, weights if gate is None else weights * gate.to(wide)[chosen]
 
-    def _experts(self, x: Tensor, chosen: Tensor, weights: Tensor, cut: Cut) -> Tensor:
+    def _experts(self, x: Tensor, chosen: Tensor, weights: Tensor, sliced: Slice) -> Tensor:
         """What the routed experts say together: x (T, in), chosen and weights (T, k) → (T, in)."""
-        up, down = (cut.weight(self, self.layout, f"experts.{name}_proj") for name in ("up", "down"))
+        up, down = (sliced.weight(self, self.layout, f"experts.{name}_proj") for name in ("up", "down"))
         order = chosen.flatten().argsort(stable=True)  # asked (token, expert) pairs, expert by expert
         # Pairs are moved by permutations alone, whose gradients are permutations: sums have one order, run for run.
         pairs = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1).index_select(0, order)  # (T·k, in)
-        gate = cut.gate(self.ffn_units)
+        gate = sliced.gate(self.ffn_units)
         inner, y = run_experts(pairs, chosen, up, down, self.act, None if gate is None else gate.to(x.dtype))
-        if cut.is_observed:
-            self._observe(chosen, weights, order, inner, y, down, cut)
+        if sliced.is_observed:
+            self._observe(chosen, weights, order, inner, y, down, sliced)
         y = y.index_select(0, order.argsort()).view(*chosen.shape, -1)  # (T, k, in)
         return (y * weights[..., None]).sum(1).to(y.dtype)
 
-    def _observe(self, chosen, weights, order: Tensor, inner: Tensor, y: Tensor, down: Tensor, cut: Cut) -> None:
+    def _observe(self, chosen, weights, order: Tensor, inner: Tensor, y: Tensor, down: Tensor, sliced: Slice) -> None:
         """Show every expert's weighted magnitude at each token, and the weighted neurons of each token's experts."""
         sorted_weights = weights.flatten()[order]
         magnitudes = (y.to(weights.dtype).norm(dim=-1) * sorted_weights)[order.argsort()].view_as(chosen)
-        of_experts = weights.new_zeros(len(chosen), cut.sizes[self.units]).scatter(1, chosen, magnitudes)
-        cut.observe(self.units, of_experts[None])
+        of_experts = weights.new_zeros(len(chosen), sliced.sizes[self.units]).scatter(1, chosen, magnitudes)
+        sliced.observe(self.units, of_experts[None])
         owners, sorted_weights = chosen.flatten()[order], sorted_weights[:, None]
-        cut.observe(self.ffn_units, inner * sorted_weights, owners=owners)
-        cut.observe(self.ffn_units, self.act(inner) * sorted_weights, down, owners)
+        sliced.observe(self.ffn_units, inner * sorted_weights, owners=owners)
+        sliced.observe(self.ffn_units, self.act(inner) * sorted_weights, down, owners)
 
 
 def _in_best_groups(choice: Tensor, topk_group: int) -> Tensor:

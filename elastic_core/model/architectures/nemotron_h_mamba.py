@@ -8,7 +8,7 @@ from elastic_core.model.dims import Concat, Fixed, Layout, Product, Units
 from elastic_core.model.layers import add_parameters
 from elastic_core.model.ops import kernels
 from elastic_core.model.ops.norm import group_rms_norm
-from elastic_core.model.slicing import Cut
+from elastic_core.model.slicing import Slice
 
 
 def mamba_layout(config, i: int, keys: dict[str, Units]) -> Layout:
@@ -45,16 +45,16 @@ class Mamba(nn.Module):
         self.time_step_min = config.time_step_min  # transformers' only limit on dt
         add_parameters(self, layout)
 
-    def forward(self, x: Tensor, cut: Cut) -> Tensor:
-        heads, channels = cut.sizes[f"mamba_heads.{self.layer}"], cut.sizes[f"mamba_channels.{self.layer}"]
+    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+        heads, channels = sliced.sizes[f"mamba_heads.{self.layer}"], sliced.sizes[f"mamba_channels.{self.layer}"]
         inner, states = heads * channels, self.groups * self.state_size
 
         def weight(name: str) -> Tensor | None:
-            return cut.weight(self, self.layout, name)
+            return sliced.weight(self, self.layout, name)
 
         projected = F.linear(x, weight("in_proj.weight"), weight("in_proj.bias"))
         z, conv, dt = projected.split([inner, inner + 2 * states, heads], dim=-1)
-        cut.observe(f"mamba.{self.layer}", conv[..., :inner].unflatten(-1, (heads, channels)))
+        sliced.observe(f"mamba.{self.layer}", conv[..., :inner].unflatten(-1, (heads, channels)))
         conv = kernels.conv_silu(conv, weight("conv1d.weight"), weight("conv1d.bias"), x.dtype)
         y, B, C = conv.split([inner, states, states], dim=-1)
         # Time step and decay in float32 at least, whatever the rest computes in; the scan's sums too.
@@ -69,27 +69,27 @@ class Mamba(nn.Module):
             weight("D"),
             x.dtype,
         )
-        y = self._gated_norm(y.flatten(2), z, weight("norm.weight"), cut, x.dtype)
-        writes = cut.writing_weight(self, self.layout, "out_proj.weight", self.layer)
-        cut.observe(f"mamba.{self.layer}", y, writes)
-        return F.linear(y, writes, cut.writing_bias(self, self.layout, "out_proj.bias", self.layer))
+        y = self._gated_norm(y.flatten(2), z, weight("norm.weight"), sliced, x.dtype)
+        writes = sliced.writing_weight(self, self.layout, "out_proj.weight", self.layer)
+        sliced.observe(f"mamba.{self.layer}", y, writes)
+        return F.linear(y, writes, sliced.writing_bias(self, self.layout, "out_proj.bias", self.layer))
 
-    def _gated_norm(self, y: Tensor, z: Tensor, weight: Tensor, cut: Cut, dtype: torch.dtype) -> Tensor:
+    def _gated_norm(self, y: Tensor, z: Tensor, weight: Tensor, sliced: Slice, dtype: torch.dtype) -> Tensor:
         """norm(y · silu(z) · gates), where the norm counts the live channels."""
         head_key, channel_key = f"mamba_heads.{self.layer}", f"mamba_channels.{self.layer}"
-        gate = self._gate(cut.gate(head_key), cut.gate(channel_key), cut)
+        gate = self._gate(sliced.gate(head_key), sliced.gate(channel_key), sliced)
         if gate is None:
             return kernels.gated_norm(y, z, weight, self.eps, self.groups, dtype)
         wide = torch.promote_types(y.dtype, torch.float32)
         y = y.to(wide) * F.silu(z.to(wide)) * gate.to(wide)
-        num_live = cut.num_live(head_key) * cut.num_live(channel_key) / self.groups
+        num_live = sliced.num_live(head_key) * sliced.num_live(channel_key) / self.groups
         return group_rms_norm(y, weight, self.eps, self.groups, num_live).to(dtype)
 
-    def _gate(self, heads: Tensor | None, channels: Tensor | None, cut: Cut) -> Tensor | None:
+    def _gate(self, heads: Tensor | None, channels: Tensor | None, sliced: Slice) -> Tensor | None:
         """The gates of heads and of channels as one, (heads · channels,)."""
         if heads is None and channels is None:
             return None
-        sizes = cut.sizes[f"mamba_heads.{self.layer}"], cut.sizes[f"mamba_channels.{self.layer}"]
+        sizes = sliced.sizes[f"mamba_heads.{self.layer}"], sliced.sizes[f"mamba_channels.{self.layer}"]
         if channels is None:
             return heads[:, None].expand(sizes).flatten()
         return channels.expand(sizes).flatten() if heads is None else torch.outer(heads, channels).flatten()

@@ -8,7 +8,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from elastic_core.model.elastic_model import ElasticModel
-from elastic_core.training.distributed.placement import Execution, Ranks, local, place, whole
+from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.distributed.gradients import local, whole
+from elastic_core.training.distributed.placement import place
+from elastic_core.training.distributed.ranks import Ranks
 
 
 def from_pretrained(

@@ -20,9 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from elastic_core.model import architectures
 from elastic_core.model.layers import Norm, part_of
-from elastic_core.model.slicing import Cut
+from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import full_sizes
-from elastic_core.training.distributed.placement import Execution, matrices_to_
+from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.distributed.placement import matrices_to_
 from elastic_core.training.losses import distillation_loss
 
 # Longer sequences are counted at two lengths: the same pieces of work come again, and each adds as much. A loss has
@@ -59,7 +60,7 @@ class Alive(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class Footprint:
+class PieceMemory:
     """Bytes that a piece of a step allocates, besides its weights.
 
     `output` is what it hands on. `kept` lives from its forward to its backward pass, its input too where that is
@@ -89,7 +90,7 @@ class Setting:
         return getattr(torch, self.precision)
 
 
-def measure(piece: Callable[[Tensor], Tensor], source: Tensor, setting: Setting, weights: nn.Module) -> Footprint:
+def measure(piece: Callable[[Tensor], Tensor], source: Tensor, setting: Setting, weights: nn.Module) -> PieceMemory:
     """The footprint of `piece`, run on a tensor like `source`, where tensors have no storage."""
     with Alive() as alive:
         x = source.clone()  # no leaf, as in the middle of a model
@@ -101,19 +102,19 @@ def measure(piece: Callable[[Tensor], Tensor], source: Tensor, setting: Setting,
         alive.peak = alive.now
         y.backward(torch.empty_like(y))
         gradients = [p.grad for p in weights.parameters() if p.grad is not None]
-        return Footprint(
+        return PieceMemory(
             output, kept, forward, alive.peak - output, sum(g.untyped_storage().nbytes() for g in gradients)
         )
 
 
-def affine(count: Callable[[int], Footprint], length: int, lengths: tuple[int, int]) -> Footprint:
+def affine(count: Callable[[int], PieceMemory], length: int, lengths: tuple[int, int]) -> PieceMemory:
     """`count(length)`, or for more than the longer of two `lengths` the straight line through both."""
     short, long = lengths
     if length <= long:
         return count(length)
     low, high = astuple(count(short)), astuple(count(long))
     share = (length - short) / (long - short)
-    return Footprint(*(a + share * (b - a) for a, b in zip(low, high, strict=True)))
+    return PieceMemory(*(a + share * (b - a) for a, b in zip(low, high, strict=True)))
 
 
 class Pieces:
@@ -126,10 +127,10 @@ class Pieces:
         self.config, self.setting, self.gates = config, setting, gates
         self.family, self.layout = architectures.of(config), architectures.parameter_layout(config)
         self.pattern = architectures.pattern(config)
-        self._full = self._make_cut()  # real indices, not fake ones
+        self._full = self._make_slice()  # real indices, not fake ones
 
     @functools.cache  # noqa: B019 (an instance lives as long as a plan)
-    def layer(self, character: str, sequences: int, length: int) -> Footprint:
+    def layer(self, character: str, sequences: int, length: int) -> PieceMemory:
         """One layer of a type, by its character in the pattern, on (sequences, length) tokens."""
         count = functools.partial(self._count_layer, character, sequences)
         block = self.family.scan_block(self.config, self.pattern.index(character), sequences)
@@ -139,11 +140,11 @@ class Pieces:
         return affine(count, length, (short, 2 * short))
 
     @functools.cache  # noqa: B019
-    def tail(self, tokens: int, has_teacher: bool = True) -> Footprint:
+    def tail(self, tokens: int, has_teacher: bool = True) -> PieceMemory:
         """Final norm and loss: distillation, or cross-entropy alone. The teacher's hidden states are not in it."""
         return affine(lambda count: self._count_tail(count, has_teacher), tokens, LOSS_LENGTHS)
 
-    def _count_layer(self, character: str, sequences: int, length: int) -> Footprint:
+    def _count_layer(self, character: str, sequences: int, length: int) -> PieceMemory:
         index = self.pattern.index(character)
         # On the meta device a scan takes a GPU's sizes. Attention there would be the one that forms all scores; fake
         # tensors on a CPU take the fused one.
@@ -154,11 +155,11 @@ class Pieces:
                 checkpoint(block, preserve_rng_state=False)
             shape = (sequences, length, self.config.hidden_size)
             source = torch.empty(shape, dtype=self.setting.dtype, requires_grad=True)
-            cut = self._cut()
-            footprint = measure(lambda x: block(x, cut), source, self.setting, block)
+            sliced = self._slice()
+            footprint = measure(lambda x: block(x, sliced), source, self.setting, block)
         return self._with_casts(footprint, block) if on_meta else footprint
 
-    def _with_casts(self, footprint: Footprint, block: nn.Module) -> Footprint:
+    def _with_casts(self, footprint: PieceMemory, block: nn.Module) -> PieceMemory:
         """With what autocast adds on a GPU without sharding, which the meta device has not got.
 
         A bfloat16 copy of every matrix until the backward pass, and gradients in float32 instead.
@@ -167,7 +168,7 @@ class Pieces:
         if setting.distributed or setting.precision == "float32":
             return footprint
         copies = sum(p.untyped_storage().nbytes() for p in block.parameters() if p.dtype == torch.bfloat16)
-        return Footprint(
+        return PieceMemory(
             footprint.output,
             footprint.kept + (0 if setting.execution.activation_checkpointing else copies),
             footprint.forward + copies,
@@ -175,7 +176,7 @@ class Pieces:
             footprint.gradients + copies,
         )
 
-    def _count_tail(self, tokens: int, has_teacher: bool = True) -> Footprint:
+    def _count_tail(self, tokens: int, has_teacher: bool = True) -> PieceMemory:
         config = self.config
         shape, dtype = (1, tokens, config.hidden_size), self.setting.dtype
         with FakeTensorMode():
@@ -187,10 +188,10 @@ class Pieces:
             if has_teacher:
                 teacher = torch.empty(shape, dtype=dtype), torch.empty(tail.head.shape, dtype=dtype)
             weights = float(not has_teacher), float(has_teacher)
-            labels, cut = torch.empty(shape[:2], dtype=torch.int64), self._cut()
+            labels, sliced = torch.empty(shape[:2], dtype=torch.int64), self._slice()
             source = torch.empty(shape, dtype=dtype, requires_grad=True)
             return measure(
-                lambda x: distillation_loss(tail.norm(x, cut), tail.head, labels, teacher, *weights)[0],
+                lambda x: distillation_loss(tail.norm(x, sliced), tail.head, labels, teacher, *weights)[0],
                 source, self.setting, tail,
             )  # fmt: skip
 
@@ -204,14 +205,14 @@ class Pieces:
             matrices_to_(module, torch.bfloat16)
         return module
 
-    def _cut(self) -> Cut:
+    def _slice(self) -> Slice:
         """The full cut, with fake gates where there are any."""
         if not self.gates:
             return self._full
         units = architectures.units(self.config)
         gates = {key: torch.empty(unit.size, requires_grad=True) for key, unit in units.items()}
-        return self._make_cut(gates | {"depth": torch.empty(len(self.pattern), requires_grad=True)})
+        return self._make_slice(gates | {"depth": torch.empty(len(self.pattern), requires_grad=True)})
 
-    def _make_cut(self, gates: dict[str, Tensor] | None = None) -> Cut:
+    def _make_slice(self, gates: dict[str, Tensor] | None = None) -> Slice:
         device = gates["depth"].device if gates else torch.device("cpu")
-        return Cut(self.layout, device, full_sizes(self.config), tuple(range(len(self.pattern))), gates)
+        return Slice(self.layout, device, full_sizes(self.config), tuple(range(len(self.pattern))), gates)

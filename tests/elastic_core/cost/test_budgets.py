@@ -3,8 +3,10 @@
 import pytest
 
 from elastic_core.config import ConfigError, load
-from elastic_core.cost.budgets import Budget, Cost, family_metric, parse, shares
-from elastic_core.cost.metrics import PARAMETERS, Memory, exact_cost, num_parameters
+from elastic_core.cost.budgets import Budget, Cost, parse
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
+from elastic_core.cost.targets import family_metric, metric_of, shares
 from tests.support.routed_family import CONFIG
 
 FULL = num_parameters(CONFIG)
@@ -66,14 +68,14 @@ def test_names_are_offered_first():
 
 def test_what_a_budget_leaves_open_is_as_in_training():
     own = Memory(4096, 2, weights="fp8")
-    assert parse(0.5).metric(own) == own and parse(0.5).metric(PARAMETERS) == PARAMETERS
-    assert parse("9B").metric(own) == PARAMETERS
-    assert parse("1GiB").metric(own) == own
-    assert parse("1GiB@8k").metric(own) == Memory(8192, 2, weights="fp8")
-    assert parse("1GiB@8k×5").metric(own) == Memory(8192, 5, weights="fp8")
-    assert parse("1GiB@8k").metric(PARAMETERS) == Memory(8192)
+    assert metric_of(parse(0.5), own) == own and metric_of(parse(0.5), PARAMETERS) == PARAMETERS
+    assert metric_of(parse("9B"), own) == PARAMETERS
+    assert metric_of(parse("1GiB"), own) == own
+    assert metric_of(parse("1GiB@8k"), own) == Memory(8192, 2, weights="fp8")
+    assert metric_of(parse("1GiB@8k×5"), own) == Memory(8192, 5, weights="fp8")
+    assert metric_of(parse("1GiB@8k"), PARAMETERS) == Memory(8192)
     with pytest.raises(ConfigError, match=r"budget: got '1GiB'; allowed: bytes at a context in tokens, as 16GiB@128k"):
-        parse("1GiB").metric(PARAMETERS)
+        metric_of(parse("1GiB"), PARAMETERS)
 
 
 def section(**values):

@@ -13,9 +13,11 @@ from elastic_core.cost.latency import Latency, Throughput
 from elastic_core.cost.latency_table import Table, interpolate
 from elastic_core.cost.metrics import exact_cost, expected_cost, read_metric
 from elastic_core.model import architectures
+from elastic_core.model.axes import FIELDS, WIDTHS
 from elastic_core.model.dims import layer_of
-from elastic_core.model.submodel import FIELDS, WIDTHS, full_submodel
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.model.submodel import full_submodel
+from elastic_core.search.choices import Choices
+from elastic_core.search.space import ElasticSpace
 from tests.support.gradients import check_gradient
 from tests.support.latencies import CONTEXTS, REST, make_table, points_of, seconds_of
 from tests.support.parents import CONFIGS, random_config, random_moe_config, random_submodel

@@ -9,19 +9,13 @@ from transformers import AutoModelForCausalLM, NemotronHConfig
 
 from elastic_core import Submodel, extract
 from elastic_core.config import ConfigError
-from elastic_core.cost.metrics import (
-    PRECISIONS,
-    Memory,
-    alive_per_token,
-    exact_cost,
-    expected_cost,
-    memory_parts,
-    num_parameters,
-    read_metric,
-)
+from elastic_core.cost.element_types import ELEMENT_BYTES
+from elastic_core.cost.memory import Memory, alive_per_token
+from elastic_core.cost.metrics import exact_cost, expected_cost, memory_parts, num_parameters, read_metric
 from elastic_core.model.architectures import parameter_layout
 from elastic_core.model.architectures.nemotron_h import layers_of
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.search.choices import Choices
+from elastic_core.search.space import ElasticSpace
 from tasks.evaluation import latency_and_memory
 from tests.support.gradients import check_gradient
 from tests.support.parents import random_config, random_ids, random_llama_config, random_submodel, save_random_parent
@@ -84,7 +78,7 @@ def test_bfloat16_halves_what_is_in_bfloat16(tmp_path):
     )
 
 
-@pytest.mark.parametrize("weights", PRECISIONS)
+@pytest.mark.parametrize("weights", ELEMENT_BYTES)
 def test_quantised_checkpoints_quantise_the_layers_matrices(weights):
     config = random_config(2)
     layers = {name: dims for name, dims in parameter_layout(config).items() if name.startswith("model.layers.")}

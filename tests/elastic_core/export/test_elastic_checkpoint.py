@@ -10,13 +10,16 @@ from transformers import AutoModelForCausalLM
 
 from elastic_core import extract
 from elastic_core.config import ConfigError
+from elastic_core.cost.budgets import TOLERANCE
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.elastic_checkpoint import TOLERANCE, Member, find_submodel
+from elastic_core.export.elastic_checkpoint import find_submodel
+from elastic_core.io.atomic import whole_directory
 from elastic_core.model import hf
 from elastic_core.model.submodel import Submodel
-from elastic_core.search.selection import path_between, select_family
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.search.choices import Choices
+from elastic_core.search.selection import Member, path_between, select_family
+from elastic_core.search.space import ElasticSpace
 from tasks import extract as stage
 from tests.support.parents import random_elastic
 from tests.support.routed_family import CONFIG, RANKING, SIZES, make_router
@@ -154,7 +157,7 @@ def test_extract_says_what_it_cannot_serve(elastic, tmp_path):
 
 
 def write_version(directory, text):
-    with hf.whole_directory(directory) as partial:
+    with whole_directory(directory) as partial:
         (partial / "config.json").write_text(text)
 
 
@@ -186,7 +189,7 @@ def test_a_directory_that_a_killed_process_had_set_aside_comes_back(tmp_path, fa
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "junk").write_text("x")
     if fails:
-        with pytest.raises(KeyboardInterrupt), hf.whole_directory(out) as partial:
+        with pytest.raises(KeyboardInterrupt), whole_directory(out) as partial:
             assert (out / "config.json").read_text() == "old" and not list(partial.iterdir())
             raise KeyboardInterrupt
     else:

@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 
 from elastic_core import Submodel, extract
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.elastic_checkpoint import Member
 from elastic_core.export.nested import NestedModel, nested_chain, part_of_cache
 from elastic_core.model import architectures, hf
+from elastic_core.search.selection import Member
 from tests.support.parents import (
     CONFIGS,
     random_config,
@@ -32,13 +32,13 @@ def half(config, submodel: Submodel) -> Submodel:
     else:
         steps["hidden_size"] = config.num_attention_heads  # of which all smaller numbers here are divisors
 
-    def cut(size: int, step: int) -> int:
+    def smaller(size: int, step: int) -> int:
         return max(step, size // 2 // step * step)
 
     values = {name: value for name, value in dataclasses.asdict(submodel).items() if value is not None}
     for name in values.keys() - {"kept_layers"}:
         size, step = values[name], steps.get(name, 1)
-        values[name] = tuple(cut(s, step) for s in size) if isinstance(size, tuple) else cut(size, step)
+        values[name] = tuple(smaller(s, step) for s in size) if isinstance(size, tuple) else smaller(size, step)
     return Submodel(**values).resolve(config)
 
 

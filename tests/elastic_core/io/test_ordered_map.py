@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from elastic_core.io.ordered_map import in_order
+from elastic_core.io.ordered_map import ordered_map
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -15,13 +15,13 @@ def test_results_come_in_order_whoever_is_fastest(threads):
         time.sleep(0.002 * (item % 3))
         return item * item
 
-    assert list(in_order(work, range(40), threads)) == [item * item for item in range(40)]
-    assert list(in_order(work, [], threads)) == []
+    assert list(ordered_map(work, range(40), threads)) == [item * item for item in range(40)]
+    assert list(ordered_map(work, [], threads)) == []
 
 
 def test_no_more_is_taken_than_can_be_worked_on():
     taken = []
-    results = in_order(str, (taken.append(i) or i for i in itertools.count()), 3)
+    results = ordered_map(str, (taken.append(i) or i for i in itertools.count()), 3)
     for done in range(1, 30):
         next(results)
         assert len(taken) - done < 2 * 3
@@ -30,7 +30,7 @@ def test_no_more_is_taken_than_can_be_worked_on():
 
 def test_threads_work_at_the_same_time():
     meet = threading.Barrier(3, timeout=10)  # broken unless three are at work at once
-    assert len(list(in_order(lambda _: meet.wait(), range(9), 3))) == 9
+    assert len(list(ordered_map(lambda _: meet.wait(), range(9), 3))) == 9
 
 
 def test_errors_of_the_work_and_of_the_stream_come_through():
@@ -42,7 +42,7 @@ def test_errors_of_the_work_and_of_the_stream_come_through():
         done.append(item)
 
     with pytest.raises(ValueError, match="bad item"):
-        list(in_order(work, itertools.count(), 2))
+        list(ordered_map(work, itertools.count(), 2))
     assert len(done) < 3 + 2 * 2
 
     def stream():
@@ -50,4 +50,4 @@ def test_errors_of_the_work_and_of_the_stream_come_through():
         raise OSError("bad stream")
 
     with pytest.raises(OSError, match="bad stream"):
-        list(in_order(str, stream(), 2))
+        list(ordered_map(str, stream(), 2))

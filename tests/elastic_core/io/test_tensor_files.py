@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from elastic_core import ElasticModel, extract
-from elastic_core.export.extract import CutTensor
+from elastic_core.export.extract import SlicedTensor
 from elastic_core.io import tensor_files
 from elastic_core.io.tensor_files import Entry, read_header, write
 from elastic_core.model import hf
@@ -110,8 +110,8 @@ def test_cuts_are_those_of_narrow(tmp_path, monkeypatch, seed, block_bytes):
             if int(path[2]) not in number:
                 continue
             path[2] = str(number[int(path[2])])
-        cut = found.pop(disk_name(".".join(path)))
-        assert torch.equal(cut, narrow(parameter.detach(), model.layout[name], sizes)), name
+        sliced = found.pop(disk_name(".".join(path)))
+        assert torch.equal(sliced, narrow(parameter.detach(), model.layout[name], sizes)), name
     assert not found
 
 
@@ -119,11 +119,11 @@ def test_cuts_are_those_of_narrow(tmp_path, monkeypatch, seed, block_bytes):
 def test_zeros_follow_and_types_change_in_every_block(tmp_path, dtype):
     tensor = torch.randn(11, 6)
     save_file({"t": tensor}, tmp_path / "m")
-    cut = CutTensor(read_header(tmp_path / "m")["t"], [torch.tensor([0, 1, 4, 5, 6, 9]), 4], (9, 7), dtype)
+    sliced = SlicedTensor(read_header(tmp_path / "m")["t"], [torch.tensor([0, 1, 4, 5, 6, 9]), 4], (9, 7), dtype)
     expected = F.pad(tensor[[0, 1, 4, 5, 6, 9], :4], (0, 3, 0, 3)).to(dtype or tensor.dtype)
     for start in range(9):
         for stop in range(start, 10):
-            assert torch.equal(cut[start:stop], expected[start:stop])
+            assert torch.equal(sliced[start:stop], expected[start:stop])
 
 
 def test_only_kept_rows_are_read(tmp_path, monkeypatch):

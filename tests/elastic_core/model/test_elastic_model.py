@@ -286,5 +286,5 @@ def test_a_compiled_slice_is_one_graph():
     model, ids = random_elastic(5), random_ids(config, 5)
     compiled = torch.compile(model.hidden_states, fullgraph=True, backend="eager")
     for number in range(2):
-        cut = model.cut(random_submodel(config, number, PER_LAYER, all_layers=True))
-        assert relative_error(compiled(ids, cut), model.hidden_states(ids, cut)) < 1e-6
+        sliced = model.slice(random_submodel(config, number, PER_LAYER, all_layers=True))
+        assert relative_error(compiled(ids, sliced), model.hidden_states(ids, sliced)) < 1e-6

@@ -15,7 +15,8 @@ from elastic_core.config import ConfigError
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.model import architectures, hf
 from elastic_core.model.submodel import full_sizes
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.search.choices import Choices
+from elastic_core.search.space import ElasticSpace
 from flows.cli.show_inspect import show
 from tasks.commands.inspect import inspect_checkpoint
 from tests.support.calibration import AGGREGATE, batches_of
@@ -398,5 +399,5 @@ def test_a_compiled_slice_is_one_graph():
     model, ids = random_elastic(5, BASE), random_ids(BASE, 5)
     compiled = torch.compile(model.hidden_states, fullgraph=True, backend="eager")
     for number in range(2):
-        cut = model.cut(random_submodel(BASE, number, all_layers=True))
-        assert relative_error(compiled(ids, cut), model.hidden_states(ids, cut)) < 1e-6
+        sliced = model.slice(random_submodel(BASE, number, all_layers=True))
+        assert relative_error(compiled(ids, sliced), model.hidden_states(ids, sliced)) < 1e-6

@@ -10,10 +10,10 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from elastic_core import ElasticModel, Submodel, extract
 from elastic_core.config import ConfigError
+from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import (
     ACTIVE_PARAMETERS,
     PARAMETERS,
-    Memory,
     exact_cost,
     expected_cost,
     memory_parts,
@@ -21,14 +21,15 @@ from elastic_core.cost.metrics import (
     num_parameters,
 )
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.elastic_checkpoint import Member
 from elastic_core.export.nested import NestedModel
 from elastic_core.model import architectures
 from elastic_core.model.architectures.nemotron_h import layers_of, pattern
 from elastic_core.model.architectures.nemotron_h_ffn import fewest_experts
 from elastic_core.model.dims import layer_index, narrow
 from elastic_core.model.hf import check_config, read_config
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.search.choices import Choices
+from elastic_core.search.selection import Member
+from elastic_core.search.space import ElasticSpace
 from tasks.evaluate import count_parameters
 from tests.support.moe import SEEDS, load
 from tests.support.parents import (
@@ -174,9 +175,9 @@ def test_an_absent_expert_is_never_chosen_and_a_fading_one_still_is():
         mixer.gate.e_score_correction_bias[-1] = 100.0
     route = mixer._route
 
-    def remember(x, cut):
-        chosen.append(route(x, cut)[0])
-        return route(x, cut)
+    def remember(x, sliced):
+        chosen.append(route(x, sliced)[0])
+        return route(x, sliced)
 
     mixer._route = remember
     gate = torch.ones(config.n_routed_experts)

@@ -98,7 +98,7 @@ def test_written_scores_are_norms_of_what_transformers_layers_add(tmp_path, seed
     with torch.no_grad():
         for ids in batches:
             reference(ids, use_cache=False)
-    ranking = rank(model, batches, aggregation, "one_shot_nmse", measure="written")
+    ranking = rank(model, batches, aggregation, "one_shot_nmse", measure="output_norm")
     by_projection = rank(model, batches, aggregation, "one_shot_nmse").scores
     assert torch.equal(ranking.scores["hidden"], by_projection["hidden"])
     units = elastic_units(model.layout)

@@ -8,11 +8,13 @@ import torch
 from transformers import NemotronHConfig
 
 from elastic_core.config import ConfigError
-from elastic_core.cost.metrics import PARAMETERS, Memory, exact_cost, num_parameters
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
+from elastic_core.search.choices import Choices
 from elastic_core.search.importance import Ranking
 from elastic_core.search.selection import LARGEST_GRID, check_budgets, select, select_family
-from elastic_core.search.space import Choices, ElasticSpace
-from tasks.runtime import training_stage as stage
+from elastic_core.search.space import ElasticSpace
+from tasks import train_short as stage
 from tests.support.parents import random_elastic
 from tests.support.routed_family import CONFIG, PER_LAYER, RANKING, SIZES, make_router, make_space
 
@@ -257,7 +259,7 @@ def test_stage_1_checks_the_budgets_with_the_real_order_of_the_layers(tmp_path, 
         seed=0,
     )
     Ranking({}, {}, RANKING).save(tmp_path / "ranking.json")
-    assert stage.short_job(settings) == "its job"
+    assert stage.make_short_job(settings) == "its job"
     Ranking({}, {}, (1, 2, 3, 4, 0)).save(tmp_path / "ranking.json")
     with pytest.raises(ConfigError, match=r"budgets\.small: got 0\.\d+ .*, which no combination of `choices`"):
-        stage.short_job(settings)
+        stage.make_short_job(settings)

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from transformers import NemotronHConfig
 
 from elastic_core import Submodel
-from elastic_core.cost.metrics import PARAMETERS, Memory, exact_cost, num_parameters
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
 from elastic_core.data.loader import IGNORED_LABEL, TokenData, held_out_batches
 from elastic_core.data.token_files import Manifest, Source, SplitWriter
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.elastic_checkpoint import Member
-from elastic_core.model.submodel import PER_LAYER
-from elastic_core.search.uniform import even_counterpart
+from elastic_core.model.axes import PER_LAYER
+from elastic_core.search.selection import Member
+from elastic_core.search.uniform import uniform_counterpart
 from tasks import evaluate, extract, report
 from tests.support.command_line import CONFIG, MEMBERS
 from tests.support.parents import CONFIGS, random_elastic, random_submodel
@@ -32,7 +33,7 @@ def test_costs_as_much_as_alike_widths_can(family, fields, metric):
     for seed in range(12):
         config = CONFIGS[family](seed)
         submodel = random_submodel(config, seed, fields).resolve(config)
-        even = even_counterpart(config, submodel, metric)
+        even = uniform_counterpart(config, submodel, metric)
         assert even.is_homogeneous
         same = [field.name for field in dataclasses.fields(Submodel) if field.name not in PER_LAYER]
         assert [getattr(even, name) for name in same] == [getattr(submodel, name) for name in same]
@@ -71,7 +72,7 @@ def test_means_of_alike_layers_cost_exactly_as_much():
         **{"intermediate_size": 64, "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8},
     )
     uneven = Submodel(kept_layers=(0, 1, 2, 3), mamba_num_heads=(8, 4, 2), intermediate_size=(64, 32))
-    even = even_counterpart(config, uneven)  # the last layer is dropped, and does not count
+    even = uniform_counterpart(config, uneven)  # the last layer is dropped, and does not count
     assert (even.mamba_num_heads, even.intermediate_size) == (6, 48)
     assert num_parameters(config, even) == num_parameters(config, uneven)
 
@@ -95,7 +96,7 @@ def test_the_report_knows_what_uneven_widths_gain(tmp_path, monkeypatch):
     assert not (extract.OUT / "small" / "even").exists()
 
     scores = {name: json.loads((evaluate.OUT / f"{name}.json").read_text()) for name in ("medium", "small")}
-    zero_shot, even = scores["medium"]["zero_shot"], even_counterpart(CONFIG, uneven)
+    zero_shot, even = scores["medium"]["zero_shot"], uniform_counterpart(CONFIG, uneven)
     assert zero_shot["even"]["num_parameters"] == num_parameters(CONFIG, even)
     batches = list(held_out_batches(TokenData(evaluate.DATA), "mine", 64, 4, 512))
     for found, submodel in ((zero_shot, uneven), (zero_shot["even"], even)):

@@ -213,7 +213,7 @@ def test_remembered_digests_give_the_same_key_and_notice_every_change(tmp_path, 
 
 
 def test_another_configuration_starts_anew(data, tmp_path, monkeypatch):
-    from tasks.runtime import training_stage as stage_module
+    from tasks.training import job as stage_module
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage_module, "DATA", data.directory)

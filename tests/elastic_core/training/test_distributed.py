@@ -11,7 +11,9 @@ import torch
 
 import tests.support.distributed_cases as cases
 from elastic_core.config import ConfigError
-from elastic_core.training.distributed.placement import Execution, Ranks, compile_blocks, make_mesh, place
+from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.distributed.placement import compile_blocks, make_mesh, place
+from elastic_core.training.distributed.ranks import Ranks
 from tests.support.runs import assert_same
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -19,9 +19,9 @@ def test_a_step_of_any_submodel_is_counted_exactly(kind, seed, length):
     model, ids = random_elastic(seed, config), random_ids(config, seed, (2, length))
     uneven = ("intermediate_size", "mamba_num_heads" if kind == "nemotron_h" else "num_attention_heads")
     submodel = random_submodel(config, seed, heterogeneous=uneven)
-    cut = model.cut(submodel)
-    hidden, trunk = counted(lambda: model.hidden_states(ids, cut))
-    loss, head = counted(lambda: distillation_loss(hidden, model.head(cut), ids, None, 1.0, 0.0)[0])
+    sliced = model.slice(submodel)
+    hidden, trunk = counted(lambda: model.hidden_states(ids, sliced))
+    loss, head = counted(lambda: distillation_loss(hidden, model.head(sliced), ids, None, 1.0, 0.0)[0])
     _, backward = counted(loss.backward)
     flops = pass_flops(config, length, submodel) * 2
     gradients_of_head = 2 * head // 3  # formed in the loss's forward pass, as the logits are there

@@ -6,11 +6,11 @@ from transformers import LlamaConfig
 
 from benchmarks import gpu, memory
 from elastic_core import ElasticModel
-from elastic_core.training.distributed.placement import Execution
+from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.estimate.piece_memory import Alive, Pieces, Setting, affine
 from elastic_core.training.estimate.step_memory import FLOAT32, KINDS, Load, count_parameters, state_bytes, step_peak
-from tasks.parent import model_config
-from tasks.settings.params import read
+from tasks.parents.config import new_config as model_config
+from tasks.settings.load import read
 from tasks.settings.profiles import parameters
 from tests.support.memory_cases import CASES
 from tests.support.parents import random_config

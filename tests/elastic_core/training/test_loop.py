@@ -18,10 +18,11 @@ from elastic_core.cost.metrics import num_parameters
 from elastic_core.data.loader import IGNORED_LABEL, PackedSequences
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model.dims import layer_index, narrow
+from elastic_core.search.choices import Choices
 from elastic_core.search.router import Router
-from elastic_core.search.space import Choices, ElasticSpace
+from elastic_core.search.space import ElasticSpace
 from elastic_core.training.checkpoint import Checkpoints
-from elastic_core.training.distributed.placement import Ranks
+from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import NonFiniteError, train
 from elastic_core.training.run import Run, resume
 from elastic_core.training.stage import Loss, Routing
@@ -552,12 +553,13 @@ def test_a_gradient_that_is_not_finite_is_found_where_it_is(data, name, value):
 
 
 def test_sequences_longer_than_the_data_and_foreign_tokenizers(data, tmp_path, monkeypatch):
-    """What `tasks.runtime.training_stage.make_run` checks before it loads a teacher or takes a step."""
+    """What `tasks.training.family.make_run` checks before it loads a teacher or takes a step."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    from tasks.runtime import training_stage as stage_module
-    from tasks.runtime.launch import Compute
+    from tasks.settings.schema import Compute
+    from tasks.training import family as stage_module
+    from tasks.training.job import Job
 
     parent = random_elastic(0, CONFIG)
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))).save_pretrained(tmp_path / "t")
@@ -571,8 +573,8 @@ def test_sequences_longer_than_the_data_and_foreign_tokenizers(data, tmp_path, m
         compute = Compute(storage=str(tmp_path))
 
     def begin(stage):
-        members, job = {"full": MEMBERS["full"]}, stage_module.Job("train_short", "key")
-        return stage_module.make_run(Settings, job, stage, parent, {"full": 1.0}, Ranks(), members=members)
+        members, job = {"full": MEMBERS["full"]}, Job("train_short", "key")
+        return stage_module.make_run(Settings, job, stage, 2, parent, {"full": 1.0}, Ranks(), members=members)
 
     with pytest.raises(ValueError, match=r"tokenised with another vocabulary .* than that of the parent"):
         begin(make_stage())

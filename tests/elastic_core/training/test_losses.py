@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elastic_core.training.losses import IGNORED, chunked_cross_entropy, distillation_loss, resource_loss
+from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
+from elastic_core.training.losses import IGNORED, distillation_loss, resource_loss
 from tests.support.parents import relative_error
 
 CASES = [  # CE weight, KL weight, temperature

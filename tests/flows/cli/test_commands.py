@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from elastic_core import extract as extract_submodel
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.search.selection import Member
 from flows.cli.app import app
 from tasks.commands import find_family
 from tests.support.command_line import CONFIG, MEMBERS, WORDS, call, error_of

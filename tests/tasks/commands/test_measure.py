@@ -13,7 +13,7 @@ from elastic_core.cost.latency import Latency
 from elastic_core.cost.latency_table import REST, Table, axes_of, shape_of
 from elastic_core.cost.metrics import exact_cost
 from elastic_core.model.submodel import Submodel
-from elastic_core.search.space import Choices
+from elastic_core.search.choices import Choices
 from tasks.commands import layer_times
 from tasks.commands import measure as command
 from tasks.commands.layer_times import Models, Setting, Text

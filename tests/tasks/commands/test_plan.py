@@ -8,13 +8,14 @@ import yaml
 from typer.testing import CliRunner
 
 from elastic_core.config import ConfigError
-from elastic_core.cost.metrics import PARAMETERS, Memory, exact_cost, num_parameters
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
 from elastic_core.model.submodel import Submodel
 from flows.cli.app import app
 from tasks.commands import plan, plan_stages
 from tasks.commands.plan_stages import Hardware
 from tasks.parents import gguf
-from tasks.settings import params
+from tasks.settings.load import read
 from tasks.settings.profiles import parameters, profile_names
 from tests.support.command_line import call, error_of
 from tests.support.parents import random_config
@@ -42,7 +43,7 @@ ONE_LAYER_LESS = [
 
 
 def settings_of(profile, *overrides):
-    return params.read(parameters(profile, overrides=overrides), profile)
+    return read(parameters(profile, overrides=overrides), profile)
 
 
 def plan_of(profile, *overrides, hardware=H100, gpus=None):

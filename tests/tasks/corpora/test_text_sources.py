@@ -16,7 +16,8 @@ from elastic_core.data.loader import TokenData, check_tokenizer
 from tasks import prepare_data
 from tasks.corpora import encoding
 from tasks.corpora.text_sources import Bible, Files, Sympy
-from tasks.prepare_data import END_OF_TEXT, load_tokenizer, prepare
+from tasks.corpora.tokenizer import END_OF_TEXT
+from tasks.prepare_data import load_tokenizer, prepare
 from tests.support.corpora import configure, texts, write_jsonl
 
 

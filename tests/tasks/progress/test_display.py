@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tasks.progress.display import Recorder, followed
-from tasks.progress.metrics_file import drop_cut_off_line, duration, read_rows
+from tasks.progress.durations import duration
+from tasks.progress.metrics_file import drop_cut_off_line, read_rows
 from tasks.reporting import tables
 from tests.support.metric_rows import NAN, row, stage
 

@@ -14,9 +14,11 @@ import yaml
 from elastic_core import config
 from elastic_core.config import ConfigError
 from tasks.progress.display import Recorder
-from tasks.progress.tracking import OFF, Tracking, is_installed, scalars
-from tasks.settings import params
+from tasks.progress.tracking import Tracking, scalars
+from tasks.settings.load import load
+from tasks.settings.schema import is_installed
 from tests.support.metric_rows import NAN, row, stage
+from tests.support.stages import check_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
 KEY = "train_short-0123456789abcdef"
@@ -46,8 +48,8 @@ def test_the_names_of_what_is_tracked():
 
 
 def test_off_by_default():
-    assert Tracking() == OFF == params.load(ROOT / "params.yaml").tracking
-    assert OFF.tensorboard is None and OFF.wandb is None
+    assert Tracking() == load(ROOT / "params.yaml").tracking
+    assert Tracking().tensorboard is None and Tracking().wandb is None
 
 
 def test_no_stage_depends_on_it():
@@ -83,7 +85,7 @@ def test_a_missing_package_is_named_before_any_work(run, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(SystemExit, match=r"^error: params\.yaml\." + words):
-        params.main()
+        check_parameters()
     with (
         pytest.raises(ConfigError, match=words.removeprefix(r"tracking\.")),
         Recorder("s", stage(), run, Tracking(**{package: "here"})),

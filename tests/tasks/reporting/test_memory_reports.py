@@ -10,14 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from elastic_core import Submodel, extract
-from elastic_core.cost.metrics import PARAMETERS, Memory, exact_cost, num_parameters
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.elastic_checkpoint import Member
+from elastic_core.search.choices import Choices
 from elastic_core.search.importance import Ranking
-from elastic_core.search.space import Choices
+from elastic_core.search.selection import Member
+from tasks import train_short as stage
 from tasks.evaluation import latency_and_memory
 from tasks.reporting import columns, predictions
-from tasks.runtime import training_stage as stage
 from tests.support.command_line import CONFIG, MEMBERS, call, error_of
 from tests.support.parents import random_elastic, random_ids
 from tests.support.routed_family import CONFIG as ROUTED
@@ -112,7 +113,7 @@ def test_a_metric_changes_a_runs_key_and_the_default_does_not(tmp_path, monkeypa
     shared = {"choices": Choices(**SIZES), "train_short": None, "routing": None, "seed": 0}
 
     def configuration(metric, **budgets):
-        return stage.short_job(SimpleNamespace(**shared, metric=metric, budgets={"full": 1.0, **budgets}))
+        return stage.make_short_job(SimpleNamespace(**shared, metric=metric, budgets={"full": 1.0, **budgets}))
 
     before = {"stage": None, "routing": None, "budgets": {"full": 1.0, "small": 0.5}, "choices": shared["choices"]}
     assert configuration(PARAMETERS, small=0.5) == before

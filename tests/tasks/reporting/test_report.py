@@ -14,7 +14,7 @@ import yaml
 
 from tasks import report
 from tasks.reporting import charts, columns, figures, tables, vega
-from tasks.settings import params
+from tasks.settings.load import load
 
 ROOT = Path(__file__).resolve().parents[3]
 CHROMIUM = Path("/usr/bin/chromium")
@@ -266,7 +266,7 @@ def test_importance_of_many_units_is_a_mean(tmp_path, monkeypatch):
 
 
 def test_every_column_is_explained(inside):
-    settings, frame = params.load(), tables.results(inside)
+    settings, frame = load(), tables.results(inside)
     described = columns.describe(settings, inside)
     shown = set(frame.columns) - {"budget", "model", "memory_mib"}
     assert {name for name in shown if not name.endswith("_error")} == set(described)
@@ -292,7 +292,7 @@ def test_large_numbers_are_rounded_too():
 
 
 def test_every_picture_can_be_drawn_in_light_and_dark(inside):
-    settings, frame = params.load(), tables.results(inside)
+    settings, frame = load(), tables.results(inside)
     sections = figures.sections(settings, inside, frame)
     drawn = [figure for group in sections.values() for figure in group]
     assert len({figure.title for figure in drawn}) == len(drawn) >= 12
@@ -366,7 +366,7 @@ def test_the_files(made):
 
 
 def test_a_picture_is_the_same_when_drawn_again(inside):
-    settings, frame = params.load(), tables.results(inside)
+    settings, frame = load(), tables.results(inside)
     first, again = (
         vega.to_svg(figures.sections(settings, inside, frame)[name][0].spec(charts.LIGHT))
         for name in ["What the router chose"] * 2

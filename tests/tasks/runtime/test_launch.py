@@ -22,8 +22,9 @@ from elastic_core.config import ConfigError
 from elastic_core.io.storage import StorageError, StorageUnavailable
 from elastic_core.training.checkpoint import CheckpointError, CheckpointUnavailable
 from elastic_core.training.diagnosis import NonFiniteError
-from tasks.runtime.launch import Compute, StageError, StageInterrupted, _given_up, launch, only_one
+from tasks.runtime.launch import Compute, StageError, StageInterrupted, _given_up, launch
 from tasks.runtime.ray_cleanup import VARIABLE, nothing_left
+from tasks.runtime.run_lock import only_one
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.soak.processes import environment, left_after, living, marked
 
 ROOT = Path(__file__).resolve().parents[3]

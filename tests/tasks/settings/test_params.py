@@ -8,20 +8,22 @@ import pytest
 import yaml
 
 from elastic_core.config import ConfigError
-from elastic_core.cost.metrics import PARAMETERS, Memory, exact_cost, num_parameters
-from tasks.parent import model_config
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
+from tasks.parents.config import new_config as model_config
 from tasks.parents.targets import resolve, resolve_served
-from tasks.settings import params
+from tasks.settings import load as settings_file
 from tasks.settings.profiles import _merge
 from tests.support.committed_params import COMMITTED, ROOT, load
 from tests.support.parents import save_random_parent
 from tests.support.routed_family import CONFIG
+from tests.support.stages import check_parameters
 
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
 
 
 def test_the_committed_parameters_load():
-    settings = params.load(ROOT / "params.yaml")
+    settings = settings_file.load(ROOT / "params.yaml")
     assert settings.budgets and settings.parent.path is None
 
 
@@ -317,19 +319,19 @@ def test_a_parent_of_another_kind(values, tmp_path, monkeypatch, changes, words)
 def test_a_file_that_is_missing_or_no_yaml(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}/params.yaml: not there; run from the top")):
-        params.load()
+        settings_file.load()
     Path("params.yaml").write_text("a: [1")
     with pytest.raises(ConfigError, match=r"^params\.yaml: not valid YAML: "):
-        params.load()
+        settings_file.load()
     Path("params.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"^params\.yaml: expected a section with keys, got None"):
-        params.load()
+        settings_file.load()
 
 
 def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"^error: .*params\.yaml: not there"):
-        params.main()
+        check_parameters()
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     for table in (None, "nowhere.json"):  # which dvc.yaml names, whatever budgets are counted in
         values["cost"]["table"] = table
@@ -337,7 +339,7 @@ def test_the_command_line_says_it_in_one_line(tmp_path, monkeypatch, capsys):
         with pytest.raises(
             SystemExit, match=rf"^error: params\.yaml: cost\.table: got {table!r}; allowed: a file that"
         ):
-            params.main()
+            check_parameters()
     monkeypatch.chdir(ROOT)
-    params.main()
+    check_parameters()
     assert capsys.readouterr().out == "params.yaml is valid\n"

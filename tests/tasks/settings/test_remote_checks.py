@@ -19,19 +19,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import TokenData
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.elastic_checkpoint import Member
 from elastic_core.io import storage
+from elastic_core.io.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from elastic_core.model import hf
 from elastic_core.model.submodel import Submodel, full_submodel
+from elastic_core.search.selection import Member
 from tasks import extract, parent
 from tasks.corpora.text_sources import Files
 from tasks.prepare_data import prepare
-from tasks.settings import params, remote_checks
+from tasks.settings import remote_checks
+from tasks.settings.load import load
 from tests.support.corpora import NO_TASKS, configure, texts, write_jsonl
 from tests.support.parents import random_elastic, save_random_parent
 from tests.support.places import files_below
 from tests.support.routed_family import CONFIG
 from tests.support.s3_server import SECRET
+from tests.support.stages import check_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20
@@ -108,7 +111,7 @@ def parent_directory(tmp_path_factory):
     save_random_parent(root / "whole", 0, config)
     model = AutoModelForCausalLM.from_pretrained(root / "whole")
     model.save_pretrained(directory, max_shard_size="20KB")
-    hf.copy_tokenizer(root / "data" / "tokenizer", directory)
+    copy_tokenizer(root / "data" / "tokenizer", directory)
     assert len(list(directory.glob("*.safetensors"))) > 2
     return directory
 
@@ -152,11 +155,11 @@ def project(s3, tmp_path, monkeypatch, parent_directory):
 
 
 def test_a_parent_from_s3_is_that_from_disk(s3, project, tmp_path, parent_directory, monkeypatch, calls):
-    settings = params.load()
+    settings = load()
     remote_checks.check(settings)
     assert not any(".safetensors" in str(arguments) for method, arguments in calls if method == "get_object")
-    with storage.local_files(settings.parent.path, hf.TOKENIZER_FILES) as local:
-        assert len(list(local.iterdir())) == sum((parent_directory / name).exists() for name in hf.TOKENIZER_FILES)
+    with storage.local_files(settings.parent.path, TOKENIZER_FILES) as local:
+        assert len(list(local.iterdir())) == sum((parent_directory / name).exists() for name in TOKENIZER_FILES)
     prepare(settings.prepare_data, settings.parent.path, "artifacts/data", settings.seed)
     data = TokenData("artifacts/data")
     parent.import_parent(settings.parent.path, data)
@@ -171,13 +174,13 @@ def test_a_parent_from_s3_is_that_from_disk(s3, project, tmp_path, parent_direct
 
 def test_reading_params_asks_no_server_and_checking_them_does(s3, project, capsys):
     s3.kill()
-    assert params.load().parent.path == storage.join(s3.place, "models", "parent")
+    assert load().parent.path == storage.join(s3.place, "models", "parent")
     with pytest.raises(SystemExit) as caught:
-        params.main()
+        check_parameters()
     words = r"^error: params\.yaml: prepare_data\.sources\.mine\.path: s3://.*no answer"
     assert caught.value.code == os.EX_TEMPFAIL and re.search(words, capsys.readouterr().err)
     s3.restart()
-    params.main()
+    check_parameters()
     assert capsys.readouterr().out == "params.yaml is valid\n"
 
 
@@ -199,7 +202,7 @@ def test_reading_params_asks_no_server_and_checking_them_does(s3, project, capsy
 def test_places_that_cannot_be_used_are_refused(project, changes, words):
     project(**changes)
     with pytest.raises(ConfigError, match=rf"^params\.yaml.*{words}"):
-        remote_checks.check(params.load())
+        remote_checks.check(load())
 
 
 def test_a_parent_on_s3_of_another_kind_or_without_tokenizer(s3, project):
@@ -207,10 +210,10 @@ def test_a_parent_on_s3_of_another_kind_or_without_tokenizer(s3, project):
     values = json.loads(storage.read_bytes(storage.join(url, "config.json")))
     storage.write_bytes(storage.join(url, "config.json"), json.dumps(values | {"model_type": "gpt2"}).encode())
     with pytest.raises(ConfigError, match=r"^params\.yaml: parent: s3://test/\w+/models/parent: model_type is 'gpt2'"):
-        remote_checks.check(params.load())
+        remote_checks.check(load())
     storage.remove(storage.join(url, "tokenizer.json"))
     with pytest.raises(ConfigError, match=r"^params\.yaml: parent\.path: .*a directory with its tokenizer too"):
-        remote_checks.check(params.load(), "parent")
+        remote_checks.check(load(), "parent")
 
 
 def test_wrong_credentials_are_refused_before_any_work_and_not_shown(project, monkeypatch, caplog):
@@ -218,7 +221,7 @@ def test_wrong_credentials_are_refused_before_any_work_and_not_shown(project, mo
     caplog.set_level(logging.DEBUG)
     for section in ("prepare_data", "parent", "extract"):
         with pytest.raises(ConfigError, match="does not accept the credentials") as caught:
-            remote_checks.check(params.load(), section)
+            remote_checks.check(load(), section)
         assert SECRET not in str(caught.value)
     assert SECRET not in caplog.text
 

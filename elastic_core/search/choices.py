@@ -1,0 +1,33 @@
+"""Section `choices` of params.yaml: the sizes that each axis may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elastic_core.config import require
+from elastic_core.model.axes import PER_LAYER
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Kept sizes per axis, largest first, the first being the parent's own; None keeps the parent's size.
+
+    `depth` holds numbers of layers, taken from the depth ranking. `num_experts` are the routed ones of every layer that
+    has experts, `moe_intermediate_size` the width of each of them. Axes named in `heterogeneous` (intermediate_size,
+    mamba_num_heads, num_attention_heads) choose per layer, all others once for the whole model.
+    """
+
+    hidden_size: tuple[int, ...] | None = None
+    intermediate_size: tuple[int, ...] | None = None
+    mamba_num_heads: tuple[int, ...] | None = None
+    mamba_head_dim: tuple[int, ...] | None = None
+    num_attention_heads: tuple[int, ...] | None = None
+    num_experts: tuple[int, ...] | None = None
+    moe_intermediate_size: tuple[int, ...] | None = None
+    moe_shared_expert_intermediate_size: tuple[int, ...] | None = None
+    depth: tuple[int, ...] | None = None
+    heterogeneous: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        for name in self.heterogeneous:
+            require(name in PER_LAYER, "heterogeneous", name, ", ".join(PER_LAYER))

@@ -1,0 +1,5 @@
+"""`python -m flows.dashboard` brings the dashboard up."""
+
+from flows.dashboard.server import main
+
+main()

@@ -1,0 +1,19 @@
+"""The kinds of text sources, and how a section `prepare_data.sources.<name>` of params.yaml becomes one."""
+
+from collections.abc import Mapping
+
+from elastic_core import config
+from elastic_core.config import ConfigError
+from tasks.corpora.reasoning import Chains, Recall
+from tasks.corpora.text_sources import Bible, Files, Sympy
+
+Source = Bible | Sympy | Files | Chains | Recall
+KINDS = {"bible": Bible, "sympy": Sympy, "files": Files, "chains": Chains, "recall": Recall}
+
+
+def parse_source(values, where: str) -> Source:
+    """The source of a section. Raises ConfigError that names the key, what was given and what is allowed."""
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    if kind not in KINDS:
+        raise ConfigError(f"{where}.kind: got {kind!r}; allowed: {', '.join(KINDS)}")
+    return config.load(KINDS[kind], values, where)

@@ -1,0 +1,70 @@
+"""Loss, KL to the parent and bits per byte on held-out text, and the number of parameters, of a transformers model."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic_core.data.loader import IGNORED_LABEL, TokenData, held_out_batches
+from tasks.settings.schema import Evaluate
+
+
+@torch.no_grad()
+def text_scores(model, parent, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
+    """Summed cross-entropy and summed KL(parent ‖ model) in nats, and the number of predicted tokens."""
+    loss, kl, tokens = 0.0, 0.0, 0
+    for input_ids, labels in batches:
+        logprobs = model(input_ids, use_cache=False).logits.log_softmax(-1)
+        loss += F.nll_loss(logprobs.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum").item()
+        if parent is not None:
+            parent_logprobs = parent(input_ids, use_cache=False).logits.log_softmax(-1)
+            divergence = (parent_logprobs.exp() * (parent_logprobs - logprobs)).sum(-1)
+            kl += divergence[labels != IGNORED_LABEL].sum().item()
+        tokens += int((labels != IGNORED_LABEL).sum())
+    return loss, kl, tokens
+
+
+def held_out_scores(section: Evaluate, data: TokenData, model, parent) -> dict:
+    """Loss and KL in nats per token and bits per byte, on every held-out source and on all of them together.
+
+    `tokens` is the number of predicted tokens.
+    """
+    scores, totals = {}, [0.0, 0.0, 0, 0.0]
+    for source in section.held_out:
+        batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
+        loss, kl, tokens = text_scores(model, parent, batches)
+        num_bytes = tokens * data.bytes_per_token(source, "held_out")
+        totals = [total + value for total, value in zip(totals, (loss, kl, tokens, num_bytes), strict=True)]
+        scores[f"loss_{source}"] = loss / tokens
+        scores[f"bits_per_byte_{source}"] = loss / math.log(2) / num_bytes
+        scores[f"tokens_{source}"] = tokens
+    loss, kl, tokens, num_bytes = totals
+    return scores | {
+        "loss": loss / tokens,
+        "kl_to_parent": kl / tokens,
+        "bits_per_byte": loss / math.log(2) / num_bytes,
+        "tokens": tokens,
+    }
+
+
+def first_tokens(data: TokenData, source: str, number: int) -> Tensor:
+    """The beginning of a held-out source as one sequence (1, number)."""
+    input_ids, _ = next(held_out_batches(data, source, number, 1))
+    return input_ids
+
+
+def count_parameters(model) -> dict[str, int]:
+    """Parameters of what transformers loaded, and the buffers that files hold (of the routers of experts).
+
+    Where there are experts, also the parameters that one token uses.
+    """
+    stored = model.state_dict().keys()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    total += sum(buffer.numel() for name, buffer in model.named_buffers() if name in stored)
+    of_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    if of_experts == 0:
+        return {"num_parameters": total}
+    used = of_experts * model.config.num_experts_per_tok // model.config.n_routed_experts
+    return {"num_parameters": total, "num_active_parameters": total - of_experts + used}

@@ -1,0 +1,35 @@
+"""A parent's own tokenizer."""
+
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from elastic_core.errors import UserError
+from elastic_core.io import storage
+from elastic_core.io.tokenizer_files import TOKENIZER_FILES
+from tasks.parents.gguf_file import Gguf
+from tasks.settings.local_checks import find_package_file, is_package
+
+
+def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a directory, package or URL.
+
+    Raises UserError where there is none, or one that is not fast or cannot end documents.
+    """
+    if is_package(source):
+        with tempfile.TemporaryDirectory(prefix="elastic-") as written:
+            Gguf(find_package_file(str(source))).tokenizer().save_pretrained(written)
+            return load_tokenizer(written)
+    if not storage.is_url(source) and not Path(source).is_dir():
+        raise UserError(f"tokenizer {str(source)!r}: no such directory; parent.path is a model's directory, or null")
+    with storage.local_files(source, ("config.json", *TOKENIZER_FILES)) as local:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"tokenizer {str(source)!r}: cannot be loaded ({error})") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer {str(source)!r}: needs a fast tokenizer (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {str(source)!r}: has no eos token; set eos_token in tokenizer_config.json")
+    return tokenizer

@@ -1,0 +1,93 @@
+"""Whether a parent can give what params.yaml asks of it; checked before the depth ranking is known."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from elastic_core.config import ConfigError, require
+from elastic_core.cost.budgets import TOLERANCE
+from elastic_core.cost.latency import Timed
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import Metric, exact_cost
+from elastic_core.cost.targets import shares
+from elastic_core.errors import UserError
+from elastic_core.io.storage import StorageError
+from elastic_core.model import architectures
+from elastic_core.search.selection import check_budgets
+from elastic_core.search.space import ElasticSpace
+from tasks.parents.config import read_parent_config
+from tasks.parents.targets import comparable_budgets, metric_of_family, resolve
+from tasks.settings.budgets import check_shares
+from tasks.settings.schema import Params
+
+
+def check_family(params: Params, where: str) -> None:
+    """Check budgets and choices against the parent's architecture. Raises ConfigError.
+
+    Stage train_short checks again, with the order in which depth really drops layers.
+    """
+    parent = params.parent
+    try:
+        config = read_parent_config(parent.path, parent.model, params.prepare_data.vocab_size)
+    except (ConfigError, StorageError):
+        raise
+    except UserError as error:
+        raise ConfigError(f"{where}: parent: {error}") from None
+    try:
+        check_architecture(params, config)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def check_architecture(params: Params, config) -> None:
+    """The same for a parent's configuration that has been read. Raises ConfigError."""
+    if architectures.of(config).MODELING_FILE is None and params.choices.heterogeneous:
+        allowed = f"pad, as long as choices.heterogeneous is set for a parent of model_type {config.model_type}"
+        require(params.extract.heterogeneous == "pad", "extract.heterogeneous", "remote_code", allowed)
+    metric, targets = metric_of_family(params), resolve(params, config)
+    shares(params.untrained, metric, config, "untrained")
+    untrained = shares(comparable_budgets(params), metric, config, "untrained")
+    check_shares(params.budgets, params.untrained, targets, untrained)
+    _check_choices(params, metric, config, targets)
+
+
+def _check_choices(params: Params, metric: Metric, config, targets: Mapping[str, float]) -> None:
+    """Refuse budgets that cannot be met whichever layers depth drops, as far as that is known before the ranking."""
+    if isinstance(metric, Memory | Timed):
+        _check_smallest(params, metric, config, targets)
+        return
+    problems = []
+    for space in _extreme_spaces(metric, params, config):
+        try:
+            check_budgets(space, targets)
+        except ConfigError as error:
+            problems.append(error)
+    if len(problems) == 2:  # neither when the largest layers go first nor when the smallest do
+        raise problems[0]
+
+
+def _check_smallest(params: Params, metric: Metric, config, targets: Mapping[str, float]) -> None:
+    """Refuse memory or time below what all choices cost at their cheapest, when the costliest layers go first.
+
+    Nothing above is refused: layers differ much in cost, so an order in between may fit where neither end does.
+    """
+    step = metric
+    if isinstance(metric, Memory):
+        step = dataclasses.replace(metric, chunk=1)  # activations are a maximum, not a sum over layers
+    space, _ = _extreme_spaces(step, params, config)
+    smallest, full = space.grid_costs().min().item(), exact_cost(metric, config)
+    allowed = (
+        f"{metric.number(smallest)}, with all choices at their cheapest, to {metric.text(full)} ({metric.setting})"
+    )
+    for name, target in targets.items():
+        enough = target * full * (1 + TOLERANCE) >= smallest
+        require(enough, f"budgets.{name}", params.budgets[name], allowed)
+
+
+def _extreme_spaces(metric: Metric, params: Params, config) -> list[ElasticSpace]:
+    """The choices when depth drops the costliest layers first, and when it drops the cheapest first."""
+    layers = range(architectures.num_layers(config))
+    costs = {layer: metric.count(config, {}, keep=lambda other, layer=layer: int(other == layer)) for layer in layers}
+    orders = (sorted(layers, key=costs.get), sorted(layers, key=costs.get, reverse=True))
+    return [ElasticSpace(config, params.choices, tuple(order), "choices", metric) for order in orders]

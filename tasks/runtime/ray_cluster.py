@@ -1,0 +1,90 @@
+"""The Ray cluster that a stage works on: the one at RAY_ADDRESS, or one on this machine for as long as the stage runs."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from elastic_core.config import ConfigError
+from tasks.runtime.ray_cleanup import nothing_left
+from tasks.settings.schema import Compute
+
+ANSWER_SECONDS = 8  # for a cluster to show that it is there
+HTTP2_SETTINGS = 4  # the type of a frame, its fourth byte (RFC 9113)
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, HTTP2_SETTINGS, 0, 0, 0, 0, 0])
+ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@contextlib.contextmanager
+def cluster(compute: Compute, address: str | None) -> Iterator[None]:
+    """The cluster at `address`, or one on this machine for as long as the block runs."""
+    import ray
+
+    environment = {
+        "env_vars": {**ENVIRONMENT, "PYTHONPATH": python_path()},
+        "worker_process_setup_hook": "tasks.runtime.ray_logging.quiet",
+    }
+    options = {"logging_level": "ERROR", "runtime_env": environment}
+    if address in (None, "", "local"):
+        cores = max(os.cpu_count() or 1, compute.workers * compute.cpus_per_worker)
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": cores}
+    else:
+        options["address"] = address
+    with nothing_left() if "num_cpus" in options else contextlib.nullcontext():
+        try:
+            ray.init(**options)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            raise ConfigError(
+                f"RAY_ADDRESS: {address} does not let this process in ({error}); it needs the cluster's Ray version "
+                "and token (~/.ray/auth_token, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
+            ) from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def has_token() -> bool:
+    """Whether a token for a Ray cluster is where Ray looks for one."""
+    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return named or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def python_path() -> str:
+    """Workers import this checkout, whichever one is installed there."""
+    return os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def check_cluster(address: str) -> None:
+    """ConfigError unless something that may be Ray answers at `address` within ten seconds: Ray would wait for minutes.
+
+    Ray speaks gRPC, and so HTTP/2, whose servers greet with a SETTINGS frame. Whether it is Ray, of this version, and
+    lets us in, Ray says at once itself.
+    """
+    advice = "start it, correct RAY_ADDRESS, or unset it to use this machine"
+    if address == "auto":
+        return  # Ray itself says at once where there is none on this machine
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"RAY_ADDRESS: got {address!r}; allowed: HOST:PORT, ray://HOST:PORT, auto or local")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS / 2) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return
+            connection.sendall(HTTP2_GREETING)
+            answer = connection.recv(9, socket.MSG_WAITALL)
+    except OSError as error:
+        raise ConfigError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error}); {advice}") from None
+    if len(answer) < 9 or answer[3] != HTTP2_SETTINGS:
+        raise ConfigError(f"RAY_ADDRESS: what listens at {address} is no Ray cluster; {advice}")

@@ -1,0 +1,13 @@
+"""`python -m tasks.settings` checks params.yaml in under a second. `python -m tasks.commands.check` checks the rest too."""
+
+import sys
+
+from elastic_core.errors import UserError
+from tasks.settings.load import FILE, load
+
+if __name__ == "__main__":
+    try:
+        load()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"{FILE} is valid")

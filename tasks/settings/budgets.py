@@ -1,0 +1,47 @@
+"""Checks of the budgets in params.yaml that need no parent: their names, how they are written, which are between which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from elastic_core.config import require
+from elastic_core.cost.budgets import Cost, Spelling, family_setting, parse
+
+
+def check_budgets(cost: Cost, budgets: Mapping[str, Spelling], untrained: Mapping[str, Spelling]) -> None:
+    """Check names and spellings, and, where all budgets are shares of the parent, their order. Raises ConfigError."""
+    require(bool(budgets), "budgets", budgets, "one or more")
+    family_setting(cost, budgets)
+    parsed = []
+    for section, given in (("budgets", budgets), ("untrained", untrained)):
+        for name in given:
+            allowed = "names of letters, digits and _, other than parent"
+            require(name.isidentifier() and name != "parent", section, name, allowed)
+        parsed.append({name: parse(spelling, f"{section}.{name}") for name, spelling in given.items()})
+    for name in untrained:
+        require(name not in budgets, "untrained", name, "names that are not in budgets")
+    if all(budget.kind == "share" for group in parsed for budget in group.values()):
+        shares = ({name: budget.amount for name, budget in group.items()} for group in parsed)
+        check_shares(budgets, untrained, *shares)
+
+
+def check_shares(
+    budgets: Mapping[str, Spelling],
+    untrained: Mapping[str, Spelling],
+    budget_shares: Mapping[str, float],
+    untrained_shares: Mapping[str, float],
+) -> None:
+    """Check that all shares of the parent differ, and that untrained ones lie between trained ones.
+
+    `budgets` and `untrained` are as written, for the error. Raises ConfigError.
+    """
+    for section, given, shares in (("budgets", budgets, budget_shares), ("untrained", untrained, untrained_shares)):
+        distinct = len(set(shares.values())) == len(shares)
+        require(distinct, section, [given[name] for name in shares], "different targets")
+    trained = set(budget_shares.values())
+    for name, share in untrained_shares.items():
+        allowed = f"a share between the trained {min(trained)} and {max(trained)}, and none of them"
+        if parse(untrained[name]).kind != "share":
+            allowed += f" (this is {share:.4g} of the parent)"
+        between = min(trained) < share < max(trained) and share not in trained
+        require(between, f"untrained.{name}", untrained[name], allowed)

