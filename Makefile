@@ -1,3 +1,4 @@
+# make setup                 the virtual environment, and nothing else
 # make run [PROFILE=smoke]   the whole pipeline, from a parent to an evaluated family
 # make test                  the test suite
 # make soak [TRIALS=50]      kill runs at random moments, many times, and compare what they end at (an hour)
@@ -18,7 +19,9 @@ export TOKENIZERS_PARALLELISM ?= true
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
 export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 
-.PHONY: run test soak bench dashboard lint
+.PHONY: setup run test soak bench dashboard lint
+setup: $(SETUP) $(PAGE)
+
 run: $(SETUP) $(PAGE)
 	@$(VENV)/bin/python -m flows.cli run $(PROFILE)
 
@@ -43,7 +46,7 @@ $(SETUP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --requirement requirements.lock
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	@touch $@
 
 # DVC's plots load Vega from the internet, unless they are told of a page that has it inside: too large for git.
 $(PAGE): $(SETUP)

@@ -5,7 +5,7 @@ import torch
 from elastic_core import ElasticModel, Submodel
 from elastic_core.data.loader import IGNORED_LABEL, TokenData, held_out_batches
 from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
-from tasks.settings.schema import Evaluate
+from tasks.settings.sections import Evaluate
 
 
 @torch.no_grad()

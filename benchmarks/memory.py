@@ -30,7 +30,7 @@ from elastic_core.training.loop import train_step
 from elastic_core.training.run import Run
 from tasks.commands.plan import read_parent
 from tasks.commands.plan_stages import stage_peak
-from tasks.parents.targets import resolve
+from tasks.parents.targets import metric_of_family, resolve
 from tasks.settings.load import read
 from tasks.settings.profiles import parameters
 from tasks.settings.schema import Params
@@ -57,11 +57,11 @@ def make_run(config, settings: Params, name: str, ranks: Ranks) -> Run:
     data = RandomTokens(config.vocab_size, stage.sequence_length)
     if name == "train_short":
         layers = tuple(range(architectures.num_layers(config)))
-        space = ElasticSpace(config, settings.choices, layers, metric=settings.metric)
+        space = ElasticSpace(config, settings.choices, layers, metric=metric_of_family(settings))
         router = Router(space, tuple(budgets.values()))
         return Run(model, stage, data, budgets, None, router, settings.routing, teacher, ranks=ranks)
     members = {budget: Member(target, Submodel()) for budget, target in budgets.items()}  # no other takes more
-    return Run(model, stage, data, budgets, members, teacher=teacher, metric=settings.metric, ranks=ranks)
+    return Run(model, stage, data, budgets, members, teacher=teacher, metric=metric_of_family(settings), ranks=ranks)
 
 
 def random_model(config) -> ElasticModel:

@@ -40,7 +40,7 @@ from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from tasks.parents.targets import resolve
 from tasks.settings.load import FILE, load
-from tasks.settings.schema import Evaluate, Rank
+from tasks.settings.sections import Evaluate, Rank
 
 HEADINGS = ("model", "budget", "cut", "ranking", "share", "bits per byte")
 PARTS = ("widths", "axes", "distil", "depth")

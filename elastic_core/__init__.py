@@ -1,11 +1,11 @@
 """One pretrained language model in, one elastic checkpoint out, with a nested submodel for every budget.
 
-Names are imported when they are first asked for, so that settings and command lines start without torch.
+A name is imported when it is first used. So settings and command lines start without torch.
 """
 
 import importlib
 
-_HOMES = {
+_MODULES = {
     "ElasticModel": "elastic_core.model.elastic_model",
     "Submodel": "elastic_core.model.submodel",
     "rank": "elastic_core.search.importance",
@@ -18,7 +18,7 @@ __all__ = ["ElasticModel", "NestedModel", "Submodel", "cost", "extract", "rank",
 
 
 def __getattr__(name: str):
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'elastic_core' has no attribute {name!r}")
-    module = importlib.import_module(_HOMES[name])
+    module = importlib.import_module(_MODULES[name])
     return module if name == "cost" else getattr(module, name)

@@ -1,7 +1,7 @@
 """Strict, typed configuration: a plain mapping (one section of params.yaml) becomes a frozen dataclass.
 
-Every component keeps its own dataclass beside it; this file only knows how to fill one. Unknown keys, missing keys
-and values of the wrong type are errors that name the key, what was given and what is allowed.
+The dataclasses stand in the files that use them. This file only fills them. Unknown keys, missing keys and values of
+the wrong type raise ConfigError. The text names the key, the value that was given and the values that are allowed.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ from collections.abc import Mapping
 
 from elastic_core.errors import UserError
 
-_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+_TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
 
 
 class ConfigError(UserError):
-    """A configuration value that the user has to change."""
+    """A configuration value that the user has to change; the text starts with its key."""
 
 
 def load(cls, values: Mapping, where: str):
     """Build the dataclass `cls` from `values`.
 
-    `where` is the place a user would edit, such as ``params.yaml: train_short``; it starts every error message.
-    Raises ConfigError for an unknown or missing key or a value of another type. A `check()` method of the
-    dataclass, where there is one, is called last and may raise ConfigError for values that do not fit together.
+    `where` tells the user what to edit, such as ``params.yaml: train_short``. It starts every error message.
+    Raises ConfigError for an unknown key, a missing key, or a value of the wrong type. If the dataclass has a method
+    `check()`, it is called last; it raises ConfigError for values that do not fit together.
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: expected a section with keys, got {values!r}")
@@ -33,8 +33,8 @@ def load(cls, values: Mapping, where: str):
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
+            similar = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {similar[0]!r}?" if similar else "."
             raise ConfigError(f"{where}.{key}: unknown parameter{hint} Allowed: {', '.join(fields)}")
     arguments = {}
     for name, field in fields.items():
@@ -52,7 +52,7 @@ def load(cls, values: Mapping, where: str):
 
 
 def require(condition: bool, key: str, given, allowed: str) -> None:
-    """For `check()` methods: raise ConfigError unless `condition`, naming the key, the value and what is allowed."""
+    """Raise ConfigError unless `condition`: "key: got X; allowed: Y". Made for `check()` methods."""
     if not condition:
         raise ConfigError(f"{key}: got {given!r}; allowed: {allowed}")
 
@@ -78,6 +78,7 @@ def _convert(hint, value, where: str):
             _convert(arguments[0], key, where): _convert(arguments[1], item, f"{where}.{key}")
             for key, item in value.items()
         }
+    # bool is a subclass of int in Python: true must not count as 1.
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is typing.Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
@@ -85,7 +86,7 @@ def _convert(hint, value, where: str):
             raise ConfigError(f"{where}: expected a finite number, got {value!r}")
         return value
     note = " (YAML reads 1e-3 as text; write 1.0e-3)" if hint is float and isinstance(value, str) else ""
-    raise ConfigError(f"{where}: expected {_NAMES.get(hint, hint.__name__)}, got {value!r}{note}")
+    raise ConfigError(f"{where}: expected {_TYPE_NAMES.get(hint, hint.__name__)}, got {value!r}{note}")
 
 
 def _convert_union(options, value, where: str):

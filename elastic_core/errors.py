@@ -1,5 +1,5 @@
-"""Errors whose text tells the user what to change. All other exceptions are mistakes of this library."""
+"""The base class of all errors that the user can remove. Every other exception is a mistake of this library."""
 
 
 class UserError(ValueError):
-    """Something that the user can change: the text says what was given, what is allowed and where to change it."""
+    """An error that the user can remove. Its text says what was given, what is allowed and where to change it."""

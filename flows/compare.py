@@ -15,7 +15,7 @@ RECORD = "run.json"
 
 @flow(name="compare")
 def compare(before: str = "", after: str = "") -> None:
-    """A table of what changed between two finished runs of the flow `elastic`, in parameters and in results.
+    """Show a table of the differences between two finished runs of the flow `elastic`: parameters and results.
 
     Args:
         before: The name of a finished run; empty: the last one before the other.
@@ -49,7 +49,7 @@ def records(root: Path) -> list[str]:
 
 
 def read_record(directory: Path) -> dict:
-    """What is noted of a finished run: its name, profile, commit, parameters, …"""
+    """The record of a finished run: its name, profile, commit, parameters, …"""
     return json.loads((directory / RECORD).read_text())
 
 
@@ -95,7 +95,7 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 
 def _results(directory: Path) -> dict:
-    """Every number of the results table, named by its row's words and its column."""
+    """Every number of the results table, by the text of its row and its column."""
     found = {}
     for row in json.loads((directory / "results.json").read_text()):
         words = " ".join(str(value) for value in row.values() if isinstance(value, str))

@@ -1,9 +1,9 @@
 """The Prefect flow `elastic`: one task per stage of dvc.yaml, in the order of that file.
 
-DVC decides what is stale; Prefect shows, queues, retries and cancels. A task runs `dvc repro --single-item STAGE`
-under the guard (flows/process/guard.py) and passes its output to the run's log line by line. While a training stage runs, its
-progress and losses are artifacts of the run (flows/live.py); at the end the results, the report and what has changed
-since the run before are (flows/publish.py).
+DVC decides what is out of date; Prefect shows, queues, retries and cancels. A task brings one stage up to date
+(flows/stages.py) and passes its output to the run's log, line by line. While a stage trains, its progress and losses
+are artifacts of the run (flows/live.py). At the end the results, the report and the changes since the run before are
+artifacts too (flows/publish.py).
 """
 
 import sys
@@ -24,7 +24,7 @@ from flows.stages import StageFailed, StageInterrupted, reproduce, select, stage
 from tasks.settings import profiles as workspaces
 
 ROOT = Path(__file__).resolve().parents[1]
-RETRIES, RETRY_SECONDS = 3, 30  # of a stage that a server or a worker has let down
+RETRIES, RETRY_SECONDS = 3, 30  # of a stage that lost a server or a worker
 Profile = Literal[tuple(workspaces.profile_names(ROOT))]
 STAGES = stage_names(ROOT)
 Stage = Literal[tuple(STAGES)]
@@ -63,11 +63,11 @@ def elastic(
             budgets or overrides has a workspace of its own; stages that they do not touch come from the cache.
         force: Run every chosen stage, also those that DVC finds unchanged.
     """
-    # Stages are called and not submitted: only in the main thread does a cancellation interrupt a silent stage.
+    # Stages are called, not submitted: a cancellation interrupts a silent stage only in the main thread.
     shares = {budget.name: budget.share for budget in budgets}
     if len(shares) < len(budgets):
         raise UserError(f"budgets: a name is there twice: {', '.join(budget.name for budget in budgets)}")
-    workspace = workspaces.prepare(profile, ROOT, shares, overrides)
+    workspace = workspaces.prepare_workspace(profile, ROOT, shares, overrides)
     names = stage_names(workspace)
     chosen = select(names, from_stage, until_stage, only_stages)
     check_parameters(workspace)
@@ -82,7 +82,7 @@ def elastic(
 
 @task(name="check_parameters", task_run_name="check_parameters", cache_policy=NO_CACHE)
 def check_parameters(workspace: Path) -> None:
-    """Refuse wrong parameters now and not when their stage comes, which may be hours later."""
+    """Refuse wrong parameters now; their stage may come hours later."""
     status, lines = follow([sys.executable, "-m", "tasks.commands.check"], workspace, get_run_logger().info)
     if status != 0:
         raise UserError(f"the parameters are not valid ({workspace / 'params.yaml'}):\n" + "\n".join(lines))
@@ -96,12 +96,12 @@ def time_limits(workspace: Path) -> dict[str, float]:
     return {stage: 3600 * limit for stage, limit in hours.items()}
 
 
-def can_be_mended(task, task_run, state: State) -> bool:
-    """The condition for a retry: a server was away or a worker was lost; never a wrong parameter or a bad loss."""
+def may_succeed_later(task, task_run, state: State) -> bool:
+    """Retry only where a server was away or a worker was lost, never for a wrong parameter or a bad loss."""
     return isinstance(state.result(raise_on_failure=False), StageInterrupted)
 
 
-@task(retries=RETRIES, retry_delay_seconds=RETRY_SECONDS, retry_condition_fn=can_be_mended, cache_policy=NO_CACHE)
+@task(retries=RETRIES, retry_delay_seconds=RETRY_SECONDS, retry_condition_fn=may_succeed_later, cache_policy=NO_CACHE)
 def run_stage(stage: str, workspace: Path, force: bool = False) -> State:
     """Bring one stage of dvc.yaml, or every item of a foreach group, up to date."""
     live = Live(workspace, get_run_logger().info)

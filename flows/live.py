@@ -1,4 +1,4 @@
-"""What a training stage shows in the UI while it runs: how far it is, and a table of losses, both kept up to date."""
+"""A training stage in the UI while it runs: its progress, and a table of losses, both kept up to date."""
 
 import json
 import time

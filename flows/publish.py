@@ -1,7 +1,7 @@
-"""What a finished run leaves for people: artifacts in the UI, and a directory of its own, reports/runs/NAME.
+"""What a finished run leaves: artifacts in the UI, and a directory of its own, reports/runs/NAME.
 
-The directory keeps the report, the results and all that they came from, for links and for comparisons (see
-flows/compare.py): those in the workspace are the latest run's.
+The directory keeps the report, the results, parameters and provenance, for links and for comparisons
+(flows/compare.py). The workspace itself holds the files of the latest run only.
 """
 
 import datetime
@@ -60,7 +60,7 @@ def read_results(workspace: Path) -> list[dict]:
 
 
 def keep(profile: str, workspace: Path, root: Path) -> Path:
-    """Copy what a run has made, and note what it was, in reports/runs/NAME, whole or not at all; that directory."""
+    """Copy a run's results and write its record to reports/runs/NAME, whole or not at all; that directory."""
     directory = directory_of(runtime.flow_run.name, runtime.flow_run.id, root / NAMED)
     with whole_directory(directory, marker=RECORD) as partial:  # replaces that of an earlier attempt of this run
         for path in KEPT:
@@ -83,7 +83,7 @@ def keep(profile: str, workspace: Path, root: Path) -> Path:
 
 
 def directory_of(name: str, run: str, where: Path) -> Path:
-    """A run's directory: by its name, which is any text, and with a piece of its id if another run has that already."""
+    """A run's directory: its name (any text), and a part of its id where another run has that name."""
     safe = re.sub(r"[^\w.-]+", "-", name).strip("-.") or run
     directory = where / safe
     taken = (directory / RECORD).is_file() and read_record(directory).get("id") != run
@@ -91,7 +91,7 @@ def directory_of(name: str, run: str, where: Path) -> Path:
 
 
 def _plain(value):
-    return value.model_dump()  # of the flow's parameters only the budgets are not plain already
+    return value.model_dump()  # of the flow's parameters only the budgets are no plain values
 
 
 def commit(root: Path) -> str:

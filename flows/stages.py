@@ -59,10 +59,19 @@ def select(names: Sequence[str], first: str | None, last: str | None, only: Sequ
 
 @dataclass
 class Outcome:
-    """What a run of DVC did, as its stages told it (tasks/progress/events.py)."""
+    """What happened in one run of DVC, as far as stages and DVC have told (tasks/progress/events.py)."""
 
     ran: list[str]  # stages that began, items of foreach groups by name
-    status: int | None = None  # of the last stage that ended
+    status: int | None = None  # exit status of the last stage that ended
+
+    def take(self, event: dict) -> None:
+        """Take in an event."""
+        if event["event"] == "begin":
+            self.ran.append(event["stage"])
+        elif event["event"] == "end":
+            self.status = event["status"]
+        elif event["event"] == "reproduced":  # also stages of other commands than `python -m tasks`, which tell nothing
+            self.ran += [name for name in event["stages"] if name not in self.ran]
 
 
 def reproduce(
@@ -98,25 +107,25 @@ def _try(
     stage, workspace: Path, force: bool, log, terminal: bool, watch, waiting: bool, outcome: Outcome
 ) -> tuple[int, list[str]]:
     """Run DVC once. Where `waiting`, what it prints before a stage begins has been said before and is held back."""
-    command = [sys.executable, "-m", "flows.process.dvc_repro", *([stage] if stage else [])]
-    command += ["--force"] if force else []
     with tempfile.TemporaryDirectory(prefix="elastic-") as directory:
         events = NewRows(Path(directory) / "events.jsonl")
+        command = [sys.executable, "-m", "flows.process.dvc_repro", "--events", str(events.path)]
+        command += ([stage] if stage else []) + (["--force"] if force else [])
 
         def look() -> bool:
             """Take in new events; whether output may be shown."""
             for event in events.read():
-                if event["event"] == "begin":
-                    outcome.ran.append(event["stage"])
-                elif event["event"] == "end":
-                    outcome.status = event["status"]
+                outcome.take(event)
                 watch(event)
             watch({})
             return bool(outcome.ran) or not waiting
 
         show = draw if terminal else follow
         status, lines = show(command, workspace, log, {VARIABLE: str(events.path)}, look)
+        began = bool(outcome.ran)
         look()
+    if waiting and not began and status != BUSY:
+        log("\n".join(lines))  # was held back
     return status, lines
 
 

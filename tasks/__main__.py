@@ -13,6 +13,7 @@ from tasks.progress import events
 from tasks.progress.durations import duration
 from tasks.runtime import stop_with_dvc
 from tasks.runtime.exit_status import errors_as_text
+from tasks.runtime.quiet import silence_libraries
 from tasks.runtime.threads import set_thread_defaults
 
 
@@ -21,6 +22,7 @@ def main() -> None:
     title = " ".join([name, *arguments])
     stop_with_dvc.start()
     set_thread_defaults()
+    silence_libraries()
     begin, status = time.monotonic(), 1
     events.note(event="begin", stage=os.environ.get("DVC_STAGE", title))
     if events.are_wanted():

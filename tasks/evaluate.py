@@ -5,9 +5,7 @@ benchmarks run through lm-eval (lm_eval_tasks.py). Memory and speed are in laten
 """
 
 import json
-import logging
 import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from tasks.evaluation import latency_and_memory, lm_eval_tasks
 from tasks.evaluation.text_scores import count_parameters, first_tokens, held_out_scores
 from tasks.progress.bars import progress_bar
 from tasks.settings.load import load
-from tasks.settings.schema import Evaluate
+from tasks.settings.sections import Evaluate
 
 DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
 UNIFORM = "uniform"  # see tasks/extract.py
@@ -32,7 +30,7 @@ def main(budget: str) -> None:
     section, data = load().evaluate, TokenData(DATA)
     if section.benchmarks is None or section.benchmarks.include is not None:  # lm-eval's own tasks need the hub
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
-    silence_libraries()
+    transformers.utils.logging.disable_progress_bar()
     parent = None if budget == "parent" else load_model(PARENT)
     directories = {"parent": PARENT} if budget == "parent" else {v: MODELS / budget / v for v in VERSIONS}
     submodel = None if budget == "parent" else json.loads((MODELS / budget / "submodel.json").read_text())
@@ -66,11 +64,3 @@ def evaluate(section: Evaluate, data: TokenData, directory: Path, parent) -> dic
         "benchmarks": lm_eval_tasks.benchmark_scores(section.benchmarks, data, model),
         "environment": latency_and_memory.environment(),
     }
-
-
-def silence_libraries() -> None:
-    """Leave the libraries their errors only: no bars, warnings or notes besides the stage's own."""
-    transformers.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-    for name in ("lm_eval", "transformers", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -16,6 +16,7 @@ from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
+from elastic_core.io.directory_transfer import upload_directory
 from elastic_core.model import hf
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.uniform import uniform_counterpart
@@ -40,7 +41,7 @@ def main(budget: str) -> None:
         extract(source, submodel, out, section.heterogeneous, getattr(torch, section.dtype))
         if section.destination is not None:
             copy = storage.join(section.destination, budget, version)
-            storage.upload_directory(out, copy)
+            upload_directory(out, copy)
             print(f"{out}: copied to {copy}")
     print(f"{OUT / budget}: {submodel}")
     uniform = find_uniform_counterpart(submodel)

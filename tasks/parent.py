@@ -14,6 +14,7 @@ from elastic_core.config import ConfigError
 from elastic_core.data.loader import PackedSequences, TokenData, check_tokenizer
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
+from elastic_core.io.directory_transfer import download_directory, local_files
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
 from elastic_core.model import architectures
 from elastic_core.search.selection import Member
@@ -88,12 +89,12 @@ def local_parent(path: str) -> Iterator[Path]:
 
 def download_parent(path: str, copy: Path) -> None:
     """Fetch what is needed of a model behind a URL."""
-    with storage.local_files(path, ("model.safetensors.index.json",)) as small:
+    with local_files(path, ("model.safetensors.index.json",)) as small:
         index, weights = small / "model.safetensors.index.json", {"model.safetensors"}
         if index.is_file():
             weights = {index.name, *json.loads(index.read_text())["weight_map"].values()}
     shutil.rmtree(copy, ignore_errors=True)
-    storage.download_directory(path, copy, only={"config.json", *TOKENIZER_FILES, *weights})
+    download_directory(path, copy, only={"config.json", *TOKENIZER_FILES, *weights})
 
 
 def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:

@@ -18,7 +18,7 @@ from tasks.parents.tokenizer import load_tokenizer
 from tasks.progress.bars import progress_bar
 from tasks.runtime.preflight import check_family
 from tasks.settings import load, remote_checks
-from tasks.settings.schema import PrepareData
+from tasks.settings.sections import PrepareData
 
 OUT = Path("artifacts/data")
 IF_EMPTY = {

@@ -47,7 +47,7 @@ def work(arguments: dict, ranks: Ranks) -> None:
     )
     for bar in bars.values():
         bar.close()
-    with ranks.first_alone() as is_first:
+    with ranks.first_only() as is_first:
         if is_first:
             sort_(model, ranking)
             ranking.save(OUT / "ranking.json")

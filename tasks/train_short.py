@@ -8,7 +8,7 @@ from elastic_core.cost.metrics import PARAMETERS
 from elastic_core.model import hf
 from elastic_core.search.importance import Ranking
 from elastic_core.search.router import Router
-from elastic_core.search.selection import check_budgets, path_between
+from elastic_core.search.selection import check_reachable, path_between
 from elastic_core.search.space import ElasticSpace
 from elastic_core.training.distributed import model_files
 from elastic_core.training.distributed.ranks import Ranks
@@ -30,7 +30,7 @@ def make_short_job(settings: Params) -> Job:
     """The stage's job, after a last check of the budgets: now the order is known in which depth drops layers."""
     space = make_space(settings, hf.read_config(RANK / "model"))
     targets = resolve(settings, space.config)
-    check_budgets(space, targets)
+    check_reachable(space, targets)
     configuration = {
         "stage": settings.train_short,
         "routing": settings.routing,

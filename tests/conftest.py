@@ -4,6 +4,9 @@ import os
 
 import pytest
 
+# The longest groups begin first, so that no worker of pytest-xdist is left alone with one of them at the end.
+LONG_FIRST = ("browser", "kill", "server", "ray", "s3")
+
 pytest_plugins = ["tests.support.runs", "tests.support.places", "tests.support.committed_params"]
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DO_NOT_TRACK="1")
 
@@ -31,3 +34,15 @@ def s3(s3_session, monkeypatch):
     yield s3_session
     s3fs.S3FileSystem.clear_instance_cache()
     s3_session.ensure_running()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order tests by their group; the order inside a file stays."""
+
+    def place(item: pytest.Item) -> int:
+        return next((i for i, name in enumerate(LONG_FIRST) if item.get_closest_marker(name)), len(LONG_FIRST))
+
+    first = {}
+    for item in items:  # a file goes where its longest group goes
+        first[item.path] = min(place(item), first.get(item.path, len(LONG_FIRST)))
+    items.sort(key=lambda item: first[item.path])

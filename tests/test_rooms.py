@@ -238,6 +238,6 @@ def test_files_are_renamed_into_place_in_one_module():
     }
     assert renaming == {
         "elastic_core/io/atomic.py",
-        "elastic_core/io/storage.py",
+        "elastic_core/io/directory_transfer.py",
         "elastic_core/training/checkpoint.py",
     }

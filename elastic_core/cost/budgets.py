@@ -1,15 +1,15 @@
-"""Budgets as people write them: a share of the parent, a number of parameters, memory, or time. Needs no torch.
+"""The notation of budgets: a share of the parent's cost, a number of parameters, memory, or time. Needs no torch.
 
 ==================  ===============================================================================================
-0.75                share of the parent's cost, in the metric that the family is counted in
-9B, 1.2M            parameters
-16GiB@128k×8        bytes of memory, in KiB to TiB or KB to TB, at a context of 128k tokens, for 8 sequences
+0.75                share of the parent's cost, in the metric of the family
+9B, 1.2M            number of parameters
+16GiB@128k×8        memory in KiB to TiB or KB to TB, for 8 sequences with a context of 128k tokens each
 35ms/token          latency; also 0.2s/token
-1200tokens/s        throughput of all sequences together
+1200tokens/s        throughput, summed over all sequences
 ==================  ===============================================================================================
 
-After ``@`` stands the context in tokens (k = 1024, M = 1024²), after ``×`` (or x) the number of sequences. Memory and
-time may have both. What is left out is taken from the section `cost`.
+``@`` is followed by the context in tokens (k = 1024, M = 1024²), ``×`` or ``x`` by the number of sequences (the batch).
+Both are allowed for memory and time. If one is missing, it comes from the section `cost` of params.yaml.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ BYTES |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 MILLISECONDS = {"MS/TOKEN": 1, "S/TOKEN": 1000}
 RATE = "TOKENS/S"
 TIMED_METRICS = ("latency", "throughput")
-OWN_KINDS = {
+# For each metric of a family: the kinds of budget it takes besides shares, and the text of what is allowed.
+KINDS_OF_METRIC = {
     **dict.fromkeys(
         ("parameters", "active_parameters"),
         (
@@ -44,7 +45,7 @@ OWN_KINDS = {
         "a share of the parent's seconds per token, or time, as long as cost.metric is throughput",
     ),
 }
-SMALLEST_COUNT = 1000  # a bare number below is no model, but a share gone wrong, such as 75 or 1.5
+SMALLEST_COUNT = 1000  # a smaller number without unit is no model but a mistyped share, such as 75 or 1.5
 TOKENS = {"": 1, "K": 2**10, "M": 2**20}
 SPELLING = re.compile(
     r"(?P<number>[\d.]+(e[+-]?\d+)?)\s*(?P<unit>[a-z]*(/[a-z]+)?)\s*"
@@ -57,14 +58,15 @@ ALLOWED = (
 )
 
 Spelling = float | str
-TOLERANCE = 0.02  # a submodel is within this share of its budget
+TOLERANCE = 0.02  # the cost of a submodel may differ from its budget by this share of the budget
 
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget that was read: so much of `kind`, and for bytes and time the context and batch where they are said.
+    """A parsed budget: `amount` of `kind`, with the context and batch if they were given.
 
-    `amount` is a cost: of a throughput, seconds per token.
+    `given` is the original text. `amount` is a cost in the unit of `kind`: a share, a number of parameters, bytes,
+    milliseconds per token (latency) or seconds per token (throughput).
     """
 
     given: Spelling
@@ -75,17 +77,17 @@ class Budget:
 
     @property
     def is_full(self) -> bool:
-        """Whether it is the parent's own architecture."""
+        """Whether this is the budget of the parent itself."""
         return self.kind == "share" and self.amount == 1
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Section `cost` of params.yaml: what a family's budgets are counted in; what is left out is as in `Memory`.
+    """Section `cost` of params.yaml: the metric in which a family's budgets are counted, and its settings.
 
-    The context, and the batch, may stand in the budgets instead. Latency and throughput have those two and `table`, a
-    file that `elastic profile` writes (no cost for the other metrics); without a context it is the longest
-    in the table.
+    Memory uses all settings but `table`; those that are None have the defaults of `cost.memory.Memory`. Context and
+    batch may be given in the budgets instead. Latency and throughput use `table`, a file that `elastic measure` writes,
+    and `context` (None: the longest context in the table) and `batch`.
     """
 
     metric: Literal["parameters", "active_parameters", "memory", "latency", "throughput"] = "parameters"
@@ -100,40 +102,49 @@ class Cost:
     table: str | None = None
 
     @property
-    def said(self) -> dict:
-        """What is not left out, besides the metric's name and table."""
+    def given(self) -> dict:
+        """The settings that are not None, without `metric` and `table`."""
         return {
             name: value for name, value in vars(self).items() if name not in ("metric", "table") and value is not None
         }
 
     def check(self) -> None:
+        """Raise ConfigError for a setting that the metric does not use, or that has an invalid value."""
         if self.metric == "memory":
-            for name, value in self.said.items():
+            for name, value in self.given.items():
                 if name in ("context", "batch", "chunk"):
                     require(value >= 1, name, value, "1 or more")
                 else:
                     require(value in ELEMENT_BYTES, name, value, ", ".join(ELEMENT_BYTES))
             return
-        for name, value in self.said.items():
+        for name, value in self.given.items():
             known = self.metric in TIMED_METRICS and name in ("context", "batch")
             require(known, name, value, f"nothing, as long as metric is {self.metric}")
             require(value >= 1, name, value, "1 or more")
-        given = self.metric not in TIMED_METRICS or self.table is not None
-        require(given, "table", None, f"a file that `elastic profile` writes, as long as metric is {self.metric}")
+        has_table = self.metric not in TIMED_METRICS or self.table is not None
+        require(has_table, "table", None, f"a file that `elastic measure` writes, as long as metric is {self.metric}")
 
 
 def parse(given: Spelling, where: str = "budget", names: Iterable[str] = ()) -> Budget:
-    """Read a budget. Raises ConfigError with what is allowed: one of `names`, where there are any, or a spelling."""
+    """Parse a budget. `where` is the key for messages; `names` are names that are allowed too, for the message only.
+
+    Raises ConfigError for every other notation.
+    """
     found = SPELLING.fullmatch(str(given).strip())
     amount = _number(found["number"]) if found else math.nan
     unit = found["unit"].upper() if found else ""
-    served = unit in {*BYTES, *MILLISECONDS, RATE}  # what a context and a batch belong to
-    setting = found is not None and (found["context"] or found["batch"])
-    absurd = unit == "" and 1 < amount < SMALLEST_COUNT
-    if not 0 < amount < math.inf or absurd or not (served or unit in {"", *COUNTS}) or (setting and not served):
+    is_serving = unit in {*BYTES, *MILLISECONDS, RATE}  # only these costs depend on a context and a batch
+    has_setting = found is not None and (found["context"] or found["batch"])
+    is_typo = unit == "" and 1 < amount < SMALLEST_COUNT
+    if (
+        not 0 < amount < math.inf
+        or is_typo
+        or not (is_serving or unit in {"", *COUNTS})
+        or (has_setting and not is_serving)
+    ):
         known = f"one of {', '.join(names)}, " if names else ""
         raise ConfigError(f"{where}: got {given!r}; allowed: {known}{ALLOWED}")
-    if not served:
+    if not is_serving:
         kind = "share" if unit == "" and amount <= 1 else "parameters"
         return Budget(given, amount * COUNTS.get(unit, 1), kind)
     context = int(found["context"]) * TOKENS[found["tokens"].upper()] if found["context"] else None
@@ -155,14 +166,17 @@ def _number(text: str) -> float:
 
 
 def family_setting(cost: Cost, budgets: Mapping[str, Spelling]) -> dict:
-    """What section `cost` says, and the budgets of context and batch. Raises ConfigError as `family_metric` does."""
+    """The settings of a family's metric: those given in section `cost`, and context and batch from the budgets.
+
+    Raises ConfigError for a budget that the metric cannot count, and for budgets with different contexts or batches.
+    """
     parsed = {name: parse(given, f"budgets.{name}") for name, given in budgets.items()}
-    kinds, allowed = OWN_KINDS[cost.metric]
-    said = cost.said
+    kinds, allowed = KINDS_OF_METRIC[cost.metric]
+    setting = cost.given
     for name, budget in parsed.items():
         require(budget.kind in ("share", *kinds), f"budgets.{name}", budget.given, allowed)
         for field in ("context", "batch"):
             if (value := getattr(budget, field)) is not None:
-                agreed = f"the {field} of section cost and of the other budgets, {said.get(field)}"
-                require(said.setdefault(field, value) == value, f"budgets.{name}", budget.given, agreed)
-    return said
+                agreed = f"the {field} of section cost and of the other budgets, {setting.get(field)}"
+                require(setting.setdefault(field, value) == value, f"budgets.{name}", budget.given, agreed)
+    return setting

@@ -1,9 +1,10 @@
-"""A table of seconds that were measured once, on the device that is to serve: what latency.py counts with.
+"""A table of measured seconds, from which latency.py predicts the time of a submodel.
 
-It has the seconds of every kind of layer, alone, over a grid of its sizes, and of the rest of a step
-(embeddings, final norm, head, what the step itself takes) over hidden sizes. A model takes the sum over its kept
-layers and the rest: between the grid's points interpolated linearly, in every size and in the context. `elastic
-profile` measures it (tasks/commands/measure.py).
+`elastic measure` (tasks/commands/measure.py) measures the table once, on the device that will serve the model. For
+every kind of layer it has the seconds of one layer, for a grid of sizes. The part `rest` has everything else of a step
+(embeddings, final norm, head, the overhead of a step), for a grid of hidden sizes. The prediction for a model is the
+sum over its kept layers, plus the rest. Between the points of a grid, every size and the context are interpolated
+linearly.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from elastic_core.model import architectures
 from elastic_core.model.axes import FIELDS
 from elastic_core.model.dims import Concat, Dim, Fixed, Product, Units, is_stack, layer_index, layer_of
 
-FORMAT = 1  # of files
-REST = "rest"  # what is no layer's
-ROUNDING = 1e-5  # by which an expected size may leave the grid
-REMEDY = "measure it again with `elastic profile PROFILE`"
+FORMAT = 1  # of table files
+REST = "rest"  # the part with everything that does not belong to a layer
+ROUNDING = 1e-5  # relative; an expected size may lie outside the grid by this much, because of rounding
+REMEDY = "measure it again with `elastic measure PROFILE`"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Seconds of one kind of layer, or of the rest, over a grid of sizes.
+    """Seconds of one kind of layer, or of the rest, for a grid of sizes.
 
-    `axes` names the dimensions of the grid, hidden first, and `grid` has their sizes, ascending. Nested (contexts,
-    *grid): `decode` of a step that generates one token for every sequence, `prefill` of reading a token of a prompt.
+    `axes` names the dimensions of the grid (hidden is the first), and `grid` has their sizes in ascending order.
+    `decode` and `prefill` are nested tuples of shape (contexts, *grid). `decode` has the seconds of one step, which
+    generates one token for every sequence; `prefill` has the seconds of one token of a prompt.
     """
 
     axes: tuple[str, ...]
@@ -47,7 +49,7 @@ class Part:
 
     @classmethod
     def read(cls, values: Mapping, contexts: Sequence[int]) -> Part:
-        """Of plain values; ValueError where they do not have the grid's shape, or are not above zero."""
+        """Read JSON values. Raises UserError unless all seconds are above 0 and have the shape of the grid."""
         part = cls(*(_tuples(values[name]) for name in ("axes", "grid", "decode", "prefill")))
         shape = (len(contexts), *map(len, part.grid))
         for seconds in (part.decode, part.prefill):
@@ -55,16 +57,16 @@ class Part:
             if found.shape != shape or not (found > 0).all():
                 raise UserError(f"seconds of shape {tuple(found.shape)}; expected {shape}, all above 0")
         if len(part.axes) != len(part.grid) or any(list(points) != sorted(set(points)) for points in part.grid):
-            raise UserError("a grid whose sizes do not ascend")
+            raise UserError("sizes of a grid are not in ascending order")
         return part
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured: `parts` by kind of layer (its character in the pattern), for `batch` sequences at `contexts`.
+    """A table: `parts` maps a kind of layer (its character in the pattern), or REST, to its seconds.
 
-    `shape` describes the parent's layers, see `shape_of`; `environment` the machine and the versions, for people.
-    `threads` are of a CPU.
+    They were measured for `batch` sequences with `contexts` tokens each. `shape` describes the parent's layers (see
+    `shape_of`). `environment` names the machine and the versions, for people. `threads` matters for a CPU only.
     """
 
     contexts: tuple[int, ...]
@@ -78,68 +80,69 @@ class Table:
 
     @classmethod
     def from_json(cls, values: Mapping) -> Table:
-        """Of plain values. Raises ValueError for what is no table of this format."""
+        """Read JSON values. Raises UserError unless they are a table of this format."""
         try:
             fields = dict(values)
             if fields.pop("format") != FORMAT:
-                raise UserError(f"not of format {FORMAT}")
+                raise UserError(f"not a table of format {FORMAT}")
             fields["contexts"] = _tuples(fields["contexts"])
             parts = {kind: Part.read(part, fields["contexts"]) for kind, part in fields.pop("parts").items()}
             return cls(parts=parts, **fields)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"no table of latencies ({type(error).__name__}: {error})") from None
+            raise UserError(f"not a table of latencies ({type(error).__name__}: {error})") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike, where: str = "cost.table") -> Table:
-        """Of a file that `save` wrote. Raises ConfigError where it is not there, or is something else."""
-        allowed = "a file that `elastic profile PROFILE` writes, on the device that is to serve"
+        """Read a file that `save` wrote. Raises ConfigError if it does not exist or is not a table."""
+        allowed = "a file that `elastic measure PROFILE` writes on the device that will serve the model"
         if not Path(path).is_file():
-            raise ConfigError(f"{where}: got {str(path)!r}, which is not there; allowed: {allowed}")
+            raise ConfigError(f"{where}: got {str(path)!r}, which does not exist; allowed: {allowed}")
         try:
             return cls.from_json(json.loads(Path(path).read_text()))
         except ValueError as error:
-            raise ConfigError(f"{where}: got {str(path)!r}, which is {error}; allowed: {allowed}") from None
+            raise ConfigError(f"{where}: got {str(path)!r} ({error}); allowed: {allowed}") from None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a file, whole or not at all."""
+        """Write a JSON file, complete or not at all."""
         write_text(path, json.dumps(self.to_json()) + "\n")
 
     def to_json(self) -> dict:
-        """What `from_json` reads."""
+        """The JSON values that `from_json` reads."""
         return {"format": FORMAT, **asdict(self)}
 
     def check(self, config) -> None:
-        """Raise ConfigError for a parent of another shape than this was measured for."""
+        """Raise ConfigError if the parent `config` has other shapes than the measured one."""
         for kind, shapes in shape_of(config).items():
             known = self.shape.get(kind, {})
             for name in {**shapes, **known}:
                 if known.get(name) != shapes.get(name):
                     kind_text = "" if kind == REST else f"layers {kind}, "
                     raise ConfigError(
-                        f"cost.table: measured for {kind_text}{name} of {known.get(name, 'no size at all')}, where the "
+                        f"cost.table: measured for {kind_text}{name} of {known.get(name, 'no size at all')}, but the "
                         f"parent has {shapes.get(name, 'none')}; allowed: a table of this parent; {REMEDY}"
                     )
 
     def seconds(self, config, sizes: Mapping, keep: Callable[[int], object], context: int, phase: str = "decode"):
-        """Seconds of a step of decoding for the whole batch, or (`phase` prefill) of a token of the prompt.
+        """Seconds of one decoding step for the whole batch, or with `phase` "prefill" of one token of a prompt.
 
-        `sizes` and `keep` are as in cost.py: numbers, or tensors of shapes that broadcast together.
-        Raises ConfigError for another parent's sizes, and for such as lie outside of the grid.
+        `sizes` and `keep` are as in metrics.py: numbers, or tensors of shapes that broadcast together.
+        Raises ConfigError for a parent with other shapes, and for sizes outside the grid.
         """
         self.check(config)
-        units, own = architectures.units(config), {}
+        units, by_layer = architectures.units(config), {}  # layer (None: whole model) → axis → size
         for key, unit in units.items():
-            own.setdefault(layer_of(key), {})[key.partition(".")[0]] = sizes.get(key, unit.size)
-        total, known = self._part(REST, own[None], context, phase), {}
+            by_layer.setdefault(layer_of(key), {})[key.partition(".")[0]] = sizes.get(key, unit.size)
+        total, known = self._part_seconds(REST, by_layer[None], context, phase), {}
         for layer, kind in enumerate(architectures.pattern(config)):
-            values = {**own[None], **own.get(layer, {})}
-            alike = (kind, *map(id, values.values()))  # layers that are cut alike are looked up once
-            if alike not in known:
-                known[alike] = self._part(kind, values, context, phase)
-            total = total + known[alike] * keep(layer)
+            values = {**by_layer[None], **by_layer.get(layer, {})}
+            same = (kind, *map(id, values.values()))  # layers with the same size objects are interpolated once
+            if same not in known:
+                known[same] = self._part_seconds(kind, values, context, phase)
+            total = total + known[same] * keep(layer)
         return total
 
-    def _part(self, kind: str, sizes: Mapping, context: int, phase: str):
+    def _part_seconds(self, kind: str, sizes: Mapping, context: int, phase: str):
+        """Seconds of one part; `sizes` maps each axis to a number or a tensor."""
         part = self.parts[kind]
         values = torch.tensor(getattr(part, phase), dtype=torch.float64)
         grid = (self.contexts, *part.grid)
@@ -147,23 +150,24 @@ class Table:
 
 
 def interpolate(grid: Sequence[Sequence[int]], values: Tensor, sizes: Sequence, axes: Sequence[str]):
-    """`values` (*grid) between the points of the grid, linear in every size: a number, or a tensor where a size is one.
+    """Interpolate `values` (*grid) at `sizes`, linearly in every size.
 
-    Sizes are numbers, or tensors that broadcast together. Differentiable; at a point the slope is that above it, at the
-    last one that below. Raises ConfigError for a size outside of its points.
+    Sizes are numbers, or tensors that broadcast together; if one is a tensor, the result is a tensor. The result is
+    differentiable. At a point of the grid, the gradient is the slope above the point (at the last point, below it).
+    Raises ConfigError for a size outside the grid; `axes` names the sizes in the message.
     """
     tensors = [size for size in sizes if isinstance(size, Tensor)]
     dtype = tensors[0].dtype if tensors else torch.float64
-    sides = []
+    sides = []  # for each axis, its two neighbouring points: (index, weight)
     for axis, points, size in zip(axes, grid, sizes, strict=True):
         size = torch.as_tensor(size, dtype=dtype)
         _check_range(axis, points, size.detach())
         if len(points) == 1:
             sides.append([(torch.tensor(0), 1)])
             continue
-        knots = torch.tensor(points, dtype=dtype)
-        low = (torch.bucketize(size.detach(), knots, right=True) - 1).clamp(0, len(points) - 2)
-        share = (size - knots[low]) / (knots[low + 1] - knots[low])
+        nodes = torch.tensor(points, dtype=dtype)
+        low = (torch.bucketize(size.detach(), nodes, right=True) - 1).clamp(0, len(points) - 2)
+        share = (size - nodes[low]) / (nodes[low + 1] - nodes[low])
         sides.append([(low, 1 - share), (low + 1, share)])
     total = sum(
         values.to(dtype)[tuple(index for index, _ in corner)] * math.prod(weight for _, weight in corner)
@@ -177,53 +181,54 @@ def _check_range(axis: str, points: Sequence[int], size: Tensor) -> None:
     if low < points[0] * (1 - ROUNDING) or high > points[-1] * (1 + ROUNDING):
         outside = low if low < points[0] * (1 - ROUNDING) else high
         raise ConfigError(
-            f"{FIELDS.get(axis, axis)}: got {outside:g}; allowed: {points[0]} to {points[-1]}, where the table of "
-            f"latencies was measured; {REMEDY}, with these sizes in its choices"
+            f"{FIELDS.get(axis, axis)}: got {outside:g}; allowed: {points[0]} to {points[-1]}, the range of the table "
+            f"of latencies; {REMEDY}, with these sizes in its choices"
         )
 
 
 def shape_of(config) -> dict[str, dict[str, str]]:
-    """What seconds depend on besides kept sizes: every parameter's dimensions in words, by kind of layer.
+    """The shapes on which the seconds depend in addition to the kept sizes.
 
-    And, of experts, how many a token is sent to.
+    A text for the dimensions of every parameter, by kind of layer and parameter name; for a mixture of experts also
+    the number of experts per token. Two parents with equal shapes can use the same table.
     """
     pattern, found = architectures.pattern(config), {}
-    first = {pattern.index(kind): kind for kind in pattern}
+    first = {pattern.index(kind): kind for kind in pattern}  # first layer of each kind
     for name, dims in architectures.parameter_layout(config).items():
         layer = layer_index(name)
         if layer is None:
-            found.setdefault(REST, {})[name] = _in_words(dims)
+            found.setdefault(REST, {})[name] = _dims_text(dims)
         elif layer in first:
-            of_kind = found.setdefault(first[layer], {})
-            of_kind[name.split(".", 3)[3]] = _in_words(dims)
-            if is_stack(dims):  # of which a token's are run
-                of_kind["num_experts_per_tok"] = str(config.num_experts_per_tok)
+            shapes = found.setdefault(first[layer], {})
+            shapes[name.split(".", 3)[3]] = _dims_text(dims)
+            if is_stack(dims):
+                shapes["num_experts_per_tok"] = str(config.num_experts_per_tok)
     return found
 
 
 def axes_of(config) -> dict[str, tuple[str, ...]]:
-    """The axes that a part's seconds depend on, by kind of layer, and of the rest."""
+    """For every part (each kind of layer, and the rest): the axes on which its seconds depend."""
     pattern, found = architectures.pattern(config), {REST: ("hidden",)}
     for layer in sorted({pattern.index(kind) for kind in pattern}):
-        own = (key.partition(".")[0] for key in architectures.units(config) if layer_of(key) == layer)
-        found[pattern[layer]] = ("hidden", *own)
+        layer_axes = (key.partition(".")[0] for key in architectures.units(config) if layer_of(key) == layer)
+        found[pattern[layer]] = ("hidden", *layer_axes)
     return found
 
 
-def _in_words(dims: Sequence[Dim]) -> str:
-    return ", ".join(map(_dim_in_words, dims))
+def _dims_text(dims: Sequence[Dim]) -> str:
+    return ", ".join(map(_dim_text, dims))
 
 
-def _dim_in_words(dim: Dim) -> str:
+def _dim_text(dim: Dim) -> str:
     match dim:
         case Fixed(size):
             return str(size)
         case Units(key, size, groups):
             return f"{key.partition('.')[0]} {size}" + (f" in {groups} groups" if groups > 1 else "")
         case Product(parts):
-            return " × ".join(map(_dim_in_words, parts))
+            return " × ".join(map(_dim_text, parts))
         case Concat(parts):
-            return " + ".join(map(_dim_in_words, parts))
+            return " + ".join(map(_dim_text, parts))
     raise AssertionError(dim)
 
 

@@ -1,4 +1,4 @@
-"""The memory of serving a submodel as a cost."""
+"""The memory to serve a submodel, as a cost metric (see metrics.py)."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that serving takes: `batch` sequences of `context` tokens each, in element types of `ELEMENT_BYTES`.
+    """The bytes to serve `batch` sequences of `context` tokens each. The string fields name element types.
 
-    - `weights`: of the layers' matrices. Quantised checkpoints (fp8, int8, fp4) leave embeddings, head, convolutions
-      and vectors in bf16, and so are these counted; otherwise all parameters are of this type.
-    - `cache`: keys and values of every token in every kept attention layer.
-    - `state`: the state space's, in every kept Mamba layer. Engines hold it in float32 for `nemotron_h`, since it sums
-      over the whole text, and the window of the convolution (`conv_state`) in the activations' bf16. The window is
-      transformers', as long as the kernel; vLLM's is a token shorter.
-    - `activations`: at most alive while `chunk` tokens are read (those of all sequences together; a step of decoding
-      reads `batch`): the residual stream, the normed input and both sides of the layer's matrices, or the logits of
-      one token a sequence in float32. Attention's scores and the scan's chunks, which fused kernels hold in pieces,
-      and the engine's own gigabyte or two are not counted.
+    - `weights`: type of the layers' matrices. Quantised checkpoints (fp8, int8, fp4) keep embeddings, head,
+      convolutions and vectors in bf16, so these are counted in bf16. For any other type, all parameters have that type.
+    - `cache`: type of the keys and values of every token in every kept attention layer.
+    - `state`: type of the state in every kept Mamba layer. Serving engines keep it in float32 for `nemotron_h`,
+      because it accumulates over the whole text.
+    - `conv_state`: type of the last inputs of the convolution in every kept Mamba layer, in engines the type of the
+      activations. Counted is the window of transformers, which is as long as the kernel; in vLLM it is one shorter.
+    - `activations`: type of the activations. A prompt is read in chunks of `chunk` tokens over all sequences, and a
+      decoding step reads `batch` tokens. Counted is the largest amount in memory at one time: the residual stream, its
+      normed copy and the inputs and outputs of one layer's matrices, or the float32 logits of one token per sequence.
+      Not counted are attention scores and the chunks of the scan, because fused kernels never hold them whole, and the
+      one or two GB of the engine itself.
 
-    All but activations are multilinear in the sizes, as parameters are. The expectation of a maximum over layers is
-    not the maximum of the layers' expectations, which is counted instead: a lower bound of it, exact where every
-    choice is certain, and differentiable but where layers tie (there the gradient is shared).
+    All parts except activations are multilinear in the sizes, so their expectation is exact. Activations are a maximum
+    over layers, and the maximum of the layers' expectations is counted. This is a lower bound of the expected maximum.
+    It is exact if every choice has probability 0 or 1. If two layers are equal, they share the gradient.
+
+    Raises ConfigError for an invalid field.
     """
 
     name: ClassVar = "memory"
@@ -62,21 +66,22 @@ class Memory:
         return sum(self.parts(config, sizes, keep).values())
 
     def parts(self, config, sizes: Mapping, keep: Callable[[int], object]) -> dict:
-        """Bytes by reason: weights, kv_cache, ssm_state, conv_state, activations."""
+        """The bytes by purpose: weights, kv_cache, ssm_state, conv_state, activations."""
         layout = architectures.parameter_layout(config)
         matrices = {name: dims for name, dims in layout.items() if is_matrix(dims) and layer_index(name) is not None}
         rest = {name: dims for name, dims in layout.items() if name not in matrices}
-        kept = cache_layouts(config, self.batch, self.context)
+        caches = cache_layouts(config, self.batch, self.context)
         types = {"kv_cache": self.cache, "ssm_state": self.state, "conv_state": self.conv_state}
-        of_rest = "bf16" if self.weights in QUANTISED else self.weights
+        rest_type = "bf16" if self.weights in QUANTISED else self.weights
         return {
             "weights": ELEMENT_BYTES[self.weights] * count(matrices, sizes, keep)
-            + ELEMENT_BYTES[of_rest] * count(rest, sizes, keep),
-            **{name: ELEMENT_BYTES[types[name]] * count(kept[name], sizes, keep) for name in types},
+            + ELEMENT_BYTES[rest_type] * count(rest, sizes, keep),
+            **{name: ELEMENT_BYTES[types[name]] * count(caches[name], sizes, keep) for name in types},
             "activations": self._activations(config, layout, sizes, keep),
         }
 
     def _activations(self, config, layout: Layout, sizes: Mapping, keep: Callable[[int], object]):
+        """The bytes of the layer with the largest activations, or of the logits if they are larger."""
         tokens = max(self.batch, min(self.chunk, self.batch * self.context))
         layers = (
             ELEMENT_BYTES[self.activations] * tokens * alive.count(sizes) * keep(layer)
@@ -85,38 +90,39 @@ class Memory:
         return functools.reduce(_larger, layers, ELEMENT_BYTES["float32"] * self.batch * config.vocab_size)
 
     def number(self, cost: float) -> str:
-        """A cost for people, among others of its kind."""
+        """A cost as short text, for the first value of a range."""
         unit, size = next((item for item in UNITS.items() if cost >= item[1]), ("KiB", 2**10))
         return f"{cost / size:,.2f} {unit}"
 
     def text(self, cost: float) -> str:
-        """A cost for people, with its unit."""
+        """A cost as text for people, with its unit."""
         return self.number(cost)
 
     @property
     def setting(self) -> str:
-        """What else a cost depends on, for people."""
+        """The settings on which the cost depends, as text for people."""
         return f"{self.context:,} tokens × {self.batch}, weights {self.weights}, cache {self.cache}"
 
     def to_json(self) -> str | dict:
-        """What `read_metric` reads."""
+        """The value in elastic.json that `read_metric` reads."""
         return {"metric": self.name, **dataclasses.asdict(self)}
 
 
 def cache_layouts(config, batch: int, context: int) -> dict[str, Layout]:
-    """What a model keeps of `batch` sequences of `context` tokens, as layouts `kv_cache`, `ssm_state`, `conv_state`."""
+    """The layouts `kv_cache`, `ssm_state` and `conv_state` of `batch` sequences of `context` tokens each."""
     sequences, tokens = Fixed(batch), Fixed(context)
-    kept: dict[str, Layout] = {"kv_cache": {}, "ssm_state": {}, "conv_state": {}}
+    layouts: dict[str, Layout] = {"kv_cache": {}, "ssm_state": {}, "conv_state": {}}
     for kind, layout in architectures.kept_state(config).items():
-        of_each = (sequences, tokens) if kind == "kv_cache" else (sequences,)
-        kept[kind] = {name: of_each + dims for name, dims in layout.items()}
-    return kept
+        outer = (sequences, tokens) if kind == "kv_cache" else (sequences,)
+        layouts[kind] = {name: outer + dims for name, dims in layout.items()}
+    return layouts
 
 
 def alive_per_token(config, layout: Layout) -> dict[int, Concat]:
-    """By layer, the numbers that are there at once for a token: twice the hidden size, and each matrix's other side.
+    """For each layer, how many activations of one token are in memory at one time.
 
-    Of routed experts, what each of them that the token is sent to writes with each of its matrices.
+    They are the residual stream and its normed copy (twice the hidden size), and for every matrix the inputs or
+    outputs that are not hidden channels. Of routed experts, the outputs of each matrix, for each expert of the token.
     """
     hidden, alive = architectures.units(config)["hidden"], {}
     for name, dims in layout.items():
@@ -130,7 +136,7 @@ def alive_per_token(config, layout: Layout) -> dict[int, Concat]:
 
 
 def _larger(left, right):
-    """The larger of two numbers, or of two tensors or a tensor and a number, entry by entry."""
+    """The larger of two numbers; element by element if one or both are tensors."""
     if isinstance(left, Tensor) or isinstance(right, Tensor):
         return torch.maximum(torch.as_tensor(left), torch.as_tensor(right))
     return max(left, right)

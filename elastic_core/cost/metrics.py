@@ -1,9 +1,10 @@
-"""What a submodel costs, exactly and in expectation (eq. 12): its parameters, the memory of serving it, or its time.
+"""The cost of a submodel, exact and expected (eq. 12): its parameters, the memory to serve it, or its time.
 
-A metric is a frozen dataclass whose `count(config, sizes, keep)` reads sizes by unit key, and `keep(i)`, 1 or 0 or the
-probability that layer i is kept. With numbers the count is exact; with tensors it is differentiable, and of shapes
-that broadcast together, so that one call counts a whole grid of submodels. Whatever can be counted so is a metric:
-routing, selection and targets ask for nothing else. Latency and throughput are in latency.py.
+A metric is a frozen dataclass with a method `count(config, sizes, keep)`. `sizes` maps unit keys to sizes, and
+`keep(i)` is 1, 0, or the probability that layer i is kept. With numbers, the count is exact. With tensors, the count is
+differentiable; the tensors may have any shapes that broadcast together, so one call can count a grid of submodels. The
+router, the selection and the targets use only `count`, so a new metric needs nothing else. Files: parameters.py,
+memory.py, latency.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ COUNTED = {metric.name: metric for metric in (PARAMETERS, ACTIVE_PARAMETERS)}
 
 
 def read_metric(value: str | dict) -> Metric:
-    """The metric of an ``elastic.json``. Raises ValueError for one that a later version may know."""
+    """Read the metric of an ``elastic.json``. Raises UserError for a value that this version does not know."""
     if isinstance(value, str) and value in COUNTED:
         return COUNTED[value]
     fields = dict(value) if isinstance(value, Mapping) else {}
@@ -36,7 +37,9 @@ def read_metric(value: str | dict) -> Metric:
             return Memory(**fields)
         if name in TIMED:
             return TIMED[name](Table.from_json(fields["table"]), fields["context"])
-    except (TypeError, ValueError, KeyError) as error:
+    except UserError as error:
+        reason = f" ({error})"
+    except (TypeError, ValueError, KeyError) as error:  # fields of another version
         reason = f" ({type(error).__name__}: {error})"
     raise UserError(
         f"cost: got {name!r}{reason}; allowed: parameters, active_parameters, or the fields of metric memory, latency "
@@ -45,39 +48,40 @@ def read_metric(value: str | dict) -> Metric:
 
 
 def exact_cost(metric: Metric, config, submodel: Submodel | None = None) -> int | float:
-    """Cost of `submodel` (None: the parent)."""
-    return metric.count(config, *_certain(config, submodel))
+    """The cost of `submodel` (None: the parent), in the unit of `metric`. Raises UserError for invalid sizes."""
+    return metric.count(config, *_exact_sizes(config, submodel))
 
 
 def expected_cost(metric: Metric, config, sizes: Mapping[str, Tensor], keep_probs: Tensor) -> Tensor:
-    """Expected cost (eq. 12), differentiable.
+    """The expected cost (eq. 12), differentiable.
 
-    `sizes` maps unit keys to expected sizes, `keep_probs` (layers, ...) holds the probability that depth keeps each
-    layer. Entries may have any shapes that broadcast together, so one call can count a whole grid of submodels.
+    `sizes` maps unit keys to expected sizes. `keep_probs` (num_layers, ...) has the probability of each layer to be
+    kept. All tensors may have any further shapes that broadcast together; then the result is a grid of costs.
     """
     return metric.count(config, sizes, keep=lambda layer: keep_probs[layer])
 
 
 def num_parameters(config, submodel: Submodel | None = None) -> int:
-    """Number of parameters of `submodel` (None: the parent), equal to what the files of the extracted model hold.
+    """The number of parameters of `submodel` (None: the parent), as in the files of the extracted model.
 
-    That is sum(p.numel()), and of mixtures of experts the correction of the router's scores, transformers' one buffer.
+    It is sum(p.numel()) of that model. A mixture of experts also has the correction of its router's scores, which is
+    a buffer in transformers and is counted too.
     """
     return exact_cost(PARAMETERS, config, submodel)
 
 
 def num_active_parameters(config, submodel: Submodel | None = None) -> int | None:
-    """Number of parameters of `submodel` (None: the parent) that one token uses; None where that is all of them."""
+    """The number of parameters of `submodel` (None: the parent) that one token uses; None if no layer has experts."""
     return exact_cost(ACTIVE_PARAMETERS, config, submodel) if architectures.has_experts(config) else None
 
 
 def memory_parts(metric: Memory, config, submodel: Submodel | None = None) -> dict[str, int | float]:
-    """Bytes of `submodel` (None: the parent) by reason, see `Memory.parts`."""
-    return metric.parts(config, *_certain(config, submodel))
+    """The bytes of `submodel` (None: the parent) by purpose, see `Memory.parts`."""
+    return metric.parts(config, *_exact_sizes(config, submodel))
 
 
-def _certain(config, submodel: Submodel | None) -> tuple[dict[str, int], Callable[[int], int]]:
-    """`sizes` and `keep` of one submodel."""
+def _exact_sizes(config, submodel: Submodel | None) -> tuple[dict[str, int], Callable[[int], int]]:
+    """The arguments `sizes` and `keep` of `count` for one submodel."""
     submodel = (submodel or Submodel()).resolve(config)
     kept = set(submodel.kept_layers)
     return submodel.sizes(config), lambda layer: int(layer in kept)

@@ -1,4 +1,4 @@
-"""The number of parameters as a cost."""
+"""The number of parameters as a cost metric (see metrics.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from elastic_core.model.dims import count
 
 @dataclass(frozen=True)
 class Parameters:
-    """The number of parameters. Multilinear in sizes that are drawn independently: the expectation is exact."""
+    """The number of parameters.
+
+    The expected cost is exact, because the count is multilinear in the sizes and the sizes are independent.
+    """
 
     name: ClassVar = "parameters"
 
@@ -20,28 +23,29 @@ class Parameters:
         return count(architectures.parameter_layout(config), sizes, keep)
 
     def number(self, cost: float) -> str:
-        """A cost for people, among others of its kind."""
+        """A cost as short text, for the first value of a range."""
         return f"{cost:,.0f}"
 
     def text(self, cost: float) -> str:
-        """A cost for people, with its unit."""
+        """A cost as text for people, with its unit."""
         return f"{cost:,.0f} parameters"
 
     @property
     def setting(self) -> str:
-        """What else a cost depends on, for people."""
+        """The settings on which the cost depends, as text for people."""
         return ""
 
     def to_json(self) -> str | dict:
-        """What `read_metric` reads."""
+        """The value in elastic.json that `read_metric` reads."""
         return self.name
 
 
 @dataclass(frozen=True)
 class ActiveParameters(Parameters):
-    """The number of parameters that one token uses: of routed experts as many as it is sent to, of all else all.
+    """The number of parameters that one token uses.
 
-    So it is less in narrower experts, but not in fewer of them, save for their rows of the router.
+    A token uses `num_experts_per_tok` of the routed experts and all other parameters. So narrower experts lower this
+    count. Fewer experts lower it only by their rows in the layer's router.
     """
 
     name: ClassVar = "active_parameters"
@@ -50,5 +54,5 @@ class ActiveParameters(Parameters):
         return count(architectures.active_layout(config), sizes, keep)
 
     def text(self, cost: float) -> str:
-        """A cost for people, with its unit."""
+        """A cost as text for people, with its unit."""
         return f"{cost:,.0f} active parameters"

@@ -1,7 +1,7 @@
-"""Reading a data directory (see token_files.py), and the map from a sample's number to a training sequence.
+"""Read a data directory (see token_files.py), and map the number of a sample to its training sequence.
 
-Where a run stands in its data is one integer, the number of the next sample: PackedSequences keeps no state, so a
-resumed run, another batch size and every data-parallel rank read the same sequences.
+PackedSequences has no state. The position of a run in its data is one integer, the number of the next sample. So a
+resumed run, a run with another batch size and every data-parallel rank read the same sequences.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from elastic_core.data.packing import PackedDocuments, Windows, schedule
 from elastic_core.data.token_files import Manifest, Split
 from elastic_core.errors import UserError
 
-IGNORED_LABEL = -100  # torch's cross_entropy leaves these positions out
+IGNORED_LABEL = -100  # torch's cross_entropy ignores positions with this label
 
 
 class TokenData:
-    """A data directory, memory-mapped; every file is checked against the manifest on opening.
+    """A data directory, memory-mapped. The constructor checks every file against the manifest.
 
-    Raises ValueError where the directory is no data directory, or a file is missing, cut short or of another size.
+    Raises UserError if the directory is not a data directory, or if a file is missing, truncated or of another size.
     """
 
     def __init__(self, directory: str | Path):
@@ -47,11 +47,11 @@ class TokenData:
         return self._arrays[self._key(source, split)][0]
 
     def offsets(self, source: str, split: str) -> np.ndarray:
-        """Document starts, and the end of the last, (num_documents + 1,), int64, memory-mapped."""
+        """The start of every document and the end of the last one, (num_documents + 1,), int64, memory-mapped."""
         return self._arrays[self._key(source, split)][1]
 
     def bytes_per_token(self, source: str, split: str) -> float:
-        """Bytes of UTF-8 text per token: a loss in nats per token, over ln 2 and this, is in bits per byte."""
+        """Bytes of UTF-8 text per token. A loss in nats per token, divided by ln 2 and by this, is in bits per byte."""
         self._key(source, split)
         entry = self.manifest.sources[source].splits[split]
         return entry.num_bytes / entry.num_tokens
@@ -59,14 +59,14 @@ class TokenData:
     def _key(self, source: str, split: str) -> tuple[str, str]:
         if (source, split) not in self._arrays:
             allowed = ", ".join(f"{name}/{part}" for name, part in self._arrays)
-            raise UserError(f"no data {source}/{split} in {self.directory}; there are {allowed}")
+            raise UserError(f"{self.directory}: has no data {source}/{split}; allowed: {allowed}")
         return source, split
 
     def _open(self, entry: Split) -> tuple[np.ndarray, np.ndarray]:
         tokens = self._map(entry.tokens, entry.num_tokens, self.manifest.dtype)
         offsets = self._map(entry.offsets, entry.num_documents + 1, np.dtype(np.int64))
         if offsets[0] != 0 or offsets[-1] != entry.num_tokens:
-            raise UserError(f"{self.directory / entry.offsets}: does not belong to {entry.tokens}; prepare again")
+            raise UserError(f"{self.directory / entry.offsets}: does not fit {entry.tokens}; run prepare_data again")
         return tokens, offsets
 
     def _map(self, name: str, size: int, dtype: np.dtype) -> np.ndarray:
@@ -74,7 +74,7 @@ class TokenData:
         try:
             array = np.load(path, mmap_mode="r")
         except (OSError, EOFError, ValueError) as error:
-            raise UserError(f"{path}: missing, cut short or not an array ({error}); run prepare_data again") from None
+            raise UserError(f"{path}: missing, truncated or not an array ({error}); run prepare_data again") from None
         if array.shape != (size,) or array.dtype != dtype:
             found = f"{array.dtype} {array.shape}"
             raise UserError(f"{path}: holds {found}, the manifest says {dtype} ({size},); run prepare_data again")
@@ -82,19 +82,20 @@ class TokenData:
 
 
 class PackedSequences:
-    """A stateless, endless map from sample numbers 0, 1, 2, ... to training sequences.
+    """A map without state or end from sample numbers 0, 1, 2, ... to training sequences.
 
-    `mixture` gives each source's share, relative to the sum. After any number of samples each source's count is less
-    than one off its share (so less than two in any window of samples). Within a source every sequence comes once per
-    epoch, in an order drawn from (seed, source, epoch). Running text is cut into windows that overlap by one token, so
-    that every token is predicted once; whole documents are packed into rows, and those longer than a row are left out.
+    - `mixture` gives the share of each source; shares need not sum to 1. After any number of samples, the number from
+      each source differs from its share by less than 1.
+    - Each epoch of a source has every sequence once, in a random order that depends on (seed, source, epoch).
+    - Running text is divided into windows that overlap by one token, so every token is predicted once. Whole documents
+      are packed into rows; documents longer than a row are left out.
 
-    Raises ValueError for an unknown source, shares that are negative or all zero, and a source of which nothing fills
-    (running text) or fits (whole documents) one sequence.
+    Raises UserError for an unknown source, for shares that are negative or all zero, for a source with too little
+    running text for one sequence, and for a source without a document that fits into a sequence.
     """
 
     def __init__(self, data: TokenData, mixture: Mapping[str, float], sequence_length: int, seed: int):
-        shares = _normalise(mixture, data)
+        shares = _positive_shares(mixture, data)
         if sequence_length < 1:
             raise UserError(f"sequence_length: got {sequence_length}; allowed: 1 or more")
         self.sequence_length = sequence_length
@@ -104,34 +105,36 @@ class PackedSequences:
         self._rows = [_rows(data, name, "train", sequence_length) for name in self.sources]
         self._schedule = schedule(list(shares.values()))
         self._counts = np.bincount(self._schedule, minlength=len(self.sources))
+        # For every turn of the schedule: how many earlier turns of the period its source has had.
         hits = self._schedule[:, None] == np.arange(len(self.sources))
         self._earlier = (np.cumsum(hits, axis=0) - hits)[np.arange(len(hits)), self._schedule]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     def num_sequences(self, source: str) -> int:
-        """Sequences in one epoch of `source`."""
+        """The number of sequences in one epoch of `source`."""
         return len(self._rows[self.sources.index(source)])
 
     def source_indices(self, first: int, count: int) -> np.ndarray:
-        """Which entry of `sources` each of the samples comes from, (count,)."""
+        """The index in `sources` of the source of each sample from `first` on, (count,), int64."""
         return self._schedule[np.arange(first, first + count) % len(self._schedule)]
 
     def batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples `first` to `first + count - 1`.
 
-        Returns the input ids (count, L) and the labels (count, L), both int64: a label is the next token, and
-        IGNORED_LABEL where a row is padded.
+        Returns the input ids (count, L) and the labels (count, L), both int64. A label is the next token, or
+        IGNORED_LABEL in the padding of a row.
         """
         samples = np.arange(first, first + count)
         sources = self.source_indices(first, count)
         turns = samples // len(self._schedule) * self._counts[sources]
         turns += self._earlier[samples % len(self._schedule)]
-        picks = [(self._rows[s], self._shuffled(int(s), int(turn))) for s, turn in zip(sources, turns, strict=True)]
-        return _read(picks, self.sequence_length, self._eos)
+        picks = [(self._rows[s], self._shuffled_row(int(s), int(turn))) for s, turn in zip(sources, turns, strict=True)]
+        return _read_batch(picks, self.sequence_length, self._eos)
 
-    def _shuffled(self, source: int, turn: int) -> int:
+    def _shuffled_row(self, source: int, turn: int) -> int:
+        """The row of the source that is read at its turn number `turn`, counted from the first sample."""
         epoch, position = divmod(turn, len(self._rows[source]))
-        if self._orders.get(source, (None,))[0] != epoch:  # a cache, not state: recomputing gives the same
+        if self._orders.get(source, (None,))[0] != epoch:  # a cache, not state: the same order is computed again
             name = int.from_bytes(hashlib.sha256(self.sources[source].encode()).digest()[:8], "big")
             order = np.random.default_rng([self._seed, name, epoch]).permutation(len(self._rows[source]))
             self._orders[source] = epoch, order
@@ -141,29 +144,31 @@ class PackedSequences:
 def held_out_batches(
     data: TokenData, source: str, sequence_length: int, batch_size: int, max_tokens: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The held-out sequences of one source in order: input ids and labels, each (up to batch_size, L), int64.
+    """The held-out sequences of one source in order: input ids and labels, each (batch_size or fewer, L), int64.
 
-    Every token but the very first is predicted once; the last window is padded. Stops at the first batch that reaches
-    `max_tokens` positions (null: reads everything).
+    For running text, every token except the first of the text is predicted once, and the last window is padded.
+    Stops when the sequences have `max_tokens` positions or more (None: reads everything).
+    Raises UserError as `PackedSequences` does.
     """
     rows = _rows(data, source, "held_out", sequence_length, keep_tail=True)
     num_rows = len(rows) if max_tokens is None else min(len(rows), max(1, -(-max_tokens // sequence_length)))
     for first in range(0, num_rows, batch_size):
         picks = [(rows, row) for row in range(first, min(first + batch_size, num_rows))]
-        yield _read(picks, sequence_length, data.manifest.eos_token_id)
+        yield _read_batch(picks, sequence_length, data.manifest.eos_token_id)
 
 
 def vocabulary_sha256(tokenizer) -> str:
-    """Fingerprint of a transformers tokenizer's vocabulary: the sha256 of its tokens and their ids."""
+    """The SHA-256 digest of a transformers tokenizer's vocabulary (all tokens and their ids)."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
 def check_tokenizer(data: TokenData, tokenizer, vocab_size: int | None = None, owner: str = "the model") -> None:
-    """Raise ValueError unless `tokenizer` is the one that wrote `data`, and a model's `vocab_size` has room for it.
+    """Raise UserError unless `tokenizer` has the vocabulary of `data`, and `vocab_size` is large enough for it.
 
-    `tokenizer` is a tokenizer or the directory of one (a parent's, a teacher's), or None to check the size alone.
-    A model's vocabulary may be larger than its tokenizer's: it is often padded. `owner` names the model in the error.
+    `tokenizer` is a tokenizer, a directory with one, or None to check only the size. `vocab_size` is the size of a
+    model's embeddings. It may be larger than the tokenizer's vocabulary, because many models pad it. `owner` names the
+    model in the message.
     """
     manifest = data.manifest
     advice = f"prepare the data with {owner}'s tokenizer, or take another model"
@@ -173,7 +178,7 @@ def check_tokenizer(data: TokenData, tokenizer, vocab_size: int | None = None, o
             f"{vocab_size}; {advice}"
         )
     if isinstance(tokenizer, (str, Path)):
-        from transformers import AutoTokenizer  # slow to import, and needed here only
+        from transformers import AutoTokenizer  # imported here because the import is slow
 
         owner, tokenizer = f"{owner} ({tokenizer})", AutoTokenizer.from_pretrained(tokenizer)
     if tokenizer is not None and vocabulary_sha256(tokenizer) != manifest.tokenizer_sha256:
@@ -184,7 +189,8 @@ def check_tokenizer(data: TokenData, tokenizer, vocab_size: int | None = None, o
         )
 
 
-def _normalise(mixture: Mapping[str, float], data: TokenData) -> dict[str, float]:
+def _positive_shares(mixture: Mapping[str, float], data: TokenData) -> dict[str, float]:
+    """The entries of `mixture` above 0. Raises UserError for an invalid mixture."""
     allowed = ", ".join(data.manifest.sources)
     for name, share in mixture.items():
         if name not in data.manifest.sources:
@@ -199,7 +205,7 @@ def _normalise(mixture: Mapping[str, float], data: TokenData) -> dict[str, float
 def _rows(
     data: TokenData, source: str, split: str, sequence_length: int, keep_tail: bool = False
 ) -> Windows | PackedDocuments:
-    """One split as rows of `sequence_length` + 1 tokens: inputs and labels overlap in all but one."""
+    """One split as rows of `sequence_length` + 1 tokens; the labels are the inputs shifted by one token."""
     tokens, manifest = data.tokens(source, split), data.manifest
     where = f"{data.directory}, {source}/{split}"
     if not manifest.sources[source].whole_documents:
@@ -207,23 +213,25 @@ def _rows(
         if len(rows) == 0:
             raise UserError(
                 f"{where}: {len(tokens)} tokens do not fill one sequence of sequence_length {sequence_length} "
-                f"(which needs {sequence_length + 1}); shorten it or give the source more text"
+                f"(it needs {sequence_length + 1}); lower sequence_length or give the source more text"
             )
         return rows
-    # A document is read after its bos at evaluation, so a row must start with one too.
+    # Evaluation puts bos before a document, so training must too. If bos is the same token as eos, the files have it
+    # only between documents, and a row needs one at its start.
     lead = manifest.eos_token_id if manifest.bos_token_id == manifest.eos_token_id else None
     rows = PackedDocuments(tokens, data.offsets(source, split), sequence_length + 1, lead)
     if len(rows) == 0:
         raise UserError(
             f"{where}: no document fits sequence_length {sequence_length}, the shortest has {rows.shortest} tokens; "
-            "lengthen the sequences or make shorter documents"
+            "raise sequence_length or use shorter documents"
         )
     return rows
 
 
-def _read(
+def _read_batch(
     picks: list[tuple[Windows | PackedDocuments, int]], sequence_length: int, eos: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids and labels (B, L) of the picked rows, each (rows of a source, index of the row)."""
     rows = np.full((len(picks), sequence_length + 1), eos, dtype=np.int64)  # (B, L + 1)
     sizes = np.array([source.read(row, out) for (source, row), out in zip(picks, rows, strict=True)])
     labels = rows[:, 1:].copy()

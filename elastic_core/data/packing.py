@@ -1,4 +1,4 @@
-"""How a stream of tokens becomes rows of equal length, and in which order sources take turns. Arrays only, no files."""
+"""Rows of equal length from a stream of tokens, and the order in which sources alternate. Arrays only, no files."""
 
 import bisect
 import itertools
@@ -8,21 +8,22 @@ from fractions import Fraction
 
 import numpy as np
 
-_LONGEST_SCHEDULE = 1 << 16
-_BUFFER = 256
+_LONGEST_SCHEDULE = 1 << 16  # turns
+_BUFFER = 256  # documents among which the packing chooses
 
 
 class Windows:
-    """Rows of `row_length` consecutive tokens of running text (T,); the last token of one is the first of the next.
+    """Rows of `row_length` consecutive tokens of running text (T,).
 
-    With `keep_tail` a last, shorter row holds what is left; otherwise it is dropped.
+    Neighbouring rows overlap: the last token of a row is the first token of the next. Tokens after the last full row
+    are dropped, or with `keep_tail` become a shorter row.
     """
 
     def __init__(self, tokens: np.ndarray, row_length: int, keep_tail: bool = False):
         self._tokens = tokens
         self._row_length = row_length
-        steps = len(tokens) - 1
-        self._num_rows = -(-steps // (row_length - 1)) if keep_tail else steps // (row_length - 1)
+        num_labels = len(tokens) - 1  # every token but the first is predicted once
+        self._num_rows = -(-num_labels // (row_length - 1)) if keep_tail else num_labels // (row_length - 1)
 
     def __len__(self) -> int:
         return self._num_rows
@@ -36,15 +37,16 @@ class Windows:
 
 
 class PackedDocuments:
-    """Rows of at most `row_length` tokens made of whole documents; what is longer than a row is left out.
+    """Rows of at most `row_length` tokens, made of complete documents. Longer documents are left out.
 
-    `lead` is put before the first document of each row (None: nothing). Documents are taken in their order into a
-    small buffer, and the longest that still fits a row goes in next; each document is in exactly one row.
+    Each other document is in exactly one row. `lead` is a token that comes before the first document of each row (None:
+    no such token). Packing: a buffer holds the next 256 documents, and the longest of them that fits the rest of the
+    row is added to it. If none fits, a new row starts.
     """
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, row_length: int, lead: int | None):
         self._tokens = tokens
-        self._offsets = np.array(offsets)  # in memory: read once per document of a row
+        self._offsets = np.array(offsets)  # copied from disk to memory, because every row reads them
         self._lead = lead
         lengths = np.diff(self._offsets)
         capacity = row_length - (lead is not None)
@@ -68,52 +70,54 @@ class PackedDocuments:
 
 
 def _pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Documents in the order of packing, and where rows start in that order (rows + 1,)."""
+    """The documents' indices in the order of the rows, and the start of each row in it (num_rows + 1,), both int64."""
     candidates = ((int(lengths[i]), int(i)) for i in np.flatnonzero(lengths <= capacity))
-    waiting = sorted(itertools.islice(candidates, _BUFFER))
-    order, row_starts, room = [], [0], capacity
-    while waiting:
-        fitting = bisect.bisect_right(waiting, (room, len(lengths)))
-        if fitting == 0:
+    buffer = sorted(itertools.islice(candidates, _BUFFER))  # (length, document), shortest first
+    order, row_starts, free = [], [0], capacity
+    while buffer:
+        num_fitting = bisect.bisect_right(buffer, (free, len(lengths)))
+        if num_fitting == 0:
             row_starts.append(len(order))
-            room = capacity
+            free = capacity
             continue
-        length, document = waiting.pop(fitting - 1)
+        length, document = buffer.pop(num_fitting - 1)
         order.append(document)
-        room -= length
+        free -= length
         if (new := next(candidates, None)) is not None:
-            bisect.insort(waiting, new)
+            bisect.insort(buffer, new)
     if order:
         row_starts.append(len(order))
     return np.array(order, dtype=np.int64), np.array(row_starts, dtype=np.int64)
 
 
 def schedule(shares: Sequence[float]) -> np.ndarray:
-    """Turns of the sources, to be repeated for ever: source numbers (period,), int64.
+    """The order in which the sources take turns: source numbers (period,), int64. It repeats without end.
 
-    After every number of turns each source's count is less than one off its share: Tijdeman's rule for the chairman
-    assignment problem (Discrete Mathematics 32, 1980). Shares that are ratios of small numbers, such as 0.4 : 0.35 :
-    0.25, are kept exactly; others are rounded to 1/65536. At least one share must be positive, and none negative.
+    After n turns, a source has had n times its share of the turns, with an error below 1, for every n. This is
+    Tijdeman's algorithm for the chairman assignment problem (Discrete Mathematics 32, 1980). Shares that are ratios of
+    small integers, such as 0.4 : 0.35 : 0.25, are exact; others are rounded to 1/65536. The caller has checked that no
+    share is negative and at least one is positive.
     """
-    counts = _whole_numbers(shares)
+    counts = _turns_per_period(shares)
     period, num_sources = sum(counts), sum(count > 0 for count in counts)
     if num_sources == 1:
         return np.array([i for i, count in enumerate(counts) if count], dtype=np.int64)
-    # All in units of 1 / (period · (2k - 2)), so that nothing is rounded: a source may be given its next turn once
-    # it is 1/(2k - 2) behind its share, and among those that may, the one whose turn would first be too late is next.
+    # With k sources, a source is ready for its next turn when it is at least 1/(2k - 2) behind its share. Each ready
+    # source has a deadline for its next turn. The source with the earliest deadline gets the turn. Readiness is
+    # tested on values multiplied by period · (2k - 2): these are integers, so there is no rounding.
     scale = 2 * num_sources - 2
-    given, turns = [0] * len(counts), []
+    num_given, turns = [0] * len(counts), []
     for turn in range(1, period + 1):
-        ready = [s for s, n in enumerate(counts) if n and (n * turn - given[s] * period) * scale >= period]
-        chosen = min(ready, key=lambda s: (((given[s] + 1) * scale - 1) / counts[s], s))
-        given[chosen] += 1
+        ready = [s for s, n in enumerate(counts) if n and (n * turn - num_given[s] * period) * scale >= period]
+        chosen = min(ready, key=lambda s: (((num_given[s] + 1) * scale - 1) / counts[s], s))
+        num_given[chosen] += 1
         turns.append(chosen)
     return np.array(turns, dtype=np.int64)
 
 
-def _whole_numbers(shares: Sequence[float]) -> list[int]:
-    """Turns of each source in one period, in the ratio of the shares."""
-    # Fraction(0.1) is not 1/10; a share too small for the rounding stays as it is.
+def _turns_per_period(shares: Sequence[float]) -> list[int]:
+    """Each source's number of turns in one period, in the ratio of the shares."""
+    # Fraction(0.1) is not exactly 1/10, so round it to a small denominator. Do not round a tiny share to 0.
     fractions = [Fraction(share).limit_denominator(10**6) or Fraction(share) for share in shares]
     fractions = [fraction / sum(fractions) for fraction in fractions]
     period = math.lcm(*(fraction.denominator for fraction in fractions))
@@ -123,5 +127,5 @@ def _whole_numbers(shares: Sequence[float]) -> list[int]:
     counts = [max(math.floor(value), int(value > 0)) for value in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: max(0, _LONGEST_SCHEDULE - sum(counts))]:
-        counts[i] += 1
+        counts[i] += 1  # the largest remainders are rounded up
     return counts

@@ -1,10 +1,10 @@
-"""The data directory: what is in it, and how it is written.
+"""The files of a data directory, and how they are written.
 
-For every source (`prose`, `code`, ...) and split (`train`, `held_out`)::
+One manifest, and two arrays for every source (`prose`, `code`, ...) and split (`train`, `held_out`)::
 
-    manifest.json                    what there is, and for which tokenizer: see Manifest
-    <source>.<split>.tokens.npy      every document's tokens, one after another; each document ends with eos
-    <source>.<split>.offsets.npy     where documents start, int64, one more entry than documents
+    manifest.json                    the sources, their sizes and the tokenizer: see Manifest
+    <source>.<split>.tokens.npy      the tokens of all documents, concatenated; each document ends with eos
+    <source>.<split>.offsets.npy     the start of every document and the end of the last one, int64
 """
 
 import dataclasses
@@ -19,9 +19,10 @@ SPLITS = ("train", "held_out")
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One source's share of one split: file names in the data directory, and sizes.
+    """One split of one source: the names of its two files in the data directory, and sizes.
 
-    `num_tokens` counts every document's eos (and bos, where there is one); `num_bytes` is the text alone, in UTF-8.
+    `num_tokens` includes the eos of every document, and the bos if there is one. `num_bytes` is the size of the text in
+    UTF-8, without eos and bos.
     """
 
     tokens: str
@@ -33,7 +34,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One source. `whole_documents`: its documents must never be cut or joined with half of another."""
+    """One source. With `whole_documents`, a training sequence holds complete documents only, never a part of one."""
 
     whole_documents: bool
     splits: dict[str, Split]
@@ -41,11 +42,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What manifest.json holds.
+    """The content of manifest.json.
 
-    `bos_token_id` is the token that every document starts with. Where it is the eos token itself, the previous
-    document's end serves, and only sequences that start with a document carry it. Null: documents start bare.
-    `tokenizer_sha256` is `vocabulary_sha256` of the tokenizer that wrote the tokens.
+    Every document starts with `bos_token_id` (None: documents have no bos). If bos and eos are the same token, the eos
+    of a document is also the bos of the next one, and the files hold it once. For whole documents, the loader then
+    puts it before the first document of each sequence. `tokenizer_sha256` is `vocabulary_sha256` (loader.py) of the
+    tokenizer.
     """
 
     vocab_size: int
@@ -56,16 +58,17 @@ class Manifest:
 
     @property
     def dtype(self) -> np.dtype:
-        """The type of a token on disk: two bytes where the vocabulary allows it."""
+        """The type of a token on disk: uint16 for up to 65,536 tokens in the vocabulary, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     def write(self, directory: str | Path) -> None:
+        """Write manifest.json."""
         text = json.dumps(dataclasses.asdict(self), indent=2)
         (Path(directory) / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
 class SplitWriter:
-    """Appends documents to the two files of one split; memory does not grow with the corpus."""
+    """Appends documents to the two files of one split. It keeps no tokens in memory."""
 
     def __init__(self, directory: str | Path, source: str, split: str, dtype: np.dtype):
         stem = f"{source}.{split}"
@@ -75,7 +78,7 @@ class SplitWriter:
         self._num_bytes = 0
 
     def append(self, documents: Sequence[Sequence[int] | np.ndarray], num_bytes: int) -> None:
-        """Add documents (token ids, eos included) whose texts have `num_bytes` bytes of UTF-8 together."""
+        """Append documents, each the token ids with eos; `num_bytes` is the size of all their texts in UTF-8."""
         ends = self._tokens.size + np.cumsum([len(ids) for ids in documents], dtype=np.int64)
         self._offsets.append(ends)
         for ids in documents:
@@ -83,7 +86,7 @@ class SplitWriter:
         self._num_bytes += num_bytes
 
     def close(self) -> Split:
-        """Finish the files. The split may not be read before."""
+        """Finish and close the files. They must not be read before."""
         self._tokens.close()
         self._offsets.close()
         names = self._tokens.path.name, self._offsets.path.name
@@ -91,7 +94,10 @@ class SplitWriter:
 
 
 class _ArrayWriter:
-    """A one-dimensional .npy file that grows; numpy leaves room in the header for the final length."""
+    """Appends values to a one-dimensional .npy file.
+
+    The header holds the length, so `close` writes it again. numpy pads the header for lengths of any number of digits.
+    """
 
     def __init__(self, path: Path, dtype: np.dtype):
         self.path, self.size = path, 0

@@ -32,7 +32,7 @@ from elastic_core.model import architectures, hf
 from elastic_core.model.dims import Dim, kept_rows, layer_index
 from elastic_core.model.submodel import Submodel, full_submodel
 
-Budget = str | float | Submodel
+BudgetLike = str | float | Submodel
 
 
 class NestedModel:
@@ -74,18 +74,18 @@ class NestedModel:
         """
         return cls(directory, dtype, device)
 
-    def at(self, budget: Budget) -> PreTrainedModel:
+    def at(self, budget: BudgetLike) -> PreTrainedModel:
         """The transformers model of one budget: for all that transformers can do, on the shared weights."""
         submodel = self.submodel(budget)
         if submodel not in self._models:
             self._models[submodel] = self._build(submodel)
         return self._models[submodel]
 
-    def generate(self, input_ids: Tensor, budget: Budget, **options) -> Tensor:
+    def generate(self, input_ids: Tensor, budget: BudgetLike, **options) -> Tensor:
         """transformers' `generate` at one budget: input_ids (B, L) int64 → (B, L + new tokens)."""
         return self.at(budget).generate(input_ids, **options)
 
-    def submodel(self, budget: Budget) -> Submodel:
+    def submodel(self, budget: BudgetLike) -> Submodel:
         """The submodel that serves a budget. Raises ValueError where none does, or where it is not nested."""
         if isinstance(budget, Submodel):
             submodel = budget.resolve(self.config)
@@ -261,7 +261,7 @@ class Conversation:
         """Add to the text: (B, L) int64."""
         self.input_ids = input_ids if self.input_ids is None else torch.cat([self.input_ids, input_ids], dim=1)
 
-    def generate(self, budget: Budget, hand_over: bool = False, **options) -> Tensor:
+    def generate(self, budget: BudgetLike, hand_over: bool = False, **options) -> Tensor:
         """Continue the text at one budget, with transformers' options; the new tokens (B, N), which are part of it."""
         if self.input_ids is None:
             raise UserError("conversation: nothing has been said yet; begin with say(input_ids)")

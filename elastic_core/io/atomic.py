@@ -1,4 +1,4 @@
-"""Local files and directories that appear whole or not at all: written beside the final place, then renamed."""
+"""Local files and directories that appear complete or not at all: written under a temporary name, then renamed."""
 
 import os
 import shutil
@@ -11,9 +11,9 @@ from elastic_core.errors import UserError
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a path beside `path` to write to, and rename it at the end; the directory is made.
+    """Yield a temporary path in the same directory to write to; rename it to `path` at the end.
 
-    Where the block fails, `path` keeps what it held.
+    Creates the directory of `path`. If the block raises, `path` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,22 +26,22 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a local file in UTF-8, whole or not at all."""
+    """Write a local file in UTF-8, complete or not at all."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def whole_directory(directory: str | os.PathLike, marker: str | None = "config.json") -> Iterator[Path]:
-    """Yield a directory beside `directory` to fill, and rename it at the end.
+    """Yield a temporary directory to fill; rename it to `directory` at the end.
 
-    Replaces an earlier directory that holds the file `marker`, or an empty one, and refuses to replace anything else
-    (UserError); with `marker` None it replaces whatever is there. The earlier directory is moved aside and dropped
-    last; where a killed process left it aside, it is moved back first.
+    An existing directory is replaced if it is empty or holds the file `marker`; for any other, UserError is raised.
+    `marker` None replaces any directory. The existing directory is renamed first and deleted last. If an earlier
+    process was killed between these two steps, the directory gets its name back at the start.
     """
     final = Path(directory)
     partial, earlier = (final.with_name(f".{final.name}.{kind}") for kind in ("partial", "earlier"))
-    _tidy_up(final, partial, earlier)
+    _remove_leftovers(final, partial, earlier)
     if marker is not None and final.exists() and not (final / marker).is_file() and not _is_empty(final):
         raise UserError(f"{final}: exists and has no {marker}; name another directory, or remove it")
     partial.mkdir(parents=True)
@@ -51,19 +51,20 @@ def whole_directory(directory: str | os.PathLike, marker: str | None = "config.j
             os.replace(final, earlier)
         os.replace(partial, final)
     finally:
-        _tidy_up(final, partial, earlier)
+        _remove_leftovers(final, partial, earlier)
 
 
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
-def _tidy_up(final: Path, partial: Path, earlier: Path) -> None:
-    """Drop what is not whole; of two whole directories the new one stays."""
+def _remove_leftovers(final: Path, partial: Path, earlier: Path) -> None:
+    """Delete the incomplete directory. If two complete directories exist, keep the new one, else the earlier one."""
     shutil.rmtree(partial, ignore_errors=True)
     if earlier.exists():
         if final.exists():
-            os.replace(earlier, partial)  # a half-deleted directory must never be taken for a whole one
+            # Renamed before it is deleted: if a kill stops the deletion, the rest must not count as complete.
+            os.replace(earlier, partial)
             shutil.rmtree(partial)
         else:
             os.replace(earlier, final)

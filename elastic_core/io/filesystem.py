@@ -1,8 +1,9 @@
-"""The file system behind a place, with patience for a server that is away, and its errors in our words.
+"""The fsspec file system of a location, its retries, and its errors translated into StorageError.
 
-fsspec and what it brings for a scheme are imported here only. Credentials and endpoint come from the environment (for
-S3 botocore's usual variables), never from a file of ours; and no message repeats what a library or a server said, only
-the names and codes of errors, since texts carry addresses and more.
+A location is a local path or a URL. Only this file imports fsspec and the packages that fsspec needs for a scheme.
+Credentials and endpoint come from the environment (for S3, from botocore's usual variables), never from a file of
+ours. Messages name only the class or the code of an error. They never repeat the text of a library or a server,
+because such texts can contain addresses and secrets.
 """
 
 import logging
@@ -11,15 +12,18 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from elastic_core.errors import UserError
+
 logger = logging.getLogger(__name__)
 
-Location = str | os.PathLike
+Location = str | os.PathLike  # a local path, or a URL (only a str can be a URL)
 
 S3_SCHEMES = ("s3", "s3a")
-# botocore waits a random part of 1, 2, 4, ... up to 20 s before each next attempt: five minutes on average.
+# botocore waits a random part of 1, 2, 4, ... up to 20 s before each retry: about five minutes in total on average.
 _ATTEMPTS = 34
-REQUESTS_AT_ONCE = 3  # of one transfer: botocore allows about 100 retries at a time, shared by all of them
-_READS = 3  # how often a block is asked for anew, when the answer breaks off in the middle
+# Parallel requests of one transfer. botocore allows about 100 retries at a time, shared by all requests of a client.
+REQUESTS_AT_ONCE = 3
+_READ_ATTEMPTS = 3  # requests for one block if the connection breaks in the middle of the answer
 _S3_ACCOUNT = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN, where one is used)"
 _CREDENTIAL_CODES = {
     "AuthorizationHeaderMalformed",
@@ -35,54 +39,54 @@ _BUSY_CODES = {"RequestLimitExceeded", "RequestTimeout", "SlowDown", "Throttling
 _BUSY_STATUSES = {429, 500, 502, 503, 504}
 
 
-class StorageError(ValueError):
-    """A place that cannot be used, with the place, the reason and where to change it."""
+class StorageError(UserError):
+    """A location cannot be used. The text names the location, the reason and where to change it."""
 
 
 class StorageUnavailable(StorageError):
-    """A server that did not answer, or was too busy, for as long as it was waited for; later it may."""
+    """A server did not answer, or was too busy, after all retries. The same request may succeed later."""
 
 
-def is_url(place: Location) -> bool:
-    """Whether `place` is a URL; all else is a local path."""
-    return isinstance(place, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place) is not None
+def is_url(location: Location) -> bool:
+    """Whether `location` is a URL; everything else is a local path."""
+    return isinstance(location, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", location) is not None
 
 
-def scheme_of(place: Location) -> str:
-    """The part before ``://``; ``file`` for a local path."""
-    return place.split("://")[0].lower() if is_url(place) else "file"
+def scheme_of(location: Location) -> str:
+    """The part before ``://`` in lower case; ``file`` for a local path."""
+    return location.split("://")[0].lower() if is_url(location) else "file"
 
 
-def open_filesystem(place: Location, patient: bool = True):
-    """The fsspec file system that serves `place`, and the path in it.
+def open_filesystem(location: Location, patient: bool = True):
+    """The fsspec file system of `location`, and the path of `location` in it.
 
-    Where not `patient`, a server that does not answer at once is given up. Raises StorageError for a scheme that no
-    installed library serves, a URL that carries a secret, and an endpoint that is no address.
+    `patient` False: give up after the first attempt, with short timeouts.
+    Raises StorageError for a scheme without an installed library, a URL with a secret in it, and an invalid endpoint.
     """
     import fsspec
 
-    if not is_url(place):
-        return fsspec.filesystem("file", auto_mkdir=True), os.path.abspath(place)
-    scheme = scheme_of(place)
-    if re.match(r"[^:]+://[^/]*@", place) or (scheme in ("http", "https") and "?" in place):
+    if not is_url(location):
+        return fsspec.filesystem("file", auto_mkdir=True), os.path.abspath(location)
+    scheme = scheme_of(location)
+    if re.match(r"[^:]+://[^/]*@", location) or (scheme in ("http", "https") and "?" in location):
         raise StorageError(
-            f"a {scheme}:// URL carries a user, a password or a signature, which would end in logs and files; "
+            f"a {scheme}:// URL carries a user, a password or a signature, which would appear in logs and files; "
             "write the URL without it and give credentials by environment variables"
         )
     options = {"auto_mkdir": True} if scheme in ("file", "local") else {}
     if scheme in S3_SCHEMES:
         options = _s3_options(patient)
     try:
-        filesystem, path = fsspec.core.url_to_fs(place, **options)
+        filesystem, path = fsspec.core.url_to_fs(location, **options)
     except ImportError:
         advice = "pip install 'nemotron-elastic[s3]'"
         if scheme not in S3_SCHEMES:
             advice = "install fsspec's package for it (such as gcsfs for gs://, adlfs for abfs://)"
-        raise StorageError(f"{place}: no library for {scheme}:// is installed; {advice}") from None
+        raise StorageError(f"{location}: no library for {scheme}:// is installed; {advice}") from None
     except ValueError:
-        raise StorageError(f"{place}: {scheme}:// is no scheme that fsspec knows; s3:// is one") from None
+        raise StorageError(f"{location}: fsspec does not know {scheme}://; it knows s3://, for example") from None
     if scheme in S3_SCHEMES:
-        _connect(filesystem, patient)
+        _create_s3_client(filesystem, patient)
     return filesystem, path
 
 
@@ -93,15 +97,15 @@ def _s3_options(patient: bool) -> dict:
         "skip_instance_cache": not patient,
         "config_kwargs": {
             "retries": {"mode": "standard", "total_max_attempts": _ATTEMPTS if patient else 1},
-            "connect_timeout": 5 if patient else 3,
+            "connect_timeout": 5 if patient else 3,  # seconds
             "read_timeout": 60 if patient else 5,
         },
     }
 
 
-def _connect(filesystem, patient: bool) -> None:
-    """Make the client, which asks no server yet, and have its retries logged."""
-    filesystem.retries = _READS if patient else 1
+def _create_s3_client(filesystem, patient: bool) -> None:
+    """Create the client, which sends no request yet, and log its retries."""
+    filesystem.retries = _READ_ATTEMPTS if patient else 1
     try:
         client = filesystem.s3
     except ValueError:
@@ -114,7 +118,7 @@ def _connect(filesystem, patient: bool) -> None:
 
 
 def _log_retry(operation, attempts: int, response, caught_exception, **_) -> None:
-    """Called by botocore after every attempt; returning None leaves the decision to botocore."""
+    """botocore calls this after every attempt. It returns None, so botocore itself decides whether to retry."""
     status = response[0].status_code if response else 0
     if attempts < _ATTEMPTS and (caught_exception is not None or status >= 500 or status == 429):
         problem = type(caught_exception).__name__ if caught_exception is not None else f"status {status}"
@@ -122,17 +126,17 @@ def _log_retry(operation, attempts: int, response, caught_exception, **_) -> Non
 
 
 @contextmanager
-def explained(place: Location, doing: str) -> Iterator[None]:
-    """Turn what a file system's library raises into a StorageError: ``<place>: cannot <doing>: <why>``."""
+def storage_errors(location: Location, action: str) -> Iterator[None]:
+    """Translate the errors of the file system's library: StorageError("LOCATION: cannot ACTION it: REASON")."""
     try:
         yield
-    except _foreign_errors(place) as error:
-        kind = StorageUnavailable if _is_temporary(place, error) else StorageError
-        raise kind(f"{place}: cannot {doing} it: {_reason(error)}") from None
+    except _library_errors(location) as error:
+        kind = StorageUnavailable if _is_temporary(location, error) else StorageError
+        raise kind(f"{location}: cannot {action} it: {_reason(error)}") from None
 
 
-def _foreign_errors(place: Location) -> tuple[type[BaseException], ...]:
-    scheme, errors = scheme_of(place), (OSError,)
+def _library_errors(location: Location) -> tuple[type[BaseException], ...]:
+    scheme, errors = scheme_of(location), (OSError,)
     if scheme in S3_SCHEMES:
         from botocore.exceptions import BotoCoreError, ClientError
 
@@ -145,15 +149,16 @@ def _foreign_errors(place: Location) -> tuple[type[BaseException], ...]:
 
 
 def _reason(error: BaseException) -> str:
+    """Why the operation failed and what to change, without any text of the library or the server."""
     name, code = type(error).__name__, _server_code(error)
     if code == "NoSuchBucket":
         return "there is no such bucket at this endpoint; create it, change the URL, or set AWS_ENDPOINT_URL"
     if code in _CREDENTIAL_CODES:
         return f"the server does not accept the credentials ({code}); set {_S3_ACCOUNT}"
     if code in _DENIED_CODES:
-        return f"these credentials do not allow it ({code}); set {_S3_ACCOUNT} of one that may"
+        return f"the account of these credentials may not do this ({code}); set {_S3_ACCOUNT} of an account that may"
     if code in _ABSENT_CODES:
-        return f"the server finds nothing there ({code}); see that the URL and AWS_ENDPOINT_URL are right"
+        return f"the server has nothing under this name ({code}); check the URL and AWS_ENDPOINT_URL"
     if isinstance(error, FileNotFoundError) and error.filename is None:
         return "nothing is there"
     if name == "ParamValidationError":
@@ -162,27 +167,27 @@ def _reason(error: BaseException) -> str:
         return f"the server answered {code}"
     if "Credential" in name:
         return f"no complete credentials were found ({name}); set {_S3_ACCOUNT}"
-    if isinstance(error, OSError) and error.filename is not None:  # of the local machine
+    if isinstance(error, OSError) and error.filename is not None:  # an error of the local disk
         return f"{error.strerror} ({error.filename})"
     if isinstance(error, OSError):
         return name
-    return f"no answer ({name}); see that the server is up, and that AWS_ENDPOINT_URL and AWS_DEFAULT_REGION are right"
+    return f"no answer ({name}); check that the server is up, and AWS_ENDPOINT_URL and AWS_DEFAULT_REGION"
 
 
-def _is_temporary(place: Location, error: BaseException) -> bool:
-    """Whether the same request may be answered later: nobody did, the answer broke off, or the server was too busy."""
+def _is_temporary(location: Location, error: BaseException) -> bool:
+    """Whether the same request may succeed later: no answer, a broken connection, or a busy server."""
     answer = _server_answer(error)
     if answer is not None:
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
         return status in _BUSY_STATUSES or _server_code(error) in _BUSY_CODES
-    if (status := getattr(error, "status", None)) is not None:  # of an http:// server
+    if (status := getattr(error, "status", None)) is not None:  # the answer of an http:// server
         return status in _BUSY_STATUSES
-    refused = any(word in type(error).__name__ for word in ("SSL", "Certificate"))
-    return isinstance(error, _connection_errors(place)) and not refused
+    is_refused = any(word in type(error).__name__ for word in ("SSL", "Certificate"))
+    return isinstance(error, _connection_errors(location)) and not is_refused
 
 
-def _connection_errors(place: Location) -> tuple[type[BaseException], ...]:
-    scheme, errors = scheme_of(place), (ConnectionError, TimeoutError)
+def _connection_errors(location: Location) -> tuple[type[BaseException], ...]:
+    scheme, errors = scheme_of(location), (ConnectionError, TimeoutError)
     if scheme in S3_SCHEMES:
         from botocore import exceptions
 
@@ -195,13 +200,13 @@ def _connection_errors(place: Location) -> tuple[type[BaseException], ...]:
 
 
 def _server_code(error: BaseException) -> str | None:
-    """The code in an S3 server's answer."""
+    """The error code in an S3 server's answer; None for an error without an answer."""
     answer = _server_answer(error)
     return None if answer is None else str(answer.get("Error", {}).get("Code"))
 
 
 def _server_answer(error: BaseException) -> dict | None:
-    """An S3 server's answer in botocore's words; s3fs raises an OSError from it."""
+    """An S3 server's answer as botocore parses it. s3fs raises an OSError with botocore's error as its cause."""
     for candidate in (error, error.__cause__):
         if isinstance(answer := getattr(candidate, "response", None), dict):
             return answer

@@ -1,4 +1,4 @@
-"""Work on a stream by several threads, in bounded memory."""
+"""Apply a function to a stream of items with several threads, in order and in bounded memory."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,9 +9,10 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """`function` of every item, in the order of the items, computed by `threads` threads.
+    """Yield `function(item)` for every item, in the order of the items, computed by `threads` threads.
 
-    Items are taken by the caller's thread, as results are: never more than 2 · `threads` ahead of what was yielded.
+    The caller's thread takes the items from `items`. At most 2 · `threads` items are taken before their results are
+    yielded, so memory is bounded. If the caller stops early, items that have not started are cancelled.
     """
     pending: deque[Future] = deque()
     with ThreadPoolExecutor(threads) as pool:

@@ -1,7 +1,8 @@
-"""Places: local paths, or URLs such as s3://bucket/models that fsspec's libraries serve.
+"""Read, write, list, copy and remove files at a location: a local path, or a URL such as s3://bucket/models.
 
-Reading, writing, listing and copying, the same for both. A server that is away is waited for, request by request,
-with exponential back-off, up to about five minutes (see filesystem.py); then comes a StorageUnavailable.
+The functions are the same for both. If a server does not answer, every request is repeated with exponential back-off
+for about five minutes (see filesystem.py). Then the function raises StorageUnavailable. Every other failure raises
+StorageError. Copies of whole directories are in directory_transfer.py.
 """
 
 import glob as local_glob
@@ -10,62 +11,56 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from elastic_core.io.atomic import whole_file
 from elastic_core.io.filesystem import (
-    REQUESTS_AT_ONCE,
     S3_SCHEMES,
     Location,
     StorageError,
     StorageUnavailable,
-    explained,
     is_url,
     open_filesystem,
     scheme_of,
+    storage_errors,
 )
 
 __all__ = [
+    "Location",
     "StorageError",
     "StorageUnavailable",
     "check_access",
     "download",
-    "download_directory",
-    "download_files",
     "exists",
     "glob",
     "is_url",
     "join",
     "list_names",
-    "local_files",
     "open_binary",
     "read_bytes",
     "remove",
     "upload",
-    "upload_directory",
+    "versions",
     "write_bytes",
 ]
 
-BLOCK_BYTES = 4 << 20  # asked for at once when reading
+BLOCK_BYTES = 4 << 20  # size of one read request
 _PART_BYTES = 16 << 20  # of a multipart upload
-_MOST_PARTS = 10_000  # that S3 takes
+_MOST_PARTS = 10_000  # limit of S3
 _WILDCARD = re.compile(r"[*?\[]")
 
 
-def join(place: Location, *names: str) -> str:
-    """The place of `names` below `place`."""
-    return "/".join([place.rstrip("/"), *names]) if is_url(place) else os.path.join(place, *names)
+def join(location: Location, *names: str) -> str:
+    """The location of `names` below `location`."""
+    return "/".join([location.rstrip("/"), *names]) if is_url(location) else os.path.join(location, *names)
 
 
-def exists(place: Location) -> bool:
-    """Whether a file or a directory is there (on S3: an object, or objects below)."""
-    with explained(place, "look at"):
-        filesystem, path = open_filesystem(place)
+def exists(location: Location) -> bool:
+    """Whether a file or a directory exists; on S3, an object or objects below this name."""
+    with storage_errors(location, "look at"):
+        filesystem, path = open_filesystem(location)
         try:
             filesystem.info(path)
         except FileNotFoundError:
@@ -74,82 +69,104 @@ def exists(place: Location) -> bool:
 
 
 def glob(pattern: str) -> dict[str, int]:
-    """The files that match `pattern` (``*``, ``?``, ``[…]``, and ``**`` for any depth), in order, with their bytes."""
+    """The files that match `pattern`, sorted, with their sizes in bytes.
+
+    Wildcards are ``*``, ``?``, ``[…]``, and ``**`` for directories of any depth.
+    """
     if not is_url(pattern):
         paths = sorted(path for path in map(Path, local_glob.glob(pattern, recursive=True)) if path.is_file())
         return {str(path): path.stat().st_size for path in paths}
-    with explained(pattern, "list"):
+    with storage_errors(pattern, "list"):
         filesystem, path = open_filesystem(pattern)
         found = filesystem.glob(path, detail=True)
         sizes = {name: entry["size"] for name, entry in sorted(found.items()) if entry["type"] == "file"}
     return {filesystem.unstrip_protocol(name): size for name, size in sizes.items()}
 
 
-def list_names(url: Location) -> list[str]:
-    """Names of the files and directories directly below, in order; none where nothing is there. Always asked anew.
+def list_names(location: Location) -> list[str]:
+    """The sorted names of files and directories directly below `location`; empty if nothing exists there.
 
-    Some S3 servers go on listing a directory for a while after its last object is gone.
+    Every call asks the server. Some S3 servers still list a directory for a while after its last object was removed.
     """
-    with explained(url, "list"):
-        filesystem, path = open_filesystem(url)
+    with storage_errors(location, "list"):
+        filesystem, path = open_filesystem(location)
         try:
             entries = filesystem.ls(path, detail=False)
         except FileNotFoundError:
             return []
     names = {entry.rstrip("/").removeprefix(path.rstrip("/") + "/") for entry in entries}
-    return sorted(name for name in names if name and "/" not in name)  # a file is listed as itself
+    # The listing of a file is the file itself, with its whole path: left out by the "/".
+    return sorted(name for name in names if name and "/" not in name)
 
 
-def read_bytes(url: Location) -> bytes:
-    """A small file's content."""
-    with explained(url, "read"):
-        filesystem, path = open_filesystem(url)
+def versions(location: Location) -> dict[str, tuple]:
+    """Every file below `location` by its relative name, with a tuple that changes if the file changes."""
+    with storage_errors(location, "list"):
+        filesystem, path = open_filesystem(location)
+        found = _files(filesystem, path)
+    fields = ("size", "ETag", "mtime", "created")  # a file system has only some of them
+    prefix = path.rstrip("/") + "/"
+    return {
+        name.removeprefix(prefix): tuple(str(entry.get(field)) for field in fields)
+        for name, entry in found.items()
+        if name.startswith(prefix)
+    }
+
+
+def read_bytes(location: Location) -> bytes:
+    """The content of a small file."""
+    with storage_errors(location, "read"):
+        filesystem, path = open_filesystem(location)
         return filesystem.cat_file(path)
 
 
-def write_bytes(url: Location, data: bytes) -> None:
-    """Write a small file, replacing what was there; on S3 it appears whole or not at all."""
-    with explained(url, "write"):
-        filesystem, path = open_filesystem(url)
+def write_bytes(location: Location, data: bytes) -> None:
+    """Write a small file and replace an existing one. On S3 it appears complete or not at all."""
+    with storage_errors(location, "write"):
+        filesystem, path = open_filesystem(location)
         filesystem.pipe_file(path, data)
 
 
-def remove(url: Location) -> None:
-    """Remove a file or all files below a directory; nothing happens where nothing is. A whole bucket is refused."""
-    with explained(url, "remove"):
-        filesystem, path = open_filesystem(url)
-        if is_url(url) and "/" not in path.strip("/"):
-            raise StorageError(f"{url}: names a whole bucket, which is not removed; name a place inside it")
+def remove(location: Location) -> None:
+    """Remove a file, or a directory with all files below it; does nothing if nothing exists there.
+
+    Raises StorageError for a whole bucket, and if the server kept some of the files.
+    """
+    with storage_errors(location, "remove"):
+        filesystem, path = open_filesystem(location)
+        if is_url(location) and "/" not in path.strip("/"):
+            raise StorageError(f"{location}: names a whole bucket, which is never removed; name a path inside it")
         if files := _files(filesystem, path):
             filesystem.rm(list(files))
-            if _files(filesystem, path):  # s3fs says nothing of what the server did not remove
-                raise StorageError(f"{url}: not all of it could be removed; the credentials may not allow it")
-        if not is_url(url) and Path(url).is_dir():
-            shutil.rmtree(url)
+            if _files(filesystem, path):  # s3fs does not report objects that the server kept
+                raise StorageError(f"{location}: some files were not removed; the credentials may not allow it")
+        if not is_url(location) and Path(location).is_dir():
+            shutil.rmtree(location)
 
 
 @contextmanager
-def open_binary(place: Location, block_bytes: int = BLOCK_BYTES) -> Iterator[io.BufferedReader]:
-    """A file to read from, seekable and never whole in memory; a URL's is asked for in blocks as they are needed.
+def open_binary(location: Location, block_bytes: int = BLOCK_BYTES) -> Iterator[io.BufferedReader]:
+    """Open a file for reading. It is seekable, and only blocks of it are in memory.
 
-    Smaller blocks are for readers that jump and know how much they want: a longer read is one request in any case.
+    For a URL, a block is requested when it is needed. A read of more than `block_bytes` is one request. Choose small
+    blocks for a reader that jumps and knows how much it needs.
     """
-    if not is_url(place):
-        with open(place, "rb") as file:
+    if not is_url(location):
+        with open(location, "rb") as file:
             yield file
         return
-    with explained(place, "read"):
-        filesystem, path = open_filesystem(place)
+    with storage_errors(location, "read"):
+        filesystem, path = open_filesystem(location)
         file = filesystem.open(path, "rb", block_size=block_bytes, cache_type="none")
-    with file, io.BufferedReader(_Blocks(file, place), block_bytes) as reader:
+    with file, io.BufferedReader(_RemoteFile(file, location), block_bytes) as reader:
         yield reader
 
 
-class _Blocks(io.RawIOBase):
-    """Reads `file`, and says it in our words where that fails."""
+class _RemoteFile(io.RawIOBase):
+    """Reads from `file`, an open file of fsspec, and translates its errors."""
 
-    def __init__(self, file, place: Location):
-        self.file, self.place = file, place
+    def __init__(self, file, location: Location):
+        self.file, self.location = file, location
 
     def readable(self) -> bool:
         return True
@@ -164,105 +181,47 @@ class _Blocks(io.RawIOBase):
         return self.file.tell()
 
     def readinto(self, buffer) -> int:
-        with explained(self.place, "read"):
+        with storage_errors(self.location, "read"):
             return self.file.readinto(buffer)
 
     def readall(self) -> bytes:
-        with explained(self.place, "read"):  # Python's own asks for 8 KiB at a time
+        with storage_errors(self.location, "read"):  # Python's own readall requests only 8 KiB at a time
             return self.file.read()
 
 
-def upload(source: Path, url: Location) -> None:
-    """Copy a local file to `url`, large ones in parts; on S3 it appears whole or not at all."""
+def upload(source: Path, location: Location) -> None:
+    """Copy a local file to `location`, a large one in parts. On S3 it appears complete or not at all."""
     size = Path(source).stat().st_size
-    with explained(url, "write"):
-        filesystem, path = open_filesystem(url)
+    with storage_errors(location, "write"):
+        filesystem, path = open_filesystem(location)
         part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
-        parts = {"chunksize": part_bytes} if scheme_of(url) in S3_SCHEMES else {}
+        parts = {"chunksize": part_bytes} if scheme_of(location) in S3_SCHEMES else {}
         try:
             filesystem.put_file(str(source), path, **parts)
         except FileNotFoundError:
-            # A server that came back may have joined the parts already, or lost them: the upload's id is unknown then.
+            # The server was away for a while. It no longer knows the id of the upload, because it has already joined
+            # the parts or has lost them. So upload the file again.
             filesystem.put_file(str(source), path, **parts)
-        if filesystem.info(path)["size"] != size:
-            raise StorageError(f"{url}: holds another number of bytes than {source}, which was written to it")
+        if (found := filesystem.info(path)["size"]) != size:
+            raise StorageError(f"{location}: has {found} bytes, but {source}, which was copied to it, has {size}")
 
 
-def download(url: Location, target: Path) -> None:
-    """Copy `url` to a local file, which appears whole or not at all."""
-    with whole_file(target) as partial, open_binary(url) as file, open(partial, "wb") as copy:
+def download(location: Location, target: Path) -> None:
+    """Copy `location` to a local file, which appears complete or not at all."""
+    with whole_file(target) as partial, open_binary(location) as file, open(partial, "wb") as copy:
         shutil.copyfileobj(file, copy, BLOCK_BYTES)
 
 
-def download_files(url: Location, names: Iterable[str], directory: Path) -> None:
-    """Copy the files `names` below `url` to a local directory, some at a time; each appears whole or not at all."""
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:  # one request each; an error leaves the files behind it out
-        list(pool.map(lambda name: download(join(url, name), Path(directory) / name), names))
+def check_access(location: Location, writing: bool) -> None:
+    """Raise StorageError within seconds if `location` cannot be used; the text says what to change and where.
 
-
-def upload_directory(source: Path, url: Location, last: str = "config.json") -> None:
-    """Copy a local directory to `url`, replacing what was there.
-
-    The file named `last`, without which no reader takes the directory for whole, is removed first and written last.
+    `location` may be a pattern: the part before its first wildcard is checked. The path need not exist yet, but its
+    bucket must. With `writing`, a small object is written below the path and removed again.
     """
-    source = Path(source)
-    names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
-    if last not in names:
-        raise StorageError(f"{source}: no {last}, so it is not whole; nothing was copied to {url}")
-    remove(join(url, last))
-    for name in (name for name in _listing(url) if name not in names):
-        remove(join(url, name))
-    for name in (name for name in names if name != last):
-        upload(source / name, join(url, name))
-    upload(source / last, join(url, last))
-
-
-def download_directory(url: Location, target: Path, last: str = "config.json", only: Set[str] | None = None) -> None:
-    """Copy the files below `url` (of the relative names `only`; None: all) to a new directory, whole or not at all.
-
-    Refuses a place without the file named `last` (see `upload_directory`) and a `target` that is there already. One
-    that was cut off goes on where it stood, as long as nothing has changed at `url`.
-    """
-    target = Path(target)
-    if target.exists():
-        raise StorageError(f"{target}: exists already; remove it, or name another directory")
-    listing = _listing(url)
-    if last not in listing:
-        raise StorageError(f"{url}: no {last} there; it is no such directory, or not completely written")
-    wanted = {name: mark for name, mark in sorted(listing.items()) if only is None or name in only}
-    key = sha256(repr(wanted).encode()).hexdigest()[:12]
-    partial = target.with_name(f".{target.name}.{key}.partial")
-    for outdated in target.parent.glob(f".{local_glob.escape(target.name)}.*.partial"):
-        if outdated != partial:
-            shutil.rmtree(outdated)
-    partial.mkdir(parents=True, exist_ok=True)
-    download_files(url, [name for name in wanted if not (partial / name).exists()], partial)
-    if _listing(url) != listing:
-        raise StorageError(f"{url}: changed while it was read; try again when nothing writes to it")
-    os.replace(partial, target)
-
-
-@contextmanager
-def local_files(place: Location, names: tuple[str, ...]) -> Iterator[Path]:
-    """A local directory with those of the small files `names` that `place` has: a temporary copy where it is a URL."""
-    if not is_url(place):
-        yield Path(place)
-        return
-    with TemporaryDirectory() as directory:
-        download_files(place, set(names) & set(list_names(place)), directory)
-        yield Path(directory)
-
-
-def check_access(url: Location, writing: bool) -> None:
-    """Refuse a place that cannot be used, within seconds: StorageError says what is wrong and where to change it.
-
-    Of a pattern, what is before its first wildcard counts. The place need not exist yet, but its bucket has to. With
-    `writing`, a small object is written below it and removed again.
-    """
-    with explained(url, "write to" if writing else "read"):
-        filesystem, path = open_filesystem(url, patient=False)
+    with storage_errors(location, "write to" if writing else "read"):
+        filesystem, path = open_filesystem(location, patient=False)
         path = _WILDCARD.split(path)[0]
-        if scheme_of(url) in S3_SCHEMES:  # listing one object tells a missing bucket from an empty one
+        if scheme_of(location) in S3_SCHEMES:  # listing one object distinguishes a missing bucket from an empty one
             bucket, key, _ = filesystem.split_path(path)
             filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
         elif not writing:
@@ -274,20 +233,7 @@ def check_access(url: Location, writing: bool) -> None:
 
 
 def _files(filesystem, path: str) -> dict[str, dict]:
-    """All files at or below a path, by their own paths, with what the file system says of each."""
+    """All files at or below `path`: full path → the file system's information about it."""
     found = filesystem.find(path, detail=True)
-    return {name: entry for name, entry in found.items() if entry["type"] == "file"}  # an empty directory lists itself
-
-
-def _listing(url: Location) -> dict[str, tuple]:
-    """Every file below `url` by its relative name, with what changes when it does."""
-    with explained(url, "list"):
-        filesystem, path = open_filesystem(url)
-        found = _files(filesystem, path)
-    marks = ("size", "ETag", "mtime", "created")
-    prefix = path.rstrip("/") + "/"
-    return {
-        name.removeprefix(prefix): tuple(str(entry.get(mark)) for mark in marks)
-        for name, entry in found.items()
-        if name.startswith(prefix)
-    }
+    # `find` of an empty directory returns the directory itself.
+    return {name: entry for name, entry in found.items() if entry["type"] == "file"}

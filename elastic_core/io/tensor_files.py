@@ -1,7 +1,8 @@
-"""safetensors files, written and read in blocks of rows: memory holds a few blocks, however large a tensor is.
+"""Read and write safetensors files in blocks of rows, so memory holds only a few blocks of even the largest tensor.
 
-A file is a header that says where each tensor lies, and their bytes. Shapes are known before contents are, so that the
-header comes first and the rest is filled in, in any order. Files are byte for byte what safetensors itself writes.
+A safetensors file is a header with the offset of each tensor, followed by the tensors' bytes. All shapes are known
+before the first value, so the header is written first and the tensors follow in any order. The files are byte for
+byte equal to those of the safetensors library.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from torch import Tensor
 from elastic_core.errors import UserError
 from elastic_core.io.ordered_map import ordered_map
 
-BLOCK_BYTES = 1 << 21  # some thousand rows at a time, and yet about what a core's cache holds
-WRITERS = 2  # threads: while one is in the kernel, the other cuts
+BLOCK_BYTES = 1 << 21  # large enough for efficient writes, small enough for the cache of a CPU core
+WRITERS = 2  # threads: while one waits for the disk, the other computes the next block
 _CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-}  # as files sort them
+}  # in the order in which the safetensors library sorts tensors in a file
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a header says of a tensor, save for the place."""
+    """The element type and shape of a tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -52,21 +53,24 @@ class Entry:
 
 
 class Rows(Protocol):
-    """A tensor of which `rows[start:stop]` is asked for, block by block; from several threads."""
+    """Gives rows [start, stop) of a tensor, computed when they are needed. Called by several threads at once."""
 
     def __getitem__(self, rows: slice) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file."""
+    """The position of a tensor in a file."""
 
     path: Path
     entry: Entry
-    offset: int  # of its first byte
+    offset: int  # of its first byte, from the start of the file
 
     def read(self, runs: list[tuple[int, int]]) -> np.ndarray:
-        """The rows of all runs [start, stop), one after another, as unsigned integers of the tensor's width."""
+        """Read the rows [start, stop) of each of the `runs` and concatenate them.
+
+        The elements are unsigned integers with as many bytes as the tensor's elements, because numpy has no bfloat16.
+        """
         num_rows, row_bytes = sum(stop - start for start, stop in runs), self.entry.row_bytes
         raw, done = np.empty(num_rows * row_bytes, np.uint8), 0
         with open(self.path, "rb", buffering=0) as file:
@@ -74,23 +78,26 @@ class Stored:
                 part = raw[done : done + (stop - start) * row_bytes]
                 file.seek(self.offset + start * row_bytes)
                 if file.readinto(part) != len(part):
-                    raise OSError(f"{self.path}: was cut short while it was read")
+                    raise OSError(f"{self.path}: was truncated while it was read")
                 done += len(part)
         return raw.view(f"u{self.entry.dtype.itemsize}").reshape(num_rows, *self.entry.shape[1:])
 
 
 def open_checked(path: Path):
-    """A safetensors file, or a ValueError that names the one which is missing or broken."""
+    """Open a safetensors file. Raises UserError with the path if the file is missing or damaged."""
     try:
         return safe_open(path, "pt")
     except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{path}: missing, truncated or no safetensors file ({error}); copy it again") from error
+        raise UserError(f"{path}: missing, truncated or not a safetensors file ({error}); copy it again") from error
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Every tensor of a file, by name; ValueError where the file is missing or broken."""
+    """The position of every tensor of a file, by name.
+
+    Raises UserError for a missing or damaged file, and for an element type that is not floating point.
+    """
     with open_checked(path), open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
+        size = int.from_bytes(file.read(8), "little")  # of the header, in bytes
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
     stored = {}
@@ -103,7 +110,10 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 class TensorFile:
-    """A file being written: the header at once, then the tensors' rows as they come."""
+    """A new safetensors file. The constructor writes the header; `write` fills in rows in any order.
+
+    Raises FileExistsError if the file exists.
+    """
 
     def __init__(self, path: Path, entries: Mapping[str, Entry]):
         self.path, self.entries, self._offsets = path, entries, {}
@@ -114,14 +124,14 @@ class TensorFile:
             offsets = [self._offsets[name], end]
             header[name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-len(text) % 8)  # the library aligns the first tensor to 8 bytes
         self._start, self._lock = 8 + len(text), Lock()
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._write(len(text).to_bytes(8, "little") + text, 0)
         os.ftruncate(self._file, self._start + end)
 
     def write(self, name: str, start: int, rows: Tensor) -> None:
-        """Write rows [start, start + len(rows)) of a tensor; threads may do so at the same time."""
+        """Write rows [start, start + len(rows)) of a tensor. Several threads may call this at the same time."""
         entry = self.entries[name]
         assert rows.dtype == entry.dtype and rows.shape[1:] == entry.shape[1:], name
         data = rows.contiguous().flatten().view(torch.uint8).numpy()
@@ -130,11 +140,12 @@ class TensorFile:
     def _write(self, data, offset: int) -> None:
         view = memoryview(data)
         try:
-            with self._lock:  # the system lets one write at a time into a file, and would have the other thread spin
+            # The kernel allows one write to a file at a time. A second thread would spend CPU time waiting in it.
+            with self._lock:
                 while view:
                     written = os.pwrite(self._file, view, offset)
                     view, offset = view[written:], offset + written
-        except OSError as error:  # a full disk, for instance
+        except OSError as error:  # such as a full disk; name the file, which pwrite does not know
             raise OSError(error.errno, os.strerror(error.errno), str(self.path)) from None
 
     def close(self) -> None:
@@ -142,9 +153,10 @@ class TensorFile:
 
 
 def write(files: Mapping[Path, Mapping[str, Entry]], tensors: Iterable[tuple[str, Rows]]) -> None:
-    """Write safetensors files of the given entries, and fill them with the tensors in whatever order those come.
+    """Write safetensors files with the given entries, and fill them with `tensors`, which come in any order.
 
-    Of `tensors` no more is asked for than is being written: the one behind may still be in use when the next comes.
+    `tensors` has (name, rows) for every entry of all files, each once. It is an iterator that is advanced only when
+    threads are free. The previous tensor may still be in use when the next one is requested.
     """
     with ExitStack() as stack:
         owners: dict[str, TensorFile] = {}
@@ -157,10 +169,10 @@ def write(files: Mapping[Path, Mapping[str, Entry]], tensors: Iterable[tuple[str
 
 
 def _blocks(owners: dict[str, TensorFile], tensors: Iterable[tuple[str, Rows]]) -> Iterator[tuple]:
-    """Every tensor in blocks of rows: where to write, what, from which rows, from where to where."""
+    """All tensors in blocks of rows: (file, tensor name, rows, start, stop)."""
     missing = set(owners)
     for name, rows in tensors:
-        assert name in missing, f"{name}: written already, or without an entry"
+        assert name in missing, f"{name}: written twice, or without an entry"
         missing.remove(name)
         entry = owners[name].entries[name]
         step = max(1, BLOCK_BYTES // max(1, entry.row_bytes))

@@ -1,4 +1,4 @@
-"""The files of a tokenizer beside a model, and their copy."""
+"""The names of a tokenizer's files in a model directory, and how to copy them."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: str | os.PathLike, directory: Path) -> None:
-    """Copy the tokenizer and generation files that `source` has."""
+    """Copy the tokenizer files and generation_config.json to `directory`, as far as `source` has them."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, directory / name)

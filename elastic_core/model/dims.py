@@ -1,13 +1,14 @@
-"""Named dimensions: which rows of which tensor belong to which unit of which elastic axis.
+"""Named dimensions: the rows of every tensor that belong to each unit of each elastic axis.
 
-Every dimension of every parameter is described once, in the `parameter_layout` of its family (families/). Sorting,
-slicing, extraction, parameter counts and nestedness are all readings of that one table; nothing about sizes or row
-order is written anywhere else.
+The `parameter_layout` of an architecture (architectures/) describes every dimension of every parameter once. Sorting,
+slicing, extraction, parameter counts and the checks of nestedness all use this one table. No other code knows sizes or
+the order of rows.
 
-A *unit key* names one elastic width: ``hidden`` for the whole model, and per parent layer i ``ffn.i``,
-``mamba_heads.i``, ``mamba_channels.i``, ``attention_heads.i``, ``experts.i``, ``expert_ffn.i`` (neurons of every routed
-expert) and ``shared_ffn.i``. *Sizes* map unit keys to kept sizes; a *pick* maps unit keys to the kept units themselves,
-in the order in which they are to stand.
+- A *unit key* names one elastic width: ``hidden`` for the whole model, and for each layer i of the parent ``ffn.i``,
+  ``mamba_heads.i``, ``mamba_channels.i``, ``attention_heads.i``, ``experts.i``, ``expert_ffn.i`` (neurons of every
+  routed expert) and ``shared_ffn.i``.
+- *Sizes* map unit keys to the number of units that are kept.
+- A *pick* maps unit keys to the indices of the units that are kept, in their new order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Fixed:
-    """Rows that no axis cuts."""
+    """A dimension that is never narrowed."""
 
     size: int
 
@@ -38,9 +39,10 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Units:
-    """The units of one elastic width. With `groups`, units stand group by group and every group keeps as many.
+    """The units of one elastic width.
 
-    `least`: the fewest that a model can do with, a multiple of `groups`.
+    Units are stored group by group, and every group keeps the same number. `least` is the smallest size with which a
+    model works, a multiple of `groups`.
     """
 
     key: str
@@ -58,13 +60,13 @@ class Units:
         return pick.get(self.key, torch.arange(self.size))
 
     def prefix(self, size: int) -> Tensor:
-        """The first `size` units: the first size/groups of every group."""
+        """The indices of the kept units: the first size/groups units of every group."""
         return torch.arange(self.size).view(self.groups, -1)[:, : size // self.groups].flatten()
 
 
 @dataclass(frozen=True)
 class Compound:
-    """A dimension made of others."""
+    """A dimension that consists of other dimensions."""
 
     parts: tuple
 
@@ -74,7 +76,7 @@ class Compound:
 
 
 class Product(Compound):
-    """Rows indexed by several dimensions at once, the last one running fastest."""
+    """One row for every combination of the parts' units; the index of the last part changes fastest."""
 
     @property
     def size(self) -> int:
@@ -91,7 +93,7 @@ class Product(Compound):
 
 
 class Concat(Compound):
-    """Dimensions one after the other."""
+    """The rows of the parts, one part after the other."""
 
     @property
     def size(self) -> int:
@@ -113,36 +115,36 @@ Layout = dict[str, tuple[Dim, ...]]
 
 
 def layer_index(name: str) -> int | None:
-    """The layer to which a parameter belongs, or None for embeddings, final norm and head."""
+    """The layer of a parameter, by its name; None for embeddings, final norm and head."""
     return int(name.split(".")[2]) if name.startswith("model.layers.") else None
 
 
 def layer_of(key: str) -> int | None:
-    """The layer to which a unit key belongs, or None for what the whole model shares."""
+    """The layer of a unit key; None for ``hidden``, which belongs to the whole model."""
     _, _, layer = key.partition(".")
     return int(layer) if layer else None
 
 
 def is_stack(dims: tuple[Dim, ...]) -> bool:
-    """Whether a parameter holds a matrix for each of a layer's experts: (experts, rows, columns)."""
+    """Whether a parameter has one matrix for each expert of a layer: (experts, rows, columns)."""
     return len(dims) == 3 and isinstance(dims[0], Units) and dims[0].key.startswith("experts.")
 
 
 def is_matrix(dims: tuple[Dim, ...]) -> bool:
-    """Whether tokens are multiplied with a parameter: a matrix or a stack of them, and no convolution's kernel."""
+    """Whether a parameter is a matrix or a stack of matrices; the kernel of a convolution is not."""
     return len(dims) == 2 or is_stack(dims)
 
 
 def elastic_units(layout: Layout) -> dict[str, Units]:
-    """Every unit key of a layout with its full size and groups, in the order of first use."""
+    """The units of every unit key in a layout, in the order of first use."""
     return {leaf.key: leaf for dims in layout.values() for dim in dims for leaf in dim.leaves()}
 
 
 @functools.lru_cache(maxsize=4096)
 def _kept_rows(dim: Dim, sizes: tuple[int, ...]) -> int | Tensor:
-    """Kept rows as a number where they are a prefix, else as indices. `sizes` stand in the order of dim.leaves()."""
-    # The cache outlives the caller's contexts: an index made under inference mode or on a meta device would be of no
-    # use to the training step that finds it here.
+    """See `kept_rows`; `sizes` are in the order of dim.leaves()."""
+    # The cache outlives the context of the first caller. An index that was created in inference mode or on the meta
+    # device could not be used in a later training step.
     with torch.inference_mode(False), torch.device("cpu"):
         pick = {leaf.key: leaf.prefix(size) for leaf, size in zip(dim.leaves(), sizes, strict=True)}
         rows = dim.rows(pick)
@@ -151,49 +153,50 @@ def _kept_rows(dim: Dim, sizes: tuple[int, ...]) -> int | Tensor:
 
 
 def kept_rows(dim: Dim, sizes: Mapping[str, int]) -> int | Tensor:
-    """The rows of `dim` that survive at `sizes`: a number n for the prefix [:n], else an int64 index tensor."""
+    """The rows of `dim` that are kept at `sizes`: the number n if they are the prefix [:n], else an int64 index."""
     return _kept_rows(dim, tuple(sizes.get(leaf.key, leaf.size) for leaf in dim.leaves()))
 
 
 def narrow(tensor: Tensor, dims: tuple[Dim, ...], sizes: Mapping[str, int]) -> Tensor:
-    """Cut `tensor` to `sizes`: a view where the kept rows are a prefix, a gather where they are not."""
+    """Narrow every dimension of `tensor` to `sizes`: a view where the kept rows are a prefix, else a gather."""
     return take(tensor, [kept_rows(dim, sizes) for dim in dims])
 
 
 def take(tensor: Tensor, rows_of_axes: Iterable[int | Tensor]) -> Tensor:
-    """The rows of every axis of `tensor`, each as `kept_rows` says them."""
+    """Narrow every dimension of `tensor` to the given rows, each in the form that `kept_rows` returns."""
     gathers = []
     for axis, rows in enumerate(rows_of_axes):
         if isinstance(rows, Tensor):
             gathers.append((axis, rows))
         elif rows != tensor.shape[axis]:
             tensor = tensor.narrow(axis, 0, rows)
-    for axis, rows in gathers:  # after the views, so that they copy the least
+    for axis, rows in gathers:  # after the views, so that less is copied
         tensor = tensor.index_select(axis, rows.to(tensor.device))
     return tensor
 
 
 def permute(tensor: Tensor, dims: tuple[Dim, ...], orders: Mapping[str, Tensor]) -> Tensor:
-    """Reorder every dimension by the rankings of its units; `orders` maps unit keys to permutations.
+    """Reorder every dimension by the rankings of its units; `orders` maps unit keys to permutations (size,).
 
-    Neurons of experts have an order per expert, (experts, neurons), numbered as before the experts are reordered.
+    For neurons of experts, the ranking has one permutation per expert, (experts, neurons). Its row i is the expert that
+    has the number i before the experts themselves are reordered.
     """
     for axis, dim in enumerate(dims):
         if isinstance(dim, Units) and dim.key in orders and orders[dim.key].dim() == 2:
             shape = [-1 if i in (0, axis) else 1 for i in range(len(dims))]
             tensor = tensor.take_along_dim(orders[dim.key].view(dims[0].size, *shape[1:]).to(tensor.device), axis)
-    one = {key: order for key, order in orders.items() if order.dim() == 1}
+    shared = {key: order for key, order in orders.items() if order.dim() == 1}  # the same for all experts
     for axis, dim in enumerate(dims):
-        if any(leaf.key in one for leaf in dim.leaves()):
-            tensor = tensor.index_select(axis, dim.rows(one).to(tensor.device))
+        if any(leaf.key in shared for leaf in dim.leaves()):
+            tensor = tensor.index_select(axis, dim.rows(shared).to(tensor.device))
     return tensor
 
 
 def count(layout: Layout, sizes: Mapping, keep: Callable[[int], object]):
-    """Parameters of a layout at `sizes`. `keep(i)` is 1 or 0, or the probability that layer i is kept.
+    """The number of parameters of a layout at `sizes`; `keep(i)` is 1, 0, or the probability that layer i is kept.
 
-    With int sizes the count is exact; with tensors it is differentiable, and the expectation where the sizes are
-    independent (the count is multilinear in them).
+    With integer sizes, the count is exact. With tensors of expected sizes, it is differentiable and is the expected
+    count if the sizes are independent, because the count is multilinear in the sizes.
     """
     total = 0
     for name, dims in layout.items():

@@ -1,4 +1,4 @@
-"""ElasticModel: the parent's weights, and a forward pass of any submodel nested in them."""
+"""ElasticModel: the parent's weights, and a forward pass of any submodel that is nested in them."""
 
 from __future__ import annotations
 
@@ -22,35 +22,41 @@ HEAD = "lm_head.weight"
 
 
 class Trunk(nn.Module):
-    """Embeddings, layers and final norm, under the family's names: token ids to the states that the head reads."""
+    """Embeddings, layers and final norm, under the names of the architecture: token ids → input of the head."""
 
     def __init__(self, config, layout: Layout):
         super().__init__()
-        family, layout = architectures.of(config), part_of(layout, "model")
-        self.embeddings_name, self.final_norm_name = f"{family.EMBEDDINGS}.weight", family.FINAL_NORM
+        architecture, layout = architectures.of(config), part_of(layout, "model")
+        self.embeddings_name, self.final_norm_name = f"{architecture.EMBEDDINGS}.weight", architecture.FINAL_NORM
         self.layout = {self.embeddings_name: layout[self.embeddings_name]}
         add_parameters(self, self.layout)
         self.layers = nn.ModuleList(
-            family.Block(config, i, part_of(layout, f"layers.{i}")) for i in range(architectures.num_layers(config))
+            architecture.Block(config, i, part_of(layout, f"layers.{i}"))
+            for i in range(architectures.num_layers(config))
         )
-        self.add_module(family.FINAL_NORM, Norm(family.norm_eps(config), part_of(layout, family.FINAL_NORM)))
+        final_norm = Norm(architecture.norm_eps(config), part_of(layout, self.final_norm_name))
+        self.add_module(self.final_norm_name, final_norm)
 
     @property
     def final_norm(self) -> Norm:
         return self.get_submodule(self.final_norm_name)
 
     def embedding_weight(self, sliced: Slice) -> Tensor:
-        """The embeddings' weight (vocab, kept hidden)."""
+        """The narrowed weight of the embeddings (vocab, kept hidden)."""
         return sliced.weight(self, self.layout, self.embeddings_name)
 
     def embed(self, input_ids: Tensor, sliced: Slice) -> Tensor:
+        """Token ids (B, L) → residual stream (B, L, kept hidden)."""
         x = F.embedding(input_ids, self.embedding_weight(sliced))
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, as where weights are gathered so
+        # F.embedding ignores autocast. FSDP gathers weights in the low precision, so without this cast the residual
+        # stream would have another type in one process than in several.
+        if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         gate = sliced.gate("hidden")
-        return x if gate is None else x * gate.to(x.dtype)  # gates are float32; the residual stream keeps its own type
+        return x if gate is None else x * gate.to(x.dtype)  # gates are float32; keep the type of x
 
     def forward(self, input_ids: Tensor, sliced: Slice) -> Tensor:
+        """Token ids (B, L) → final normed hidden states (B, L, kept hidden)."""
         x = self.embed(input_ids, sliced)  # (B, L, hidden)
         for i in sliced.kept_layers:
             x = self.layers[i](x, sliced)
@@ -58,9 +64,11 @@ class Trunk(nn.Module):
 
 
 class ElasticModel(nn.Module):
-    """A model of which every submodel is a part. `.config` is transformers', `.full` the whole model.
+    """The parent's weights in full size; a forward pass computes with all of them or with one submodel.
 
-    With tied embeddings there is no `lm_head`: one parameter serves as both.
+    `.config` is the configuration of transformers, `.full` the submodel that is the whole model. With tied embeddings
+    there is no `lm_head`, because the head uses the weight of the embeddings. Raises UserError for a `config` that this
+    library does not support.
     """
 
     def __init__(self, config):
@@ -75,9 +83,9 @@ class ElasticModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ElasticModel:
-        """Load a Hugging Face directory of a known family, tensor by tensor, as master weights of `dtype`.
+        """Load a Hugging Face directory, tensor by tensor, as weights of `dtype`.
 
-        Raises ValueError for another family, unsupported layers, or tensors that do not match the configuration.
+        Raises UserError for an unknown architecture, unsupported layers, or tensors that do not match config.json.
         """
         model, reader = cls.empty(directory)
         model = model.to_empty(device="cpu")
@@ -89,7 +97,10 @@ class ElasticModel(nn.Module):
 
     @classmethod
     def empty(cls, directory: str | os.PathLike) -> tuple[ElasticModel, hf.TensorReader]:
-        """The model of a directory without storage (on the meta device), and the checked reader of its tensors."""
+        """The model of a directory on the meta device (without memory), and a reader of its tensors.
+
+        The names and shapes of the tensors are checked. Raises UserError as `from_pretrained` does.
+        """
         config = hf.read_config(directory)
         reader = hf.TensorReader(directory)
         with torch.device("meta"):
@@ -98,7 +109,11 @@ class ElasticModel(nn.Module):
         return model, reader
 
     def save_pretrained(self, directory: str | os.PathLike, tokenizer_from: str | os.PathLike | None = None) -> None:
-        """Write a plain Hugging Face directory, whole or not at all, with the tokenizer of another directory."""
+        """Write a Hugging Face directory of the whole model, complete or not at all.
+
+        `tokenizer_from` is a directory with the tokenizer to copy. Raises UserError if `directory` exists and is not a
+        model directory.
+        """
         parameters = dict(self.named_parameters())
         self.write(directory, ((name, parameters[name].detach().cpu()) for name in self.layout), tokenizer_from)
 
@@ -108,7 +123,7 @@ class ElasticModel(nn.Module):
         tensors: Iterable[tuple[str, Tensor]],
         tokenizer_from: str | os.PathLike | None = None,
     ) -> None:
-        """`save_pretrained` with the parameters given one by one, all of the layout's and in its order."""
+        """As `save_pretrained`, but with given parameters: (name, tensor) for all of the layout, in its order."""
         parameters, disk_name = dict(self.named_parameters()), architectures.of(self.config).disk_name
         entries = {}
         for name in self.layout:
@@ -127,7 +142,10 @@ class ElasticModel(nn.Module):
         gates: Mapping[str, Tensor] | None = None,
         observe: Observer | None = None,
     ) -> Slice:
-        """What `hidden_states` and `head` compute with; make it once for several calls."""
+        """The slice for `hidden_states` and `head`. Create it once for several calls.
+
+        `submodel` None is the whole model; for `gates` and `observe` see `Slice`. Raises UserError for invalid sizes.
+        """
         submodel = (submodel or self.full).resolve(self.config)
         sizes = submodel.sizes(self.config)
         return Slice(self.layout, self._any_matrix().device, sizes, submodel.kept_layers, gates, observe)
@@ -136,16 +154,16 @@ class ElasticModel(nn.Module):
         return self.get_parameter(next(iter(self.layout)))
 
     def hidden_states(self, input_ids: Tensor, sliced: Slice) -> Tensor:
-        """Final normed hidden states (B, L, kept hidden) of token ids (B, L)."""
+        """Token ids (B, L) int64 → final normed hidden states (B, L, kept hidden)."""
         return self.model(input_ids, sliced)
 
     def head(self, sliced: Slice) -> Tensor:
-        """The head's weight (vocab, kept hidden): logits = hidden_states @ head.T"""
+        """The narrowed weight of the head (vocab, kept hidden): logits = hidden_states @ head.T"""
         return sliced.weight(self, self.layout, HEAD) if HEAD in self.layout else self.model.embedding_weight(sliced)
 
     def forward(
         self, input_ids: Tensor, submodel: Submodel | None = None, gates: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Logits (B, L, vocab) of token ids (B, L) int64; `submodel` omitted is the full model."""
+        """Token ids (B, L) int64 → logits (B, L, vocab). `submodel` None is the whole model."""
         sliced = self.slice(submodel, gates)
         return F.linear(self.hidden_states(input_ids, sliced), self.head(sliced))

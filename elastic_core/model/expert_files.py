@@ -1,7 +1,7 @@
-"""Experts in files: a matrix each, under a number, where a model holds those of a layer in one tensor (E, out, in).
+"""Experts in files: one numbered matrix for each expert. A model has one stack (E, out, in) for all experts of a layer.
 
-So transformers writes them, and so checkpoints in the wild hold them: ``experts.7.up_proj.weight`` is
-``experts.up_proj[7]``. A file that holds the whole tensor under the model's own name is read as well.
+transformers and published checkpoints write them so: ``experts.7.up_proj.weight`` in a file is
+``experts.up_proj[7]`` in the model. Files with the whole stack under the model's own name can be read, too.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ STACKED = re.compile(r"(?P<layer>.+\.experts)\.(?P<projection>\w+)")
 
 
 def place_in_stack(name: str) -> tuple[str, int] | None:
-    """The tensor in which one expert's matrix of a file belongs, and where; None for a tensor by itself."""
+    """For a matrix of one expert in a file: the name of its stack and its index there. None for other tensors."""
     found = NUMBERED.fullmatch(name)
     return (f"{found['layer']}.{found['projection']}", int(found["number"])) if found else None
 
 
 def is_stacked(name: str) -> bool:
-    """Whether a tensor is written an expert at a time."""
+    """Whether a parameter is a stack, which files hold as one matrix for each expert."""
     return STACKED.fullmatch(name) is not None
 
 
 def matrix_name(name: str, number: int) -> str:
-    """What one expert's matrix of a tensor is called."""
+    """The name in files of expert `number` of the stack `name`."""
     found = STACKED.fullmatch(name)
     return f"{found['layer']}.{number}.{found['projection']}.weight"
 
 
 @dataclass(frozen=True)
 class StoredStack:
-    """A layer's experts, one after the other, wherever they lie."""
+    """The matrices of a layer's experts, in order. They may be in several files."""
 
     experts: tuple[Stored, ...]
 
@@ -46,13 +46,13 @@ class StoredStack:
         return Entry(first.dtype, (len(self.experts), *first.shape))
 
     def read(self, runs: list[tuple[int, int]]) -> np.ndarray:
-        """The experts of all runs [start, stop), as `Stored.read` gives rows."""
+        """Read the experts [start, stop) of each of the `runs`, in the form of `Stored.read`."""
         chosen = [expert for start, stop in runs for expert in self.experts[start:stop]]
         return np.stack([expert.read([(0, expert.entry.shape[0])]) for expert in chosen])
 
 
 def matrices(stored: Stored | StoredStack) -> tuple[Stored, ...]:
-    """Every expert's matrix of a tensor, however it is stored."""
+    """The matrix of every expert, for both ways in which files hold them."""
     if isinstance(stored, StoredStack):
         return stored.experts
     entry = Entry(stored.entry.dtype, stored.entry.shape[1:])

@@ -1,4 +1,4 @@
-"""Configurations and tensors to and from Hugging Face directories, under the names of their families (families/)."""
+"""Read and write configurations and tensors of Hugging Face directories. Names depend on the architecture."""
 
 import itertools
 import json
@@ -11,18 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from elastic_core.errors import UserError
-from elastic_core.io import storage, tensor_files
+from elastic_core.io import tensor_files
+from elastic_core.io.directory_transfer import local_files
 from elastic_core.io.tensor_files import Entry, Rows, Stored
 from elastic_core.model import architectures
 from elastic_core.model.axes import PER_LAYER
 from elastic_core.model.expert_files import StoredStack, is_stacked, matrix_name, place_in_stack
 
-SHARD_BYTES = 5 * 2**30
+SHARD_BYTES = 5 * 2**30  # of one safetensors file
 
 
 def read_config(directory: str | os.PathLike) -> PreTrainedConfig:
-    """The configuration of a directory or URL of a known family, checked for what this library can express."""
-    with storage.local_files(directory, ("config.json",)) as local:
+    """Read the configuration of a directory or URL and check that this library supports it; else raise UserError."""
+    with local_files(directory, ("config.json",)) as local:
         return _read_config(local, str(directory))
 
 
@@ -30,23 +31,25 @@ def _read_config(local: Path, directory: str) -> PreTrainedConfig:
     values = read_values(local, directory)
     config_class, _ = architectures.find(values.get("model_type"), directory).MODELS[values["model_type"]]
     if any(isinstance(values.get(field), list) for field in PER_LAYER):
-        raise UserError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it was cut from")
+        raise UserError(
+            f"{directory}: a heterogeneous submodel cannot be a parent; use the model it comes from"
+        )
     return check_config(config_class.from_pretrained(local), directory)
 
 
 def read_values(local: Path, directory: str) -> dict:
-    """What config.json says."""
+    """The values in config.json. Raises UserError if the file does not exist."""
     path = local / "config.json"
     if not path.is_file():
         raise UserError(
             f"{directory}: no config.json; expected a Hugging Face directory of model_type "
-            f"{' or '.join(architectures.FAMILIES)}"
+            f"{' or '.join(architectures.ARCHITECTURES)}"
         )
     return json.loads(path.read_text())
 
 
 def check_config(config, where: str = "config"):
-    """Return `config` if every part of it is supported; raise ValueError naming the first that is not."""
+    """Return `config` if this library supports it. Otherwise raise UserError with the first problem."""
     for holds, problem in architectures.find(config.model_type, where).requirements(config):
         if not holds:
             raise UserError(f"{where}: {problem}")
@@ -54,9 +57,11 @@ def check_config(config, where: str = "config"):
 
 
 class TensorReader:
-    """Lazy access to the tensors of a directory's safetensors files, by canonical name.
+    """Reads tensors of a directory's safetensors files by canonical name (the name of the parameter), when asked.
 
-    `files[name]` is where a tensor lies: file and name there; `stacks[name]` the same of every expert (experts.py).
+    `files[name]` is the position of a tensor: (file, name in the file). `stacks[name]` has the positions of all experts
+    of a stack that is stored as one matrix for each expert (expert_files.py).
+    Raises UserError for a directory without safetensors files, or of an unknown architecture.
     """
 
     def __init__(self, directory: str | os.PathLike):
@@ -77,11 +82,12 @@ class TensorReader:
         self._headers: dict[str, dict[str, Stored]] = {}
 
     def _take_stacks(self) -> dict[str, list[tuple[str, str]]]:
-        """The experts' matrices out of `files`, by the tensor that they make together, in order."""
+        """Move the matrices of experts out of `files`: name of the stack → positions in the order of the experts."""
         found: dict[str, dict[int, tuple[str, str]]] = {}
         for name in list(self.files):
-            if (place := place_in_stack(name)) is not None:
-                found.setdefault(place[0], {})[place[1]] = self.files.pop(name)
+            if (position := place_in_stack(name)) is not None:
+                stack, number = position
+                found.setdefault(stack, {})[number] = self.files.pop(name)
         for name, experts in found.items():
             if sorted(experts) != list(range(len(experts))):
                 missing = sorted(set(range(max(experts))) - set(experts))
@@ -92,12 +98,12 @@ class TensorReader:
         return name in self.files or name in self.stacks
 
     def all_files(self) -> list[str]:
-        """The files that hold the tensors."""
+        """The names of all files with tensors, sorted."""
         found = [*self.files.values(), *itertools.chain.from_iterable(self.stacks.values())]
         return sorted({file for file, _ in found})
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """One tensor, mapped from its file, or some of its first dimension's rows: no others are read."""
+        """Read one tensor, memory-mapped, or only some rows of its first dimension. No other rows are read."""
         if name in self.stacks:
             experts = [self._open(file, stored) for file, stored in self.stacks[name][rows or slice(None)]]
             entry = self.stored(name).entry
@@ -109,7 +115,7 @@ class TensorReader:
             return handle.get_tensor(stored) if rows is None else handle.get_slice(stored)[rows]
 
     def stored(self, name: str) -> Stored | StoredStack:
-        """Where a tensor lies; ValueError where its file is missing or broken, or does not hold it."""
+        """The position of a tensor. Raises UserError for a missing or damaged file, or a file without the tensor."""
         if name not in self.stacks:
             return self._stored(*self.files[name])
         experts = tuple(self._stored(file, stored) for file, stored in self.stacks[name])
@@ -121,11 +127,11 @@ class TensorReader:
         if file not in self._headers:
             self._headers[file] = tensor_files.read_header(self.directory / file)
         if stored not in self._headers[file]:
-            raise UserError(f"{self.directory / file}: does not hold {stored}, as the index says; copy both again")
+            raise UserError(f"{self.directory / file}: does not hold {stored}, but the index says so; copy both again")
         return self._headers[file][stored]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise ValueError unless the files hold exactly the named tensors."""
+        """Raise UserError unless the files hold exactly these tensors with these shapes."""
         found = self.files.keys() | self.stacks.keys()
         missing, unknown = sorted(shapes.keys() - found), sorted(found - shapes.keys())
         if missing or unknown:
@@ -142,9 +148,9 @@ class TensorReader:
 def write_tensors(
     directory: Path, entries: Mapping[str, Entry], tensors: Iterable[tuple[str, Rows]], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write tensors of the given `entries` as safetensors shards of at most `shard_bytes`, and their index.
+    """Write safetensors shards of at most `shard_bytes` each, and their index if there are several.
 
-    Names are those on disk. `tensors` are taken one by one, in any order: whole, or whatever gives their rows (see
+    `entries` and `tensors` use the names in files. `tensors` come in any order, each as a tensor or as `Rows` (see
     tensor_files.py).
     """
     shards, size = [{}], 0
@@ -166,7 +172,7 @@ def write_tensors(
 
 
 def disk_entries(name: str, entry: Entry, disk_name: Callable[[str], str]) -> dict[str, Entry]:
-    """The tensors that a parameter is in files, by the names there: itself, or a matrix for each of its experts."""
+    """The tensors of one parameter in files: name in the file → entry. A stack has one matrix for each expert."""
     if not is_stacked(name):
         return {disk_name(name): entry}
     matrix = Entry(entry.dtype, entry.shape[1:])
@@ -174,7 +180,7 @@ def disk_entries(name: str, entry: Entry, disk_name: Callable[[str], str]) -> di
 
 
 def disk_tensors(name: str, tensor: Tensor, disk_name: Callable[[str], str]) -> Iterator[tuple[str, Tensor]]:
-    """A parameter's tensors as `disk_entries` names them."""
+    """The same tensors as `disk_entries`: (name in the file, tensor)."""
     if not is_stacked(name):
         yield disk_name(name), tensor
     else:
@@ -183,10 +189,10 @@ def disk_tensors(name: str, tensor: Tensor, disk_name: Callable[[str], str]) -> 
 
 
 def write_config(directory: Path, config, **changes) -> None:
-    """Write config.json: the values of `config` with `changes`."""
+    """Write config.json with the values of `config` and `changes`."""
     values = json.loads(config.to_json_string(use_diff=False))
-    values.pop("auto_map", None)  # names modeling files that are not copied
-    family = architectures.of(config)
-    values |= {"architectures": [family.MODELS[config.model_type][1].__name__], **changes}
-    values |= family.file_values(values)
+    values.pop("auto_map", None)  # it names modeling files that are not copied
+    architecture = architectures.of(config)
+    values |= {"architectures": [architecture.MODELS[config.model_type][1].__name__], **changes}
+    values |= architecture.file_values(values)
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -1,6 +1,6 @@
-"""What the layers of all families are made of. Parameters carry transformers' names and full shapes.
+"""Parts of layers that all architectures share. Parameters have the names of transformers and the parent's full shapes.
 
-Every forward takes a `Cut` and computes with the kept part.
+Every forward takes a `Slice` and computes only with the kept part of the parameters.
 """
 
 import torch
@@ -13,7 +13,7 @@ from elastic_core.model.slicing import Slice
 
 
 def add_parameters(module: nn.Module, layout: Layout) -> None:
-    """Give `module` an empty parameter per entry of `layout`, in submodules where a name has a dot."""
+    """Add an uninitialised parameter to `module` for every entry of `layout`; a dot in a name creates a submodule."""
     for name, dims in layout.items():
         owner = module
         *path, leaf = name.split(".")
@@ -25,12 +25,12 @@ def add_parameters(module: nn.Module, layout: Layout) -> None:
 
 
 def part_of(layout: Layout, prefix: str) -> Layout:
-    """The entries below `prefix.`, named from there."""
+    """The entries with names that start with ``PREFIX.``; this start is removed from their names."""
     return {name.removeprefix(f"{prefix}."): dims for name, dims in layout.items() if name.startswith(f"{prefix}.")}
 
 
 class Norm(nn.Module):
-    """RMSNorm over the live hidden channels."""
+    """RMSNorm over the live hidden channels; x is (B, L, kept hidden)."""
 
     def __init__(self, eps: float, layout: Layout):
         super().__init__()
@@ -44,9 +44,9 @@ class Norm(nn.Module):
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax over earlier positions: query (B, L, A, d), key and value (B, L, KV, d) → (B, L, A · d).
+    """Softmax attention to earlier positions: query (B, L, A, d), key and value (B, L, KV, d) → (B, L, A · d).
 
-    The query heads of a KV group are as many as the cut has left, and stand together.
+    A is the number of kept query heads. The heads of each KV group are adjacent, and every group has A / KV of them.
     """
     return (
         F.scaled_dot_product_attention(

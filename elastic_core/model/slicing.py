@@ -1,7 +1,8 @@
-"""Cut: which part of the model a forward pass computes with.
+"""Slice: the part of the weights a forward pass computes with.
 
-One forward serves two modes. *Hard*: sizes below the parent's, parameters narrowed, no gates or gates of value one
-that only carry a gradient. *Soft*: full sizes, and a gate per axis that mixes prefix masks (eqs. 21–35).
+One forward serves two modes. In *hard* mode, the sizes are those of a submodel, and the parameters are narrowed to
+them. There are no gates, or gates with the value 1 that only pass a gradient to the router. In *soft* mode, the sizes
+are the parent's, and each axis has a gate, a mixture of prefix masks (eqs. 21–35).
 """
 
 from collections.abc import Callable, Mapping
@@ -16,13 +17,14 @@ Observer = Callable[[str, Tensor, Tensor | None, Tensor | None], None]
 
 
 class Slice:
-    """Sizes of every unit key, kept layers, and optional gates and observer.
+    """The size of every unit key, the kept layers, and optional gates and an optional observer.
 
-    `gates` maps unit keys to a multiplier per kept unit, or one for all (shape (size,) or ()), and ``depth`` to one
-    per parent layer (layers,). `observe(key, activation, writes, owners)` sees the activations that width importance
-    scores, (B, L, units...); `writes` is the matrix (hidden, inputs) by which the activation is written to the residual
-    stream, or None. Of neurons of experts it sees (N, neurons), `writes` (E, out, neurons), and the expert of each row,
-    `owners` (N,), else None.
+    - `gates` maps a unit key to one multiplier for each kept unit (size,) or for all units (), and ``depth`` to one
+      multiplier for each layer of the parent (num_layers,).
+    - `observe(key, activation, writes, owners)` is called with the activations from which importance is computed.
+      `activation` is (B, L, units...). `writes` is the matrix (hidden, inputs) that writes the activation to the
+      residual stream, or None. For neurons of experts, `activation` is (N, neurons), `writes` is (E, out, neurons) or
+      None, and `owners` (N,) is the expert of each row; otherwise `owners` is None.
     """
 
     def __init__(
@@ -35,10 +37,10 @@ class Slice:
         observe: Observer | None = None,
     ):
         self.sizes, self.kept_layers = sizes, kept_layers
-        shared = {id(gate): gate.to(device) for gate in (gates or {}).values()}  # the router stays in CPU memory
+        shared = {id(gate): gate.to(device) for gate in (gates or {}).values()}  # the router is in CPU memory
         self.gates = {key: shared[id(gate)] for key, gate in (gates or {}).items()}
-        # Looked up once per cut, not in every forward: a compiled forward then finds constants, and an index is
-        # copied to the device once.
+        # Computed once per slice and not in every forward. So a compiled forward sees constants, and an index is copied
+        # to the device once.
         self._rows: dict[Dim, int | Tensor] = {}
         for dim in {dim for dims in layout.values() for dim in dims}:
             rows = kept_rows(dim, self.sizes)
@@ -47,7 +49,7 @@ class Slice:
         self._num_live: dict[str, Tensor] = {}
 
     def weight(self, module: nn.Module, layout: Layout, name: str) -> Tensor | None:
-        """Parameter `name` of `module`, narrowed; None where the architecture has no such parameter."""
+        """Parameter `name` of `module`, narrowed to the sizes; None if the layout has no such parameter."""
         if name not in layout:
             return None
         return take(module.get_parameter(name), [self._rows[dim] for dim in layout[name]])
@@ -55,10 +57,11 @@ class Slice:
     def writing_weight(
         self, module: nn.Module, layout: Layout, name: str, layer: int, units: str | None = None
     ) -> Tensor:
-        """A matrix (hidden, inputs) whose product is written to the residual stream, the gates folded into it.
+        """A narrowed matrix (hidden, inputs) that writes to the residual stream, multiplied by the gates.
 
-        Rows by the gates of hidden channels and of the layer, columns by that of the inputs' `units`: a step has more
-        tokens than the matrix has rows or columns, so this costs less than gating what goes in and comes out.
+        The rows are multiplied by the gates of the hidden channels and of the layer, and the columns by the gate of
+        `units`, the unit key of the inputs. A step has more tokens than the matrix has rows or columns, so this is
+        cheaper than to multiply the inputs and outputs of the product.
         """
         weight = self.weight(module, layout, name)
         rows, columns = self.write_gate(layer), None if units is None else self.gate(units)
@@ -72,24 +75,24 @@ class Slice:
         return _Gated.apply(weight, rows, columns)
 
     def writing_bias(self, module: nn.Module, layout: Layout, name: str, layer: int) -> Tensor | None:
-        """The bias (hidden,) beside a `writing_weight`."""
+        """The bias (hidden,) that belongs to a `writing_weight`, multiplied by the gates of its rows, or None."""
         bias, gate = self.weight(module, layout, name), self.write_gate(layer)
         return bias if bias is None or gate is None else bias * gate.to(bias.dtype)
 
     def write_gate(self, layer: int) -> Tensor | None:
-        """What a layer writes is multiplied by: the gate of hidden channels times the layer's, (hidden,)."""
+        """The factor for everything a layer writes: gate of hidden channels times gate of the layer, (hidden,)."""
         gate, depth = self.gate("hidden"), self.gates.get("depth")
         if depth is None:
             return gate
         return depth[layer].expand(self.sizes["hidden"]) if gate is None else gate * depth[layer]
 
     def gate(self, key: str) -> Tensor | None:
-        """The gate of a unit key, one entry per kept unit."""
+        """The gate of a unit key, one entry per kept unit (size,), or None."""
         gate = self.gates.get(key)
         return None if gate is None else gate.expand(self.sizes[key])
 
     def num_live(self, key: str) -> int | Tensor:
-        """How many units are live: the size, or the sum of the gate."""
+        """The number of live units: the size, or the sum of the gate if there is one."""
         if key not in self.gates:
             return self.sizes[key]
         if key not in self._num_live:
@@ -101,12 +104,13 @@ class Slice:
         return self._observe is not None
 
     def observe(self, key: str, activation: Tensor, writes: Tensor | None = None, owners: Tensor | None = None) -> None:
+        """Call the observer, if there is one (see the class)."""
         if self._observe is not None:
             self._observe(key, activation, writes, owners)
 
 
 class _Gated(torch.autograd.Function):
-    """weight (m, n) · rows (m,) · columns (n,), with fewer passes over the matrix than two products have."""
+    """weight (m, n) · rows (m,) · columns (n,). It reads the matrix less often than two separate products."""
 
     @staticmethod
     def forward(ctx, weight, rows, columns):

@@ -1,4 +1,4 @@
-"""Submodel: the sizes of one nested model."""
+"""Submodel: the sizes of one submodel, and their check against the parent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from elastic_core.errors import UserError
 from elastic_core.model import architectures
-from elastic_core.model.axes import EXPERTS, PER_LAYER, WIDTHS
+from elastic_core.model.axes import EXPERTS, PER_LAYER, TITLES, WIDTHS
 from elastic_core.model.dims import Units, layer_of
 
 Width = int | tuple[int, ...] | None
@@ -17,11 +17,14 @@ Width = int | tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class Submodel:
-    """Sizes of one nested model; None stands for the parent's own size.
+    """The sizes of one submodel; None means the parent's own size.
 
-    `kept_layers` are indices into the parent's layers. A width in `PER_LAYER` is an int for all layers, or one entry
-    per parent layer that has it (entries of dropped layers are ignored). A width that the parent's family does not
-    have, or of experts that the parent does not have, stays None. Hashable; lists become tuples.
+    - `kept_layers` are indices of the parent's layers.
+    - A width in `PER_LAYER` is one int for all layers, or a list with one entry for every layer of the parent that has
+      this width. Entries of dropped layers are ignored.
+    - A width that the parent does not have, such as widths of experts, stays None.
+
+    Hashable; lists become tuples. Raises UserError for sizes that are not integers.
     """
 
     hidden_size: int | None = None
@@ -38,17 +41,17 @@ class Submodel:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             try:
-                plain = value if value is None else _as_ints(value)
+                integers = value if value is None else _as_ints(value)
             except TypeError:
                 raise UserError(f"{field.name}: got {value!r}; allowed: an integer, or a list of integers") from None
-            object.__setattr__(self, field.name, plain)
+            object.__setattr__(self, field.name, integers)  # the dataclass is frozen
 
     def resolve(self, config) -> Submodel:
-        """The same submodel with every size said and checked against the parent's `config`.
+        """The same submodel with explicit sizes, checked against the parent's `config`.
 
-        Per-layer widths that are equal in all kept layers become one int, and entries of dropped layers the parent's
-        size, so that equal models compare equal.
-        Raises ValueError for a size that the parent cannot give.
+        Equal models get equal sizes: a list of widths that are equal in all kept layers becomes one int, and entries of
+        dropped layers become the parent's size.
+        Raises UserError for a size that this parent cannot have.
         """
         kept, units = self._checked_layers(config), architectures.units(config)
         fields = {"kept_layers": kept}
@@ -65,7 +68,7 @@ class Submodel:
         return Submodel(**fields)
 
     def sizes(self, config) -> dict[str, int]:
-        """Kept size of every unit key of the layout (of dropped layers too, where they do not matter)."""
+        """The kept size of every unit key; dropped layers are included, but their sizes have no effect."""
         resolved, units, sizes = self.resolve(config), architectures.units(config), {}
         for name, axis in WIDTHS.items():
             value, keys = getattr(resolved, name), keys_of(units, axis)
@@ -74,7 +77,7 @@ class Submodel:
         return sizes
 
     def is_within(self, other: Submodel, config) -> bool:
-        """Whether every parameter of this submodel is a parameter of `other` too."""
+        """Whether every parameter of this submodel is also a parameter of `other`."""
         mine, theirs = self.resolve(config), other.resolve(config)
         my_sizes, their_sizes = mine.sizes(config), theirs.sizes(config)
         kept = set(mine.kept_layers)
@@ -83,11 +86,20 @@ class Submodel:
 
     @property
     def is_homogeneous(self) -> bool:
-        """Whether no width differs between layers (say it of a resolved submodel)."""
+        """Whether every width is equal in all layers. Ask a resolved submodel (`resolve`)."""
         return not any(isinstance(getattr(self, name), tuple) for name in PER_LAYER)
 
+    def __str__(self) -> str:
+        """The sizes for people, such as ``7 layers (0-5, 7), hidden 72, MLP 192, attention heads 2``."""
+        parts = [] if self.kept_layers is None else [f"{len(self.kept_layers)} layers ({_ranges(self.kept_layers)})"]
+        for name, title in TITLES.items():
+            value = getattr(self, name)
+            if value is not None:
+                parts.append(f"{title} " + ("/".join(map(str, value)) if isinstance(value, tuple) else str(value)))
+        return ", ".join(parts) or "the whole parent"
+
     def to_dict(self) -> dict:
-        """Plain JSON values; `Submodel(**values)` reads them back. Of experts only where they are said."""
+        """JSON values that `Submodel(**values)` reads. Widths of experts are left out if they are None."""
         return {
             name: value for name, value in dataclasses.asdict(self).items() if value is not None or name not in EXPERTS
         }
@@ -112,8 +124,8 @@ class Submodel:
             raise UserError(f"{name}: got {value}; allowed: one size for the whole model")
         if len(value) != len(keys):
             raise UserError(
-                f"{name}: got {len(value)} entries; allowed: one size, or one per parent layer that has it, "
-                f"of which there are {len(keys)}"
+                f"{name}: got {len(value)} entries; allowed: one size, or one for each layer of the parent with this "
+                f"width; there are {len(keys)}"
             )
         entries = [(size, layer_of(key) in kept) for key, size in zip(keys, value, strict=True)]
         live = {size for size, is_kept in entries if is_kept}
@@ -122,13 +134,24 @@ class Submodel:
         return tuple(size if is_kept else full for size, is_kept in entries)
 
 
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Ascending numbers with runs joined, such as ``0-5, 7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
 def keys_of(units: Mapping[str, Units], axis: str) -> list[str]:
-    """The unit keys of one axis, in the order of the layers."""
+    """The unit keys of one axis, sorted by layer."""
     return [key for key in units if key.partition(".")[0] == axis]
 
 
 def _as_ints(value) -> int | tuple[int, ...]:
-    """An int for an int of any make, a tuple for a sequence of them; TypeError for what would have to be rounded."""
+    """An int for an integer of any type (also numpy's), a tuple for a sequence of integers; else TypeError."""
     try:
         return operator.index(value)
     except TypeError:
@@ -136,7 +159,7 @@ def _as_ints(value) -> int | tuple[int, ...]:
 
 
 def _size_without_layers(config, name: str) -> int | None:
-    """A width of layers that the parent has none of: what its configuration says, but of experts nothing."""
+    """The full size of a width that no layer of the parent has: the value in its configuration, None for experts."""
     return None if name in EXPERTS else getattr(config, name, None)
 
 
@@ -146,15 +169,15 @@ def _check_size(name: str, size: int | None, full: int | None, units: Units) -> 
         if size is not None:
             raise UserError(f"{name}: got {size}; allowed: nothing, this parent has no such width")
     elif not least <= size <= full or size % groups:
-        multiple = f", multiples of {groups} (every group keeps as many)" if groups > 1 else ""
+        multiple = f", multiples of {groups} (every group keeps the same number)" if groups > 1 else ""
         raise UserError(f"{name}: got {size}; allowed: {least} to {full}, the parent's own{multiple}")
 
 
 def full_submodel(config) -> Submodel:
-    """The parent's own architecture."""
+    """The submodel that is the whole parent."""
     return Submodel().resolve(config)
 
 
 def full_sizes(config) -> dict[str, int]:
-    """Full size of every unit key."""
+    """The parent's size of every unit key."""
     return {key: unit.size for key, unit in architectures.units(config).items()}

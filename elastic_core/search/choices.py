@@ -10,11 +10,12 @@ from elastic_core.model.axes import PER_LAYER
 
 @dataclass(frozen=True)
 class Choices:
-    """Kept sizes per axis, largest first, the first being the parent's own; None keeps the parent's size.
+    """The sizes that each axis may keep, largest first. The first size is the parent's own. None keeps that size.
 
-    `depth` holds numbers of layers, taken from the depth ranking. `num_experts` are the routed ones of every layer that
-    has experts, `moe_intermediate_size` the width of each of them. Axes named in `heterogeneous` (intermediate_size,
-    mamba_num_heads, num_attention_heads) choose per layer, all others once for the whole model.
+    `depth` lists numbers of layers; the depth ranking decides which layers these are. `num_experts` counts the routed
+    experts of a layer, and `moe_intermediate_size` is the width of each of them. An axis named in `heterogeneous`
+    (intermediate_size, mamba_num_heads, num_attention_heads) has one choice per layer. Every other axis has one choice
+    for the whole model.
     """
 
     hidden_size: tuple[int, ...] | None = None

@@ -1,4 +1,4 @@
-"""Depth ranking: which layers matter, by the normalized MSE of the logits without them (eq. 5)."""
+"""Depth ranking: score each layer by the normalized MSE of the logits when the layer is left out (eq. 5)."""
 
 from collections.abc import Callable
 
@@ -14,8 +14,8 @@ from elastic_core.search.ranking_methods import DEPTH_METHODS
 Progress = Callable[[str, int, int], None] | None
 Reduce = Callable[[Tensor], Tensor]
 
-FEWEST_PIECES = 8  # of the calibration data: a candidate can be given up after each
-HELD_BYTES = 1 << 30  # of final hidden states on the device; those of further pieces are computed again
+MIN_PIECES = 8  # The calibration data is split into at least 8 pieces: a candidate can be ruled out after each of them.
+HELD_BYTES = 1 << 30  # Final hidden states up to this size stay on the device. The others are computed again each time.
 
 
 def rank_layers(
@@ -26,10 +26,17 @@ def rank_layers(
     progress: Progress = None,
     reduce: Reduce = lambda sums: sums,
 ) -> tuple[tuple[int, ...], dict[int, float]]:
-    """Layers from the most to the least important, and the score at which each was judged.
+    """Rank the layers: (layers from the most to the least important, score of each layer).
 
-    Holds the intact model's final hidden states of as many batches as fit HELD_BYTES, never logits. `reduce` adds a
-    tensor up over all processes that hold sequences of each batch.
+    - `batches`: token ids, each (B, L) int64.
+    - `method`: a name of `METHODS`.
+    - `min_depth`: the smallest number of layers that any budget may keep. The iterative method stops there; layers that
+      it never removes have no score.
+    - `progress(what, done, total)` is called as work proceeds.
+    - `reduce` returns the sum of a tensor over all processes, when each process holds other sequences of every batch.
+
+    The final hidden states of the full model stay in memory for as many batches as fit in HELD_BYTES. Logits are never
+    stored. Raises UserError for a `min_depth` outside 1 to the number of layers.
     """
     num_layers = len(model.model.layers)
     if not 1 <= min_depth <= num_layers:
@@ -38,16 +45,17 @@ def rank_layers(
 
 
 class LogitError:
-    """Σ(M_full − M_without)² over all positions and logits, without the logits.
+    """Σ(M_full − M_−j)² over all positions and logits (the numerator of eq. 5), computed without the logits.
 
-    Logits are linear in the final hidden states, so the sum is Σ_t Δ_tᵀ(WᵀW)Δ_t with Δ the difference of hidden
-    states: hidden² numbers instead of vocabulary × hidden per position.
+    Logits are linear in the final hidden states: M = W·x, with the head W (V, D). So the sum equals Σ_t Δ_tᵀ(WᵀW)Δ_t,
+    where Δ_t (D,) is the difference of the hidden states at position t. A position then costs D² products instead of
+    V·D. `denominator` is Σ M_full², over all processes.
     """
 
     def __init__(self, model: ElasticModel, batches: list[Tensor], reduce: Reduce):
         self.model, self.batches, self.sliced, self.reduce = model, batches, model.slice(), reduce
         head = model.head(self.sliced).double()
-        self.gram = head.T @ head  # (hidden, hidden)
+        self.gram = head.T @ head  # (D, D)
         self._held: dict[int, Tensor] = {}
         total, held_bytes = 0.0, 0
         for batch in range(len(batches)):
@@ -58,7 +66,7 @@ class LogitError:
         self.denominator = reduce(total).item()
 
     def full(self, batch: int) -> Tensor:
-        """The intact model's final hidden states of one batch."""
+        """The final hidden states (B, L, D) of the full model for batch number `batch`."""
         held = self._held.get(batch)
         return self.model.hidden_states(self.batches[batch], self.sliced) if held is None else held
 
@@ -66,16 +74,20 @@ class LogitError:
         return ((hidden @ self.gram) * hidden).sum()
 
     def __call__(self, full: Tensor, x: Tensor, layers: list[int]) -> Tensor:
-        """The sum for one batch (see `full`) whose residual stream x has still to pass `layers`."""
+        """The sum for one batch on this process.
+
+        `x` (B, L, D) is the residual stream before `layers`, the layers that are still to be computed. `full` is the
+        result of `self.full` for the same batch.
+        """
         for layer in layers:
             x = self.model.model.layers[layer](x, self.sliced)
         return self._squared((self.model.model.final_norm(x, self.sliced) - full).double())
 
 
 def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[int, float]:
-    """The error of one batch for each candidate's removal, over all processes.
+    """For each candidate layer: the error of one batch when this layer is removed from `kept`, over all processes.
 
-    The prefix before a candidate is computed once for all.
+    The layers before a candidate are computed once for all candidates.
     """
     x, full = error.model.model.embed(error.batches[batch], error.sliced), error.full(batch)
     errors = {}
@@ -89,15 +101,19 @@ def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[i
 
 
 def _pieces(batches: list[Tensor]) -> list[Tensor]:
-    """The batches, cut into fewer sequences each where there are few of them; as many pieces on every process."""
-    parts = -(-FEWEST_PIECES // len(batches))
+    """The batches. Where there are fewer than MIN_PIECES, each is split into pieces of fewer sequences.
+
+    Every process gets the same number of pieces.
+    """
+    parts = -(-MIN_PIECES // len(batches))
     return [piece for input_ids in batches for piece in input_ids.chunk(parts)]
 
 
 def _least_important(error: LogitError, kept: list[int]) -> tuple[int, float]:
     """The layer whose removal from `kept` changes the logits least, and its nMSE.
 
-    Errors only grow from batch to batch, so a candidate whose partial sum has passed the best complete sum is out.
+    An error is a sum over batches, and it only grows. So a candidate is ruled out as soon as its partial sum exceeds
+    the complete sum of the best candidate. The result is exact.
     """
     totals, others = _sweep(error, 0, kept, set(kept)), range(1, len(error.batches))
     best = min(totals, key=totals.get)
@@ -115,6 +131,7 @@ def _least_important(error: LogitError, kept: list[int]) -> tuple[int, float]:
 
 
 def _iterative_nmse(model, batches, min_depth, progress, reduce):
+    """Remove the least important layer, score the remaining layers again without it, and so on (eq. 5)."""
     error, kept = LogitError(model, _pieces(batches), reduce), list(range(len(model.model.layers)))
     removed, scores, rounds = [], {}, len(kept) - min_depth
     for done in range(rounds):
@@ -127,6 +144,7 @@ def _iterative_nmse(model, batches, min_depth, progress, reduce):
 
 
 def _one_shot_nmse(model, batches, min_depth, progress, reduce):
+    """Score every layer once, by the nMSE of the full model without this layer."""
     error, layers = LogitError(model, batches, reduce), list(range(len(model.model.layers)))
     totals = dict.fromkeys(layers, 0.0)
     for batch in range(len(batches)):
@@ -138,7 +156,7 @@ def _one_shot_nmse(model, batches, min_depth, progress, reduce):
 
 
 def _one_shot_perplexity(model, batches, min_depth, progress, reduce):
-    """Scores are the cross-entropy (nats per token) without the layer."""
+    """Score every layer once, by the cross-entropy (nats per token) of the full model without this layer."""
     layers, scores = list(range(len(model.model.layers))), {}
     for layer in layers:
         sliced = model.slice()
@@ -160,6 +178,7 @@ def _next_token_loss(model: ElasticModel, input_ids: Tensor, sliced) -> float:
 
 
 def _by_score(scores: dict[int, float]) -> tuple[tuple[int, ...], dict[int, float]]:
+    """(layers by decreasing score, the scores). Equal scores are ordered by layer number."""
     return tuple(sorted(scores, key=lambda layer: (-scores[layer], layer))), scores
 
 

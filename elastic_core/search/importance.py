@@ -1,7 +1,8 @@
-"""Importance: which units and layers of a parent matter, from forward passes over calibration batches (method §2).
+"""Importance: score the units and layers of a parent by forward passes over calibration data.
 
-`rank` scores every width (eqs. 1–4, or by what units write) and every layer (eq. 5); `sort_` permutes the weights once
-so that every axis stands in decreasing importance, after which "the k best" is "the first k".
+`rank` scores the units of every axis (eqs. 1–4, or by output norm) and every layer (eq. 5). `sort_` permutes the
+weights once, so that the units of every axis are in decreasing order of importance. From then on, the k most important
+units are the first k units.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.search.depth_ranking import rank_layers
 from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS, MEASURES
 
+# How activations are combined over batch and positions: a function of each activation, and one of (sum, count).
 AGGREGATE = {
     "l1": (torch.abs, lambda total, count: total),
     "l2": (torch.square, lambda total, count: total.sqrt()),
@@ -32,11 +34,13 @@ AGGREGATE = {
 
 @dataclass(frozen=True)
 class Ranking:
-    """Scores and orders of every unit key, and the layers from the most to the least important.
+    """The scores and the order of the units of every unit key, and the ranking of the layers.
 
-    `scores[key]` and `orders[key]` have the full size of the key, ``expert_ffn`` a row per expert; an order lists units
-    by decreasing importance, group by group where the key has groups. `depth_scores[layer]` is the score at which a
-    layer was removed.
+    - `scores[key]`: (units,) float64; for ``expert_ffn``, (experts, neurons).
+    - `orders[key]`: same shape, int64: unit numbers by decreasing score. Where a key has groups, each group is ordered
+      for itself and keeps its place.
+    - `depth`: all layers, from the most to the least important.
+    - `depth_scores[layer]`: the score of a layer; for the iterative method, the score at its removal.
     """
 
     scores: dict[str, Tensor]
@@ -45,7 +49,7 @@ class Ranking:
     depth_scores: dict[int, float] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write as JSON."""
+        """Write the ranking to `path` as JSON."""
         content = {
             "depth": self.depth,
             "depth_scores": {str(layer): score for layer, score in self.depth_scores.items()},
@@ -56,6 +60,7 @@ class Ranking:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Ranking:
+        """Read what `save` has written."""
         content = json.loads(Path(path).read_text())
         return cls(
             scores={key: torch.tensor(value, dtype=torch.float64) for key, value in content["scores"].items()},
@@ -77,20 +82,21 @@ def rank(
     progress: Callable[[str, int, int], None] | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Ranking:
-    """Rank every width and the layers of `model` on `batches` of token ids, each (B, L) int64.
+    """Rank the units of every axis and the layers of `model` on `batches` of token ids, each (B, L) int64, L ≥ 2.
 
-    - `measure`, of neurons, heads and Mamba channels: ``output_norm``, the norm of what a unit adds to the residual
-      stream (ours); or ``projection``, the magnitude of what the layer's first projection puts out (eqs. 2–4; of a
-      gated MLP, the product).
-    - `aggregation` over batch and positions: ``l2`` (√Σa²), ``l1`` (Σ|a|, as in the paper) or ``mean`` (|mean a|).
+    - `measure`: how neurons, heads and Mamba channels are scored. ``output_norm`` (ours): the norm of the vector that a
+      unit adds to the residual stream. ``projection``: the magnitude of the output of the layer's first projection
+      (eqs. 2–4); in a gated MLP, of act(gate)·up. Hidden channels are always scored by eq. 1.
+    - `aggregation`: how activations a are combined over batch and positions: ``l2`` (√Σa²), ``l1`` (Σ|a|, as in the
+      paper) or ``mean`` (|mean a|).
     - `depth_method`: ``iterative_nmse`` (eq. 5), ``one_shot_nmse`` or ``one_shot_perplexity``.
-    - `depth_batches`: how many of the batches score the layers (None: all).
-    - `min_depth`: the smallest depth that any budget may choose; iterative ranking stops there.
+    - `depth_batches`: the layers are scored on the first so many batches (None: on all).
+    - `min_depth`: the smallest number of layers that any budget may keep. Iterative ranking stops there.
     - `progress(what, done, total)` is called as work proceeds.
-    - `reduce` adds a tensor up over all processes, where several hold different sequences of every batch; they all end
-      with the same ranking.
+    - `reduce` returns the sum of a tensor over all processes, when each process holds other sequences of every batch.
+      All processes then get the same ranking.
 
-    Raises UserError for an unknown name or batches of another type.
+    Raises UserError for an unknown name, a `min_depth` that is out of range, or batches of another type or shape.
     """
     if measure not in MEASURES:
         raise UserError(f"measure: got {measure!r}; allowed: {', '.join(MEASURES)}")
@@ -120,11 +126,12 @@ def score_widths(
     progress: Callable[[str, int, int], None] | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[str, Tensor]:
-    """Importance of every unit of every width, float64, keyed by unit key.
+    """The importance of every unit of every axis but depth, float64, by unit key (see `Ranking.scores`).
 
-    An expert's activation is its routing weight times the norm of what it says (in the latent space, where experts work
-    in one), by either measure; its neurons' are the first projection's output, or what the neuron adds to what the
-    expert says, times the routing weight, of the tokens sent there.
+    For an expert, both measures are the same: its routing weight times the norm of its output (in the latent space, if
+    the experts work in a latent space). For a neuron of an expert, only the tokens that are sent to this expert count.
+    ``projection`` takes the first projection's output, ``output_norm`` the norm of what the neuron adds to the expert's
+    output; both are multiplied by the routing weight. The other arguments are those of `rank`.
     """
     transform, finish = AGGREGATE[aggregation]
     units = elastic_units(model.layout)
@@ -132,8 +139,10 @@ def score_widths(
     counts: dict[str, int] = {}
 
     def observe(key: str, activation: Tensor, writes: Tensor | None, owners: Tensor | None) -> None:
-        is_same = key == "hidden" or key.startswith("experts.")  # by either measure
-        if not is_same and (writes is not None) != (measure == "output_norm"):
+        # The model reports a unit twice, once per measure: with `writes`, the matrix that it is multiplied by, and
+        # without. Hidden channels and experts are reported once, because their score is the same by both measures.
+        is_same_for_both = key == "hidden" or key.startswith("experts.")
+        if not is_same_for_both and (writes is not None) != (measure == "output_norm"):
             return
         if writes is not None and owners is not None:
             activation = activation.double() * torch.stack([one.double().norm(dim=0) for one in writes])[owners]
@@ -141,11 +150,11 @@ def score_widths(
             parts = [units[key].size] if key in units else mamba_sizes(units, key)
             activation = output_norms(activation, writes, math.prod(parts)).unflatten(-1, parts)
         elif key.startswith("attention_heads"):
-            activation = activation.norm(dim=-1)  # (B, L, A, head_dim) → magnitude per head
+            activation = activation.norm(dim=-1)  # (B, L, heads, head_dim) → (B, L, heads)
         values = transform(activation.double())
         if owners is None:
             total, count = values.sum((0, 1)), activation.shape[0] * activation.shape[1]
-        else:  # (N, neurons), the rows by expert
+        else:  # values: (N, neurons); owners: (N,), the expert of each row
             num_experts = units[key.replace("expert_ffn", "experts")].size
             total = values.new_zeros(num_experts, values.shape[1]).index_add(0, owners, values)
             count = len(owners)
@@ -157,7 +166,7 @@ def score_widths(
         model.hidden_states(input_ids, sliced)
         if progress:
             progress("widths", done, len(batches))
-    # One message for all: unit keys come in the same order everywhere.
+    # One message for all scores. This works because unit keys come in the same order in all processes.
     everything = reduce(
         torch.cat(
             [*(total.flatten() for total in totals.values()), torch.tensor(list(counts.values())).to(totals["hidden"])]
@@ -175,23 +184,28 @@ def score_widths(
 
 
 def mamba_sizes(units: dict[str, Units], key: str) -> list[int]:
-    """Heads and channels of the Mamba layer whose activations are observed as `key`."""
+    """[number of heads, number of channels per head] of a Mamba layer. `key`: "mamba." and the layer's number."""
     layer = key.removeprefix("mamba.")
     return [units[f"{axis}.{layer}"].size for axis in ("mamba_heads", "mamba_channels")]
 
 
 def output_norms(inputs: Tensor, weight: Tensor, num_units: int) -> Tensor:
-    """‖W_u x_u‖₂ per unit u: inputs (B, L, units · size), weight (hidden, units · size) → (B, L, units), float64."""
+    """‖W_u x_u‖₂ of each unit u: the norm of what it adds to the layer's output.
+
+    inputs (B, L, units · size), weight (hidden, units · size) → (B, L, units) float64. x_u are the `size` inputs of
+    unit u, and W_u its columns of the weight.
+    """
     columns = weight.double().T.unflatten(0, (num_units, -1))  # (units, size, hidden)
-    inputs = inputs.double().unflatten(-1, (num_units, -1))
-    gram = columns @ columns.mT  # size² numbers per unit in place of hidden · size
+    inputs = inputs.double().unflatten(-1, (num_units, -1))  # (B, L, units, size)
+    gram = columns @ columns.mT  # W_uᵀW_u, (units, size, size): then a position costs size² per unit, not hidden · size
     return (torch.einsum("...us,ust->...ut", inputs, gram) * inputs).sum(-1).clamp(min=0).sqrt()
 
 
 def score_mamba(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Head and channel scores of one Mamba layer from its aggregated activations s (heads, channels).
+    """(head scores (heads,), channel scores (channels,)) of one Mamba layer, from its activations s (heads, channels).
 
-    Channels: ‖s[:, d]‖₂ over heads (eq. 3). Heads: ‖s[h, D_top]‖₂ over the best half of the channels only (eq. 4).
+    `s` is aggregated over batch and positions. Channel d: ‖s[:, d]‖₂, over all heads (eq. 3). Head h: ‖s[h, D_top]‖₂,
+    where D_top is the half of the channels with the highest scores (eq. 4).
     """
     channels = s.norm(dim=0)
     top = channels.topk(max(1, s.shape[1] // 2)).indices
@@ -199,7 +213,10 @@ def score_mamba(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def order_units(units: Units, score: Tensor) -> Tensor:
-    """Units by decreasing score, each group's in the group's own places; of a row per expert, each row's."""
+    """Unit numbers by decreasing score. Units stay in their group, and groups keep their places.
+
+    score (units,) → (units,). For the neurons of experts: (experts, neurons), each row ordered for itself.
+    """
     if score.dim() == 2:
         return score.argsort(dim=1, descending=True, stable=True)
     grouped = score.view(units.groups, -1)
@@ -209,16 +226,17 @@ def order_units(units: Units, score: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sort_(model: ElasticModel, ranking: Ranking) -> ElasticModel:
-    """Permute the weights in place so that every axis stands in decreasing importance; the function stays the same.
+    """Permute the weights in place so that the units of every axis are in decreasing order of importance.
 
-    Raises ValueError where an order is no permutation of the model's units, or moves one out of its group.
+    The model computes the same function as before, up to rounding. Raises UserError if an order is not a permutation of
+    the model's units, or if it moves a unit to another group.
     """
     units = elastic_units(model.layout)
     for key, order in ranking.orders.items():
         if key not in units:
             raise UserError(f"ranking: key {key!r} is not in this model; rank it again with this model's configuration")
         groups = torch.arange(units[key].size) // (units[key].size // units[key].groups)
-        rows = (units[key.replace("expert_ffn", "experts")].size,) if order.dim() == 2 else ()  # neurons of experts
+        rows = (units[key.replace("expert_ffn", "experts")].size,) if order.dim() == 2 else ()  # one row per expert
         shape = (*rows, units[key].size)
         all_units = torch.arange(units[key].size).expand(shape)
         is_permutation = order.shape == shape and torch.equal(order.sort().values, all_units)

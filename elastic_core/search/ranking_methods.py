@@ -1,10 +1,11 @@
-"""How units and layers can be ranked, by name. The first name of each is the default everywhere. Needs no torch."""
+"""The names of the ranking methods. The first name of each kind is the default everywhere. This file needs no torch."""
 
-# Neurons, heads and Mamba channels: `output_norm` is the norm of what a unit adds to the residual stream (ours),
-# `projection` the magnitude of what the layer's first projection puts out (the paper's).
+# How a neuron, a head or a Mamba channel is scored. `output_norm` (ours): the norm of the vector that the unit adds to
+# the residual stream. `projection` (the paper's): the magnitude of the output of the layer's first projection.
 MEASURES = ("output_norm", "projection")
 
-# Over batch and positions: √Σa², Σ|a| (as the paper's equations have it), |mean a|.
+# How activations a are combined over batch and positions: √Σa², Σ|a| (the paper's equations), |mean a|.
 AGGREGATIONS = ("l2", "l1", "mean")
 
+# How layers are ranked; see `depth_ranking.METHODS`.
 DEPTH_METHODS = ("iterative_nmse", "one_shot_nmse", "one_shot_perplexity")

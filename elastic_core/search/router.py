@@ -1,4 +1,4 @@
-"""The router: from a budget to a distribution over sizes, and finally to a Submodel (eqs. 6–11)."""
+"""The router: small networks that map a budget to a distribution over the sizes of every axis (eqs. 6–11)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from torch import Tensor, nn
 from elastic_core.errors import UserError
 from elastic_core.search.space import ElasticSpace
 
-HIDDEN_WIDTH = 256  # of each network; the paper's
+HIDDEN_WIDTH = 256  # hidden units of each network, as in the paper
 
 
 class Router(nn.Module):
-    """One two-layer network per axis: z = W2·LeakyReLU(W1·u + b1) + b2, u the one-hot of the budget (eqs. 6, 7).
+    """One two-layer network per axis: z = W2·LeakyReLU(W1·u + b1) + b2, where u is the budget as a one-hot (eqs. 6, 7).
 
-    `targets` are the budgets' costs as fractions of the parent's, largest first; a target of 1.0 is *pinned* to the
-    parent's architecture. Families are nested by construction: a budget's choice index is the maximum of its own
-    draw and the next larger budget's choice, so no axis of a smaller submodel exceeds a larger one's.
+    `targets` are the costs of the budgets as fractions of the parent's cost, largest first. The budget with target 1.0
+    is always the parent itself: no network decides about it.
+
+    The chosen submodels are nested by construction. A larger choice index is a smaller size, and the index of a budget
+    is the maximum of its own index and the index of the next larger budget. So no axis of a smaller submodel is larger
+    than in a larger submodel.
+
+    Raises UserError for targets that are not different fractions in (0, 1], largest first.
     """
 
     def __init__(self, space: ElasticSpace, targets: tuple[float, ...]):
@@ -40,7 +45,7 @@ class Router(nn.Module):
         )
 
     def logits(self, budget: Tensor) -> list[Tensor]:
-        """Logits per slot, each (choices,), for a budget vector (num_budgets,): a one-hot, or a mixture of two."""
+        """The logits z of every slot, each (choices,). `budget` (budgets,) is a one-hot, or a mixture of two."""
         logits = []
         for axis, network in self.networks.items():
             sizes = [len(slot.sizes) for slot in self.space.slots if slot.axis == axis]
@@ -50,9 +55,11 @@ class Router(nn.Module):
     def probs(
         self, index: int, temperature: float = 1.0, scale: float = 1.0, noise: torch.Generator | None = None
     ) -> list[Tensor]:
-        """Distribution per slot of budget `index`: softmax((scale·z + gumbel)/temperature) (eqs. 8, 9), nested.
+        """The distribution π of budget `index`, one vector (choices,) per slot (eqs. 8, 9).
 
-        Without `noise` the distribution is noise-free. The bound given by larger budgets is noise-free and detached.
+        π = softmax((scale·z + g) / temperature), with Gumbel noise g from the generator `noise`, or g = 0 for None.
+        Then π becomes the distribution of the maximum with the index of the next larger budget, so that submodels are
+        nested. The larger budget's distribution has no noise and passes no gradient.
         """
         if self.targets[index] == 1.0:
             return [F.one_hot(torch.tensor(0), len(slot.sizes)).float() for slot in self.space.slots]
@@ -68,7 +75,7 @@ class Router(nn.Module):
         return [_maximum(prob, bound) for prob, bound in zip(probs, larger, strict=True)]
 
     def choices(self) -> list[list[int]]:
-        """The most probable choice indices of every budget, nested; one read-out, no noise."""
+        """The most probable combination of every budget, without noise, each nested in the one before."""
         with torch.no_grad():
             chosen, bound = [], [0] * len(self.space.slots)
             for index, target in enumerate(self.targets):
@@ -80,19 +87,25 @@ class Router(nn.Module):
 
 
 def _maximum(prob: Tensor, bound: Tensor) -> Tensor:
-    """Distribution of max(i, j) for independent indices i ~ prob and j ~ bound, both (choices,)."""
+    """The distribution (choices,) of max(i, j) for independent indices i ~ prob and j ~ bound, both (choices,)."""
     cumulative = prob.cumsum(-1) * bound.cumsum(-1)
     return torch.diff(cumulative, prepend=cumulative.new_zeros(1))
 
 
 def noise_generator(seed: int, step: int, microbatch: int) -> torch.Generator:
-    """The router's own noise, a function of its arguments alone: equal on every rank and after a resume."""
+    """A generator for the router's Gumbel noise.
+
+    It depends on the arguments only. So all ranks draw the same noise, and a resumed run draws the same noise again.
+    """
     state = np.random.SeedSequence([seed, step, microbatch]).generate_state(2)
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
 def anneal(progress: float, temperatures: tuple[float, float], scales: tuple[float, float]) -> tuple[float, float]:
-    """(τ, s) at `progress` in [0, 1]: τ falls exponentially, the logit scale grows linearly."""
+    """(temperature τ, logit scale s) at `progress` in [0, 1]. τ falls exponentially; s grows linearly.
+
+    `temperatures` and `scales` are (first, last) values.
+    """
     progress = min(max(progress, 0.0), 1.0)
     (hot, cold), (low, high) = temperatures, scales
     return hot * math.exp(progress * math.log(cold / hot)), low + progress * (high - low)

@@ -1,4 +1,8 @@
-"""From the router's distribution to submodels: within their budgets, nested, and everything in between."""
+"""Choose a submodel for every budget from the router's distributions.
+
+Each submodel meets its budget within a tolerance and is nested in the next larger one. `path_between` gives the nested
+submodels between two budgets.
+"""
 
 import itertools
 import math
@@ -13,30 +17,33 @@ from elastic_core.model.submodel import Submodel
 from elastic_core.search.router import Router
 from elastic_core.search.space import ElasticSpace
 
-LARGEST_GRID = 100_000  # combinations that are all looked at
+LARGEST_GRID = 100_000  # Up to so many combinations are compared one by one. Above, the search is approximate.
 
 
 @dataclass(frozen=True)
 class Member:
-    """One budget of the family: its target as a fraction of the parent's cost, and its submodel."""
+    """The submodel of one budget. `target` is the budget as a fraction of the parent's cost."""
 
     target: float
     submodel: Submodel
 
 
-def check_budgets(space: ElasticSpace, budgets: dict[str, float], tolerance: float = TOLERANCE) -> None:
-    """Raise ConfigError, before any training, unless nested submodels can come within `tolerance` of every budget."""
-    costs = space.grid_costs()[..., : space.ends[-1]]
+def check_reachable(space: ElasticSpace, budgets: dict[str, float], tolerance: float = TOLERANCE) -> None:
+    """Raise ConfigError unless the space has nested submodels whose costs are within `tolerance` of all `budgets`.
+
+    `budgets` maps names to fractions of the parent's cost. This check runs before any training.
+    """
+    costs = space.grid_costs()[..., : space.num_servable[-1]]
     full = costs.flatten()[0].item()
     uniform = [torch.zeros(len(slot.sizes)) for slot in space.slots]
-    bound, inside = [0] * len(space.slots), None
+    bound, reachable = [0] * len(space.slots), None
     for name, target in sorted(budgets.items(), key=lambda item: -item[1]):
         if not 0 < target <= 1:
             raise ConfigError(f"budgets.{name}: got {target}; allowed: a fraction of the parent in (0, 1]")
-        if _can_be_looked_through(space):
-            here = _within(space, target * full, tolerance)
-            inside = here if inside is None else here & _smaller(inside)
-            found = bool(inside.any())
+        if _can_enumerate(space):
+            near = _near_target(space, target * full, tolerance)
+            reachable = near if reachable is None else near & _nested_in(reachable)
+            found = bool(reachable.any())
         else:
             bound = select(space, uniform, target * full, bound, tolerance)
             found = bound is not None
@@ -44,53 +51,60 @@ def check_budgets(space: ElasticSpace, budgets: dict[str, float], tolerance: flo
             nearest = costs.flatten()[(costs.flatten() - target * full).abs().argmin()].item()
             raise ConfigError(
                 f"budgets.{name}: got {target:.6g} ({space.metric.text(target * full)}), which no combination of "
-                f"`choices` that is nested in the larger budgets reaches within {tolerance:.0%}; the choices give "
-                f"{costs.min().item() / full:.3f} to 1.0, nearest {nearest / full:.3f}{_without_cache(space)}; "
+                f"`choices` nested in the larger budgets reaches within {tolerance:.0%}; allowed: "
+                f"{costs.min().item() / full:.3f} to 1.0, nearest {nearest / full:.3f}{_excluded_depths(space)}; "
                 "change budgets or choices"
             )
 
 
-def _without_cache(space: ElasticSpace) -> str:
-    """Which depths are left out, in words."""
-    depths = space.slots[-1].sizes[space.ends[-1] :]
-    return f"; depth {depths[0]} and below keep no layer with which transformers has a cache" if depths else ""
+def _excluded_depths(space: ElasticSpace) -> str:
+    """The part of an error message that names the depths that no submodel may have."""
+    depths = space.slots[-1].sizes[space.num_servable[-1] :]
+    return f"; depths up to {depths[0]} are excluded: transformers has no cache for their layers" if depths else ""
 
 
-def _can_be_looked_through(space: ElasticSpace) -> bool:
-    """Whether every axis chooses once, or the combinations are few enough to look at all of them."""
+def _can_enumerate(space: ElasticSpace) -> bool:
+    """Whether all combinations can be compared: every axis has one choice, or there are few enough combinations."""
     num_combinations = math.prod(len(slot.sizes) for slot in space.slots)
     return len(space.slots) == len(space.axis_slots()) or num_combinations <= LARGEST_GRID
 
 
-def _within(space: ElasticSpace, target: float, tolerance: float) -> Tensor:
-    """Which combinations cost `target` and can be served, a dimension per slot."""
+def _near_target(space: ElasticSpace, target: float, tolerance: float) -> Tensor:
+    """Which combinations have a cost within `tolerance` of `target` and a depth that is allowed: a boolean grid.
+
+    A grid has one dimension per slot; its index is a combination.
+    """
     found = (space.grid_costs(space.slots) / target - 1).abs() <= tolerance
-    found[..., space.ends[-1] :] = False
+    found[..., space.num_servable[-1] :] = False
     return found
 
 
-def _smaller(chosen: Tensor) -> Tensor:
-    """Which combinations are nested in one of the `chosen` ones: no index is lower than there."""
+def _nested_in(chosen: Tensor) -> Tensor:
+    """Which combinations are nested in at least one of the `chosen` ones: every index is at least as high (grids)."""
     for dim in range(chosen.dim()):
         chosen = chosen.byte().cummax(dim).values.bool()
     return chosen
 
 
-def with_smaller_ones(space: ElasticSpace, targets: tuple[float, ...], tolerance: float) -> list[Tensor | None]:
-    """For each target, the combinations that meet it and have inside of them some for all smaller targets.
+def combinations_with_room(space: ElasticSpace, targets: tuple[float, ...], tolerance: float) -> list[Tensor | None]:
+    """For each target, a grid of the combinations that meet it and leave room for all smaller targets.
 
-    What is cheapest to look at first may leave nothing for the rest: memory comes in lumps as large as a layer's cache.
-    None where there are too many combinations, or none is left.
+    A combination leaves room if, for every smaller target, some combination nested in it meets that target. Without
+    this condition, the choice for a large budget could make a smaller budget impossible: for memory, costs have large
+    gaps, because each layer's cache is kept or dropped as a whole.
+
+    `targets` are fractions of the parent's cost, largest first. An entry is None if there are too many combinations to
+    compare, or if no combination is left.
     """
-    if not _can_be_looked_through(space):
+    if not _can_enumerate(space):
         return [None] * len(targets)
     found, dims = [], tuple(range(len(space.slots)))
     for target in reversed(targets):
-        here = _within(space, target * space.exact_cost([0] * len(space.slots)), tolerance)
-        if found:
-            here &= _smaller(found[-1].flip(dims)).flip(dims)  # nested the other way round: those around the smaller
-        found.append(here)
-    return [here if here.any() else None for here in reversed(found)]
+        near = _near_target(space, target * space.exact_cost([0] * len(space.slots)), tolerance)
+        if found:  # Flipped, `_nested_in` gives the combinations that contain one of the smaller target's.
+            near &= _nested_in(found[-1].flip(dims)).flip(dims)
+        found.append(near)
+    return [near if near.any() else None for near in reversed(found)]
 
 
 def select(
@@ -101,24 +115,29 @@ def select(
     tolerance: float,
     allowed: Tensor | None = None,
 ) -> list[int] | None:
-    """The most probable combination whose cost is within `tolerance` of `target`, nested in the combination `bound`.
+    """The most probable combination that is nested in `bound` and has a cost within `tolerance` of `target`.
 
-    Exact, and one of those `allowed`, where all combinations can be looked at; with many per-layer choices a descent
-    from the most probable one. None where nothing is found.
+    - `log_probs`: one vector (choices,) per slot.
+    - `target`: in the unit of the space's metric.
+    - `bound`: the combination of the next larger budget.
+    - `allowed`: a grid (see `combinations_with_room`) of the combinations to choose from, or None for all.
+
+    If all combinations can be compared, the result is exact. With many per-layer choices, a local search starts at the
+    most probable combination and ignores `allowed`. Returns None if nothing is found.
     """
-    if _can_be_looked_through(space):
+    if _can_enumerate(space):
         return _select_on_grid(space, log_probs, target, bound, tolerance, allowed)
     return _select_by_descent(space, log_probs, target, bound, tolerance)
 
 
 def _select_on_grid(space, log_probs, target, bound, tolerance, allowed) -> list[int] | None:
-    corner = tuple(itertools.starmap(slice, zip(bound, space.ends, strict=True)))
+    corner = tuple(itertools.starmap(slice, zip(bound, space.num_servable, strict=True)))
     costs = space.grid_costs(space.slots)[corner]
     scores = torch.zeros((), dtype=torch.float64)
-    for log_prob, low, end in zip(log_probs, bound, space.ends, strict=True):
+    for log_prob, low, end in zip(log_probs, bound, space.num_servable, strict=True):
         scores = scores[..., None] + log_prob[low:end].double()
     deviation = (costs / target - 1).abs()
-    # Among equally probable combinations (as before training) the nearest one.
+    # Before training, all combinations are equally probable. Then the one with the nearest cost wins.
     scores = (scores - 1e-3 * deviation).masked_fill(deviation > tolerance, -torch.inf)
     if allowed is not None:
         scores = scores.masked_fill(~allowed[corner], -torch.inf)
@@ -129,26 +148,33 @@ def _select_on_grid(space, log_probs, target, bound, tolerance, allowed) -> list
 
 
 def _select_by_descent(space, log_probs, target, bound, tolerance) -> list[int] | None:
-    """From the most probable combination; where that ends in a dead end, from the largest or the smallest allowed."""
-    moves = torch.tensor([(slot, i) for slot, low in enumerate(bound) for i in range(low, space.ends[slot])])
-    pairs = moves[torch.combinations(torch.arange(len(moves)))]  # (pairs, 2, 2): two moves, each a slot and an index
+    """`select` by local search, from three starts in turn: the most probable, the largest and the smallest combination.
+
+    The first start that reaches the target gives the result.
+    """
+    moves = torch.tensor([(slot, i) for slot, low in enumerate(bound) for i in range(low, space.num_servable[slot])])
+    # A move is (slot, new choice index). moves: (moves, 2); pairs: (pairs, 2, 2), two moves of different slots.
+    pairs = moves[torch.combinations(torch.arange(len(moves)))]
     pairs = pairs[pairs[:, 0, 0] != pairs[:, 1, 0]]
     table = torch.nn.utils.rnn.pad_sequence([z.double() for z in log_probs], batch_first=True)  # (slots, choices)
-    probable = [max(int(z[:end].argmax()), low) for z, low, end in zip(log_probs, bound, space.ends, strict=True)]
-    for start in (probable, bound, [end - 1 for end in space.ends]):
+    probable = [
+        max(int(z[:end].argmax()), low) for z, low, end in zip(log_probs, bound, space.num_servable, strict=True)
+    ]
+    for start in (probable, bound, [end - 1 for end in space.num_servable]):
         found = _descend(space, table, target, torch.tensor(start), (moves[:, None], pairs), tolerance)
         if found is not None:
             return found.tolist()
     return None
 
 
-def _descend(space, table, target, indices, neighbourhoods, tolerance) -> Tensor | None:
-    """Steps towards the target, each the one that loses the least probability per parameter of deviation it mends.
+def _descend(space, table, target, indices, step_kinds, tolerance) -> Tensor | None:
+    """Move `indices` (slots,) step by step towards the target. Returns None where no step comes nearer to it.
 
-    A step moves one slot, or two where no single move helps (one down and another back up, for instance).
+    Each step is the one that loses the least log-probability per unit of cost by which it comes nearer. A step changes
+    one slot. If no such step comes nearer, it changes two slots: for instance, one gets smaller and another larger.
     """
     while (space.costs(indices[None]) - target).abs() > tolerance * target:
-        found = (_best_step(space, table, target, indices, steps) for steps in neighbourhoods)
+        found = (_best_step(space, table, target, indices, steps) for steps in step_kinds)
         indices = next((moved for moved in found if moved is not None), None)
         if indices is None:
             return None
@@ -156,22 +182,26 @@ def _descend(space, table, target, indices, neighbourhoods, tolerance) -> Tensor
 
 
 def _best_step(space, table, target, indices, steps) -> Tensor | None:
-    """`indices` (slots,) after the best of `steps` (N, moves, 2); None where none comes nearer to the target."""
+    """`indices` (slots,) after the best of `steps` (N, moves, 2), or None if no step comes nearer to the target."""
     moved = indices.repeat(len(steps), 1).scatter(1, steps[..., 0], steps[..., 1])  # (N, slots)
     remaining = (space.costs(moved) - target).abs()
-    mended = (space.costs(indices[None]) - target).abs() - remaining
+    gained = (space.costs(indices[None]) - target).abs() - remaining
     slots = torch.arange(len(indices))
     lost = (table[slots, indices] - table[slots, moved]).sum(-1).clamp(min=0)
-    price = (lost / mended).masked_fill(mended <= 0, torch.inf)
+    price = (lost / gained).masked_fill(gained <= 0, torch.inf)
     if price.min() == torch.inf:
         return None
     return moved[remaining.masked_fill(price > price.min(), torch.inf).argmin()]
 
 
 def select_family(router: Router, scale: float = 1.0, tolerance: float = TOLERANCE) -> list[list[int]]:
-    """Choice indices of every budget: the router's most probable ones that are nested and within tolerance."""
+    """The final combination of every budget: the router's most probable one that meets the budget and is nested.
+
+    `scale` is the logit scale s (eq. 9), `tolerance` the allowed relative deviation from the budget. Raises ConfigError
+    if no combination meets a budget.
+    """
     space, bound, family = router.space, [0] * len(router.space.slots), []
-    full, allowed = space.exact_cost(bound), with_smaller_ones(space, router.targets, tolerance)
+    full, allowed = space.exact_cost(bound), combinations_with_room(space, router.targets, tolerance)
     with torch.no_grad():
         for index, target in enumerate(router.targets):
             if target < 1.0:
@@ -179,8 +209,8 @@ def select_family(router: Router, scale: float = 1.0, tolerance: float = TOLERAN
                 found = select(space, log_probs, target * full, bound, tolerance, allowed[index])
                 if found is None:
                     raise ConfigError(
-                        f"budgets: no submodel inside the next larger one is within {tolerance:.0%} of {target:.6g}; "
-                        "give `choices` finer steps"
+                        f"budgets: no submodel nested in the next larger one is within {tolerance:.0%} of "
+                        f"{target:.6g} of the parent's cost; add sizes to choices"
                     )
                 bound = found
             family.append(bound)
@@ -188,31 +218,31 @@ def select_family(router: Router, scale: float = 1.0, tolerance: float = TOLERAN
 
 
 def path_between(router: Router, family: list[list[int]], points: int = 64) -> list[Submodel]:
-    """Nested submodels between neighbouring budgets of `family`, largest first, for budgets that were not trained.
+    """Nested submodels between neighbouring budgets of `family`, largest first. They serve budgets without training.
 
-    The budget's one-hots are interpolated; a slot steps when its expected index (which the pinned full budget mixes
-    linearly) passes the next choice, one step at a time and never back.
+    Between two budgets, the one-hot of the budget is interpolated at `points` points. At each point, a slot's choice
+    index rises to the rounded expected index. It never falls, and it rises by one at a time: each rise gives one
+    submodel. `family` holds one combination per budget (see `select_family`).
     """
     path = []
     for index, (larger, smaller) in enumerate(itertools.pairwise(family)):
-        now = list(larger)
+        current = list(larger)
         for point in range(1, points + 1):
-            wanted = _interpolate(router, index, point / points)
+            expected = _interpolate(router, index, point / points)
             for slot, (low, high) in enumerate(zip(larger, smaller, strict=True)):
-                goal = high if point == points else min(max(wanted[slot], low), high)
-                while now[slot] < goal:
-                    now[slot] += 1
-                    path.append(router.space.submodel(now))
+                goal = high if point == points else min(max(expected[slot], low), high)
+                while current[slot] < goal:
+                    current[slot] += 1
+                    path.append(router.space.submodel(current))
     return path
 
 
 def _interpolate(router: Router, index: int, weight: float) -> list[int]:
-    """Rounded expected choice indices at (1 − weight) of budget `index` and weight of the next smaller one."""
+    """The rounded expected choice indices of a mixture: (1 − weight) of budget `index`, weight of the next smaller."""
     budget = torch.zeros(len(router.targets))
     budget[index], budget[index + 1] = 1 - weight, weight
-    pinned = router.targets[index] == 1.0
     with torch.no_grad():
-        if pinned:
+        if router.targets[index] == 1.0:  # No network describes the full budget. All of its indices are 0.
             probs = [weight * prob for prob in router.probs(index + 1)]
         else:
             probs = [logits.softmax(-1) for logits in router.logits(budget)]

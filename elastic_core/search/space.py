@@ -1,4 +1,4 @@
-"""The elastic space: which sizes each axis may take, and what every combination of them costs."""
+"""The elastic space: all combinations of sizes that a submodel may have, and the cost of each combination."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from elastic_core.model.axes import AXES, EXPERTS, FIELDS, PER_LAYER, WIDTHS
 from elastic_core.model.submodel import Submodel, keys_of
 from elastic_core.search.choices import Choices
 
-EXPERT_ROW = 8  # numbers in bfloat16, 16 bytes, of which a row of an expert's matrices has to be a multiple
+# transformers multiplies all experts in one grouped product, which needs matrix rows of a multiple of 16 bytes.
+EXPERT_ROW_MULTIPLE = 8  # numbers in bfloat16
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One decision: an axis, the unit keys it sets, and the sizes to choose from, largest first."""
+    """One decision: one size for one axis, for the whole model or for one layer.
+
+    `keys` are the unit keys that get the chosen size: those of all layers, or that of one layer. `sizes` are the sizes
+    to choose from, largest first.
+    """
 
     axis: str
     keys: tuple[str, ...]
@@ -28,11 +33,16 @@ class Slot:
 
 
 class ElasticSpace:
-    """All decisions of a parent's family, and their translation to sizes, masks, costs and submodels.
+    """All decisions that make a submodel of a parent (`slots`), and their translation to costs, masks and submodels.
 
-    A combination is a list of choice indices, one per slot; a distribution is a list of probability vectors, one per
-    slot, each (number of choices,). `depth_ranking` lists layers from the most to the least important; costs are in
-    the unit of `metric`.
+    - A combination is a list of choice indices, one per slot. Index 0 is the parent's own size. The last slot is depth.
+    - A distribution is a list of probability vectors, one per slot, each (choices,).
+    - `depth_ranking` lists all layers from the most to the least important. A depth of d keeps the first d of them.
+    - `where` is the name of the section in error messages.
+    - Costs are in the unit of `metric`.
+
+    Raises ConfigError for sizes that the parent or its architecture does not allow. Raises UserError if `depth_ranking`
+    does not contain every layer once.
     """
 
     def __init__(
@@ -53,26 +63,28 @@ class ElasticSpace:
         self.keep = torch.zeros(len(self.slots[-1].sizes), num_layers)  # (depth choices, layers)
         for row, depth in zip(self.keep, self.slots[-1].sizes, strict=True):
             row[list(self.depth_ranking[:depth])] = 1
-        self.ends = [len(slot.sizes) for slot in self.slots]  # a submodel takes choices before these
-        self.ends[-1] = self._num_servable_depths()
+        # Per slot: a submodel may take one of the first so many choices. Only depth may allow fewer than all.
+        self.num_servable = [len(slot.sizes) for slot in self.slots]
+        self.num_servable[-1] = self._num_servable_depths()
         self.slot_masks = [self.keep if slot.axis == "depth" else self.masks(slot) for slot in self.slots]
 
     def _slots(self, axis: str, choices: Choices, where: str) -> list[Slot]:
-        field = FIELDS.get(axis, axis)  # depth is called so in both
+        """The slots of one axis: one per layer, one for the whole model, or none where the parent lacks the axis."""
+        field = FIELDS.get(axis, axis)  # the configuration's field; depth has the same name in both
         if axis == "depth":
-            full, keys, groups, least = architectures.num_layers(self.config), ("depth",), 1, 1
+            full, keys, groups, smallest = architectures.num_layers(self.config), ("depth",), 1, 1
         else:
             keys = tuple(keys_of(self.units, axis))
-            if not keys:  # the parent has no such layers
+            if not keys:  # the parent has no layers with this axis
                 known = field not in EXPERTS or getattr(choices, field) is None
-                require(known, f"{where}.{field}", getattr(choices, field), "null, for the parent has no experts")
+                require(known, f"{where}.{field}", getattr(choices, field), "null, because the parent has no experts")
                 return []
             units = self.units[keys[0]]
-            full, groups, least = units.size, units.groups, units.least
+            full, groups, smallest = units.size, units.groups, units.least
         sizes = getattr(choices, field) or (full,)
         multiples = f", in multiples of {groups}" if groups > 1 else ""
-        multiples += f", {least} or more" if least > 1 else ""
-        valid = all(least <= size <= full and size % groups == 0 for size in sizes)
+        multiples += f", {smallest} or more" if smallest > 1 else ""
+        valid = all(smallest <= size <= full and size % groups == 0 for size in sizes)
         if sizes[0] != full or list(sizes) != sorted(set(sizes), reverse=True) or not valid:
             raise ConfigError(
                 f"{where}.{field}: got {list(sizes)}; allowed: different sizes, largest first, "
@@ -82,15 +94,22 @@ class ElasticSpace:
         return [Slot(axis, (key,), sizes) for key in keys] if per_layer else [Slot(axis, keys, sizes)]
 
     def _num_servable_depths(self) -> int:
-        """How many depths, from the full one on, keep a layer that a cache needs; all where the parent has none."""
-        family, layers = architectures.of(self.config), self.depth_ranking
+        """How many depths, from the largest on, keep a layer without which transformers has no cache for generation.
+
+        All of them, if transformers has no cache even for the parent.
+        """
+        architecture, layers = architectures.of(self.config), self.depth_ranking
         depths = self.slots[-1].sizes
-        if not family.can_cache(self.config, layers):
+        if not architecture.can_cache(self.config, layers):
             return len(depths)
-        return sum(family.can_cache(self.config, layers[:depth]) for depth in depths)
+        return sum(architecture.can_cache(self.config, layers[:depth]) for depth in depths)
 
     def cost(self, probs: list[Tensor]) -> Tensor:
-        """Expected cost under independent distributions, differentiable (eq. 12)."""
+        """The expected cost () of a distribution, C(a) of eq. 12. It is differentiable.
+
+        Slots are independent, so for a metric that is multilinear in the sizes, such as the number of parameters, this
+        is the cost at the expected sizes, where each layer counts with the probability that depth keeps it.
+        """
         sizes = {}
         for slot, prob in zip(self.slots, probs, strict=True):
             expected = prob @ torch.tensor(slot.sizes, dtype=prob.dtype)
@@ -98,18 +117,21 @@ class ElasticSpace:
         return expected_cost(self.metric, self.config, sizes, probs[-1] @ self.keep.to(probs[-1].dtype))
 
     def exact_cost(self, indices: list[int]) -> float:
-        """Cost of one combination."""
+        """The cost of one combination."""
         return self.costs(torch.tensor([indices])).item()
 
     def costs(self, indices: Tensor) -> Tensor:
-        """Costs (float64) of many combinations at once: (N, slots) int64 → (N,)."""
+        """The costs of many combinations at once: (N, slots) int64 → (N,) float64."""
         sizes = {}
         for slot, column in zip(self.slots, indices.T, strict=True):
             sizes.update(dict.fromkeys(slot.keys, torch.tensor(slot.sizes, dtype=torch.float64)[column]))
         return expected_cost(self.metric, self.config, sizes, self.keep.double()[indices[:, -1]].T)
 
     def grid_costs(self, slots: list[Slot] | None = None) -> Tensor:
-        """Cost of every combination (float64), one dimension per slot (per-layer choices: per axis)."""
+        """The cost of every combination of `slots`, float64, with one dimension per slot.
+
+        `slots` None: those of `axis_slots`, so per-layer choices are the same in all layers.
+        """
         slots = slots or self.axis_slots()
         sizes = {}
         for dim, slot in enumerate(slots):
@@ -121,7 +143,7 @@ class ElasticSpace:
         return costs.expand([len(slot.sizes) for slot in slots])
 
     def axis_slots(self) -> list[Slot]:
-        """One slot per axis, as if every axis chose once for the whole model."""
+        """One slot per axis, as if every axis had one choice for the whole model."""
         merged: dict[str, Slot] = {}
         for slot in self.slots:
             keys = merged[slot.axis].keys if slot.axis in merged else ()
@@ -129,7 +151,10 @@ class ElasticSpace:
         return list(merged.values())
 
     def masks(self, slot: Slot) -> Tensor:
-        """Prefix masks of a slot's choices (choices, full size): row i keeps the first sizes[i] (in every group)."""
+        """The masks I_i of a slot's choices: (choices, units). Row i is 1 for the kept units and 0 for the others.
+
+        Kept are the first sizes[i] units; where units have groups, the first sizes[i] / groups of every group.
+        """
         units = self.units[slot.keys[0]]
         masks = torch.zeros(len(slot.sizes), units.size)
         for row, size in zip(masks, slot.sizes, strict=True):
@@ -137,14 +162,20 @@ class ElasticSpace:
         return masks
 
     def soft_gates(self, probs: list[Tensor]) -> dict[str, Tensor]:
-        """Gates of the soft mode: Σ_i π_i·I_i per unit key, and the probability to be kept per layer (``depth``)."""
+        """The gates of the soft mode (eqs. 21–35): Σ_i π_i·I_i (units,) per unit key.
+
+        ``depth`` (layers,) holds, for each layer, the probability that it is kept.
+        """
         gates = {}
         for slot, prob, masks in zip(self.slots, probs, self.slot_masks, strict=True):
             gates.update(dict.fromkeys(slot.keys, prob @ masks))
         return gates
 
     def hard_gates(self, probs: list[Tensor], indices: list[int]) -> dict[str, Tensor]:
-        """Straight-through gates of the hard mode: π_i / stop_gradient(π_i), of value one."""
+        """The straight-through gates of the hard mode: π_i / stop_gradient(π_i), one scalar per unit key.
+
+        Their value is 1. They pass the gradient to the router. ``depth`` is (layers,).
+        """
         gates = {}
         for slot, prob, index in zip(self.slots, probs, indices, strict=True):
             gate = prob[index] / prob[index].detach()
@@ -164,29 +195,30 @@ class ElasticSpace:
         return Submodel(**fields).resolve(self.config)
 
 
-def _check_rows_of_experts(config, choices: Choices, where: str) -> None:
-    """Raise ConfigError where transformers' grouped products take the parent's experts, but not a member's."""
-    of_experts = {"moe_intermediate_size": config.moe_intermediate_size}
+def _check_expert_rows(config, choices: Choices, where: str) -> None:
+    """Raise ConfigError if transformers can run the experts of the parent, but not those of a submodel of this size."""
+    row_lengths = {"moe_intermediate_size": config.moe_intermediate_size}
     if getattr(config, "moe_latent_size", None) is None:
-        of_experts["hidden_size"] = config.hidden_size
-    for name, full in of_experts.items():
+        row_lengths["hidden_size"] = config.hidden_size
+    for name, full in row_lengths.items():
         for size in getattr(choices, name) or ():
-            allowed = f"multiples of {EXPERT_ROW}, or transformers' grouped products over experts refuse the model"
-            require(full % EXPERT_ROW != 0 or size % EXPERT_ROW == 0, f"{where}.{name}", size, allowed)
+            allowed = f"multiples of {EXPERT_ROW_MULTIPLE} (transformers' grouped matrix products of experts need them)"
+            valid = full % EXPERT_ROW_MULTIPLE != 0 or size % EXPERT_ROW_MULTIPLE == 0
+            require(valid, f"{where}.{name}", size, allowed)
 
 
 def _check_expressible(config, choices: Choices, where: str) -> None:
-    """Raise ConfigError where the router could choose what no directory of the parent's family can say."""
-    family = architectures.of(config)
+    """Raise ConfigError for choices that a model directory of the parent's architecture cannot express."""
+    architecture = architectures.of(config)
     if architectures.has_experts(config):
-        _check_rows_of_experts(config, choices, where)
-    if family.MODELING_FILE is None:
+        _check_expert_rows(config, choices, where)
+    if architecture.MODELING_FILE is None:
         for name in choices.heterogeneous:
             require(
                 name == "intermediate_size", f"{where}.heterogeneous", name, f"intermediate_size ({config.model_type})"
             )
     for hidden_size in choices.hidden_size or (config.hidden_size,):
         for num_heads in choices.num_attention_heads or (config.num_attention_heads,):
-            problem = family.size_problem(config, hidden_size, num_heads)
+            problem = architecture.size_problem(config, hidden_size, num_heads)
             if problem is not None:
                 raise ConfigError(f"{where}.{problem}")

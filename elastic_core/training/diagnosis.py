@@ -1,4 +1,4 @@
-"""What is known about a loss or gradient that is not finite: which budget, which layer, which data."""
+"""Error texts for a loss or gradient that is not finite: in which budget, layer and data it appeared."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ ADVICE = "lower learning_rate, or start from the last checkpoint with other data
 
 
 class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not a finite number; none of them reached the weights."""
+    """Too many steps in a row had a loss or gradient that is not finite. None of these steps changed the weights."""
 
 
 def explain_loss(run: Run, microbatch: int, row: dict, sliced, input_ids: Tensor) -> str:
-    """Run a microbatch whose loss is not finite once more, looking at every layer's output."""
+    """The text for a loss that is not finite: run the microbatch again and name the first layer with a bad output.
+
+    `row`: the numbers of the microbatch; `sliced`: the part of the model that it computes with; `input_ids`: (B, L).
+    All ranks have to call this together.
+    """
     statistics = layer_statistics(run, sliced, input_ids)
     found = [lines for lines in run.ranks.gather(statistics) if any(bad for _, _, bad in lines)]
     if found:
@@ -31,13 +35,16 @@ def explain_loss(run: Run, microbatch: int, row: dict, sliced, input_ids: Tensor
     else:
         where = "every layer's output is finite; the logits or the teacher's are not: " + describe(statistics[-1])
     return (
-        f"step {run.step}, budget {row['budget']}: the loss is {row['total']}, {where}. {_data(run, microbatch)} "
-        f"{_count(run)}; {ADVICE}"
+        f"step {run.step}, budget {row['budget']}: the loss is {row['total']}, {where}. {_data_text(run, microbatch)} "
+        f"{_skipped_text(run)}; {ADVICE}"
     )
 
 
 def explain_gradient(run: Run, microbatches: list[dict]) -> str:
-    """Name the parameters whose gradient is not finite, where every loss is."""
+    """The text for a gradient that is not finite although every loss is finite: name its first parameter.
+
+    All ranks have to call this together.
+    """
     bad, norms = [], {}
     for name, parameter in named_parameters(run):
         if parameter.grad is None:
@@ -51,30 +58,32 @@ def explain_gradient(run: Run, microbatches: list[dict]) -> str:
     bad = [name for names in run.ranks.gather(bad) for name in names]
     layers = ", ".join(f"{layer}: {value**0.5:.3g}" for layer, value in sorted(norms.items()))
     budgets = ", ".join(sorted({row["budget"] for row in microbatches}))
-    data = " ".join(_data(run, microbatch) for microbatch in range(len(microbatches)))
-    first = f"first in {bad[0].split('.', 1)[1]}" if bad else "though every parameter's is: their norm overflows"
+    data = " ".join(_data_text(run, microbatch) for microbatch in range(len(microbatches)))
+    first = f"first in {bad[0].split('.', 1)[1]}" if bad else "though every parameter's is: the norm of all overflows"
     return (
         f"step {run.step}, budgets {budgets}: the gradient is not finite, {first}; its norm by layer: {layers}. "
-        f"{data} {_count(run)}; {ADVICE}"
+        f"{data} {_skipped_text(run)}; {ADVICE}"
     )
 
 
 def layer_statistics(run: Run, sliced, input_ids: Tensor) -> list[tuple[str, float, float]]:
-    """Per step of the forward pass its name, the largest finite magnitude and the share of numbers not finite."""
+    """For every layer and the final norm: (name, largest finite magnitude, share of numbers that are not finite)."""
     lines: list[tuple[str, float, float]] = []
     pattern = architectures.pattern(run.model.config)
 
-    def watch(name: str):
-        def look(module, inputs, output: Tensor) -> None:
+    def recorder(name: str):
+        def hook(module, inputs, output: Tensor) -> None:
             finite = output.isfinite()
             largest = output.float().abs().where(finite, 0).max().item()
             lines.append((name, largest, 1 - finite.float().mean().item()))
 
-        return look
+        return hook
 
-    trunk = run.model.model
-    handles = [layer.register_forward_hook(watch(f"layer {i} ({pattern[i]})")) for i, layer in enumerate(trunk.layers)]
-    handles.append(trunk.final_norm.register_forward_hook(watch("the final norm")))
+    decoder = run.model.model
+    handles = [
+        layer.register_forward_hook(recorder(f"layer {i} ({pattern[i]})")) for i, layer in enumerate(decoder.layers)
+    ]
+    handles.append(decoder.final_norm.register_forward_hook(recorder("the final norm")))
     try:
         run.model.hidden_states(input_ids.to(run.ranks.device), sliced)
     finally:
@@ -84,18 +93,19 @@ def layer_statistics(run: Run, sliced, input_ids: Tensor) -> list[tuple[str, flo
 
 
 def describe(line: tuple[str, float, float]) -> str:
-    """A layer's statistics in words."""
+    """The text for one entry of `layer_statistics`."""
     name, largest, bad = line
     return f"{name}: largest magnitude {largest:.3g}" + (f", {bad:.1%} not finite" if bad else "")
 
 
-def _data(run: Run, microbatch: int) -> str:
-    """Which data a microbatch of this step read, over all ranks."""
+def _data_text(run: Run, microbatch: int) -> str:
+    """The text that names the data of a microbatch of this step, over all ranks."""
     size = run.stage.batch_size // run.stage.microbatches
     first = run.stage.first_sample(run.step, microbatch)
     sources = sorted({run.data.sources[i] for i in run.data.source_indices(first, size)})
     return f"Data: samples {first} to {first + size - 1} ({', '.join(sources)})."
 
 
-def _count(run: Run) -> str:
+def _skipped_text(run: Run) -> str:
+    """The text that says how many steps were skipped."""
     return f"Skipped {run.skipped_in_a_row} steps in a row, {run.skipped} of {run.step + 1} in all"

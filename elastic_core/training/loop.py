@@ -1,8 +1,17 @@
-"""Training: one loop for every stage. The parent's pretraining is a family of one, learning from text alone.
+"""The training loop of every stage.
 
-A step deals its microbatches to budgets; each runs one submodel against one teacher. While the router learns, its
-distribution gates the full model; as soon as its choice has settled, a step computes with the slice it trains.
-Several ranks take the same budget in the same microbatch, each its own sequences of it.
+A step has several microbatches, and each microbatch trains one budget:
+
+1. `choose_slice` gives the part of the model to compute with. While the router learns, this is the full model with
+   gates from the router's distribution (soft mode). Once the choice has settled, it is the slice of the budget's
+   submodel, so a smaller budget costs less.
+2. `microbatch_loss` computes the task loss: distillation from a teacher, cross-entropy on the text, or both.
+3. While the router learns, the resource loss (eq. 12) is added: the deviation of the expected cost from the budget.
+
+After all microbatches, the optimizer updates the weights, which all budgets share, and the router. `settle` decides
+when the router's choice is final. All ranks train the same budget in the same microbatch, on different sequences.
+
+The pretraining of a small parent uses the same loop: its only budget is the full model, and it has no teacher.
 """
 
 from __future__ import annotations
@@ -26,15 +35,17 @@ from elastic_core.training.diagnosis import NonFiniteError, explain_gradient, ex
 from elastic_core.training.distributed.gradients import average_gradients, clip_gradients, gradient_norm
 from elastic_core.training.losses import distillation_loss, resource_loss
 from elastic_core.training.run import Run, members_of, resume, save, trained_modules
-from elastic_core.training.stage import Stage, deal, uses_trainable_teacher
+from elastic_core.training.stage import Stage, assign_budgets, uses_trainable_teacher
 
 
 def train(run: Run) -> Iterator[dict]:
-    """Train to the end of the stage, resuming from the newest checkpoint; yields a row of metrics after every step.
+    """Train to the end of the stage, from the newest checkpoint if there is one. Yields a row of metrics per step.
 
-    Killed at any moment and started again with as many ranks, it ends at the same weights, bit for bit; with another
-    number of them it goes on to rounding. A step whose loss or gradient is not finite changes nothing and is counted;
-    after more than `stage.max_skipped_steps` in a row, raises NonFiniteError. Raises CheckpointError.
+    If a run is killed at any moment and started again with the same number of ranks, it ends with the same weights, bit
+    for bit. With another number of ranks, the weights are equal up to rounding.
+
+    A step whose loss or gradient is not finite does not change the weights. Raises NonFiniteError after more than
+    `stage.max_skipped_steps` such steps in a row. Raises CheckpointError if a checkpoint cannot be written or read.
     """
     stage, model = run.stage, run.model
     checkpoints = Checkpoints(run.checkpoints, stage.keep_checkpoints, run.ranks) if run.checkpoints else None
@@ -48,7 +59,7 @@ def train(run: Run) -> Iterator[dict]:
             if run.members is None:
                 settle(run)
             yield row | {"memory_bytes": peak_memory(run.ranks.device), "seconds": time.perf_counter() - start}
-            # Not before its row has been taken: a run that goes on from here will not yield it again.
+            # Save only after the caller has taken the row: a run that resumes from here does not yield it again.
             if checkpoints and (run.step % stage.checkpoint_every == 0 or run.step == stage.steps):
                 save(run, checkpoints)
     finally:
@@ -57,18 +68,22 @@ def train(run: Run) -> Iterator[dict]:
 
 
 def train_step(run: Run) -> dict:
-    """One step of the optimizer, and its row of metrics: the same on every rank."""
+    """Do one step of the optimizer. Returns its row of metrics, which is the same on every rank.
+
+    In the row: `tokens` of the stage so far; `skipped` steps so far; `budgets`, see `means_by_budget`; `microbatches`,
+    see `fetch_numbers`. Losses are in nats per token.
+    """
     stage, modules = run.stage, trained_modules(run)
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak"] * stage.learning_rate_factor(run.step)
     shares = stage.budget_shares or dict.fromkeys(run.budgets, 1.0)
-    dealt = deal(shares, stage.microbatches, run.seed, run.step)
+    assigned = assign_budgets(shares, stage.microbatches, run.seed, run.step)
     mode = "hard" if run.members else "soft"
-    results = accumulate_gradients(run, dealt)
+    results = accumulate_gradients(run, assigned)
     average_gradients(modules, run.ranks)
     gradients = [[p.grad for p in module.parameters() if p.grad is not None] for module in modules]
     norms = [gradient_norm(part) for part in gradients]
-    microbatches, norm_values = read_out(run, dealt, results, norms)
+    microbatches, norm_values = fetch_numbers(run, assigned, results, norms)
     if all(map(math.isfinite, [*norm_values, *(result["total"] for result in microbatches)])):
         for part, norm in zip(gradients, norms, strict=True):
             clip_gradients(part, stage.gradient_clip, norm)
@@ -90,37 +105,43 @@ def train_step(run: Run) -> dict:
     }
 
 
-def accumulate_gradients(run: Run, dealt: list[str]) -> list[dict]:
-    """Forward and backward of every microbatch; what each has lost, on this rank.
+def accumulate_gradients(run: Run, assigned: list[str]) -> list[dict]:
+    """Run forward and backward pass of every microbatch. `assigned`: the budget of each. Returns this rank's losses.
 
-    Blocks reduce their gradients after every microbatch: one that the last microbatch skips would otherwise keep its
-    own to itself.
+    With FSDP, a block reduces its gradients over ranks in every microbatch, and not only in the last one: if the last
+    microbatch skipped the block, its gradients would never be reduced.
     """
-    batches = [microbatch_data(run, microbatch) for microbatch in range(len(dealt))]
-    num_live = run.ranks.sum(torch.stack([(labels != IGNORED_LABEL).sum() for _, labels in batches])).clamp(min=1)
+    batches = [microbatch_data(run, microbatch) for microbatch in range(len(assigned))]
+    num_labelled = run.ranks.sum(torch.stack([(labels != IGNORED_LABEL).sum() for _, labels in batches])).clamp(min=1)
     results = []
-    for microbatch, (budget, (input_ids, labels)) in enumerate(zip(dealt, batches, strict=True)):
-        result = microbatch_loss(run, microbatch, budget, input_ids, labels, num_live[microbatch])
-        total = run.ranks.world * result["loss"]  # gradients are averaged over ranks, losses are parts of a sum
+    for microbatch, (budget, (input_ids, labels)) in enumerate(zip(assigned, batches, strict=True)):
+        result = microbatch_loss(run, microbatch, budget, input_ids, labels, num_labelled[microbatch])
+        # Each rank's loss is its part of a sum over ranks. Gradients are averaged over ranks, which divides by `world`.
+        total = run.ranks.world * result["loss"]
         if result["router_loss"] is not None:
             total = total + run.routing.weight * result["router_loss"]
-        (total / len(dealt)).backward()
+        (total / len(assigned)).backward()
         results.append({key: value.detach() if isinstance(value, Tensor) else value for key, value in result.items()})
     return results
 
 
 def microbatch_data(run: Run, microbatch: int) -> tuple[Tensor, Tensor]:
-    """This rank's input ids and labels of a microbatch, (size / ranks, L) each, in CPU memory."""
+    """This rank's input ids and labels of a microbatch: each (B, L) int64 in CPU memory.
+
+    B is `batch_size` divided by `microbatches` and by the number of ranks.
+    """
     part = run.ranks.part(run.stage.batch_size // run.stage.microbatches)
     return run.data.batch(run.stage.first_sample(run.step, microbatch) + part.start, part.stop - part.start)
 
 
 def microbatch_loss(
-    run: Run, microbatch: int, budget: str, input_ids: Tensor, labels: Tensor, num_live: Tensor
+    run: Run, microbatch: int, budget: str, input_ids: Tensor, labels: Tensor, num_labelled: Tensor
 ) -> dict:
-    """Losses of one microbatch on one budget: `loss` and `router_loss` to differentiate, the rest for the eyes.
+    """The losses of one microbatch, which trains one budget.
 
-    `loss`, `ce` and `kl` are this rank's parts of means over the `num_live` positions that all ranks have together.
+    Returns `loss` and `router_loss` (with gradients), and for the metrics `ce`, `kl` and `cost` (without). `loss`, `ce`
+    and `kl` are this rank's parts of a mean over the `num_labelled` () positions that all ranks have together.
+    `router_loss` and `cost` are None once the router's choice has settled.
     """
     weights, device = run.stage.loss_of(budget), run.ranks.device
     input_ids, labels = input_ids.to(device), labels.to(device)
@@ -130,7 +151,8 @@ def microbatch_loss(
         hidden = run.model.hidden_states(input_ids, sliced)
         if teacher is not None:
             model, states = teacher
-            teacher = states, model.head(run.slice_of(model))  # after a forward pass, which gathers a sharded head
+            # Read the teacher's head after a forward pass: only then are the shards of the head gathered.
+            teacher = states, model.head(run.slice_of(model))
         loss, ce, kl = distillation_loss(
             hidden,
             run.model.head(sliced),
@@ -139,13 +161,18 @@ def microbatch_loss(
             weights.ce_weight,
             weights.kl_weight if teacher is not None else 0.0,
             weights.temperature,
-            num_live=num_live,
+            num_labelled=num_labelled,
         )
     return {"loss": loss, "ce": ce, "kl": kl, "cost": cost, "router_loss": router_loss}
 
 
 def choose_slice(run: Run, microbatch: int, budget: str):
-    """The part of the model that this microbatch computes with, its resource loss, and its expected cost."""
+    """(the part of the model to compute with, resource loss (), expected cost ()) of a microbatch.
+
+    Once the family is settled, this is the slice of the budget's submodel, and the other two are None. While the router
+    learns, it is the full model with soft gates; or, with routing.mode 'hard', the slice of the most probable choice
+    with straight-through gates.
+    """
     if run.members is not None:
         return run.slice_of(run.model, run.members[budget].submodel), None, None
     index, space = list(run.budgets).index(budget), run.router.space
@@ -161,9 +188,10 @@ def choose_slice(run: Run, microbatch: int, budget: str):
 
 @torch.no_grad()
 def teacher_states(run: Run, microbatch: int, budget: str, input_ids: Tensor) -> tuple[ElasticModel, Tensor] | None:
-    """The teacher, frozen parent or the family's own full model, and its hidden states; None for no teacher.
+    """(teacher, its final hidden states (B, L, D)) for a microbatch, or None if it has no teacher.
 
-    The full budget is not its own teacher: where the teacher is trainable, the full budget learns from text alone.
+    The teacher is the frozen parent or the full budget of the model itself. In the second case the full budget has no
+    teacher: it learns from text only.
     """
     model = run.frozen_teacher
     if uses_trainable_teacher(run.stage, run.step, microbatch):
@@ -174,21 +202,25 @@ def teacher_states(run: Run, microbatch: int, budget: str, input_ids: Tensor) ->
 
 
 def precision(stage: Stage, device: torch.device):
-    """Autocast to the stage's compute type; weights, norms and the state space scan stay in float32."""
+    """The autocast context of the stage. Master weights, norms and the state space scan stay in float32."""
     if stage.precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def read_out(run: Run, dealt: list[str], results: list[dict], norms: list[Tensor]) -> tuple[list[dict], list[float]]:
-    """Numbers of every microbatch over all ranks, and gradient norms: the one moment that a step waits for the device.
+def fetch_numbers(
+    run: Run, assigned: list[str], results: list[dict], norms: list[Tensor]
+) -> tuple[list[dict], list[float]]:
+    """Copy the step's numbers to the CPU: (a dict per microbatch, gradient norms). Losses are summed over ranks.
 
-    A microbatch's `total` is what was differentiated. The router's numbers are in CPU memory, alike on every rank.
+    This is the only moment at which a step waits for the GPU. A microbatch's `total` is the loss that was
+    differentiated: `loss` plus the weighted `router_loss`. The router's numbers are already in CPU memory, and the same
+    on every rank.
     """
     losses = run.ranks.sum(torch.stack([torch.stack([r["loss"], r["ce"], r["kl"]]) for r in results]).double())
     *losses, model_norm = torch.cat([losses.flatten(), norms[0].double().view(1).to(losses.device)]).tolist()
     microbatches = []
-    for i, (budget, result) in enumerate(zip(dealt, results, strict=True)):
+    for i, (budget, result) in enumerate(zip(assigned, results, strict=True)):
         loss, ce, kl = losses[3 * i : 3 * i + 3]
         row = {"budget": budget, "total": loss, "loss": loss, "ce": ce, "kl": kl, "cost": None}
         if result["router_loss"] is not None:
@@ -199,7 +231,7 @@ def read_out(run: Run, dealt: list[str], results: list[dict], norms: list[Tensor
 
 
 def means_by_budget(run: Run, microbatches: list[dict]) -> dict[str, dict]:
-    """Mean losses of the step's budgets, and how far each is from its target: |C/Ĉ − 1|."""
+    """For each budget of the step: mean `loss`, `ce` and `kl`, and `budget_error`, |C/Ĉ − 1|."""
     means = {}
     for budget in dict.fromkeys(row["budget"] for row in microbatches):
         rows = [row for row in microbatches if row["budget"] == budget]
@@ -212,7 +244,10 @@ def means_by_budget(run: Run, microbatches: list[dict]) -> dict[str, dict]:
 
 
 def skip_step(run: Run, microbatches: list[dict]) -> None:
-    """Count a step that must not reach the weights; too many in a row end the run, and say what is known about them."""
+    """Count a step that must not change the weights, because a loss or gradient is not finite.
+
+    Raises NonFiniteError, with a diagnosis, after too many such steps in a row.
+    """
     run.skipped += 1
     run.skipped_in_a_row += 1
     if run.skipped_in_a_row <= run.stage.max_skipped_steps:
@@ -227,7 +262,11 @@ def skip_step(run: Run, microbatches: list[dict]) -> None:
 
 
 def settle(run: Run) -> None:
-    """Fix the family when the router's choice has been the same, and within budget, for long enough, or time is up."""
+    """Set the final members of the family, if the router's choice has settled or if its share of the stage is over.
+
+    The choice has settled when it has been the same for `routing.settle_steps` steps, with all costs within the dead
+    zone (at least 0.1 %) of their targets.
+    """
     routing, choices = run.routing, run.router.choices()
     within = all(
         abs(run.router.space.exact_cost(choice) / (target * run.parent_cost) - 1) <= max(routing.dead_zone, 1e-3)
@@ -241,7 +280,7 @@ def settle(run: Run) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were in use: on a GPU of its tensors, else of the whole process."""
+    """The peak memory so far, in bytes: of the tensors on a GPU; without a GPU, of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

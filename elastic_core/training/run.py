@@ -1,4 +1,4 @@
-"""A training run: what it trains, what it learns from, how far it has come; checked before any work, and resumable."""
+"""The state of a training run: model, router, optimizer, data and progress. It is checked before any work starts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,19 @@ from elastic_core.training.stage import Routing, Stage
 
 @dataclass
 class Run:
-    """One stage's training run.
+    """The training run of one stage.
 
-    `budgets` maps names to targets (fractions of the parent's cost), largest first. With a `router` the submodels are
-    still open; `members` names them once they are chosen, or from the start where they are given. Costs are in the
-    router's metric, or, where there is none, in `metric`. Model and teacher are placed (see `distributed.place`) on
-    `ranks.device`; the router stays in CPU memory, alike on every rank.
+    - `budgets` maps names to targets (fractions of the parent's cost), largest first.
+    - `members` maps budgets to their submodels. Give either the members or a `router`. With a router, `members` is None
+      until the router's choice has settled.
+    - `model` and `teacher` are placed on `ranks.device` (see `distributed.placement.place`). The router stays in CPU
+      memory and is the same on every rank.
+    - Costs are in the router's metric. Without a router, they are in `metric`.
+    - `checkpoints`: directory or URL of the checkpoints (None: write none).
+    - `settled_for`: for how many steps the router's choice has been the same. `last_choices`: that choice, one
+      combination per budget. `indices`: the final combinations; None until the choice has settled.
+
+    Raises ConfigError if budgets, teacher, stage and number of ranks do not fit together.
     """
 
     model: ElasticModel
@@ -47,7 +54,7 @@ class Run:
     checkpoints: str | os.PathLike | None = None
     ranks: Ranks = field(default_factory=Ranks)
     step: int = 0
-    skipped: int = 0  # steps that changed nothing, because a loss or gradient was not finite
+    skipped: int = 0  # steps without an update, because a loss or gradient was not finite
     skipped_in_a_row: int = 0
     settled_for: int = 0
     last_choices: list[list[int]] | None = None
@@ -58,7 +65,7 @@ class Run:
             raise ConfigError("Run: give either the members of the family or a router that chooses them")
         assert self.router is None or self.router.targets == tuple(self.budgets.values())
         self.ranks.part(self.stage.batch_size // self.stage.microbatches, "batch_size / microbatches")
-        check_budgets(self)
+        check_budget_names(self)
         check_teacher(self)
         if self.router is not None:
             self.metric = self.router.space.metric
@@ -69,57 +76,62 @@ class Run:
         self._slices: dict[tuple[int, Submodel], Slice] = {}
 
     def slice_of(self, model: ElasticModel, submodel: Submodel | None = None) -> Slice:
-        """`model.cut(submodel)`, looked up once in a run and not in every microbatch."""
+        """`model.slice(submodel)`, made once per run and not in every microbatch."""
         key = id(model), submodel or model.full
         if key not in self._slices:
             self._slices[key] = model.slice(submodel)
         return self._slices[key]
 
     def member_cost(self, budget: str) -> float:
-        """Cost of a budget's submodel, once it is chosen."""
+        """The cost of a budget's submodel. Call it only when `members` is set."""
         if budget not in self._costs:
             self._costs[budget] = exact_cost(self.metric, self.model.config, self.members[budget].submodel)
         return self._costs[budget]
 
 
-def check_budgets(run: Run) -> None:
-    """Raise ConfigError for a budget that the stage names and the family does not have."""
+def check_budget_names(run: Run) -> None:
+    """Raise ConfigError if the stage has settings for a budget that is not in `run.budgets`."""
     for name in ("budget_shares", "loss_by_budget"):
         if unknown := sorted(set(getattr(run.stage, name)) - set(run.budgets)):
             raise ConfigError(f"{name}: got {', '.join(unknown)}; allowed: the budgets {', '.join(run.budgets)}")
 
 
 def check_teacher(run: Run) -> None:
-    """Raise ConfigError, before any work, where a budget would have no teacher, or a teacher nothing to learn from."""
+    """Raise ConfigError if a budget has no teacher to learn from, or if a trainable teacher would not learn itself.
+
+    A trainable teacher is the full budget. It must learn from text by cross-entropy. Otherwise text has no influence:
+    any output that teacher and students share would have a loss of zero.
+    """
     stage, shares = run.stage, run.stage.budget_shares or dict.fromkeys(run.budgets, 1.0)
     if run.teacher is run.model:
-        raise ConfigError("teacher: got the model itself, which would be frozen; load it twice, or use trainable")
+        raise ConfigError("teacher: got the model itself, which would be frozen; load it twice, or use 'trainable'")
     if run.teacher is not None and run.teacher.config.vocab_size != run.model.config.vocab_size:
         raise ConfigError(
-            f"teacher: has a vocabulary of {run.teacher.config.vocab_size}, the model one of "
-            f"{run.model.config.vocab_size}; distillation needs a teacher with the model's own tokenizer"
+            f"teacher: got a vocabulary of {run.teacher.config.vocab_size}; allowed: {run.model.config.vocab_size}, as "
+            "in the model, because distillation needs a teacher with the same tokenizer"
         )
     for name in run.budgets:
         weights, share = stage.loss_of(name), shares.get(name, 0.0)
         if stage.teacher != "trainable" and run.teacher is None and share > 0 and weights.kl_weight > 0:
             raise ConfigError(
-                f"loss.kl_weight: got {weights.kl_weight} for budget {name}, but the {stage.teacher} teacher's model "
-                "is not there; give one, or set kl_weight to 0 (and ce_weight above 0)"
+                f"loss.kl_weight: got {weights.kl_weight} for budget {name}, but no model for the {stage.teacher} "
+                "teacher; give one, or set kl_weight to 0 (and ce_weight above 0)"
             )
         if stage.teacher != "frozen" and run.budgets[name] == 1.0 and not (weights.ce_weight > 0 and share > 0):
             raise ConfigError(
-                f"teacher: got {stage.teacher}, but its own budget {name} has ce_weight {weights.ce_weight} and a "
-                f"share of {share}; set both above 0 (loss_by_budget, budget_shares): it must itself learn from text"
+                f"teacher: got {stage.teacher}, so budget {name} is the teacher, but it has ce_weight "
+                f"{weights.ce_weight} and a share of {share}; set both above 0 (loss_by_budget, budget_shares), so "
+                "that it learns from text"
             )
     if stage.teacher != "frozen" and 1.0 not in run.budgets.values():
-        raise ConfigError(f"teacher: got {stage.teacher}, which is the full budget; give budgets a 1.0, or use frozen")
+        raise ConfigError(f"teacher: got {stage.teacher}, which needs a budget of 1.0; add one, or use 'frozen'")
 
 
 def make_optimizer(model: ElasticModel, router: Router | None, stage: Stage, routing: Routing) -> torch.optim.AdamW:
-    """AdamW with groups for decayed weights, everything else of the model, and the router.
+    """AdamW with three groups: the matrices (with weight decay), the model's other parameters, and the router.
 
-    Gradients of what a step does not touch are None, not zero, so a layer that no microbatch of a step ran is moved
-    neither by weight decay nor by stale momentum. The first group is what is sharded, the others are whole.
+    If no microbatch of a step runs a layer, the layer's gradients are None, not zero. So neither weight decay nor old
+    momentum changes this layer. A group must not mix sharded and whole parameters: only the matrices are sharded.
     """
     decayed = [p for p in model.parameters() if is_matrix(p)]
     plain = [p for p in model.parameters() if not is_matrix(p)]
@@ -133,21 +145,22 @@ def make_optimizer(model: ElasticModel, router: Router | None, stage: Stage, rou
 
 
 def trained_modules(run: Run) -> tuple[nn.Module, ...]:
-    """What the optimizer moves: the model, and the router where there is one."""
+    """What the optimizer updates: the model, and the router if there is one."""
     return (run.model,) if run.router is None else (run.model, run.router)
 
 
 def named_parameters(run: Run) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter that the optimizer moves, by a name that is the same whatever it is sharded over."""
+    """Every parameter that the optimizer updates, with a name that does not depend on the sharding."""
     for prefix, module in zip(("model", "router"), trained_modules(run), strict=False):
         for name, parameter in module.named_parameters():
             yield f"{prefix}.{name}", parameter
 
 
 def state_tensors(run: Run) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, the run's own: weights and the optimizer's moments.
+    """All tensors of a checkpoint: weights and AdamW's moments. They are the run's own tensors, not copies.
 
-    AdamW makes a parameter's moments when it first has a gradient; zeros from the start are the same.
+    AdamW creates the moments of a parameter at its first gradient. A checkpoint needs all of them, so this creates the
+    missing ones with the same initial value, zero.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters(run):
@@ -161,13 +174,16 @@ def state_tensors(run: Run) -> dict[str, Tensor]:
 
 
 def save(run: Run, checkpoints: Checkpoints) -> None:
-    """Begin to write everything that a resumed run needs; the data position is the step, noise is a function of it."""
+    """Start to write a checkpoint of everything that a resumed run needs, in the background.
+
+    The position in the data and the router's noise are not stored, because they follow from the step.
+    """
     progress = {name: getattr(run, name) for name in PROGRESS}
     checkpoints.save(run.step, state_tensors(run), progress)
 
 
 def resume(run: Run, checkpoints: Checkpoints) -> None:
-    """Continue from the newest intact checkpoint, if there is one."""
+    """Set the run to the newest intact checkpoint, if there is one. Raises CheckpointError if it cannot be read."""
     progress = checkpoints.load_newest(state_tensors(run))
     if progress is None:
         return
@@ -177,10 +193,11 @@ def resume(run: Run, checkpoints: Checkpoints) -> None:
         run.members = members_of(run)
 
 
+# The fields of a run that a checkpoint stores besides tensors.
 PROGRESS = ("step", "skipped", "skipped_in_a_row", "settled_for", "last_choices", "indices")
 
 
 def members_of(run: Run) -> dict[str, Member]:
-    """The chosen family by name."""
+    """The final member of every budget, from the combinations in `run.indices`."""
     submodels = [run.router.space.submodel(indices) for indices in run.indices]
     return {name: Member(run.budgets[name], s) for name, s in zip(run.budgets, submodels, strict=True)}

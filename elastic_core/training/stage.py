@@ -1,4 +1,4 @@
-"""The curriculum: what a training stage is, which budget a microbatch is dealt to, and the learning-rate schedule."""
+"""The settings of a training stage, and what follows from them: budgets of microbatches, learning rate, teacher."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy as np
 
 from elastic_core.config import require
 
-GOLDEN = (math.sqrt(5) - 1) / 2
+# The fractional parts of its multiples 1, 2, 3, … are spread evenly over [0, 1).
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Weights of one budget's task loss: ce_weight·CE + kl_weight·T²·KL(teacher ‖ student)."""
+    """The weights of a budget's task loss, ce_weight·CE + kl_weight·T²·KL(teacher ‖ student). T is `temperature`."""
 
     ce_weight: float = 0.0
     kl_weight: float = 1.0
@@ -32,11 +33,17 @@ class Loss:
 
 @dataclass(frozen=True)
 class Routing:
-    """How the router learns: soft masks until its choice settles, or at the latest until `share` of the stage.
+    """How the router learns.
 
-    τ falls from temperatures[0] to [1] and the logit scale grows from scales[0] to [1] over that share. `weight` is
-    λ of the total loss, `dead_zone` the deviation from the budget that costs nothing. The choice has settled when it
-    has stayed the same, within the dead zone of every budget, for `settle_steps` steps.
+    The router learns until its choice has settled, but at most for `share` of the stage's steps. The choice has settled
+    when it has been the same, and within the dead zone of every budget, for `settle_steps` steps.
+
+    - `learning_rate`: that of the router.
+    - `weight`: λ in the total loss L_task + λ·L_router.
+    - `mode`: ``soft``, gates that mix all choices, or ``hard``, the most probable choice with straight-through gates.
+    - `temperatures`: the Gumbel-softmax temperature τ falls from the first to the second value over `share`.
+    - `scales`: the logit scale s grows from the first to the second value over `share`.
+    - `dead_zone`: relative deviation of the cost from the budget up to which L_router is 0.
     """
 
     learning_rate: float = 1e-2
@@ -60,12 +67,19 @@ class Routing:
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage; a section of params.yaml.
+    """The settings of one training stage: a section of params.yaml.
 
-    A step takes `batch_size` sequences in `microbatches` equal parts, each dealt to one budget in the proportions of
-    `budget_shares`. `mixture`: share of the sequences drawn from each data source. The learning rate warms up
-    linearly and falls by `schedule` to `final_learning_rate` of its peak. A step whose loss or gradient is not finite is
-    skipped; more than `max_skipped_steps` in a row end the run.
+    - A step takes `batch_size` sequences of `sequence_length` tokens, in `microbatches` equal parts. Each microbatch
+      trains one budget, in the proportions of `budget_shares` (empty: all budgets alike).
+    - `mixture`: the share of the sequences that comes from each data source.
+    - `learning_rate` is the peak. It is reached linearly in `warmup_steps` steps. Then `schedule` lowers it to
+      `final_learning_rate` times the peak.
+    - `precision`: the type in which matrices are multiplied. The optimizer always updates float32 weights.
+    - `teacher`: ``frozen``, the parent; ``trainable``, the full budget of the model itself; or ``mixed``, a linear
+      change from the first to the second over the stage.
+    - `loss`, and `loss_by_budget` for budgets with a loss of their own.
+    - A checkpoint is written every `checkpoint_every` steps, and the newest `keep_checkpoints` are kept.
+    - A step whose loss or gradient is not finite is skipped. More than `max_skipped_steps` in a row end the run.
     """
 
     sequence_length: int
@@ -115,18 +129,19 @@ class Stage:
         require(bool(self.mixture), "mixture", self.mixture, "a share for at least one data source")
 
     def loss_of(self, budget: str) -> Loss:
+        """The loss weights of a budget."""
         return self.loss_by_budget.get(budget, self.loss)
 
     def first_sample(self, step: int, microbatch: int) -> int:
-        """The number of a microbatch's first sequence in the stage's data."""
+        """The number of the microbatch's first sequence in the stage's data."""
         return step * self.batch_size + microbatch * (self.batch_size // self.microbatches)
 
     def num_tokens(self, steps: int | None = None) -> int:
-        """Tokens of `steps` steps (None: all)."""
+        """The number of tokens in `steps` steps (None: in the whole stage)."""
         return (self.steps if steps is None else steps) * self.batch_size * self.sequence_length
 
     def learning_rate_factor(self, step: int) -> float:
-        """Warm-up and schedule at step 0, 1, …, as a multiple of the peak."""
+        """The learning rate at `step` (0, 1, …), divided by the peak."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
@@ -134,23 +149,28 @@ class Stage:
         return 1 - fall * (1 - self.final_learning_rate)
 
 
-def deal(shares: dict[str, float], microbatches: int, seed: int, step: int) -> list[str]:
-    """The budget of each microbatch of a step, stratified: a function of its arguments alone, so all ranks agree.
+def assign_budgets(shares: dict[str, float], microbatches: int, seed: int, step: int) -> list[str]:
+    """The budget of each microbatch of a step.
 
-    Evenly spaced points, shifted from step to step by the golden ratio, are looked up in the cumulative shares: in
-    any run of steps every budget gets its share to within a few microbatches.
+    It depends on the arguments only, so all ranks assign the same budgets. The assignment is stratified, not random: in
+    any sequence of steps, the number of microbatches of a budget differs from its share by a few at most. To this end,
+    evenly spaced points are looked up in the cumulative shares, and the points shift from step to step by the golden
+    ratio. Only the order within a step is random.
     """
     names = [name for name in shares if shares[name] > 0]
     cumulative = list(itertools.accumulate(shares[name] for name in names))
-    offset = (GOLDEN * (seed + step + 1)) % 1
+    offset = (GOLDEN_RATIO * (seed + step + 1)) % 1
     points = [(i + offset) / microbatches * cumulative[-1] for i in range(microbatches)]
-    dealt = [names[min(bisect.bisect_right(cumulative, point), len(names) - 1)] for point in points]
-    np.random.default_rng([seed, step]).shuffle(dealt)
-    return dealt
+    assigned = [names[min(bisect.bisect_right(cumulative, point), len(names) - 1)] for point in points]
+    np.random.default_rng([seed, step]).shuffle(assigned)
+    return assigned
 
 
 def uses_trainable_teacher(stage: Stage, step: int, microbatch: int) -> bool:
-    """Whether this microbatch learns from the family's own full budget; `mixed` moves there linearly over the stage."""
+    """Whether the teacher of this microbatch is the full budget of the model itself, and not the frozen parent.
+
+    With teacher ``mixed``, the share of such microbatches rises linearly from 0 to 1 over the stage.
+    """
     if stage.teacher != "mixed":
         return stage.teacher == "trainable"
-    return (GOLDEN * (step * stage.microbatches + microbatch + 1)) % 1 < step / stage.steps
+    return (GOLDEN_RATIO * (step * stage.microbatches + microbatch + 1)) % 1 < step / stage.steps

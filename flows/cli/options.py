@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from elastic_core.errors import UserError
+
 
 class Heterogeneous(StrEnum):
     """How widths that differ between layers are exported."""
@@ -37,7 +39,7 @@ def complete_stage(incomplete: str) -> list[str]:
 def complete_budget(incomplete: str) -> list[str]:
     from tasks.commands import find_family
 
-    with contextlib.suppress(ValueError):  # no run has ended yet
+    with contextlib.suppress(UserError):  # no run has ended yet
         return [name for name in find_family.budget_names(find_family.find()) if name.startswith(incomplete)]
     return []
 
@@ -48,7 +50,7 @@ def stage_option(name: str, text: str) -> typer.models.OptionInfo:
     )
 
 
-Budget = Annotated[
+BudgetOption = Annotated[
     str | None,
     typer.Option(
         "--budget",

@@ -1,5 +1,6 @@
-"""`elastic run`: the pipeline in this terminal, by DVC and without a server."""
+"""What `elastic run` does: the pipeline in this terminal, by DVC and without a server."""
 
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +9,14 @@ from pathlib import Path
 from elastic_core.errors import UserError
 from flows.process.output import follow
 from flows.stages import reproduce, select, stage_names
-from tasks.settings import profiles as workspaces
+from tasks.settings import profiles
+
+BUDGET_FORMS = "NAME=BUDGET, such as small=0.4, small=9B, small=16GiB@128k or small=35ms/token"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which stages; of those from `first` until `last` the ones in `only`, where it names any."""
+    """Which stages run: those from `first` until `last`, and of these the ones in `only`, where it names any."""
 
     first: str | None = None
     last: str | None = None
@@ -27,38 +30,38 @@ def run_pipeline(
     overrides: Iterable[str],
     force: bool,
     log: Callable[[str], None],
-    root: Path = workspaces.ROOT,
+    root: Path = profiles.ROOT,
 ) -> Path:
     """Bring the selected stages of a profile up to date and show the results; its workspace.
 
-    Raises ValueError for what the caller can mend and StageFailed for a stage that ends with an error.
+    Raises UserError for what the caller can change, and StageFailed for a stage that ends with an error.
     """
     if not (root / "dvc.yaml").is_file():
         raise UserError(f"{root}: no checkout (no dvc.yaml); install from one, with `pip install --editable`")
     names = stage_names(root)
     chosen = select(names, selection.first, selection.last, selection.only)
-    workspace = workspaces.prepare(profile, root, budgets, overrides)
+    workspace = profiles.prepare_workspace(profile, root, budgets, overrides)
     if workspace != root:
         log(f"workspace: {workspace}")
     _check_parameters(workspace, log)
-    # One DVC for all of them starts once; stage by stage it would do so nine times.
+    # One DVC process for all stages starts once; one per stage would start nine times.
     todo: list[str | None] = [None] if chosen == names and not force else list(chosen)
     on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
-    for stage in todo:
-        reproduce(stage, workspace, force, log, on_terminal)
+    ran = [name for stage in todo for name in reproduce(stage, workspace, force, log, on_terminal)]
+    if not ran:
+        log("nothing has changed: all stages are up to date")
     if names[-1] in chosen:
-        log(_results(workspace))
+        log(results(workspace))
     return workspace
 
 
 def read_budgets(texts: Iterable[str]) -> dict[str, float | str]:
-    """``NAME=BUDGET`` per member; whether a family can have such members, tasks.settings.params checks."""
+    """``NAME=BUDGET`` per member. Raises UserError for another form; the values are checked with the parameters."""
     budgets = {}
     for text in texts:
         name, _, budget = text.partition("=")
         if not budget[:1].isdigit() and not budget.startswith("."):
-            allowed = "NAME=BUDGET, such as small=0.4, small=9B, small=16GiB@128k or small=35ms/token"
-            raise UserError(f"--budget: got {text!r}; allowed: {allowed}")
+            raise UserError(f"--budget: got {text!r}; allowed: {BUDGET_FORMS}")
         try:
             budgets[name] = float(budget)
         except ValueError:
@@ -67,16 +70,35 @@ def read_budgets(texts: Iterable[str]) -> dict[str, float | str]:
 
 
 def _check_parameters(workspace: Path, log: Callable[[str], None]) -> None:
-    """In the workspace, where relative paths of params.yaml start, and before a stage has cost hours."""
+    """Check in the workspace, where relative paths of params.yaml start, and before a stage has cost hours."""
     status, lines = follow([sys.executable, "-m", "tasks.commands.check"], workspace, lambda line: None)
     if status != 0:
-        raise UserError(
-            "\n".join(lines).removeprefix("error: ") or f"tasks.commands.check ended with exit status {status}"
-        )
+        text = "\n".join(lines).removeprefix("error: ")
+        raise UserError(text or f"tasks.commands.check ended with exit status {status}")
     log("\n".join(lines))
 
 
-def _results(workspace: Path) -> str:
-    """The report's table, and where the rest of it is."""
-    table, _, _ = (workspace / "reports" / "report.md").read_text().partition("\n## Plots")
-    return f"{table.rstrip()}\n\nreport: {workspace / 'reports' / 'report.html'}"
+def results(workspace: Path) -> str:
+    """A row per member of the family, in at most 100 columns, and where the report is."""
+    members = json.loads((workspace / "reports" / "metrics.json").read_text())
+    rows = [("model", "parameters", "share", "held-out loss", "KL to parent", "time × parent", "memory, MiB")]
+    for name, values in members.items():
+        rows.append(
+            (
+                name,
+                f"{values['parameters']:,}",
+                f"{values['share']:.2f}",
+                f"{values['loss']:.4f}",
+                f"{values['kl_to_parent']:.4f}",
+                f"{values['latency_ratio']:.2f}",
+                f"{values['weight_mib'] + values['cache_mib']:,.2f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+    return "\n".join(["", *lines, "", f"report: {workspace / 'reports' / 'report.html'}"])

@@ -1,6 +1,6 @@
-"""The server's pages: the version that is served, what they may call, and what is mended in them (pages.js).
+"""The server's pages: which version is served, what the pages may call, and two corrections to them (pages.js).
 
-The server unpacks its pages into a directory of ours, `prefect server start` alone into its own package.
+The server puts its pages into a directory of ours; `prefect server start` alone would put them into its package.
 """
 
 import base64
@@ -11,20 +11,20 @@ SCRIPT = Path(__file__).with_suffix(".js")
 
 
 def only_first_version(directory: Path) -> None:
-    """Let the server unpack the first version of its pages into `directory` and not the second.
+    """Let the server put the first version of its pages into `directory`, and not the second.
 
-    Those of the second call a host outside, whatever the settings say, and the first invite to them where both are
-    there. A link to nowhere stands where the second would be unpacked: the server notes that it cannot, and goes on.
+    Pages of the second version call an outside host, whatever the settings say. A dangling link stands where the second
+    version would be written: the server logs that it cannot write there, and goes on.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / "v2").is_symlink():
         (directory / "v2").symlink_to("not-wanted")
 
 
-def mend(directory: Path, server_url: str) -> None:
-    """Put the policy and the script into the first version's page, once the server has unpacked it."""
+def correct(directory: Path, server_url: str) -> None:
+    """Put the content policy and the script into the page of the first version, which the server has written."""
     page, script = directory / "v1" / "index.html", SCRIPT.read_text()
-    begin, end = "<!-- mended -->", "<!-- -->"
+    begin, end = "<!-- corrected -->", "<!-- -->"
     meta = f'<meta http-equiv="Content-Security-Policy" content="{policy(server_url, script)}">'
     text = page.read_text()
     if begin in text:  # by an earlier start, perhaps on another port
@@ -33,7 +33,7 @@ def mend(directory: Path, server_url: str) -> None:
 
 
 def policy(server_url: str, script: str) -> str:
-    """What the browser may load and call from the pages: this server, and nobody else.
+    """The content policy: the browser may load from and call this server only.
 
     The pages call the server by `server_url`, also where they were opened under another name of this machine.
     """

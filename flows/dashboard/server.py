@@ -1,8 +1,8 @@
-"""`python -m flows.dashboard.server`: server, worker and deployments in one foreground command; Ctrl-C takes all down.
+"""`python -m flows.dashboard`: server, worker and deployments in one foreground command; Ctrl-C ends all of them.
 
-Everything runs under guards (flows/process/guard.py), so nothing is left behind when this command is killed either. Host,
-port and directory come from prefect.toml or PREFECT_… environment variables. A run that a dead worker left behind is
-marked as crashed at the next start; otherwise it would keep the deployment's only slot.
+Everything runs under guards (flows/process/guard.py), so no process is left when this command is killed. Host, port and
+directory come from prefect.toml or PREFECT_… environment variables. A run that a dead worker has left is marked as
+crashed at the next start; otherwise it would keep the deployment's only slot.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 POOL = "local"
 DEPLOYMENTS = {"flows/elastic.py:elastic": "full", "flows/compare.py:compare": "runs"}
 START_SECONDS = 120  # for the server to answer
-STOP_SECONDS = 60  # for what a killed dashboard left to end; its guards need a quarter of it
-# The worker's has to be the longest: inside it a run ends its own stage within guard.GRACE_SECONDS.
+STOP_SECONDS = 60  # for processes of a killed dashboard to end; its guards need a quarter of it
+# The worker needs the longest grace: in that time a run ends its own stage within guard.GRACE_SECONDS.
 WORKER_GRACE_SECONDS = 3 * guard.GRACE_SECONDS
 
 
@@ -47,12 +47,12 @@ class Address:
 
     @property
     def pages(self) -> Path:
-        """Where the server unpacks its pages."""
+        """Where the server puts its pages."""
         return self.home / "ui"
 
     @property
     def files_port(self) -> int:
-        """Of the finished runs' files: beside the server's."""
+        """The port of the finished runs' files: the next one."""
         return self.port + 1
 
     @property
@@ -94,10 +94,10 @@ def read_address() -> Address:
 
 @contextlib.contextmanager
 def only_dashboard(address: Address) -> Iterator[int]:
-    """Hold this checkout's locks; yields the file descriptor that guards have to inherit.
+    """Hold this checkout's two locks; yield the file descriptor that guards have to inherit.
 
-    The system drops a lock with the last process that holds it. The first is ours alone and tells that a dashboard
-    runs; the second is also held by the guards and tells that something of a killed dashboard is still ending.
+    The system releases a lock when the last process that holds it ends. Only this process holds the first lock: it says
+    that a dashboard runs. The guards hold the second lock too: it says that processes of a killed dashboard still end.
     """
     address.home.mkdir(parents=True, exist_ok=True)
     with open(address.home / "dashboard.lock", "a+") as own, open(address.home / "guards.lock", "w") as shared:
@@ -127,7 +127,7 @@ def lock_file(file) -> bool:
 
 
 def check_port(address: Address) -> None:
-    """Say so clearly if another program listens on one of our ports."""
+    """End with a clear text if another program listens on one of our ports."""
     for port in (address.port, address.files_port):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
@@ -141,7 +141,7 @@ def check_port(address: Address) -> None:
 
 
 def stop_on_signals() -> None:
-    """Leave in an orderly way on Ctrl-C, TERM and a closed terminal; once, so that a second one disturbs nothing."""
+    """Exit on Ctrl-C, TERM and a closed terminal; ignore further signals while everything ends."""
 
     def stop(*_) -> None:
         for number in guard.STOP_SIGNALS:
@@ -154,7 +154,7 @@ def stop_on_signals() -> None:
 
 
 def serve(address: Address, lock: int) -> None:
-    """Server, deployment, worker; returns never, ends by a signal or because one of the two ended."""
+    """Run server, deployments and worker, until a signal comes or one of them ends."""
     prefect = [sys.executable, "-m", "prefect"]
     log = address.home / "server.log"
     options = {"pass_fds": (lock,), "env": {**os.environ, **variables(address)}}
@@ -165,7 +165,7 @@ def serve(address: Address, lock: int) -> None:
     ):
         print(f"Starting the server (its log: {log}) …", flush=True)
         wait_until_healthy(server, log)
-        pages.mend(address.pages, address.url)
+        pages.correct(address.pages, address.url)
         deploy(variables(address))
         worker_command = [*prefect, "worker", "start", "--pool", POOL, "--type", "process", "--name", "dashboard"]
         with (
@@ -180,14 +180,14 @@ def serve(address: Address, lock: int) -> None:
 
 
 def variables(address: Address) -> dict[str, str]:
-    """What runs need in their environment, whichever worker starts them, from whichever directory."""
+    """Environment variables of runs; any worker may start them, from any directory."""
     # They import `flows` and `tasks` from this checkout, whichever one is installed.
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {"PYTHONPATH": path, FILES_URL: address.files_url, "DO_NOT_TRACK": "1"}
 
 
 def files_command(address: Address) -> list[str]:
-    """What serves the directories of finished runs, read-only, for the links in the UI."""
+    """The command that serves the directories of finished runs, read-only, for the links in the UI."""
     directory = ROOT / NAMED
     directory.mkdir(parents=True, exist_ok=True)
     where = ["--bind", address.host, "--directory", str(directory)]
@@ -195,7 +195,7 @@ def files_command(address: Address) -> list[str]:
 
 
 def wait_until_healthy(server: subprocess.Popen, log: Path) -> None:
-    """Return when the server answers; exit with the end of its log if it does not."""
+    """Return when the server answers; exit with the end of its log where it does not."""
     from prefect.client.orchestration import get_client
 
     deadline = time.monotonic() + START_SECONDS
@@ -208,7 +208,7 @@ def wait_until_healthy(server: subprocess.Popen, log: Path) -> None:
 
 
 def deploy(environment: dict[str, str]) -> None:
-    """The work pool and the deployments; runs beyond the first wait for their turn."""
+    """Create the work pool and the deployments. One run at a time; others wait."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.flows import Flow
@@ -223,16 +223,13 @@ def deploy(environment: dict[str, str]) -> None:
 
 
 def description(flow) -> str:
-    """The flow's docstring as the UI shows it, without the parameters, which the form explains.
-
-    The UI would make a paragraph of every line.
-    """
+    """The flow's docstring for the UI: without the parameters, which the form explains, and one line per paragraph."""
     paragraphs = inspect.getdoc(flow.fn).partition("\n\nArgs:")[0].split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def mark_dead_runs(client) -> None:
-    """Close runs that look alive although no worker has been started yet."""
+    """Mark runs as ended that look alive although no worker has been started yet."""
     from prefect.client.schemas import filters
     from prefect.client.schemas.objects import StateType
     from prefect.states import Cancelled, Crashed

@@ -1,16 +1,15 @@
-"""Run a command so that nothing of it outlives the program that asked for it.
+"""Run a command so that none of its processes outlives the caller.
 
-The asking side writes `with guarded(command) as process:`. That starts this file as a small process of its own, the
-guard, which starts the command and holds the reading end of a pipe to the asking side. The guard ends the command
-and all its descendants when
+The caller writes `with guarded(command) as process:`. That starts this file as a small process, the guard. The guard
+starts the command and holds the reading end of a pipe to the caller. It ends the command and all its descendants when
 
-- the pipe closes: the block was left, or the asking process died, be it by SIGKILL;
+- the pipe closes, because the block was left or the caller died, also by SIGKILL;
 - the guard itself gets TERM, INT or HUP;
-- the command has ended and left processes behind.
+- the command has ended and has left processes behind.
 
-Ending means TERM to every descendant, then KILL to what is still there after a grace period. On Linux the guard
-adopts orphans (it is a "child subreaper"), so it also finds processes that moved to a session of their own;
-elsewhere these escape and the others, which share the guard's process group, do not.
+The guard sends TERM to every descendant, and KILL to those that are still there after a grace period. On Linux the
+guard is a "child subreaper": orphans become its children, so it finds also processes in other sessions. On other
+systems it finds only the processes of its own process group.
 """
 
 import argparse
@@ -33,7 +32,7 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 @contextlib.contextmanager
 def guarded(command: Sequence[str], grace: float = GRACE_SECONDS, **options) -> Iterator[subprocess.Popen]:
-    """Start `command` under a guard; when the block is left, however, every process of the command has ended.
+    """Start `command` under a guard. When the block is left, every process of the command has ended.
 
     `options` go to subprocess.Popen. The yielded process is the guard: it ends with the command's exit status
     (128 + n after signal n).
@@ -49,7 +48,7 @@ def guarded(command: Sequence[str], grace: float = GRACE_SECONDS, **options) -> 
         except subprocess.TimeoutExpired:
             pass
         finally:
-            # The group is empty by now unless somebody killed the guard or interrupted the wait.
+            # The group is empty, unless the guard was killed or the wait was interrupted.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -58,7 +57,7 @@ def guarded(command: Sequence[str], grace: float = GRACE_SECONDS, **options) -> 
 
 
 def adopt_orphans() -> None:
-    """Make this process the new parent of any descendant whose parent dies (Linux; elsewhere nothing happens)."""
+    """Make this process the new parent of descendants whose parent dies (on Linux; elsewhere nothing happens)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -68,7 +67,7 @@ def end_descendants(grace: float = GRACE_SECONDS) -> None:
     deadline = time.monotonic() + grace
     told = set()
     empty_looks = 0
-    while empty_looks < 2:  # a process whose parent dies while the table is read is missing from that one look
+    while empty_looks < 2:  # one look misses a process whose parent dies while the process table is read
         descendants = _living_descendants()
         empty_looks = 0 if descendants else empty_looks + 1
         late = time.monotonic() >= deadline
@@ -79,7 +78,7 @@ def end_descendants(grace: float = GRACE_SECONDS) -> None:
                 elif process not in told:
                     told.add(process)
                     process.terminate()
-        time.sleep(0.05)  # and not psutil.wait_procs: it would take our children's exit statuses away
+        time.sleep(0.05)  # psutil.wait_procs would take the exit statuses of our children
 
 
 def _living_descendants() -> list[psutil.Process]:
@@ -92,7 +91,7 @@ def _living_descendants() -> list[psutil.Process]:
 
 
 def run(command: Sequence[str], grace: float) -> int:
-    """The guard's own life: run `command` until it ends or we are told to stop, then clear up; its exit status."""
+    """Run `command` until it ends or the guard is told to stop, then end its descendants; the exit status."""
     if os.getpgrp() != os.getpid():
         os.setsid()
     adopt_orphans()
@@ -101,7 +100,7 @@ def run(command: Sequence[str], grace: float) -> int:
     stop = False
     while not stop and child.poll() is None:
         ready, _, _ = select.select([sys.stdin, wake], [], [])
-        # Nobody writes to our stdin: readable means closed.
+        # Nothing is written to stdin: when it is readable, it is closed.
         stop = sys.stdin in ready or bool(set(STOP_SIGNALS).intersection(os.read(wake, 64)))
     end_descendants(grace)
     status = child.wait()

@@ -1,4 +1,4 @@
-"""What a command prints, line by line as it comes, with progress bars thinned out."""
+"""The output of a command, line by line as it comes; of a progress bar only a line every few seconds."""
 
 import codecs
 import errno
@@ -16,15 +16,15 @@ from pathlib import Path
 from flows.process.guard import guarded
 
 TAIL_LINES = 20  # of a command's output, kept for the error it may end with
-PROGRESS_SECONDS = 5.0  # between two lines of one progress bar
-# What makes stages fast, unless the caller has chosen otherwise: as in the Makefile, whose comments say why.
+PROGRESS_SECONDS = 10.0  # between two lines of one progress bar
+# Defaults that make stages fast; a value in the environment wins. The Makefile says why.
 SPEED = {
     "TOKENIZERS_PARALLELISM": "true",
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "2147483647",
 }
 
-# A line and how it ended. A carriage return at the very end stays unread: the next byte tells whether it is "\r\n".
+# A line and its end. A carriage return at the very end is not read yet: the next byte may make it "\r\n".
 _LINE = re.compile(r"([^\r\n]*)(\r?\n|\r(?=[^\n]))")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -59,7 +59,7 @@ def watched(chunks: Iterable[bytes], look: Callable[[], bool]) -> Iterator[bytes
 
 
 def environment() -> dict[str, str]:
-    """This process's, in which `python` (so says dvc.yaml) is this one, stages are fast, and no buffer holds lines."""
+    """This process's environment, changed so that `python` is this Python, and lines are not buffered."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {**SPEED, "OMP_NUM_THREADS": str(cores), **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
@@ -73,23 +73,23 @@ def read_chunks(process: subprocess.Popen, source: int) -> Iterator[bytes]:
             try:
                 chunk = os.read(source, 65536)
             except OSError as error:
-                if error.errno != errno.EIO:  # which is how Linux says that nobody is left at a terminal
+                if error.errno != errno.EIO:  # Linux raises it when the other end of a terminal is closed
                     raise
                 return
             if not chunk:
                 return
             yield chunk
         elif process.poll() is not None:
-            return  # somebody killed the guard: what is left of the command would hold the pipe open
+            return  # the guard was killed: processes of the command may still hold the pipe open
         else:
             yield b""
 
 
 def read_lines(chunks: Iterable[bytes], every: float = PROGRESS_SECONDS) -> Iterator[str]:
-    """Split output into lines, without blank ones and colours.
+    """Split output into lines, without blank lines and colours.
 
-    Of lines that end in a carriage return (a progress bar drawn over itself) one is shown every `every` seconds; what
-    finally stands on the terminal is always shown.
+    A progress bar ends its lines with a carriage return: of these lines one is yielded every `every` seconds, and
+    always the last one.
     """
     hidden, shown_at = "", -math.inf
     for line, end in _split(chunks):
@@ -104,7 +104,7 @@ def read_lines(chunks: Iterable[bytes], every: float = PROGRESS_SECONDS) -> Iter
 
 
 def _split(chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """Each line, clean, and how it ended: "\\r" for one that will be drawn over, else "\\n"."""
+    """Each line without colours, and its end: "\\r" where the next line overwrites it, else "\\n"."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     rest = ""
     for chunk in chunks:

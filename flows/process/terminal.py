@@ -1,4 +1,4 @@
-"""A command that draws on this process's terminal, bars and all, while what it prints is read along."""
+"""Run a command that draws on this process's terminal, progress bars too, and keep its last lines."""
 
 import contextlib
 import fcntl
@@ -42,7 +42,7 @@ def _started(
     with guarded(
         command, cwd=workspace, env=environment() | dict(variables), stdout=terminal, stderr=terminal
     ) as process:
-        os.close(terminal)  # here; the end of the output shows when nobody has it open any more
+        os.close(terminal)  # the output ends when no process has it open
         yield process
 
 
@@ -70,9 +70,9 @@ def _write(content: bytes) -> None:
 
 @contextlib.contextmanager
 def _terminal() -> Iterator[tuple[int, int]]:
-    """A terminal of this one's size, also when that changes: our end and the end that a command is given."""
+    """A pseudo-terminal of this terminal's size: our end, and the end that the command gets. The size follows ours."""
     ours, theirs = pty.openpty()
-    tty.setraw(theirs)  # bytes stay as they are: the terminal that they are drawn on ends lines as it likes
+    tty.setraw(theirs)  # bytes stay as they are; the real terminal translates line ends
 
     def resize(*_) -> None:
         with contextlib.suppress(OSError):  # stdout is no terminal

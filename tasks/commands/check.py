@@ -1,6 +1,6 @@
-"""`python -m tasks.commands.check`: everything that can be wrong with params.yaml, before a stage has cost hours.
+"""`python -m tasks.commands.check`: checks all of params.yaml in seconds, before stages run for hours.
 
-First what tasks.settings checks, then the places behind URLs, then whether the parent can give the budgets.
+It runs the checks of tasks.settings first, then checks the URLs, then whether the parent can give the budgets.
 """
 
 from tasks.runtime.exit_status import errors_as_text

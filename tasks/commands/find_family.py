@@ -1,4 +1,4 @@
-"""Which trained family a command is about: the named directory's, or that of the last run."""
+"""Finds the trained family that a command works on: in a given directory, or from the last run."""
 
 import json
 from pathlib import Path
@@ -6,21 +6,19 @@ from pathlib import Path
 from elastic_core.errors import UserError
 from tasks.settings.profiles import ROOT
 
-FAMILY = Path("artifacts/train_extended/model")  # inside a workspace, see tasks.extract
+FAMILY = Path("artifacts/train_extended/model")  # inside a workspace; stage train_extended writes it
 
 
 def find(directory: Path | None = None, root: Path = ROOT) -> Path:
-    """The model directory that `directory` is, or that the run in it ended with; None: that of the last run.
+    """The directory of a model: `directory` itself, or the trained family of the workspace `directory`.
 
-    Raises ValueError where there is none.
+    With None, the trained family of the last run in any workspace below `root`. Raises UserError if there is none.
     """
     if directory is None:
         families = [family for workspace in workspaces(root) if _is_model(family := workspace / FAMILY)]
         if not families:
-            raise UserError(
-                f"no run in {root} has ended with a family yet; run `elastic run` first, or name a directory"
-            )
-        # The directory's time and not its files': with DVC's links those are as old as the cache's.
+            raise UserError(f"no run in {root} has trained a family yet; run `elastic run` first, or name a directory")
+        # Compare times of directories, not of files: DVC may link files from its cache, and a link keeps the old time.
         return max(families, key=lambda family: family.stat().st_mtime)
     for candidate in (directory, directory / FAMILY):
         if _is_model(candidate):
@@ -33,12 +31,12 @@ def find(directory: Path | None = None, root: Path = ROOT) -> Path:
 
 
 def workspaces(root: Path = ROOT) -> list[Path]:
-    """Where profiles have run: the checkout, and the directories in .runs/."""
+    """All workspaces: the checkout `root`, and the directories in .runs/."""
     return [root, *sorted(path for path in (root / ".runs").glob("*") if path.is_dir())]
 
 
 def budget_names(family: Path) -> list[str]:
-    """The budgets of a family, none for a directory that has none."""
+    """Names of a family's budgets; an empty list for a directory that is no family."""
     file = family / "elastic.json"
     return list(json.loads(file.read_text())["budgets"]) if file.is_file() else []
 

@@ -1,4 +1,4 @@
-"""`elastic generate`: a prompt's continuation by one member of a family, or by an extracted model, as it comes."""
+"""`elastic generate`: prints how a member of a family, or an extracted model, continues a prompt."""
 
 import contextlib
 import json
@@ -22,21 +22,23 @@ from tasks.settings.local_checks import TOKENIZERS
 def generate(
     directory: Path, budget: str | None, prompt: str, max_new_tokens: int = 100, temperature: float = 0.0
 ) -> list[int]:
-    """Print the continuation of `prompt` as it comes; its tokens.
+    """Print the continuation of `prompt` token by token, and return its token ids.
 
-    A family needs a `budget`; its member is extracted for as long as it is used, and transformers runs it as it will
-    run wherever it is served. An extracted model is itself the budget. `temperature` 0 takes the likeliest token.
-    Raises ValueError for what the caller has to change.
+    directory: a family or an extracted model. A family needs a `budget`: its member is extracted to a temporary
+        directory, so that transformers runs exactly the model that would be served. An extracted model takes None.
+    temperature: 0 always takes the most likely token; above 0 tokens are sampled.
+
+    Raises UserError for what the caller has to change.
     """
     if max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: got {max_new_tokens}; allowed: 1 or more")
     if not temperature >= 0:
-        raise UserError(f"--temperature: got {temperature}; allowed: 0 (the likeliest token) or more")
+        raise UserError(f"--temperature: got {temperature}; allowed: 0 (always the most likely token) or more")
     if not any((directory / name).is_file() for name in TOKENIZERS):
-        raise UserError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's there")
+        raise UserError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's tokenizer to it")
     with _quiet():
         with _plain_model(directory, budget) as plain:
-            trust = {"trust_remote_code": _is_ours(plain)}
+            trust = {"trust_remote_code": _has_our_code(plain)}
             tokenizer = AutoTokenizer.from_pretrained(plain, **trust)
             model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
         return _continue(model, tokenizer, prompt, max_new_tokens, temperature)
@@ -47,7 +49,7 @@ def _continue(model, tokenizer, prompt: str, max_new_tokens: int, temperature: f
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     length = encoded["input_ids"].shape[1]
     if length == 0:
-        raise UserError("prompt: got no tokens; write something")
+        raise UserError("prompt: got no tokens; allowed: a text that is not empty")
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
     output = model.generate(
@@ -64,10 +66,12 @@ def _continue(model, tokenizer, prompt: str, max_new_tokens: int, temperature: f
 
 @contextlib.contextmanager
 def _plain_model(directory: Path, budget: str | None) -> Iterator[Path]:
-    """A directory that transformers loads: an extracted model's own, or that of a member until the block is left."""
+    """The directory that transformers loads: an extracted model, or a temporary copy of a member."""
     if not (directory / elastic_checkpoint.FILE).is_file():
         if budget is not None:
-            raise UserError(f"--budget: got {budget!r}; allowed: none, as {directory} is one model and no family")
+            raise UserError(
+                f"--budget: got {budget!r}; allowed: none, because {directory} is a single model and not a family"
+            )
         yield directory
         return
     submodel = find_budget(directory, budget)
@@ -76,22 +80,25 @@ def _plain_model(directory: Path, budget: str | None) -> Iterator[Path]:
         yield Path(temporary) / "model"
 
 
-def _is_ours(directory: Path) -> bool:
-    """Whether the model's code, if it brings any, is what this library writes; other code is not run."""
+def _has_our_code(directory: Path) -> bool:
+    """Whether the model comes with the modeling file that this library writes. Raises UserError for other code.
+
+    Other code is never run, because it could do anything.
+    """
     if "auto_map" not in json.loads((directory / "config.json").read_text()):
         return False
     ours = resources.files("elastic_core.export").joinpath(MODELING_FILE + ".txt").read_text()
     file = directory / MODELING_FILE
     if not file.is_file() or file.read_text() != ours:
         raise UserError(
-            f"{directory}: brings modeling code that this library did not write; load it in Python yourself"
+            f"{directory}: has modeling code that this library did not write; to use it, load the model in Python"
         )
     return True
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bars and hints: what is printed is the continuation."""
+    """Switch off transformers' progress bars and hints, so that only the continuation is printed."""
     before, had_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""`elastic inspect`: what a model directory holds, as plain values; from its headers, without reading a weight."""
+"""`elastic inspect`: describes a model directory as plain values. Reads headers only, no weights."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,11 +16,15 @@ from elastic_core.model.axes import EXPERTS, PER_LAYER, WIDTHS
 from elastic_core.model.dims import layer_of
 from elastic_core.model.submodel import Submodel, keys_of
 
-DROPPED = "·"  # stands in a pattern for a layer that the parent has and the member has not
+DROPPED = "·"  # in a pattern: a layer of the parent that the member does not have
 
 
 def inspect_checkpoint(directory: Path) -> dict:
-    """What the directory is and says of itself; ValueError where its tensors are not those of its config.json."""
+    """Describe a model directory: its architecture, sizes, files, budgets and origin.
+
+    `bytes` is the size of all weight files. `memory`, `time` and `budgets` are None for a plain model.
+    Raises UserError if the tensors do not match config.json.
+    """
     config, own = read_sizes(directory)
     sizes = own.sizes(config)
     shapes = {
@@ -29,28 +33,33 @@ def inspect_checkpoint(directory: Path) -> dict:
     reader = hf.TensorReader(directory)
     reader.check(shapes)
     files = reader.all_files()
-    elastic = (directory / elastic_checkpoint.FILE).is_file()
+    is_elastic = (directory / elastic_checkpoint.FILE).is_file()
     return {
         "directory": str(directory),
         "model_type": config.model_type,
-        "kind": "elastic" if elastic else "plain",
+        "kind": "elastic" if is_elastic else "plain",
         "vocab_size": config.vocab_size,
         "context": config.max_position_embeddings,
-        **member(config, own),
+        **describe_member(config, own),
         "bytes": sum((directory / file).stat().st_size for file in files),
         "files": files,
         "dtypes": sorted({str(reader.read(name, slice(0, 0)).dtype).removeprefix("torch.") for name in shapes}),
         "tokenizer": any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")),
-        "memory": read_memory(directory, config) if elastic else None,
-        "time": read_time(directory, config) if elastic else None,
-        "budgets": read_budgets(directory, config) if elastic else None,
+        "memory": read_memory(directory, config) if is_elastic else None,
+        "time": read_time(directory, config) if is_elastic else None,
+        "budgets": read_budgets(directory, config) if is_elastic else None,
         "provenance": find_provenance(directory),
     }
 
 
 def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:
-    """The directory's configuration and sizes: one whose widths differ between layers is a submodel of the widest."""
-    values, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)  # an OSError names a broken file
+    """The configuration and the sizes of a directory.
+
+    A heterogeneous model is described as a submodel of the uniform model with its largest widths.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(
+        directory, local_files_only=True
+    )  # for a broken file, its OSError names the file
     widths = {field: values[field] for field in PER_LAYER if isinstance(values.get(field), list)}
     if not widths or values.get("model_type") not in architectures.ARCHITECTURES:
         return hf.read_config(directory), Submodel()
@@ -60,11 +69,12 @@ def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:
     return hf.check_config(config_class.from_dict(values), str(directory)), Submodel(**widths)
 
 
-def member(config, submodel: Submodel) -> dict:
-    """Parameters, layers and widths; a width that differs between layers has an entry per kept layer that has it.
+def describe_member(config, submodel: Submodel) -> dict:
+    """Parameters, layers and widths of a submodel.
 
-    Widths of experts are there where the parent has experts. `active_parameters`: those that one token uses, or None
-    where that is all of them.
+    A heterogeneous width is a list with one entry per kept layer of its kind. A width is None if no kept layer has it.
+    Widths of experts are included only if the parent has experts. `active_parameters` is the number of parameters that
+    one token uses, or None if it uses all.
     """
     submodel = submodel.resolve(config)
     kept, units, widths = submodel.kept_layers, architectures.units(config), {}
@@ -74,7 +84,7 @@ def member(config, submodel: Submodel) -> dict:
             continue
         if isinstance(value, tuple):
             value = [size for layer, size in zip(layers, value, strict=True) if layer in kept]
-        widths[field] = value if layers == [None] or set(layers) & set(kept) else None  # None: no such layers
+        widths[field] = value if layers == [None] or set(layers) & set(kept) else None
     return {
         "parameters": num_parameters(config, submodel),
         "active_parameters": num_active_parameters(config, submodel),
@@ -85,9 +95,10 @@ def member(config, submodel: Submodel) -> dict:
 
 
 def read_budgets(directory: Path, config) -> dict[str, dict]:
-    """The trained budgets, with the share of the parent that each really has, in what budgets are counted in.
+    """The trained budgets: what was asked for (`target`) and what the member costs (`share`), as shares of the parent.
 
-    Where that is memory or time, also `cost`, in bytes or milliseconds, and `target_cost`, what was asked for.
+    Both are in the family's metric. For memory and time, `cost` and `target_cost` are the same in bytes or in
+    milliseconds per token.
     """
     content = elastic_checkpoint.read(directory)
     metric, budgets = as_latency(read_metric(content["cost"])), {}
@@ -96,12 +107,12 @@ def read_budgets(directory: Path, config) -> dict[str, dict]:
         submodel, target = Submodel(**entry["submodel"]), entry["target"]
         cost = exact_cost(metric, config, submodel)
         costs = {"cost": cost, "target_cost": target * full} if isinstance(metric, Memory | Timed) else {}
-        budgets[name] = {"target": target, "share": cost / full, **costs, **member(config, submodel)}
+        budgets[name] = {"target": target, "share": cost / full, **costs, **describe_member(config, submodel)}
     return budgets
 
 
 def read_memory(directory: Path, config) -> dict | None:
-    """The setting of a family whose budgets are memory and the parent's bytes in it; None for any other."""
+    """The setting of a family that counts memory, and the parent's bytes in that setting. None for other families."""
     metric = read_metric(elastic_checkpoint.read(directory)["cost"])
     if not isinstance(metric, Memory):
         return None
@@ -109,7 +120,7 @@ def read_memory(directory: Path, config) -> dict | None:
 
 
 def read_time(directory: Path, config) -> dict | None:
-    """The setting of a family whose budgets are time and the parent's milliseconds per token; None for any other."""
+    """The setting of a family that counts time, and the parent's milliseconds per token. None for other families."""
     metric = read_metric(elastic_checkpoint.read(directory)["cost"])
     if not isinstance(metric, Timed):
         return None
@@ -118,17 +129,17 @@ def read_time(directory: Path, config) -> dict | None:
 
 
 def find_provenance(directory: Path) -> dict | None:
-    """Which stage wrote the directory with which parameters, as the dvc.lock around it says; None without one."""
+    """The stage and the seed that wrote the directory, read from the dvc.lock of its workspace. None without one."""
     directory = directory.resolve()
     for workspace in directory.parents:
         lock = workspace / "dvc.lock"
         if lock.is_file():
             stages = YAML(typ="safe").load(lock).get("stages", {})
-            return _writer(stages, directory.relative_to(workspace), workspace)
+            return _find_writer(stages, directory.relative_to(workspace), workspace)
     return None
 
 
-def _writer(stages: Mapping, path: Path, workspace: Path) -> dict | None:
+def _find_writer(stages: Mapping, path: Path, workspace: Path) -> dict | None:
     for name, stage in stages.items():
         for out in stage.get("outs", ()):
             if path.is_relative_to(out["path"]):

@@ -1,6 +1,7 @@
-"""How long the layers of a model take: transformers' own modules with random weights, decoding with a cache.
+"""Measures the seconds of every layer of a model while it decodes with a cache.
 
-Hooks mark where layers begin, on a CPU by its clock and on a GPU by events. For tasks/commands/measure.py.
+The models are transformers' own modules with random weights. A hook at the start of every layer notes the time: from
+the clock on a CPU, from CUDA events on a GPU. tasks/commands/measure.py uses this module.
 """
 
 import itertools
@@ -17,14 +18,14 @@ from elastic_core.model import architectures
 from elastic_core.model.submodel import Submodel
 
 DTYPES = ("float32", "bfloat16", "float16")
-WARM_UP = 2  # steps, before those that count
+WARM_UP = 2  # decoding steps that are not counted
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How it is measured: `steps` of decoding in each of `rounds`, behind prompts of `contexts` tokens.
+class MeasureSetting:
+    """How to measure: `steps` decoding steps in each of `rounds` rounds, after prompts of `contexts` tokens.
 
-    Every axis is measured at up to `points` sizes.
+    Every axis is measured at up to `points` sizes. `batch` is the number of sequences. Raises ConfigError.
     """
 
     contexts: tuple[int, ...]
@@ -43,19 +44,22 @@ class Setting:
         require(min(self.contexts) >= 1, "context", min(self.contexts), "tokens, 1 or more")
         require(self.dtype in DTYPES, "dtype", self.dtype, ", ".join(DTYPES))
         known = self.device == "cpu" or (self.device == "cuda" and torch.cuda.is_available())
-        other = ", or cuda (CUDA_VISIBLE_DEVICES says which)" if torch.cuda.is_available() else ""
+        other = ", or cuda (choose the GPU by CUDA_VISIBLE_DEVICES)" if torch.cuda.is_available() else ""
         require(known, "device", self.device, f"cpu{other}")
 
 
 class Models:
-    """transformers' models of submodels, on the same random numbers: together they take the memory of the largest."""
+    """Builds transformers models of submodels. All share the same random numbers as weights.
 
-    def __init__(self, config, setting: Setting):
+    Together they therefore need only the memory of the largest.
+    """
+
+    def __init__(self, config, setting: MeasureSetting):
         self.config, self.setting = config, setting
         self.numbers: dict[str, Tensor] = {}
 
     def build(self, submodel: Submodel):
-        """The model of a submodel; of several the largest comes first."""
+        """The model of a submodel. Build the largest one first: later models use a prefix of its numbers."""
         model, dtype = empty_model(self.config, submodel), getattr(torch, self.setting.dtype)
         for name in architectures.parameter_layout(model.config):
             owner, leaf = name.rpartition(".")[::2]
@@ -63,7 +67,7 @@ class Models:
             if name not in self.numbers:
                 numbers = 0.02 * torch.randn(shape.numel(), generator=torch.Generator().manual_seed(0))
                 if leaf in model.get_submodule(owner)._buffers:
-                    numbers.zero_()  # a correction of scores, with which all tokens would ask the same experts
+                    numbers.zero_()  # the router's correction; with random values all tokens choose the same experts
                 self.numbers[name] = numbers.to(self.setting.device, dtype)
             set_parameter(model, name, self.numbers[name][: shape.numel()].view(shape))
         architectures.of(self.config).finish(model, torch.device(self.setting.device))
@@ -71,13 +75,16 @@ class Models:
 
 
 class Clock:
-    """Marks in time: of this process on a CPU, of the stream on a GPU, where work is only asked for."""
+    """Notes points in time: of this process on a CPU, of the CUDA stream on a GPU.
+
+    On a GPU the process only queues the work, so its own clock would measure nothing useful.
+    """
 
     def __init__(self, device: str):
         self.on_gpu, self.marks = device == "cuda", []
 
     def mark(self, *_) -> None:
-        """Note the time; can be a hook of a module."""
+        """Note the time. Can serve as a hook of a module."""
         if self.on_gpu:
             self.marks.append(torch.cuda.Event(enable_timing=True))
             self.marks[-1].record()
@@ -85,7 +92,7 @@ class Clock:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Between the marks, which are forgotten."""
+        """The seconds between the marks. Then all marks are deleted."""
         marks, self.marks = self.marks, []
         if self.on_gpu:
             torch.cuda.synchronize()
@@ -93,21 +100,21 @@ class Clock:
         return [after - before for before, after in itertools.pairwise(marks)]
 
 
-class Text:
-    """A batch of texts that a model reads and goes on with."""
+class Decoder:
+    """Decodes a batch of random prompts greedily with a cache. `tokens` (B, L) are the input of the next step."""
 
-    def __init__(self, model, setting: Setting, context: int):
+    def __init__(self, model, setting: MeasureSetting, context: int):
         vocabulary = model.config.vocab_size
         generator = torch.Generator().manual_seed(context)
         self.tokens = torch.randint(vocabulary, (setting.batch, context), generator=generator).to(setting.device)
         self.model, self.cache, self.clock = model, None, Clock(setting.device)
 
     def step(self) -> float:
-        """Read the prompt, or then generate a token; its seconds."""
+        """Process the prompt, or in later steps generate one token. Returns the seconds."""
         return sum(self._step())
 
     def step_by_layer(self) -> list[float]:
-        """The same: seconds of every layer and, last, of the rest."""
+        """Like `step`, but returns the seconds of every layer and, as the last entry, of the rest."""
         trunk = self.model.get_submodule("model")
         begins = [*trunk.layers, trunk.get_submodule(architectures.of(self.model.config).FINAL_NORM)]
         hooks = [module.register_forward_pre_hook(self.clock.mark) for module in begins]
@@ -125,18 +132,21 @@ class Text:
         return self.clock.seconds()
 
 
-def turns(model, reference, setting: Setting, context: int) -> Iterator[tuple[str, list[float], float]]:
-    """Of a prompt that is read, and of every step of decoding behind it: phase, seconds by part, and the reference's.
+def timed_steps(model, reference, setting: MeasureSetting, context: int) -> Iterator[tuple[str, list[float], float]]:
+    """Yield (phase, ratios, reference seconds) for the prompt ("prefill") and for every decoding step ("decode").
 
-    Those of the layers and, last, of the rest are over the seconds of a step of the reference right before, so that
-    points which were measured at different times can be compared (as in tasks/evaluation/latency_and_memory.py).
+    The ratios are the seconds of every layer and, as the last entry, of the rest, each divided by the seconds of the
+    reference's step right before. A slow phase of the machine affects both, so ratios from different times can be
+    compared.
     """
-    text, other = Text(model, setting, context), Text(reference, setting, context)
-    base = other.step()
-    yield "prefill", [seconds / base for seconds in text.step_by_layer()], base
+    decoder, reference_decoder = Decoder(model, setting, context), Decoder(reference, setting, context)
+    base = reference_decoder.step()
+    yield "prefill", [seconds / base for seconds in decoder.step_by_layer()], base
     for number in range(WARM_UP + setting.steps):
-        base = other.step()
-        text.step()  # the other one has been in the processor's caches; who serves one model finds them warm
-        parts = text.step_by_layer()
+        base = reference_decoder.step()
+        # The reference has just filled the processor's caches with its weights. A served model finds its own weights
+        # there, so one step before the measured one fills the caches again.
+        decoder.step()
+        parts = decoder.step_by_layer()
         if number >= WARM_UP:
             yield "decode", [seconds / base for seconds in parts], base

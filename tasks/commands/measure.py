@@ -1,9 +1,14 @@
-"""`elastic profile`: seconds of every kind of layer, at sizes that a profile's `choices` allow, on the device at hand.
+"""`elastic measure`: measures the seconds of every kind of layer on this device, at sizes from a profile's `choices`.
 
-Models of transformers with one layer of each kind and random weights decode with a cache; hooks mark where layers
-begin. Every step is followed by one of the largest such model, so that a slow spell of the machine meets both, and what
-is compared between sizes is the median of these ratios. The table is written when all is measured, whole or not at all,
-for `elastic_core/cost/latency.py` to read.
+The result is a latency table, which elastic_core/cost/latency.py reads. It is written after all measurements. An
+interrupted command writes nothing.
+
+The measured models have one layer of each kind and random weights; layer_times.py times their layers. Before every
+measured step, the reference model (the one with the parent's sizes) takes a step. A slow phase of the machine affects
+both, so the median of their ratios can be compared between sizes.
+
+In this module a *part* is a kind of layer, or the rest of a step (`REST`). A *point* is a tuple of sizes of a part, one
+size per axis.
 """
 
 import itertools
@@ -27,20 +32,20 @@ from elastic_core.model.axes import FIELDS
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.choices import Choices
 from elastic_core.search.space import ElasticSpace
-from tasks.commands.layer_times import Models, Setting, turns
+from tasks.commands.layer_times import MeasureSetting, Models, timed_steps
 from tasks.commands.plan import read_parent
 from tasks.evaluation import latency_and_memory
 from tasks.settings.profiles import ROOT, parameters
-from tasks.settings.schema import Evaluate, Parent, PrepareData
+from tasks.settings.sections import Evaluate, Parent, PrepareData
 
-DIGITS = 4  # of seconds in the table
+DIGITS = 4  # significant digits of the seconds in the table
 
 
 # --- what to measure -------------------------------------------------------------------------------------------------
 
 
-def thinned(sizes: Iterable[int], points: int) -> tuple[int, ...]:
-    """The largest and the smallest of `sizes`, and some between them, as evenly as they stand; ascending."""
+def thin_out(sizes: Iterable[int], points: int) -> tuple[int, ...]:
+    """At most `points` of `sizes`, in ascending order: the smallest, the largest and equally spaced ones between."""
     ordered = sorted(sizes)
     if len(ordered) <= points:
         return tuple(ordered)
@@ -48,28 +53,31 @@ def thinned(sizes: Iterable[int], points: int) -> tuple[int, ...]:
 
 
 def grids(config, choices: Choices, points: int) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Where every part is measured: sizes of its axes. Raises ConfigError for choices that are not the parent's."""
+    """Part → the sizes to measure, one tuple per axis of the part.
+
+    Raises ConfigError for choices that do not fit the parent.
+    """
     space = ElasticSpace(config, choices, tuple(range(architectures.num_layers(config))))
-    sizes = {slot.axis: thinned(slot.sizes, points) for slot in space.axis_slots()}
+    sizes = {slot.axis: thin_out(slot.sizes, points) for slot in space.axis_slots()}
     return {part: tuple(sizes[axis] for axis in axes) for part, axes in axes_of(config).items()}
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A model with one layer of each kind, and the point of the grid that each of its parts stands for."""
+    """A model with one layer of each kind. `points` tells which point each of its parts measures."""
 
     submodel: Submodel
     points: dict[str, tuple[int, ...]]
 
 
 def samples(config, grid: dict[str, tuple[tuple[int, ...], ...]]) -> list[Sample]:
-    """As few models as measure every point of every part."""
+    """A small set of models that together measure every point of every part."""
     axes, pattern = axes_of(config), architectures.pattern(config)
     kept, found = tuple(sorted(pattern.index(kind) for kind in axes if kind != REST)), []
     for hidden in grid[REST][0]:
         points = {part: [(hidden, *rest) for rest in itertools.product(*grid[part][1:])] for part in axes}
         for number in range(max(map(len, points.values()))):
-            chosen = {part: these[number % len(these)] for part, these in points.items()}
+            chosen = {part: choices[number % len(choices)] for part, choices in points.items()}
             widths = {
                 FIELDS[axis]: size
                 for part, sizes in chosen.items()
@@ -82,25 +90,26 @@ def samples(config, grid: dict[str, tuple[tuple[int, ...], ...]]) -> list[Sample
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def measure(config, choices: Choices, setting: Setting) -> Table:
-    """Measure all of it; shows its progress."""
+def measure(config, choices: Choices, setting: MeasureSetting) -> Table:
+    """Measure every part of the parent `config` at every point, and show a progress bar. Raises ConfigError."""
     grid = grids(config, choices, setting.points)
-    todo, models = samples(config, grid), Models(config, setting)
-    reference = models.build(Submodel(kept_layers=todo[0].submodel.kept_layers).resolve(config))
-    built = [(sample, models.build(sample.submodel)) for sample in todo]
-    bases: dict[tuple, list[float]] = {}  # (phase, context) → seconds of the reference
-    ratios: dict[tuple, list[float]] = {}  # (phase, context, part, point) → seconds over the reference's
+    found, models = samples(config, grid), Models(config, setting)
+    reference = models.build(Submodel(kept_layers=found[0].submodel.kept_layers).resolve(config))
+    built = [(sample, models.build(sample.submodel)) for sample in found]
+    reference_times: dict[tuple, list[float]] = {}  # (phase, context) → seconds of the reference
+    ratios: dict[tuple, list[float]] = {}  # (phase, context, part, point) → seconds divided by the reference's
     with latency_and_memory.threads(setting.threads):
         for is_warm, context, (sample, model) in _rounds(built, setting):
             parts = [architectures.pattern(config)[layer] for layer in sample.submodel.kept_layers] + [REST]
-            for phase, values, base in turns(model, reference, setting, context):
+            for phase, values, base in timed_steps(model, reference, setting, context):
                 if is_warm:
-                    bases.setdefault((phase, context), []).append(base)
+                    reference_times.setdefault((phase, context), []).append(base)
                     for part, value in zip(parts, values, strict=True):
                         ratios.setdefault((phase, context, part, sample.points[part]), []).append(value)
-    usual = {key: statistics.median(values) for key, values in bases.items()}
-    usual = {(phase, n): s / (n * setting.batch if phase == "prefill" else 1) for (phase, n), s in usual.items()}
-    seconds = {key: statistics.median(values) * usual[key[:2]] for key, values in ratios.items()}
+    medians = {key: statistics.median(values) for key, values in reference_times.items()}
+    # The table has seconds per step of decoding, but seconds per token of the prompt.
+    scales = {(phase, n): s / (n * setting.batch if phase == "prefill" else 1) for (phase, n), s in medians.items()}
+    seconds = {key: statistics.median(values) * scales[key[:2]] for key, values in ratios.items()}
     parts = {
         part: {
             "axes": axes_of(config)[part],
@@ -120,9 +129,12 @@ def measure(config, choices: Choices, setting: Setting) -> Table:
     return Table.from_json(values)
 
 
-def _rounds(built: list, setting: Setting) -> Iterator[tuple[bool, int, tuple]]:
-    """Every model at every context, once a round, each round in another order; and whether it counts: one warms up."""
-    with tqdm(total=(1 + setting.rounds) * len(built) * len(setting.contexts), desc="profile", unit="model") as bar:
+def _rounds(built: list, setting: MeasureSetting) -> Iterator[tuple[bool, int, tuple]]:
+    """Yield (whether the round counts, context, (sample, model)).
+
+    Each round has every model at every context, in another order. The first round warms up and does not count.
+    """
+    with tqdm(total=(1 + setting.rounds) * len(built) * len(setting.contexts), desc="measure", unit="model") as bar:
         for number in range(1 + setting.rounds):
             order = list(itertools.product(setting.contexts, built))
             random.Random(number).shuffle(order)
@@ -132,7 +144,7 @@ def _rounds(built: list, setting: Setting) -> Iterator[tuple[bool, int, tuple]]:
 
 
 def _nested(seconds: dict[tuple, float], phase: str, part: str, contexts, grid):
-    """The seconds of a part as lists, (contexts, *grid)."""
+    """The seconds of a part as nested lists of shape (contexts, *sizes of each axis)."""
 
     def rows(context: int, point: tuple[int, ...], rest):
         if not rest:
@@ -142,48 +154,52 @@ def _nested(seconds: dict[tuple, float], phase: str, part: str, contexts, grid):
     return [rows(context, (), grid) for context in contexts]
 
 
-def environment(setting: Setting) -> dict:
-    """Where and with what the seconds were measured."""
+def environment(setting: MeasureSetting) -> dict:
+    """The device, and the versions of Python and of the packages that were used."""
     found = latency_and_memory.environment()
-    del found["lm_eval"]  # which has no part in it
+    del found["lm_eval"]  # not used here
     return found | ({} if setting.device == "cpu" else {"device": torch.cuda.get_device_name(setting.device)})
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def profile(name: str, overrides: Iterable[str] = (), out: Path | None = None, **changes) -> tuple[Table, Path]:
-    """Measure what a profile's parent and choices ask for; the table, and where it was written: `out`, or cost.table.
+def measure_profile(name: str, overrides: Iterable[str] = (), out: Path | None = None, **changes) -> tuple[Table, Path]:
+    """Measure the layers of a profile's parent at the sizes in its choices, and write the table.
 
-    `changes` are fields of `Setting`; what is None, or left out, is as the profile says: the contexts of its budgets
-    and of its evaluation (to which those of `changes` are added), one sequence if nothing says how many, and the
-    evaluation's threads. Of params.yaml only the sections that matter are read: that there is no table yet is no error.
-    Raises ConfigError for what is to be changed.
+    name: the profile. overrides: ``section.key=value`` for its parameters.
+    out: the file to write; None writes the profile's `cost.table`.
+    changes: fields of `MeasureSetting`. A field that is missing or None has the profile's value: the contexts of its
+        budgets and of its evaluation, the batch of its budgets (or 1), the threads of its evaluation. Contexts in
+        `changes` are measured in addition.
+
+    Returns the table and its file. Only the sections that are needed here are read, so the profile's table may still
+    be missing. Raises ConfigError or UserError for what the user has to change.
     """
     values, where = parameters(name, overrides=overrides), f"profile {name}"
     kinds = {"parent": Parent, "prepare_data": PrepareData, "choices": Choices, "cost": Cost}
     kinds["evaluate"] = Evaluate
     read = SimpleNamespace(**{k: load_section(kind, values.get(k) or {}, f"{where}: {k}") for k, kind in kinds.items()})
-    said, measured = family_setting(read.cost, values["budgets"]), read.evaluate.latency
-    has_own = out is None
-    if has_own:
-        allowed = "a file, --out FILE: the profile's own cost.table is for another metric than latency and throughput"
+    serving, evaluation = family_setting(read.cost, values["budgets"]), read.evaluate.latency
+    uses_own_table = out is None
+    if uses_own_table:
+        allowed = "a file, --out FILE, because the profile's cost.metric is neither latency nor throughput"
         require(read.cost.metric in TIMED, "out", None, allowed)
         out = ROOT / read.cost.table
     config, source = read_parent(read)
-    if has_own:
-        _check_replaced(out, config)
+    if uses_own_table:
+        _check_same_parent(out, config)
     device = changes.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     fields = {
-        "contexts": tuple(sorted({measured.prompt_tokens, said.get("context", measured.prompt_tokens)})),
-        "batch": said.get("batch", 1),
-        "threads": measured.threads,
+        "contexts": tuple(sorted({evaluation.prompt_tokens, serving.get("context", evaluation.prompt_tokens)})),
+        "batch": serving.get("batch", 1),
+        "threads": evaluation.threads,
         "device": device,
         "dtype": "float32" if device == "cpu" else "bfloat16",
     }
     if changes.get("contexts"):
         changes["contexts"] = tuple(sorted({*fields["contexts"], *changes["contexts"]}))
-    setting = Setting(**fields | {key: value for key, value in changes.items() if value is not None})
+    setting = MeasureSetting(**fields | {key: value for key, value in changes.items() if value is not None})
     try:
         table = measure(config, read.choices, setting)
     except ConfigError as error:
@@ -192,26 +208,26 @@ def profile(name: str, overrides: Iterable[str] = (), out: Path | None = None, *
     return table, out
 
 
-def _check_replaced(out: Path, config) -> None:
-    """Refuse to write over another parent's table, of which only its own profile knows. Raises ConfigError."""
+def _check_same_parent(out: Path, config) -> None:
+    """Raise ConfigError if `out` holds the table of another parent, because another profile may need that table."""
     if not out.is_file():
         return
     try:
         Table.load(out).check(config)
     except ConfigError:
-        allowed = "another file, by --out FILE and cost.table: this one is another parent's"
+        allowed = "another file, by --out FILE and cost.table, because this one holds the table of another parent"
         raise ConfigError(f"out: got {str(out)!r}; allowed: {allowed}") from None
 
 
 def describe(table: Table, path: Path) -> str:
-    """What was written, for people: the parent's parts at the longest context."""
+    """A summary of the table: the seconds of every part at the parent's sizes and the longest context."""
     lines = [f"{path}: {table.batch} × {table.contexts[-1]:,} tokens, {table.dtype} on {table.environment['device']}"]
     for kind, part in table.parts.items():
         decode, prefill = (seconds[-1] for seconds in (part.decode, part.prefill))
         for _ in part.axes:
             decode, prefill = decode[-1], prefill[-1]
-        sizes = ", ".join(f"{axis} {points[-1]}" for axis, points in zip(part.axes, part.grid, strict=True))
+        largest = ", ".join(f"{axis} {points[-1]}" for axis, points in zip(part.axes, part.grid, strict=True))
         lines.append(
-            f"  {kind:5} {decode * 1e3:8.4f} ms a step, {prefill * 1e6:8.3f} µs a token of the prompt ({sizes})"
+            f"  {kind:5} {decode * 1e3:8.4f} ms a step, {prefill * 1e6:8.3f} µs a token of the prompt ({largest})"
         )
     return "\n".join(lines)

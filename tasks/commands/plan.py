@@ -1,6 +1,7 @@
-"""`elastic plan`: what a profile's training will take, before anything is there but the parent's config.json.
+"""`elastic plan`: estimates what the training of a profile takes. Needs only the parent's config.json.
 
-Sizes of the family, memory of a worker, operations and hours, as plain values; no weight is made and nothing is run.
+The plan has the sizes of the family, the memory of a worker, FLOPs and hours, as plain values. It makes no weights and
+runs nothing.
 """
 
 import dataclasses
@@ -16,9 +17,9 @@ from elastic_core.cost.metrics import Metric, exact_cost
 from elastic_core.io import storage
 from elastic_core.model import architectures, hf
 from elastic_core.model.submodel import Submodel
-from elastic_core.search.selection import check_budgets, select, with_smaller_ones
+from elastic_core.search.selection import check_reachable, combinations_with_room, select
 from elastic_core.search.space import ElasticSpace
-from tasks.commands.inspect import member
+from tasks.commands.inspect import describe_member
 from tasks.commands.plan_stages import Hardware, describe_rank, describe_stage, stages_of
 from tasks.parents import gguf
 from tasks.parents.config import new_config
@@ -29,38 +30,47 @@ from tasks.settings.local_checks import is_package
 from tasks.settings.profiles import ROOT, parameters
 from tasks.settings.schema import Params
 
-TOLERANCE = 0.01  # of a budget
-PARENTS = ROOT / "profiles" / "parents"
+TOLERANCE = 0.01  # a member may differ from its budget by this share of it
+PARENTS = ROOT / "profiles" / "parents"  # the config.json of some parents
 
 
 def plan_profile(
     profile: str, overrides: Iterable[str], gpus: int | None, hardware: Hardware, config: Path | None = None
 ) -> dict:
-    """The plan of a profile, with overrides as `tasks.settings.profiles.prepare` takes them; `gpus`: workers with one each."""
+    """The plan of a profile.
+
+    overrides: ``section.key=value`` for its parameters.
+    gpus: the number of workers, with one GPU each; None keeps the profile's workers.
+    config: the parent's config.json; None reads the profile's parent.
+
+    Raises ConfigError or UserError for what the user has to change.
+    """
     changes = [] if gpus is None else [f"compute.workers={gpus}", "compute.gpus_per_worker=1"]
     values = parameters(profile, overrides=[*overrides, *changes])
     if values["cost"].get("table"):
-        values["cost"]["table"] = str(ROOT / values["cost"]["table"])  # wherever this is called
+        values["cost"]["table"] = str(ROOT / values["cost"]["table"])  # whatever the working directory is
     settings = read(values, f"profile {profile}")
     return make_plan(settings, *read_parent(settings, config), hardware)
 
 
 def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict:
-    """The whole plan, as plain values; `source` says where the parent's `config` is from.
+    """The whole plan, as plain values.
 
-    Costs are in what budgets are `counted` in: parameters, bytes where `memory` is there, milliseconds per token where
-    `time` is. Raises ConfigError for a budget that no combination of `choices` meets, and for workers that cannot be
-    grouped.
+    source: where the parent's `config` was read, for the output.
+
+    `counted` is the family's metric. Costs are in its unit: a number of parameters, bytes if `memory` is set, or
+    milliseconds per token if `time` is set. `deviation` is the member's distance from its target, as a share of the
+    target. Raises ConfigError for a budget that no combination of `choices` reaches.
     """
     targets, metric, pieces = resolve(settings, config), metric_of_family(settings), {}
     members, assumption, ranges = find_members(settings, config, targets)
-    check_architecture(settings, config)  # as a run does
+    check_architecture(settings, config)  # the same check as in a run
     metric = as_latency(metric)
     full = exact_cost(metric, config)
     stages = {name: describe_stage(name, settings, config, members, hardware, pieces) for name in stages_of(settings)}
     rank = describe_rank(config, hardware)
     return {
-        "parent": {"config": source, "cost": full, **member(config, Submodel())},
+        "parent": {"config": source, "cost": full, **describe_member(config, Submodel())},
         "counted": metric.name,
         "memory": {"setting": metric.setting} if isinstance(metric, Memory) else None,
         "time": {"setting": metric.setting} if isinstance(metric, Timed) else None,
@@ -72,7 +82,7 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict
                 "cost": exact_cost(metric, config, submodel),
                 "deviation": exact_cost(metric, config, submodel) / (targets[name] * full) - 1,
                 "range": ranges[name],
-                **member(config, submodel),
+                **describe_member(config, submodel),
             }
             for name, submodel in members.items()
         },
@@ -84,10 +94,11 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict
 
 
 def read_parent(settings: Params, config: Path | None = None):
-    """The parent's configuration and where it is from: `config`, parent.path, or a directory in profiles/parents.
+    """The parent's configuration, and where it was read.
 
-    A profile may name a path that is not on this machine; profiles/parents has the config.json of some parents, each
-    in a directory of the same name. Raises ConfigError where there is none, and for a package that is not installed.
+    It is read from `config` if given, else from the profile's parent. A profile may name a path that does not exist on
+    this machine. In that case it is read from the directory of the same name in profiles/parents. Raises ConfigError if
+    there is no such directory, and for a package that is not installed.
     """
     if config is not None:
         directory = config.parent if config.name == "config.json" else config
@@ -102,7 +113,7 @@ def read_parent(settings: Params, config: Path | None = None):
         try:
             return hf.read_config(path), path
         except ValueError as error:
-            known = ", ".join(sorted(place.name for place in PARENTS.iterdir()))
+            known = ", ".join(sorted(directory.name for directory in PARENTS.iterdir()))
             raise ConfigError(
                 f"parent.path: {error}; give --config a config.json, or name one in profiles/parents ({known})"
             ) from None
@@ -115,21 +126,24 @@ def read_parent(settings: Params, config: Path | None = None):
 def find_members(
     settings: Params, config, targets: Mapping[str, float]
 ) -> tuple[dict[str, Submodel], dict, dict[str, tuple[float, float]]]:
-    """The nearest nested submodel to every target, what was assumed of depth, and how far its cost depends on that.
+    """For every target: the nested submodel with the nearest cost, the assumption about depth, and the cost's range.
 
-    Targets are shares of the parent's cost, largest first. Which layers depth drops is known after the ranking. Until
-    then they are taken evenly from all types of layers, or where targets cannot be met so, the cheapest or the
-    costliest first; ranges are of the same sizes over all three. Axes that choose per layer are taken to choose alike.
-    Raises ConfigError where no assumption meets the targets.
+    targets: budget → share of the parent's cost, largest first.
+
+    Which layers depth drops is known only after the ranking. The plan therefore assumes an order (see `depth_orders`)
+    and takes the first assumption under which all targets can be met. A range is the lowest and the highest cost of the
+    same sizes under all assumptions. All axes are assumed to be uniform, also those in `choices.heterogeneous`. Raises
+    ConfigError if no assumption meets the targets.
     """
-    choices, metric = dataclasses.replace(settings.choices, heterogeneous=()), as_latency(metric_of_family(settings))
+    metric = as_latency(metric_of_family(settings))
+    choices = dataclasses.replace(settings.choices, heterogeneous=())
     orders = depth_orders(config, metric)
     spaces = {name: ElasticSpace(config, choices, order, metric=metric) for name, order in orders.items()}
     found = {name: nested_indices(space, targets) for name, space in spaces.items()}
     met = [name for name, indices in found.items() if indices is not None]
     if not met:
         try:
-            check_budgets(next(iter(spaces.values())), targets, TOLERANCE)
+            check_reachable(next(iter(spaces.values())), targets, TOLERANCE)
         except ConfigError as error:
             raise ConfigError(f"{error} (tried with layers dropped {', '.join(spaces)})") from None
     members, ranges = {}, {}
@@ -141,13 +155,16 @@ def find_members(
 
 
 def nested_indices(space: ElasticSpace, targets: Mapping[str, float]) -> dict[str, list[int]] | None:
-    """Choice indices of every target, each nearest to it inside the next larger one; None if one has none."""
-    uniform = [torch.zeros(len(slot.sizes)) for slot in space.slots]
+    """Target → index of the choice on every axis. Each submodel lies inside the next larger one.
+
+    None if a target cannot be met.
+    """
+    equal_log_probs = [torch.zeros(len(slot.sizes)) for slot in space.slots]
     bound = [0] * len(space.slots)
     full, found = space.exact_cost(bound), {}
-    allowed = with_smaller_ones(space, tuple(targets.values()), TOLERANCE)
+    allowed = combinations_with_room(space, tuple(targets.values()), TOLERANCE)
     for (name, target), leaves_room in zip(targets.items(), allowed, strict=True):
-        bound = select(space, uniform, target * full, bound, TOLERANCE, leaves_room)
+        bound = select(space, equal_log_probs, target * full, bound, TOLERANCE, leaves_room)
         if bound is None:
             return None
         found[name] = bound
@@ -155,13 +172,13 @@ def nested_indices(space: ElasticSpace, targets: Mapping[str, float]) -> dict[st
 
 
 def depth_orders(config, metric: Metric) -> dict[str, tuple[int, ...]]:
-    """Rankings of the layers, most important first, by which kinds of layers they would drop first."""
+    """Assumption → order of the layers, most important first. Depth drops layers from the end of this order."""
     pattern = architectures.pattern(config)
     layers = range(len(pattern))
     costs = {i: metric.count(config, {}, keep=lambda other, i=i: int(other == i)) for i in layers}
-    place = {i: (pattern[:i].count(kind) + 0.5) / pattern.count(kind) for i, kind in enumerate(pattern)}
+    relative_position = {i: (pattern[:i].count(kind) + 0.5) / pattern.count(kind) for i, kind in enumerate(pattern)}
     return {
-        "evenly from all types": tuple(sorted(layers, key=place.get)),
+        "evenly from all types": tuple(sorted(layers, key=relative_position.get)),
         "the smallest first": tuple(sorted(layers, key=costs.get, reverse=True)),
         "the largest first": tuple(sorted(layers, key=costs.get)),
     }

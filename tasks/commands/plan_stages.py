@@ -1,4 +1,7 @@
-"""What a training stage takes, for `elastic plan`: memory of a worker, operations, hours, and what to change."""
+"""Estimates what a training stage takes, for `elastic plan`: memory of a worker, FLOPs, hours.
+
+If a stage does not fit on a GPU, it also suggests changes of parameters.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,26 @@ from elastic_core.cost.metrics import num_parameters
 from elastic_core.errors import UserError
 from elastic_core.model.submodel import Submodel, full_submodel
 from elastic_core.training.estimate.flops import pass_flops
-from elastic_core.training.estimate.piece_memory import Pieces, Setting
-from elastic_core.training.estimate.step_memory import Load, Peak, step_peak
+from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
+from elastic_core.training.estimate.step_memory import Peak, Workload, step_peak
 from elastic_core.training.stage import Stage
-from tasks.settings.schema import Compute, Params
+from tasks.settings.schema import Params
+from tasks.settings.sections import Compute
 
-RESERVE = 0.1  # of a GPU, for what allocator, libraries and CUDA take
-PEAKS = {"bfloat16": 989e12, "float32": 67e12}  # FLOP/s of one H100 SXM, dense, as its data sheet says
+RESERVE = 0.1  # share of a GPU's memory that the allocator, libraries and CUDA need
+PEAKS = {"bfloat16": 989e12, "float32": 67e12}  # dense FLOP/s of one H100 SXM, from its data sheet
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a plan is made for: bytes of a GPU, the share of its peak that training reaches, and FLOP/s of that peak.
+    """The hardware of a plan. Raises ConfigError for impossible numbers.
 
-    `peak` None: as PEAKS has it for a stage's precision, on GPUs; without GPUs no hours are told.
+    With `peak` None, stages on GPUs use PEAKS at their precision, and stages on CPUs get no hours.
     """
 
-    memory: float = 80e9
-    utilisation: float = 0.4
-    peak: float | None = None
+    memory: float = 80e9  # bytes of a GPU
+    utilisation: float = 0.4  # share of the peak that training reaches
+    peak: float | None = None  # FLOP/s
 
     def __post_init__(self):
         require(self.memory > 0, "gpu-memory", self.memory, "above 0")
@@ -40,7 +44,10 @@ class Hardware:
 
     @classmethod
     def read(cls, memory: str, utilisation: float, teraflops: float | None) -> Hardware:
-        """From `memory` as '80GB', '141 GB' or '80GiB', and a peak in TFLOP/s."""
+        """Parse `memory` such as '80GB', '141 GB' or '80GiB'. `teraflops` is the peak in TFLOP/s.
+
+        Raises UserError for another spelling.
+        """
         found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB)\s*", memory)
         if found is None:
             raise UserError(f"gpu-memory: got {memory!r}; allowed: a size such as 80GB or 80GiB")
@@ -49,17 +56,21 @@ class Hardware:
 
     @property
     def usable(self) -> float:
+        """Bytes of a GPU that training can use."""
         return (1 - RESERVE) * self.memory
 
 
 def describe_stage(
     name: str, settings: Params, config, members: dict[str, Submodel], hardware: Hardware, pieces: dict
 ) -> dict:
-    """Everything about one stage; `pieces` remembers between stages what has been counted."""
+    """The plan of one stage as plain values. Bytes are per worker.
+
+    members: budget → submodel. pieces: a cache that is shared between stages, because counting is slow.
+    """
     peak = stage_peak(name, settings, config, pieces)
     changes = find_changes(name, settings, config, hardware, pieces)
     return {
-        **describe_load(name, settings),
+        **describe_workload(name, settings),
         "memory": peak.kinds,
         "total": peak.total,
         "moment": peak.moment,
@@ -71,22 +82,24 @@ def describe_stage(
 
 
 def stages_of(settings: Params) -> dict[str, Stage]:
-    """The stages that train, in order."""
+    """Name → section of the training stages, in order."""
     own = {} if settings.parent.training is None else {"parent": settings.parent.training}
     return {**own, "train_short": settings.train_short, "train_extended": settings.train_extended}
 
 
 def learns_softly(name: str, settings: Params) -> bool:
-    """Whether a stage begins with the router's soft masks, at full size."""
+    """Whether a stage starts with the router's soft masks. It then computes at full size for a while."""
     return name == "train_short" and settings.routing.mode == "soft"
 
 
 def use_gpus(compute: Compute) -> bool:
+    """Whether workers have GPUs."""
     return compute.gpus_per_worker > 0
 
 
-def describe_load(name: str, settings: Params) -> dict:
-    stage, load = stages_of(settings)[name], make_load(name, settings)
+def describe_workload(name: str, settings: Params) -> dict:
+    """What one worker computes in a microbatch, and how."""
+    stage, load = stages_of(settings)[name], make_workload(name, settings)
     return {
         "workers": max(1, settings.compute.workers),
         "shards": load.shards,
@@ -98,53 +111,56 @@ def describe_load(name: str, settings: Params) -> dict:
     }
 
 
-def make_load(name: str, settings: Params) -> Load:
-    """What one worker computes at a time in a stage."""
+def make_workload(name: str, settings: Params) -> Workload:
+    """What one worker computes in a microbatch of a stage."""
     stage, workers = stages_of(settings)[name], max(1, settings.compute.workers)
     shards = settings.compute.execution.shard_over or workers
     sequences = stage.batch_size // stage.microbatches // workers
     has_teacher = name != "parent" and stage.teacher != "trainable"
-    return Load(sequences, stage.sequence_length, shards, stage.microbatches > 1, has_teacher)
+    return Workload(sequences, stage.sequence_length, shards, stage.microbatches > 1, has_teacher)
 
 
 def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
-    """The most a worker holds in a stage; `pieces` remembers what has been counted."""
+    """The largest memory of a worker in a stage, in bytes. `pieces` is a cache, see `describe_stage`."""
     stage, compute = stages_of(settings)[name], settings.compute
-    setting = Setting(stage.precision, compute.execution, compute.workers > 0, use_gpus(compute))
+    setting = TrainingSetting(stage.precision, compute.execution, compute.workers > 0, use_gpus(compute))
     gates = learns_softly(name, settings)
     if (setting, gates) not in pieces:
         pieces[setting, gates] = Pieces(config, setting, gates)
-    return step_peak(pieces[setting, gates], make_load(name, settings))
+    return step_peak(pieces[setting, gates], make_workload(name, settings))
 
 
 def describe_work(name: str, settings: Params, config, members: dict[str, Submodel], hardware: Hardware) -> dict:
-    """Tokens, operations by kind, and hours. Recomputation counts: utilisation is of everything that is computed."""
+    """Tokens, FLOPs by kind, and hours of a stage.
+
+    FLOPs include recomputation, because `utilisation` refers to all FLOPs that the hardware computes.
+    """
     stage, compute = stages_of(settings)[name], settings.compute
-    work, length, on_gpu = (
-        dict.fromkeys(("student", "recomputed", "teacher"), 0.0),
-        stage.sequence_length,
-        use_gpus(compute),
-    )
+    flops = dict.fromkeys(("student", "recomputed", "teacher"), 0.0)
+    length, on_gpu = stage.sequence_length, use_gpus(compute)
     shares = {"parent": 1.0} if name == "parent" else stage.budget_shares or dict.fromkeys(settings.budgets, 1.0)
-    soft = settings.routing.share if learns_softly(name, settings) else 0.0
-    whole = pass_flops(config, length, on_gpu=on_gpu)
+    soft_share = settings.routing.share if learns_softly(name, settings) else 0.0
+    teacher_pass = pass_flops(config, length, on_gpu=on_gpu)
     for budget, share in shares.items():
         sequences = share / sum(shares.values()) * stage.steps * stage.batch_size
-        for submodel, part in ((full_submodel(config), soft), (members.get(budget, full_submodel(config)), 1 - soft)):
-            once = pass_flops(config, length, submodel, on_gpu)
-            work["student"] += sequences * part * (once.forward + once.backward)
-            if compute.execution.activation_checkpointing:  # all but the head
+        for submodel, part in (
+            (full_submodel(config), soft_share),
+            (members.get(budget, full_submodel(config)), 1 - soft_share),
+        ):
+            student_pass = pass_flops(config, length, submodel, on_gpu)
+            flops["student"] += sequences * part * (student_pass.forward + student_pass.backward)
+            if compute.execution.activation_checkpointing:  # of everything except the head
                 head = 2 * length * config.vocab_size * submodel.hidden_size
-                work["recomputed"] += sequences * part * (once.forward - head)
-        work["teacher"] += sequences * taught_share(name, stage, settings, budget) * whole.forward
-    total, peak = sum(work.values()), hardware.peak
+                flops["recomputed"] += sequences * part * (student_pass.forward - head)
+        flops["teacher"] += sequences * taught_share(name, stage, settings, budget) * teacher_pass.forward
+    total, peak = sum(flops.values()), hardware.peak
     if peak is None and on_gpu:
         peak = PEAKS[stage.precision]
     hours = None if peak is None else total / (peak * hardware.utilisation) / 3600
     return {
         "tokens": stage.num_tokens(),
         "steps": stage.steps,
-        "flops": work,
+        "flops": flops,
         "peak": peak,
         "gpu_hours": hours,
         "hours": None if hours is None else hours / max(1, compute.workers),
@@ -152,15 +168,21 @@ def describe_work(name: str, settings: Params, config, members: dict[str, Submod
 
 
 def taught_share(name: str, stage: Stage, settings: Params, budget: str) -> float:
-    """Of a budget's microbatches, those in which a teacher runs: not in a full budget's that is the teacher itself."""
+    """The share of a budget's microbatches in which a teacher runs.
+
+    A trainable teacher is the full budget itself, so the full budget's microbatches run no teacher.
+    """
     if name == "parent" or stage.loss_of(budget).kl_weight == 0:
         return 0.0
-    own = {"frozen": 0.0, "mixed": 0.5, "trainable": 1.0}[stage.teacher]
-    return 1.0 - own if parse(settings.budgets[budget]).is_full else 1.0
+    trainable_share = {"frozen": 0.0, "mixed": 0.5, "trainable": 1.0}[stage.teacher]
+    return 1.0 - trainable_share if parse(settings.budgets[budget]).is_full else 1.0
 
 
 def describe_rank(config, hardware: Hardware) -> dict:
-    """Calibration holds the whole parent in float32 on every worker, and for depth the head in float64 too."""
+    """A lower bound of a worker's bytes in stage rank.
+
+    Every worker holds the whole parent in float32, and also the head in float64 for the depth ranking.
+    """
     total = 4.0 * num_parameters(config) + 8.0 * config.vocab_size * config.hidden_size
     return {"at_least": total, "fits": total <= hardware.usable}
 
@@ -169,14 +191,17 @@ def describe_rank(config, hardware: Hardware) -> dict:
 
 
 def find_changes(name: str, settings: Params, config, hardware: Hardware, pieces: dict) -> list[dict]:
-    """What makes a stage fit that does not, one change after the other until it does: parameters, and bytes then."""
+    """Changes that make a stage fit, one after the other until it fits. Each has its parameters, and the bytes with it.
+
+    Empty if the stage fits already or if nothing helps. The last entry says whether the stage fits then.
+    """
     changes, total = [], stage_peak(name, settings, config, pieces).total
     while total > hardware.usable:
         for change in possible_changes(name, settings):
             changed = override(settings, change)
-            less = stage_peak(name, changed, config, pieces).total
-            if less < 0.99 * total:
-                settings, total = changed, less
+            changed_total = stage_peak(name, changed, config, pieces).total
+            if changed_total < 0.99 * total:
+                settings, total = changed, changed_total
                 changes.append({"set": change, "total": total, "fits": total <= hardware.usable})
                 break
         else:
@@ -185,7 +210,7 @@ def find_changes(name: str, settings: Params, config, hardware: Hardware, pieces
 
 
 def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
-    """Changes to try, those that cost least first; the number of tokens of a step stays."""
+    """Changes to try, the cheapest first. None of them changes the number of tokens of a step."""
     stage, compute, execution = stages_of(settings)[name], settings.compute, settings.compute.execution
     workers, section = max(1, compute.workers), "parent.training" if name == "parent" else name
     changes = []
@@ -195,7 +220,7 @@ def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
         changes.append({f"{section}.microbatches": most})
     if compute.workers and execution.shard_over not in (None, workers):
         changes.append({"compute.execution.shard_over": None})
-    if compute.workers and not execution.offload_teacher and make_load(name, settings).has_teacher:
+    if compute.workers and not execution.offload_teacher and make_workload(name, settings).has_teacher:
         changes.append({"compute.execution.offload_teacher": True})
     if (more := more_workers(settings, 2 * workers)) is not None:
         changes.append(more)
@@ -205,14 +230,15 @@ def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
 def find_shorter(
     name: str, settings: Params, config, hardware: Hardware, pieces: dict, changes: list[dict]
 ) -> dict | None:
-    """Instead of more workers, shorter sequences that fit, a step's tokens staying; None where none are asked for.
+    """An alternative to more workers: shorter sequences that fit, with the same number of tokens per step.
 
-    On top of those of `changes` that leave the workers as they are.
+    It includes those entries of `changes` that do not change the workers. None if no alternative is needed, and if the
+    sequences cannot be halved often enough.
     """
-    given = [change["set"] for change in changes if "compute.workers" not in change["set"]]
-    if len(given) == len(changes) and (not changes or changes[-1]["fits"]):
+    kept = [change["set"] for change in changes if "compute.workers" not in change["set"]]
+    if len(kept) == len(changes) and (not changes or changes[-1]["fits"]):
         return None
-    change = {key: value for values in given for key, value in values.items()}
+    change = {key: value for values in kept for key, value in values.items()}
     section, total = "parent.training" if name == "parent" else name, math.inf
     while total > hardware.usable:
         stage = stages_of(override(settings, change))[name]
@@ -228,15 +254,18 @@ def find_shorter(
 
 
 def more_workers(settings: Params, workers: int) -> dict[str, object] | None:
-    """What makes every stage's batches divide by so many workers, a step's tokens staying; None if nothing does."""
+    """Changes for `workers` workers, so that every stage's batches are multiples of it. Tokens per step stay the same.
+
+    None if that is impossible.
+    """
     changes: dict[str, object] = {"compute.workers": workers}
     for name, stage in stages_of(settings).items():
         size, section = stage.batch_size // stage.microbatches, "parent.training" if name == "parent" else name
         if stage.batch_size % workers:
             return None
         if size % workers:
-            fewer = range(stage.microbatches, 0, -1)
-            parts = next(n for n in fewer if stage.batch_size % n == 0 and stage.batch_size // n % workers == 0)
+            candidates = range(stage.microbatches, 0, -1)
+            parts = next(n for n in candidates if stage.batch_size % n == 0 and stage.batch_size // n % workers == 0)
             changes[f"{section}.microbatches"] = parts
     rank = settings.rank
     if rank.batch_size % workers:
@@ -248,7 +277,7 @@ def more_workers(settings: Params, workers: int) -> dict[str, object] | None:
 
 
 def override(settings: Params, changes: dict[str, object]) -> Params:
-    """`settings` with changed values, by their names in params.yaml."""
+    """A copy of `settings` with other values. `changes`: name in params.yaml, such as ``train_short.steps`` → value."""
     for key, value in changes.items():
         settings = _replace(settings, key.split("."), value)
     return settings

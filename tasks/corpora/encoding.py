@@ -1,4 +1,7 @@
-"""Texts to tokens on all cores: in order, and with a few batches of text in memory however long the corpus is."""
+"""Encodes texts as tokens on all cores.
+
+The order is kept, and only a few batches are in memory at a time, so a corpus may be larger than the memory.
+"""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -11,27 +14,31 @@ from transformers import PreTrainedTokenizerFast
 from elastic_core.data.token_files import SPLITS, Manifest
 from elastic_core.io.ordered_map import ordered_map
 
-BATCH_CHARACTERS = 1 << 18  # tokenizers holds about 100 bytes per token of a batch
+BATCH_CHARACTERS = 1 << 18  # limits memory: the library tokenizers takes about 100 bytes per token of a batch
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Documents of one split, encoded."""
+    """Encoded documents of one split."""
 
     split: str
-    documents: list[np.ndarray]  # token ids, eos included
+    documents: list[np.ndarray]  # token ids of each document (L,), including eos
     num_bytes: int  # of the texts in UTF-8
     num_characters: int
 
 
 class Encoder:
-    """A tokenizer that writes documents: each between its start, where the tokenizer has one, and eos.
+    """Encodes documents with a tokenizer. Each document gets bos before it, if the tokenizer has one, and eos after it.
 
-    The tokenizer lets go of Python while it works, so threads are enough to use all cores.
+    One token may be both bos and eos. It is then written once, because the eos of one document starts the next.
+
+    `threads` is the number of batches encoded at once. The tokenizer releases Python's global lock (GIL), so threads
+    are enough to use all cores.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, manifest: Manifest, threads: int):
-        # A copy: text that spells out a special token must stay text, and only here.
+        # In training text, the spelling of a special token is ordinary text. The copy keeps this option away from the
+        # caller's tokenizer.
         self._encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._encoder.encode_special_tokens = True
         self._encoder.no_truncation()
@@ -41,7 +48,7 @@ class Encoder:
         self._dtype, self._threads = manifest.dtype, threads
 
     def encoded(self, documents: Iterable[tuple[str, str]]) -> Iterator[Batch]:
-        """Batches of (split, text) documents; each split's documents come in their order."""
+        """Encode (split, text) documents in batches. The documents of a split keep their order."""
         return ordered_map(self._encode, _batches(documents), self._threads)
 
     def _encode(self, batch: tuple[str, list[str]]) -> Batch:
@@ -52,12 +59,12 @@ class Encoder:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:
-    """Texts of one split, enough of them to be worth a thread's while."""
+    """Group texts by split into batches of about BATCH_CHARACTERS, so that one thread has enough work."""
     waiting, sizes = {split: [] for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     for split, text in documents:
         waiting[split].append(text)

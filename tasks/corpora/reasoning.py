@@ -1,13 +1,15 @@
-"""Generated reasoning: arithmetic that needs worked steps, and recall that needs a long memory.
+"""Generated reasoning data: arithmetic that needs worked steps, and recall that needs a long context.
 
-- A *chain*, `7+5-3:7+5=2;2-3=9#9`: sums and differences modulo 10 from left to right, every step written out, the
-  answer after `#`. As a control some chains are answered at once, `7+5-3#9`: steps that help must beat that.
-- A *recall*, `a5b3c7?c7a5`: key/value pairs, then some of the keys again, each with its value.
+- A *chain* such as `7+5-3:7+5=2;2-3=9#9` is a sequence of sums and differences modulo 10, computed from left to right.
+  Every step is written out, and the answer follows `#`. Some chains, such as `7+5-3#9`, have no worked steps. They are
+  the control: worked steps help only if the score with them is higher.
+- A *recall* such as `a5b3c7?c7a5` lists pairs of a key and a value, then asks for some keys and gives their values.
 
-Between two digits stands one other character, and between two letters a digit: a tokenizer that splits digits and runs
-of letters spends one token on each character, whatever else it has merged.
+Two digits never stand side by side, and neither do two letters. A tokenizer that separates digits, letters and other
+characters therefore spends exactly one token on each character.
 
-Every prompt is held out or not by its own hash, so no run, seed or number of documents can train on a held-out one.
+A hash of the prompt alone decides whether the prompt is held out. So no held-out prompt is in any training data,
+whatever the run, the seed or the number of documents.
 """
 
 import hashlib
@@ -23,9 +25,9 @@ from typing import ClassVar
 from elastic_core.config import require
 
 _HELD_OUT_SHARE = 0.05
-_FEWEST_HELD_OUT_STEPS = 3  # there are too few shorter chains to keep any from training
+_FEWEST_HELD_OUT_STEPS = 3  # shorter chains are all used for training, because there are too few of them
 _KEYS = string.ascii_letters
-_MOST_ITEMS = 2000  # there are 80,000 chains of three steps, of which one in twenty is held out
+_MOST_ITEMS = 2000  # 80,000 chains have three steps, and one in twenty (4000) is held out
 
 _TASK = """\
 # Made by prepare_data; data/tokenizer presents a prompt as training does, after the token that starts a document.
@@ -66,15 +68,15 @@ def load(file: str, **metadata):
 
 @dataclass(frozen=True)
 class Chains:
-    """Chains of sums and differences modulo 10."""
+    """Section `prepare_data.sources.<name>` with kind `chains`: sums and differences modulo 10."""
 
     kind: str = "chains"
     documents: int = 60_000  # both splits together
     max_steps: int = 12
-    step_weights: tuple[float, ...] | None = None  # how often 1, 2, ... max_steps steps come; null: all alike
-    direct_share: float = 0.1  # of the documents: answered without worked steps
+    step_weights: tuple[float, ...] | None = None  # relative frequency of 1, 2, ... max_steps steps; null: equal
+    direct_share: float = 0.1  # share of the documents without worked steps
 
-    whole_documents: ClassVar[bool] = True
+    whole_documents: ClassVar[bool] = True  # packing never splits a document
 
     def check(self) -> None:
         require(self.documents > 0, "documents", self.documents, "1 or more")
@@ -83,7 +85,7 @@ class Chains:
         _check_weights("step_weights", self.step_weights, self.max_steps)
 
     def texts(self, seed: int) -> Iterator[tuple[str, str]]:
-        """Yield (split, chain); the same seed gives the same chains."""
+        """Yield (split, chain). The same seed gives the same chains."""
         rng = random.Random(f"chains {seed}")
         lengths = rng.choices(range(1, self.max_steps + 1), self.step_weights, k=self.documents)
         for steps in lengths:
@@ -93,22 +95,25 @@ class Chains:
             yield split, direct_chain(prompt) if direct else worked_chain(prompt)
 
     def expected_characters(self) -> int:
-        """Roughly how much `texts` will yield, for a progress bar."""
-        steps = _mean(self.max_steps, self.step_weights, 1)
+        """Estimate how many characters `texts` yields in all. Progress bars need the number."""
+        steps = _weighted_mean(self.max_steps, self.step_weights, 1)
         return round(self.documents * (2 * steps + 3 + (1 - self.direct_share) * 6 * steps))
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Multi-query recall of values by keys, two to `max_pairs` pairs."""
+    """Section `prepare_data.sources.<name>` with kind `recall`: documents of 2 to `max_pairs` pairs.
+
+    Each asks for several keys (multi-query recall).
+    """
 
     kind: str = "recall"
     documents: int = 20_000  # both splits together
     max_pairs: int = 24
-    pair_weights: tuple[float, ...] | None = None  # how often 2, 3, ... max_pairs pairs come; null: all alike
-    max_queries: int = 8  # at most this many of the keys are asked for
+    pair_weights: tuple[float, ...] | None = None  # relative frequency of 2, 3, ... max_pairs pairs; null: equal
+    max_queries: int = 8  # the most keys that a document asks for
 
-    whole_documents: ClassVar[bool] = True
+    whole_documents: ClassVar[bool] = True  # packing never splits a document
 
     def check(self) -> None:
         require(self.documents > 0, "documents", self.documents, "1 or more")
@@ -117,7 +122,7 @@ class Recall:
         _check_weights("pair_weights", self.pair_weights, self.max_pairs - 1)
 
     def texts(self, seed: int) -> Iterator[tuple[str, str]]:
-        """Yield (split, pairs and queries); the same seed gives the same documents."""
+        """Yield (split, pairs and queries). The same seed gives the same documents."""
         rng = random.Random(f"recall {seed}")
         lengths = rng.choices(range(2, self.max_pairs + 1), self.pair_weights, k=self.documents)
         for num_pairs in lengths:
@@ -127,23 +132,26 @@ class Recall:
             yield split, "".join(pairs) + "?" + "".join(asked)
 
     def expected_characters(self) -> int:
-        """Roughly how much `texts` will yield, for a progress bar."""
-        pairs = _mean(self.max_pairs - 1, self.pair_weights, 2)
+        """Estimate how many characters `texts` yields in all. Progress bars need the number."""
+        pairs = _weighted_mean(self.max_pairs - 1, self.pair_weights, 2)
         return round(self.documents * (2 * pairs + 1 + 2 * min(pairs, self.max_queries)))
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Which test tasks are written, as numbers of steps or pairs; they may be longer than any in training."""
+    """Section `prepare_data.evaluation`: the test tasks to write, each given by its number of steps or pairs.
+
+    A task may be longer than every training document.
+    """
 
     chains: tuple[int, ...] = (3, 6, 9, 12)
     chains_direct: tuple[int, ...] = (6,)
     recall: tuple[int, ...] = (4, 8, 16)
-    items: int = 200  # per task; the standard error of an exact match of 0.5 is then 0.035
+    items: int = 200  # per task; with 200 items an exact match of 0.5 has a standard error of 0.035
 
     def check(self) -> None:
         for name in ("chains", "chains_direct"):
-            allowed = f"numbers of steps from {_FEWEST_HELD_OUT_STEPS}: shorter chains are all trained on"
+            allowed = f"{_FEWEST_HELD_OUT_STEPS} steps or more: all shorter chains are in the training data"
             require(all(n >= _FEWEST_HELD_OUT_STEPS for n in getattr(self, name)), name, getattr(self, name), allowed)
         allowed = f"numbers of pairs from 2 to {len(_KEYS)}"
         require(all(2 <= n <= len(_KEYS) for n in self.recall), "recall", self.recall, allowed)
@@ -156,7 +164,7 @@ def draw_chain(rng: random.Random, steps: int) -> str:
 
 
 def worked_chain(expression: str) -> str:
-    """The document that works an expression out: `7+5-3:7+5=2;2-3=9#9`."""
+    """The document of an expression with worked steps: `7+5-3:7+5=2;2-3=9#9`."""
     value, steps = expression[0], []
     for operator, digit in zip(expression[1::2], expression[2::2], strict=True):
         result = (int(value) + int(operator + digit)) % 10
@@ -166,27 +174,27 @@ def worked_chain(expression: str) -> str:
 
 
 def direct_chain(expression: str) -> str:
-    """The document that answers an expression at once: `7+5-3#9`."""
+    """The document of an expression without worked steps: `7+5-3#9`."""
     return expression + worked_chain(expression)[-2:]
 
 
 def draw_pairs(rng: random.Random, num_pairs: int) -> list[str]:
-    """Random pairs of a letter and a digit, no letter twice, such as `a5`, `b3`."""
+    """Random pairs of a letter and a digit, such as `a5`, `b3`. No letter occurs twice."""
     return [key + rng.choice(string.digits) for key in rng.sample(_KEYS, num_pairs)]
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a prompt is kept for testing: one in twenty are, by a hash of the prompt alone."""
+    """Whether a prompt is held out for testing. A hash of the prompt decides; it selects one in twenty."""
     digest = hashlib.sha256(prompt.encode()).digest()
     return int.from_bytes(digest[:8], "big") < _HELD_OUT_SHARE * 2**64
 
 
 def write_evaluation(directory: Path, config: Evaluation, seed: int) -> None:
-    """Write lm-eval tasks `chains_<steps>`, `chains_direct_<steps>` and `recall_<pairs>` to a new `directory`.
+    """Write the lm-eval tasks `chains_<steps>`, `chains_direct_<steps>` and `recall_<pairs>` to a new `directory`.
 
-    Load them with ``TaskManager(include_path=directory, include_defaults=False)``. A task's metadata holds `chance`,
-    the exact match of guessing among all values, and for recall `chance_in_context`, that of always answering the
-    value which the prompt shows most often. No item's prompt is in the training split.
+    Load them with ``TaskManager(include_path=directory, include_defaults=False)``. The metadata of a task has `chance`:
+    the exact match of a random guess among all values. For recall it also has `chance_in_context`: the exact match of
+    always answering with the most frequent value in the prompt. No item's prompt is in the training split.
     """
     directory.mkdir()
     (directory / "items.py").write_text(_ITEMS_MODULE, encoding="utf-8")
@@ -205,18 +213,20 @@ def write_evaluation(directory: Path, config: Evaluation, seed: int) -> None:
 
 
 def _chain_item(rng: random.Random, steps: int, separator: str) -> tuple[str, str, str]:
+    """(The text whose hash decides the split, the prompt, the answer.)"""
     expression = draw_chain(rng, steps)
     return expression, expression + separator, worked_chain(expression)[-1]
 
 
 def _recall_item(rng: random.Random, num_pairs: int) -> tuple[str, str, str]:
+    """(The text whose hash decides the split, the prompt, the answer.)"""
     pairs = draw_pairs(rng, num_pairs)
     key, answer = rng.choice(pairs)
     return "".join(pairs), f"{''.join(pairs)}?{key}", answer
 
 
 def _draw_items(draw: Callable, num_items: int, seed: str) -> dict[str, str]:
-    """Different held-out prompts and their answers."""
+    """Held-out prompts without duplicates, and their answers: prompt → answer."""
     rng, items = random.Random(seed), {}
     while len(items) < num_items:
         hashed, prompt, answer = draw(rng)
@@ -237,9 +247,10 @@ def _write_task(
 
 def _check_weights(key: str, weights: tuple[float, ...] | None, count: int) -> None:
     fits = weights is None or (len(weights) == count and min(weights) >= 0 and sum(weights) > 0)
-    require(fits, key, weights, f"null, or {count} numbers of 0 or more, not all 0")
+    require(fits, key, weights, f"null, or {count} numbers of 0 or more, at least one above 0")
 
 
-def _mean(count: int, weights: tuple[float, ...] | None, first: int) -> float:
+def _weighted_mean(count: int, weights: tuple[float, ...] | None, first: int) -> float:
+    """Mean of first, first + 1, …, first + count - 1, weighted; without weights the plain mean."""
     weights = weights or (1.0,) * count
     return sum((first + i) * weight for i, weight in enumerate(weights)) / sum(weights)

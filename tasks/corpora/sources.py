@@ -1,4 +1,4 @@
-"""The kinds of text sources, and how a section `prepare_data.sources.<name>` of params.yaml becomes one."""
+"""The kinds of text sources. A section `prepare_data.sources.<name>` of params.yaml becomes one of them."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,10 @@ KINDS = {"bible": Bible, "sympy": Sympy, "files": Files, "chains": Chains, "reca
 
 
 def parse_source(values, where: str) -> Source:
-    """The source of a section. Raises ConfigError that names the key, what was given and what is allowed."""
+    """The source that a section describes, as the dataclass of its kind.
+
+    `where` is the start of error messages. Raises ConfigError for an unknown kind and for a wrong value.
+    """
     kind = values.get("kind") if isinstance(values, Mapping) else None
     if kind not in KINDS:
         raise ConfigError(f"{where}.kind: got {kind!r}; allowed: {', '.join(KINDS)}")

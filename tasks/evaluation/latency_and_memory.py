@@ -1,7 +1,7 @@
-"""What a model takes to run: bytes of its weights and its cache, and its speed beside the parent's.
+"""Measures a model's memory (bytes of weights and cache) and its speed relative to the parent.
 
-Seconds on a machine that does other things too are worth little by themselves. So the parent runs in the same process,
-turn by turn with the model, and what is comparable between models and runs is the ratio of the two.
+Other processes on the machine change the measured seconds. So the parent is measured in the same process, alternately
+with the model. Compare the ratio of the two between models and between runs, not the seconds.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tasks.settings.schema import LatencyOptions
+from tasks.settings.sections import LatencyOptions
 
-CPU_INFO = Path("/proc/cpuinfo")  # of Linux, where `platform` does not know the model
+CPU_INFO = Path("/proc/cpuinfo")  # Linux writes the CPU's model here; `platform` does not know it
 
 
 def tensors_in(value) -> Iterator[Tensor]:
-    """The tensors in nested lists and dictionaries."""
+    """Yield all tensors in nested lists, tuples and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -34,13 +34,17 @@ def tensors_in(value) -> Iterator[Tensor]:
 
 
 def num_bytes(value) -> int:
-    """Bytes of all tensors in nested lists and dictionaries."""
+    """Bytes of all tensors in nested lists, tuples and dictionaries."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(value))
 
 
 @torch.no_grad()
 def memory(model, input_ids: Tensor) -> dict:
-    """Bytes of the weights, and of what one sequence (1, L) keeps in transformers' cache once it has been read."""
+    """Bytes of the weights, and of transformers' cache after the model has read `input_ids` (B, L).
+
+    The stage reads one sequence (B = 1). The result also has the length L as `cache_tokens`, and the element type of
+    the weights.
+    """
     cache = model(input_ids, use_cache=True, logits_to_keep=1).past_key_values
     states = {"keys": 0, "values": 0, "recurrent_states": 0, "conv_states": 0}
     for layer in cache.layers:
@@ -58,14 +62,14 @@ def memory(model, input_ids: Tensor) -> dict:
 
 
 class Sequence:
-    """One sequence that a model reads and goes on with, greedily; it knows how many seconds every step took."""
+    """Decodes one sequence greedily. `seconds` lists the duration of every step."""
 
     def __init__(self, model):
         self.model, self.cache, self.seconds = model, None, []
 
     @torch.no_grad()
     def step(self, input_ids: Tensor | None = None) -> None:
-        """Read the prompt (1, L), or, where None, generate one token with the cache of all before."""
+        """Process the prompt `input_ids` (1, L). With None, generate one token, using the cache."""
         start = time.perf_counter()
         output = self.model(
             self.token if input_ids is None else input_ids,
@@ -79,7 +83,10 @@ class Sequence:
 
 @contextlib.contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Compute on `number` threads. Several that wait for each other are at the mercy of what else a machine does."""
+    """Let torch compute on `number` threads inside the block.
+
+    Threads wait for each other. With several threads, other processes on the machine therefore disturb more.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -89,36 +96,39 @@ def threads(number: int) -> Iterator[None]:
 
 
 def latency(section: LatencyOptions, model, parent, prompt: Tensor) -> dict:
-    """Median seconds of the model and of the parent, and the median of the ratios of their steps, one by one.
+    """Median seconds of the model and of the parent, and the median of the ratios step by step.
 
-    The two take turns at every token, so that a slow spell of the machine meets both. `parent` None: the model is the
-    parent, with ratio 1.
+    model, parent: transformers models. With `parent` None the model itself is the parent, and all ratios are 1.
+    prompt: token ids (1, L).
+
+    Model and parent alternate at every token, so a slow phase of the machine affects both equally. `prefill_…` is the
+    time to process the prompt, `per_token_…` the decode time per token. Times are in seconds.
     """
-    prefills, tokens = [], []  # (seconds of the model, of the parent) of every step
+    prefills, tokens = [], []  # (seconds of the model, seconds of the parent) of every step
     with threads(section.threads):
         for repeat in range(section.repeats + 1):
-            mine = Sequence(model)
-            theirs = mine if parent is None else Sequence(parent)
-            turns = [mine] if parent is None else [mine, theirs]
+            of_model = Sequence(model)
+            of_parent = of_model if parent is None else Sequence(parent)
+            order = [of_model] if parent is None else [of_model, of_parent]
             for step in range(1 + section.new_tokens):
-                for sequence in turns if (repeat + step) % 2 == 0 else turns[::-1]:
+                for sequence in order if (repeat + step) % 2 == 0 else order[::-1]:
                     sequence.step(prompt if step == 0 else None)
-            if repeat > 0:  # the first one warms up
-                pairs = list(zip(mine.seconds, theirs.seconds, strict=True))
+            if repeat > 0:  # the first repeat only warms up
+                pairs = list(zip(of_model.seconds, of_parent.seconds, strict=True))
                 prefills.append(pairs[0])
                 tokens += pairs[1:]
     result = {**vars(section), "prompt_tokens": prompt.shape[1]}
     for name, pairs in (("prefill", prefills), ("per_token", tokens)):
         result |= {
-            f"{name}_seconds": statistics.median(own for own, _ in pairs),
-            f"parent_{name}_seconds": statistics.median(other for _, other in pairs),
-            f"{name}_ratio": statistics.median(own / other for own, other in pairs),
+            f"{name}_seconds": statistics.median(seconds for seconds, _ in pairs),
+            f"parent_{name}_seconds": statistics.median(parent_seconds for _, parent_seconds in pairs),
+            f"{name}_ratio": statistics.median(seconds / parent_seconds for seconds, parent_seconds in pairs),
         }
     return result
 
 
 def environment() -> dict:
-    """Where and with what the numbers were measured."""
+    """The device, and the versions of Python and of the packages that were used."""
     lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {

@@ -1,4 +1,4 @@
-"""Loss, KL to the parent and bits per byte on held-out text, and the number of parameters, of a transformers model."""
+"""Scores a transformers model on held-out text: loss, KL to the parent, bits per byte. Counts its parameters."""
 
 import math
 from collections.abc import Iterator
@@ -8,12 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_core.data.loader import IGNORED_LABEL, TokenData, held_out_batches
-from tasks.settings.schema import Evaluate
+from tasks.settings.sections import Evaluate
 
 
 @torch.no_grad()
 def text_scores(model, parent, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
-    """Summed cross-entropy and summed KL(parent ‖ model) in nats, and the number of predicted tokens."""
+    """Sums over all predicted tokens: cross-entropy in nats, KL(parent ‖ model) in nats, and the number of tokens.
+
+    batches: (input_ids, labels), both (B, L); labels are already shifted, and IGNORED_LABEL marks positions to skip.
+    parent: None gives a KL of 0.
+    """
     loss, kl, tokens = 0.0, 0.0, 0
     for input_ids, labels in batches:
         logprobs = model(input_ids, use_cache=False).logits.log_softmax(-1)
@@ -27,9 +31,9 @@ def text_scores(model, parent, batches: Iterator[tuple[Tensor, Tensor]]) -> tupl
 
 
 def held_out_scores(section: Evaluate, data: TokenData, model, parent) -> dict:
-    """Loss and KL in nats per token and bits per byte, on every held-out source and on all of them together.
+    """Loss and KL in nats per token and bits per byte, for every held-out source and for all sources together.
 
-    `tokens` is the number of predicted tokens.
+    KL is given for all sources together only. `tokens` is the number of predicted tokens.
     """
     scores, totals = {}, [0.0, 0.0, 0, 0.0]
     for source in section.held_out:
@@ -50,21 +54,21 @@ def held_out_scores(section: Evaluate, data: TokenData, model, parent) -> dict:
 
 
 def first_tokens(data: TokenData, source: str, number: int) -> Tensor:
-    """The beginning of a held-out source as one sequence (1, number)."""
+    """The first `number` tokens of a held-out source as one sequence (1, number)."""
     input_ids, _ = next(held_out_batches(data, source, number, 1))
     return input_ids
 
 
 def count_parameters(model) -> dict[str, int]:
-    """Parameters of what transformers loaded, and the buffers that files hold (of the routers of experts).
+    """Parameters of a model that transformers loaded, including stored buffers (the routers of experts have some).
 
-    Where there are experts, also the parameters that one token uses.
+    A model with experts also gets `num_active_parameters`: the parameters that one token uses.
     """
     stored = model.state_dict().keys()
     total = sum(parameter.numel() for parameter in model.parameters())
     total += sum(buffer.numel() for name, buffer in model.named_buffers() if name in stored)
-    of_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    if of_experts == 0:
+    expert_parameters = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    if expert_parameters == 0:
         return {"num_parameters": total}
-    used = of_experts * model.config.num_experts_per_tok // model.config.n_routed_experts
-    return {"num_parameters": total, "num_active_parameters": total - of_experts + used}
+    used = expert_parameters * model.config.num_experts_per_tok // model.config.n_routed_experts
+    return {"num_parameters": total, "num_active_parameters": total - expert_parameters + used}

@@ -1,4 +1,4 @@
-"""The parent's configuration, read without any weights."""
+"""Reads or makes the parent's configuration. Needs no weights."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from transformers import NemotronHConfig, PreTrainedConfig
 from elastic_core.model import hf
 from tasks.parents import gguf
 from tasks.settings.local_checks import is_package
-from tasks.settings.schema import ParentModel
+from tasks.settings.sections import ParentModel
 
 
 def read_parent_config(path: str | None, model: ParentModel | None, vocab_size: int) -> PreTrainedConfig:
-    """The configuration at `path` (a directory, URL or package), or, where it is None, of `model`.
+    """The configuration at `path`: a directory, a URL or a package. If `path` is None, the configuration of `model`.
 
-    Raises UserError for a model of unknown or unsupported architecture.
+    `vocab_size` applies to `model` only. Raises UserError for an unknown or unsupported architecture, ConfigError for
+    a package that is not installed, and StorageError for a URL that cannot be read.
     """
     if path is None:
         return new_config(model, vocab_size)
@@ -21,7 +22,10 @@ def read_parent_config(path: str | None, model: ParentModel | None, vocab_size: 
 
 
 def new_config(model: ParentModel, vocab_size: int, **special_tokens: int) -> NemotronHConfig:
-    """The transformers configuration of a parent that is to be trained."""
+    """The transformers configuration of a parent that will be trained here. Raises UserError for sizes that do not fit.
+
+    special_tokens: ids such as ``eos_token_id``.
+    """
     values = vars(model).copy()
     pattern = values.pop("pattern")
     config = NemotronHConfig(

@@ -1,6 +1,6 @@
-"""A Llama as GGUF, the format of llama.cpp: its configuration, tensors and tokenizer in the form of transformers.
+"""Reads a Llama from a GGUF file, the format of llama.cpp, in the form that transformers uses.
 
-transformers loads such a file, but cannot save it again, and its tokenizer does not split digits.
+transformers can load such a file but cannot save it again, and the tokenizer that it makes does not split digits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from elastic_core.errors import UserError
 
-NAMES = {  # llama.cpp's → transformers'
+TENSOR_NAMES = {  # llama.cpp's name → transformers' name
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -30,11 +30,11 @@ NAMES = {  # llama.cpp's → transformers'
     "output_norm": "model.norm",
     "output": "lm_head",
 }
-CONTROL = 3  # tokens of this type are special
+CONTROL_TOKEN = 3  # llama.cpp's type of special tokens
 
 
 class Gguf:
-    """One GGUF file of a Llama; ValueError for what a plain Llama directory cannot say."""
+    """One GGUF file that holds a Llama. Methods raise UserError for what a plain Llama directory cannot express."""
 
     def __init__(self, file: Path):
         from gguf import GGUFReader
@@ -43,10 +43,10 @@ class Gguf:
         self._expect("general.architecture", "llama")
 
     def value(self, key: str, default=None):
-        """A field's content; without a default, it has to be there."""
+        """The content of a field. If it is missing: `default`, or UserError without a default."""
         field = self.reader.fields.get(key)
         if field is None and default is None:
-            raise UserError(f"{self.file}: has no {key}; expected a Llama, converted by llama.cpp")
+            raise UserError(f"{self.file}: has no {key}; expected a Llama that llama.cpp converted")
         return default if field is None else field.contents()
 
     def _expect(self, key: str, allowed: str) -> None:
@@ -54,6 +54,7 @@ class Gguf:
             raise UserError(f"{self.file}: {key} is {self.value(key)!r}; allowed: {allowed!r}")
 
     def config(self) -> LlamaConfig:
+        """The configuration in transformers' form. Raises UserError for options that are not supported here."""
         hidden_size, num_heads = self.value("llama.embedding_length"), self.value("llama.attention.head_count")
         for key in self.reader.fields:
             if key.startswith("llama.rope.scaling"):
@@ -80,11 +81,11 @@ class Gguf:
         return config
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by transformers' names, in the file's order."""
+        """transformers' name → shape, in the order of the file."""
         return {self._name(t.name): tuple(int(n) for n in reversed(t.shape)) for t in self.reader.tensors}
 
     def tensors(self, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, one by one, as float32 in transformers' order of rows."""
+        """Yield (transformers' name, tensor in float32), one by one. Rows are in transformers' order."""
         from gguf import dequantize
 
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -92,19 +93,23 @@ class Gguf:
             name = self._name(stored.name)
             tensor = torch.tensor(dequantize(stored.data, stored.tensor_type))
             for part, number in heads.items():
-                if f"{part}." in name:  # llama.cpp has the two channels that RoPE turns together side by side
+                # RoPE rotates pairs of channels. llama.cpp stores a pair side by side, transformers half a head apart.
+                if f"{part}." in name:
                     tensor = tensor.unflatten(0, (number, -1, 2)).transpose(1, 2).flatten(0, 2)
             yield name, tensor.contiguous()
 
     def _name(self, name: str) -> str:
         found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
-        if found is None or found[2] not in NAMES:
-            raise UserError(f"{self.file}: holds {name!r}; allowed: the weights of a Llama without biases")
+        if found is None or found[2] not in TENSOR_NAMES:
+            raise UserError(f"{self.file}: holds the tensor {name!r}; allowed: the weights of a Llama without biases")
         prefix = "" if found[1] is None else f"model.layers.{found[1]}."
-        return f"{prefix}{NAMES[found[2]]}.weight"
+        return f"{prefix}{TENSOR_NAMES[found[2]]}.weight"
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The byte-level BPE, which splits digits as SmolLM2's own does: the file has only a name for that."""
+        """The byte-level BPE. It splits digits, as SmolLM2's tokenizer does; the file only names this rule ("smollm").
+
+        Raises UserError for every other kind of tokenizer.
+        """
         self._expect("tokenizer.ggml.model", "gpt2")
         self._expect("tokenizer.ggml.pre", "smollm")
         tokens, types = self.value("tokenizer.ggml.tokens"), self.value("tokenizer.ggml.token_type")
@@ -113,7 +118,7 @@ class Gguf:
         digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
         tokenizer.decoder = decoders.ByteLevel()
-        special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL]
+        special = [token for token, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
         keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         ids = {name: self.value(f"tokenizer.ggml.{key}_token_id", -1) for name, key in keys.items()}

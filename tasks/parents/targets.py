@@ -1,4 +1,8 @@
-"""The budgets of params.yaml as shares of a parent's cost."""
+"""Turns the budgets of params.yaml into shares of the parent's cost.
+
+In all functions `config` is the parent's configuration, and ConfigError means that a budget does not fit the parent or
+the metric.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +14,34 @@ from tasks.settings.schema import Params
 
 
 def metric_of_family(params: Params) -> Metric:
-    """What the trained budgets are counted in. Raises ConfigError, also for a table of latencies that is not there."""
+    """The metric in which the trained budgets are counted. Raises ConfigError, also for a missing latency table."""
     return family_metric(params.cost, params.budgets)
 
 
 def resolve(params: Params, config) -> dict[str, float]:
-    """The trained budgets as shares of the parent's cost, largest first. Raises ConfigError."""
+    """Trained budget → share of the parent's cost, largest first. Raises ConfigError."""
     targets = shares(params.budgets, metric_of_family(params), config)
     return dict(sorted(targets.items(), key=lambda item: -item[1]))
 
 
 def resolve_served(params: Params, config) -> dict[str, float]:
-    """All budgets as shares of the parent's cost; an untrained one that is counted in another metric, in that."""
+    """Budget → share of the parent's cost, for all budgets, trained ones first. Raises ConfigError.
+
+    An untrained budget may be written in another metric. Its share is then a share in that metric.
+    """
     return resolve(params, config) | shares(params.untrained, metric_of_family(params), config, "untrained")
 
 
 def resolve_comparable(params: Params, config) -> dict[str, float]:
-    """All budgets that are counted in the metric of the trained ones, as shares of the parent's cost."""
+    """Budget → share of the parent's cost, for all budgets in the metric of the trained ones. Raises ConfigError."""
     return resolve(params, config) | shares(comparable_budgets(params), metric_of_family(params), config, "untrained")
 
 
 def comparable_budgets(params: Params) -> dict[str, Spelling]:
-    """The untrained budgets that are counted in the metric of the trained ones."""
+    """The untrained budgets, as written, whose metric is that of the trained ones. Raises ConfigError.
+
+    Latency and throughput count as one metric, because both come from the same table.
+    """
     own = metric_of_family(params)
     return {
         name: given

@@ -1,4 +1,4 @@
-"""A parent's own tokenizer."""
+"""Loads the parent's tokenizer."""
 
 import tempfile
 from pathlib import Path
@@ -7,15 +7,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from elastic_core.errors import UserError
 from elastic_core.io import storage
+from elastic_core.io.directory_transfer import local_files
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
 from tasks.parents.gguf_file import Gguf
 from tasks.settings.local_checks import find_package_file, is_package
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a directory, package or URL.
+    """The tokenizer of a local directory, a package or a URL.
 
-    Raises UserError where there is none, or one that is not fast or cannot end documents.
+    Raises UserError if there is no tokenizer, if it is not a fast one, or if it has no eos token. Raises StorageError
+    for a URL that cannot be read.
     """
     if is_package(source):
         with tempfile.TemporaryDirectory(prefix="elastic-") as written:
@@ -23,7 +25,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
             return load_tokenizer(written)
     if not storage.is_url(source) and not Path(source).is_dir():
         raise UserError(f"tokenizer {str(source)!r}: no such directory; parent.path is a model's directory, or null")
-    with storage.local_files(source, ("config.json", *TOKENIZER_FILES)) as local:
+    with local_files(source, ("config.json", *TOKENIZER_FILES)) as local:
         try:
             tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
         except (OSError, ValueError) as error:

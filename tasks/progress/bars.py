@@ -9,7 +9,7 @@ LOG_SECONDS = 10.0
 
 def progress_bar(what: str, total: int, unit: str, scaled: bool = False) -> tqdm:
     """A bar to `update`, as a context manager. `scaled`: write large numbers as 1.2M."""
-    options = {"desc": what, "total": total, "unit": unit, "unit_scale": scaled}
+    options = {"desc": what, "total": total, "unit": unit, "unit_scale": scaled, "disable": False}
     if sys.stderr.isatty():
         return tqdm(**options, leave=False, dynamic_ncols=True)
     return _Lines(**options, mininterval=LOG_SECONDS, miniters=1, delay=LOG_SECONDS)

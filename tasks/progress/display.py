@@ -1,4 +1,4 @@
-"""Training as it is seen: a progress bar or lines, a file with a row per step, and the optional dashboards."""
+"""How training is shown: a progress bar or lines, a file with a row per step, and the optional dashboards."""
 
 import contextlib
 import dataclasses
@@ -19,18 +19,18 @@ from tasks.progress import events
 from tasks.progress.durations import duration
 from tasks.progress.metrics_file import NewRows, drop_cut_off_line, plain, read_rows, smooth
 from tasks.progress.tracking import open_writers
-from tasks.settings.schema import Tracking
+from tasks.settings.sections import Tracking
 
-FOLLOW_SECONDS = 0.5  # between looks at rows that another process writes
-LOG_SECONDS = 10.0  # between lines where there is no terminal for a progress bar
-RATE_SECONDS, RATE_STEPS = 60.0, 20  # the rate is that of the last minute, or of 20 steps where those take longer
+FOLLOW_SECONDS = 0.5  # between two looks at a file that another process writes
+LOG_SECONDS = 10.0  # between two lines in a log
+RATE_SECONDS, RATE_STEPS = 60.0, 20  # the rate covers the last minute, or 20 steps where they take longer
 
 
 class Recorder:
-    """Takes the rows that `train` yields to a display and to the file `metrics`, beside the run's checkpoints.
+    """Passes the rows that `train` yields to a display and to the file `metrics`.
 
-    Used as a context manager, by one process of a run. `metrics` is in a directory that is named by the run's key,
-    and goes on where a killed run left it. Without `display`, somebody else shows the file's rows (see `followed`).
+    One process of a run uses it, as a context manager. The directory of `metrics` has the name of the run's key, so a
+    resumed run adds to the file of the killed one. `display` False: another process shows the rows (see `followed`).
     `clock` counts seconds.
     """
 
@@ -47,7 +47,7 @@ class Recorder:
         self.speed = Speed(clock)
         self.display = Display(name, stage, clock) if display else None
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self):
         configuration = {"name": self.name, **dataclasses.asdict(self.stage)}
         directory = self.metrics.parent
         self.writers = open_writers(self.tracking, directory.name, directory, configuration)
@@ -66,7 +66,7 @@ class Recorder:
             writer.close(failed=kind is not None)
 
     def show(self, row: dict) -> None:
-        """Take in the row of one step."""
+        """Write and show the row of one step."""
         row = plain(row)
         rate = self.speed.update(row["tokens"], row["mode"])
         left = None if rate is None else (self.stage.num_tokens() - row["tokens"]) / rate
@@ -78,16 +78,17 @@ class Recorder:
             self.display.show(row)
 
     def finish(self, out: Path) -> None:
-        """Write the rows of the whole run to `out`, each step once; whole or not at all."""
+        """Write the rows of the whole run to `out`, one per step; the file appears whole or not at all."""
         write_text(out, "".join(json.dumps(row, allow_nan=False) + "\n" for row in read_rows(self.metrics)))
 
 
 class Display:
-    """Rows of metrics on the terminal: a progress bar, or a line every few seconds where there is none."""
+    """Shows rows of metrics: a progress bar on a terminal, elsewhere a line every ten seconds."""
 
     def __init__(self, name: str, stage: Stage, clock: Callable[[], float] = time.monotonic):
         self.name, self.stage, self.clock = name, stage, clock
-        # Budget → smoothed loss and KL, last budget error; in the order of the stage, so that nothing jumps about.
+        # Budget → smoothed loss and KL, last budget error; in the order of the stage, so that columns keep their
+        # places.
         self.means: dict[str, dict[str, float]] = {name: {} for name, share in stage.budget_shares.items() if share}
         self.on_terminal = sys.stderr.isatty()
         self.bars: list[tqdm] = []  # on a terminal: the bar, and the line of numbers below it
@@ -111,7 +112,7 @@ class Display:
 
     def _move_bar(self, row: dict) -> None:
         text = describe(row, self.means)
-        if not self.bars:  # made after the first step: that one may compile and is not part of the rate
+        if not self.bars:  # after the first step, which may compile and must not count for the rate
             bar = tqdm(
                 total=self.stage.num_tokens(),
                 initial=row["tokens"],
@@ -120,10 +121,13 @@ class Display:
                 unit_scale=True,
                 dynamic_ncols=True,
                 miniters=1,
+                disable=False,
                 smoothing=0.05,  # steps of different budgets take different times
             )
-            # Beside the bar most terminals have no room for these; {bar}, blank, makes tqdm cut them to the width.
-            numbers = tqdm(desc=text, bar_format="{desc}{bar}", dynamic_ncols=True, miniters=1, position=1, leave=True)
+            # A second line: most terminals have no room beside the bar. The empty {bar} makes tqdm shorten the text.
+            numbers = tqdm(
+                desc=text, bar_format="{desc}{bar}", dynamic_ncols=True, miniters=1, position=1, disable=False
+            )
             self.bars = [bar, numbers]
         bar, numbers = self.bars
         bar.update(row["tokens"] - bar.n)
@@ -144,7 +148,7 @@ class Display:
 
 @contextlib.contextmanager
 def followed(name: str, stage: Stage, metrics: Path) -> Iterator[None]:
-    """Show the rows that other processes add to `metrics` as long as the block runs: a bar for work done elsewhere."""
+    """Show the rows that other processes add to `metrics`, as long as the block runs."""
     display, ended = Display(name, stage), threading.Event()
     new_rows = NewRows(metrics, skip=True)
 
@@ -166,15 +170,15 @@ def followed(name: str, stage: Stage, metrics: Path) -> Iterator[None]:
 
 
 class Speed:
-    """Tokens per second over the last steps of this process; its first step, which may compile, does not count."""
+    """Tokens per second over the last steps of this process. The first step may compile and does not count."""
 
     def __init__(self, clock: Callable[[], float]):
         self.clock, self.mode, self.rate = clock, None, None
         self.samples: deque[tuple[float, int]] = deque()  # (time, tokens) at the end of a step
 
     def update(self, tokens: int, mode: str) -> float | None:
-        """The rate after a step that ended at `tokens`; None as long as there is nothing to tell it by."""
-        if mode != self.mode:  # sliced steps are faster than soft ones; the old rate stands until there is a new one
+        """The rate after a step that ended at `tokens`; None before the second step."""
+        if mode != self.mode:  # sliced steps are faster than soft ones: measure anew, show the old rate meanwhile
             self.samples.clear()
             self.mode = mode
         self.samples.append((self.clock(), tokens))
@@ -188,7 +192,7 @@ class Speed:
 
 
 def describe(row: dict, means: dict[str, dict[str, float]]) -> str:
-    """Mode, losses and what else there is to say about a step, the most telling first: a narrow terminal cuts it."""
+    """Mode, losses and other numbers of a step, the most important first: a narrow terminal cuts off the rest."""
     losses = [
         f"{budget} " + "/".join(f"{values[name]:.3f}" if name in values else "–" for name in ("loss", "kl"))
         for budget, values in means.items()

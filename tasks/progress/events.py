@@ -1,10 +1,10 @@
-"""What a stage tells the process that started the pipeline: a JSON line per event, in the file that ELASTIC_EVENTS names.
+"""Events of a stage, for the process that started it: a JSON line each, in the file named by ELASTIC_EVENTS.
 
 - ``{"event": "begin", "stage": NAME}`` and ``{"event": "end", "stage": NAME, "status": EXIT_STATUS}``: a stage;
 - ``{"event": "training", "name": …, "num_tokens": …, "num_steps": …, "path": …}``: training begins, its rows are in a
   file of metrics (metrics_file.py).
 
-Without the variable nothing is written. Needs the standard library only.
+Without the variable nothing is written. This module needs the standard library only.
 """
 
 import json
@@ -14,12 +14,12 @@ VARIABLE = "ELASTIC_EVENTS"
 
 
 def are_wanted() -> bool:
-    """Whether anybody reads events."""
+    """Whether a process reads the events."""
     return VARIABLE in os.environ
 
 
 def note(**event) -> None:
-    """Add an event; one write, so that lines of several processes do not mix."""
+    """Add an event in one write, so that lines of several processes do not mix."""
     if are_wanted():
         with open(os.environ[VARIABLE], "a") as file:
             file.write(json.dumps(event) + "\n")

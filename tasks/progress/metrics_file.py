@@ -1,6 +1,6 @@
-"""Files of metrics, a row of JSON per step: written by a training stage, read by whoever shows how far it is.
+"""Files of metrics: one row of JSON per training step, written by a stage and read by those who show its progress.
 
-Needs nothing beyond the standard library: the flow reads them as well, in a process without torch.
+This module needs the standard library only: the flow reads the files too, in a process without torch.
 """
 
 import json
@@ -12,9 +12,9 @@ SMOOTHING = 0.1  # weight of the newest loss in the mean that is shown
 
 
 class NewRows:
-    """Rows that are added to a file of metrics while somebody else writes it.
+    """Reads the rows of a JSON-lines file while another process adds to it.
 
-    From the beginning, or, where `skip`, after those that are there already.
+    `skip`: leave out the rows that are there already.
     """
 
     def __init__(self, path: Path, skip: bool = False):
@@ -28,7 +28,7 @@ class NewRows:
             return []
         rows = []
         with open(self.path, "rb") as file:
-            self.position = min(self.position, file.seek(0, os.SEEK_END))  # a line that was cut off is gone
+            self.position = min(self.position, file.seek(0, os.SEEK_END))  # a cut-off line was dropped
             file.seek(self.position)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -39,7 +39,7 @@ class NewRows:
 
 
 def smooth(means: dict[str, float], numbers: dict) -> None:
-    """Move a budget's running means towards a step's numbers, in place; what is null changes nothing."""
+    """Update a budget's running means with a step's numbers, in place; null values change nothing."""
     for name in ("loss", "kl"):
         if (value := numbers.get(name)) is not None:
             means[name] = (1 - SMOOTHING) * means.get(name, value) + SMOOTHING * value
@@ -48,7 +48,7 @@ def smooth(means: dict[str, float], numbers: dict) -> None:
 
 
 def plain(value):
-    """`value` with null in place of the floats that JSON does not have: NaN and the infinities."""
+    """`value` with None for NaN and the infinities, which JSON cannot write."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -57,14 +57,14 @@ def plain(value):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file of metrics by step, also of one that is still written; a resumed step's later row wins."""
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line break is cut off
+    """The rows of a file of metrics in the order of steps; of two rows of a step the later one counts."""
+    lines = path.read_bytes().split(b"\n")[:-1]  # text after the last line break is a cut-off line
     latest = {row["step"]: plain(row) for row in map(json.loads, lines)}
     return [latest[step] for step in sorted(latest)]
 
 
 def drop_cut_off_line(path: Path) -> None:
-    """Shorten a file of lines to its last line break: a kill may have cut its last line short."""
+    """Shorten a file to its last line break: a killed process may have written half a line."""
     if path.exists():
         content = path.read_bytes()
         os.truncate(path, content.rfind(b"\n") + 1)

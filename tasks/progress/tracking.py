@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from elastic_core.config import ConfigError
-from tasks.settings.schema import Tracking
+from tasks.settings.sections import Tracking
 
 
 def scalars(row: dict) -> dict[str, float]:
-    """What is tracked of a row of metrics: the numbers that are there, by the names that dashboards group them by."""
+    """The numbers of a row of metrics that are tracked, under names by which dashboards group them."""
     values = {name: row.get(name) for name in ("tokens_per_second", "learning_rate", "grad_norm", "skipped")}
     values["memory_gib"] = None if row.get("memory_bytes") is None else row["memory_bytes"] / 2**30
     for budget, numbers in row.get("budgets", {}).items():
@@ -18,7 +18,7 @@ def scalars(row: dict) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in one directory per run, over tokens: stages and batch sizes then share one axis."""
+    """Event files in one directory per run. Values stand over tokens, so stages and batch sizes share one axis."""
 
     def __init__(self, directory: Path):
         from torch.utils.tensorboard import SummaryWriter
@@ -27,7 +27,7 @@ class TensorBoard:
 
     def write(self, row: dict) -> None:
         if self.writer is None:
-            # What a killed run wrote behind its checkpoint is written again: purge_step hides the first writing.
+            # A resumed run writes the steps after its checkpoint again; purge_step hides the first writing.
             self.writer = self.make_writer(str(self.directory), purge_step=row["tokens"], flush_secs=10)
         for name, value in scalars(row).items():
             self.writer.add_scalar(name, value, row["tokens"])
@@ -38,10 +38,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, over tokens; a resumed run has the same id and goes on.
+    """A run of Weights & Biases, over tokens. A resumed run has the same id and goes on.
 
-    W&B never takes a step twice. A resumed run trains the steps behind its checkpoint again, to the same numbers;
-    those that the server has are left out. Offline, nobody knows what it has: they are written to the new part again.
+    W&B takes each step once. A resumed run repeats the steps after its checkpoint, with the same numbers; steps that
+    the server has already are left out. Offline runs do not know what the server has, so they write them again.
     """
 
     def __init__(self, tracking: Tracking, key: str, directory: Path, configuration: dict):
@@ -53,10 +53,10 @@ class WandB:
                 id=key,
                 name=key,
                 resume="allow",
-                mode="offline" if tracking.wandb_mode == "offline" else None,  # None: or as WANDB_MODE says
+                mode="offline" if tracking.wandb_mode == "offline" else None,  # None: as WANDB_MODE says
                 dir=str(directory),
                 config=configuration,
-                settings=wandb.Settings(console="off"),  # its capture of the terminal would break up the progress bar
+                settings=wandb.Settings(console="off"),  # capturing the terminal would break the progress bar
             )
         except wandb.errors.Error as error:
             raise ConfigError(

@@ -1,4 +1,7 @@
-"""The report's pictures, drawn from the tables: each one as wide as a phone, and in colours for light and dark."""
+"""Draws the report's charts from its tables. A chart is as wide as a phone and has a light and a dark theme.
+
+Functions with a nested `draw` return a function that draws the chart in a given theme.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,22 +11,22 @@ import altair as alt
 from tasks.reporting import tables
 
 MODELS = ["parent", *tables.LABELS.values()]
-SHAPES = ["diamond", "triangle-down", "square", "circle"]  # of MODELS
-WIDTH, HEIGHT = 288, 200  # a number of pixels that many numbers divide, so that a heat map has no seams
+SHAPES = ["diamond", "triangle-down", "square", "circle"]  # in the order of MODELS
+WIDTH, HEIGHT = 288, 200  # pixels; 288 has many divisors, so the cells of a heat map have no gaps
 FONT = "system-ui, Helvetica, Arial, sans-serif"
-FEW_COLUMNS = 14  # up to which a heat map's cells have room for their numbers
+FEW_COLUMNS = 14  # with at most so many columns, the cells of a heat map have room for numbers
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours. `series` are the models', the parent's first; `ramp` runs from nothing to everything."""
+    """Colours. `series` has one per budget, the parent first. `ramp` goes from the lowest to the highest value."""
 
     ink: str
     muted: str
     grid: str
     series: tuple[str, ...]
     ramp: tuple[str, str]
-    on_ramp: tuple[str, str]  # text on the lower and on the upper half of the ramp
+    on_ramp: tuple[str, str]  # text on the lower half and on the upper half of the ramp
     ground: str | None = None  # None: transparent
 
 
@@ -43,12 +46,12 @@ DARK = Theme(
     ramp=("#172033", "#7db4fb"),
     on_ramp=("#e5e7eb", "#0b1220"),
 )
-PAPER = Theme(**{**vars(LIGHT), "ground": "#ffffff"})  # where nobody knows what is behind it
+PAPER = Theme(**{**vars(LIGHT), "ground": "#ffffff"})  # white ground, for readers with an unknown background
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture: what it shows, said in a caption, and how to draw it in a theme. A wide one may scroll on a phone."""
+    """A chart: title, caption, and a function that draws it in a theme. A wide chart may scroll on a phone."""
 
     title: str
     caption: str
@@ -56,7 +59,7 @@ class Figure:
     wide: bool = False
 
     def spec(self, theme: Theme) -> str:
-        """The picture in a theme, as Vega-Lite's JSON."""
+        """The chart in a theme, as Vega-Lite JSON."""
         axis = {"domainColor": theme.muted, "tickColor": theme.muted, "gridColor": theme.grid, "titleFontWeight": 500}
         text = {"labelColor": theme.ink, "titleColor": theme.ink, "labelFontSize": 11, "titleFontSize": 11}
         config = alt.Config(
@@ -71,22 +74,22 @@ class Figure:
         return self.draw(theme).properties(config=config, padding=6).to_json()
 
 
-def colour(theme: Theme, budgets: list[str], legend: alt.Legend | None) -> alt.Color:
-    """A budget's colour, the same in all pictures; `budgets` in the order of the results, the parent first."""
+def budget_colour(theme: Theme, budgets: list[str], legend: alt.Legend | None) -> alt.Color:
+    """A colour per budget, the same in all charts. `budgets` has the order of the results, the parent first."""
     colours = [theme.series[0]] + [theme.series[1 + i % (len(theme.series) - 1)] for i in range(len(budgets) - 1)]
     return alt.Color("budget:N", sort=budgets, scale=alt.Scale(domain=budgets, range=colours), legend=legend)
 
 
-def shapes(theme: Theme, frame) -> alt.Shape:
-    """A version's shape, the same in all pictures."""
+def version_shape(theme: Theme, frame) -> alt.Shape:
+    """A shape per version (zero-shot, after stage 1, after stage 2), the same in all charts."""
     present = [model for model in MODELS if model in set(frame["model"])]
     fill = {"symbolFillColor": theme.muted, "symbolStrokeColor": theme.muted}
     legend = alt.Legend(title=None, values=present, columns=2 if len(present) > 3 else 3, **fill)
     return alt.Shape("model:N", sort=present, scale=alt.Scale(domain=MODELS, range=SHAPES), legend=legend)
 
 
-def curve(frame, measure: str, title: str, budgets: list[str], settled: int | None = None):
-    """How to draw a measure of training over the tokens of one stage; `settled`: a line where the router was done."""
+def training_curve(frame, measure: str, title: str, budgets: list[str], settled: int | None = None):
+    """A measure of training over the tokens of one stage. A vertical line marks the token `settled` of the router."""
 
     def draw(theme: Theme) -> alt.TopLevelMixin:
         present = [budget for budget in budgets if budget in set(frame["budget"])]
@@ -98,7 +101,7 @@ def curve(frame, measure: str, title: str, budgets: list[str], settled: int | No
             .encode(
                 x=alt.X("tokens:Q", title="tokens of the stage", axis=alt.Axis(format="~s", tickCount=5, grid=False)),
                 y=alt.Y(f"{measure}:Q", title=title, scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=5, **form)),
-                color=colour(theme, budgets, legend),
+                color=budget_colour(theme, budgets, legend),
             )
         )
         if settled is None:
@@ -113,8 +116,8 @@ def curve(frame, measure: str, title: str, budgets: list[str], settled: int | No
     return draw
 
 
-def won_back(frame, budgets: list[str]):
-    """How to draw the loss of every budget's versions, one line each, and the parent's as a rule."""
+def loss_by_version(frame, budgets: list[str]):
+    """The loss of the versions, one line per budget, and the parent's loss as a horizontal line."""
 
     def draw(theme: Theme) -> alt.TopLevelMixin:
         members = frame[frame["budget"] != "parent"]
@@ -125,7 +128,7 @@ def won_back(frame, budgets: list[str]):
             .encode(
                 x=alt.X("model:N", sort=MODELS[1:], title=None, axis=alt.Axis(labelAngle=0)),
                 y=alt.Y("loss:Q", title="held-out loss, nats per token", scale=alt.Scale(zero=False)),
-                color=colour(theme, budgets, legend),
+                color=budget_colour(theme, budgets, legend),
             )
         )
         parent = alt.Chart(frame[frame["budget"] == "parent"])
@@ -138,8 +141,11 @@ def won_back(frame, budgets: list[str]):
     return draw
 
 
-def quality(frame, cost: str, title: str, budgets: list[str], form: str):
-    """How to draw held-out loss against a cost, with the Pareto front; untrained slices would squash the rest."""
+def loss_against_cost(frame, cost: str, title: str, budgets: list[str], form: str):
+    """Held-out loss against the column `cost`, with the Pareto front.
+
+    Zero-shot slices are left out. Their loss is so high that all other points would be squeezed together.
+    """
 
     def draw(theme: Theme) -> alt.TopLevelMixin:
         trained = frame[frame["model"] != tables.LABELS["zero_shot"]]
@@ -158,20 +164,20 @@ def quality(frame, cost: str, title: str, budgets: list[str], form: str):
         points = (
             alt.Chart(trained)
             .mark_point(filled=True, size=70, opacity=0.9)
-            .encode(x=x, y=y, color=colour(theme, budgets, None), shape=shapes(theme, trained))
+            .encode(x=x, y=y, color=budget_colour(theme, budgets, None), shape=version_shape(theme, trained))
         )
         names = (
             alt.Chart(tables.finals(trained))
             .mark_text(align="left", dx=8, dy=-7, fontSize=11)
-            .encode(x=x, y=y, text="budget:N", color=colour(theme, budgets, None))
+            .encode(x=x, y=y, text="budget:N", color=budget_colour(theme, budgets, None))
         )
         return alt.layer(front, points, names).properties(width=WIDTH, height=HEIGHT)
 
     return draw
 
 
-def reasoning(frame, task: str, chance: float, budgets: list[str]):
-    """How to draw a task's exact match, a mark per model, with one standard error to either side."""
+def task_scores(frame, task: str, chance: float, budgets: list[str]):
+    """The exact match of a task, one mark per model, with one standard error on each side."""
     error = frame[f"{task}_error"]
     low, high = (frame[task] - error).clip(lower=0), (frame[task] + error).clip(upper=1)
     frame = frame.assign(value=frame[task], low=low, high=high)[["budget", "model", "value", "low", "high"]]
@@ -180,21 +186,21 @@ def reasoning(frame, task: str, chance: float, budgets: list[str]):
         scale = alt.Scale(domain=[0, 1])
         x = alt.X("value:Q", title="exact match", scale=scale, axis=alt.Axis(tickCount=5, format=".1f"))
         y = alt.Y("budget:N", sort=budgets, title=None, axis=alt.Axis(ticks=False, domain=False, labelPadding=9))
-        shade = colour(theme, budgets, None)
-        base = alt.Chart(frame).encode(y=y, yOffset=alt.YOffset("model:N", sort=MODELS), color=shade)
+        colour = budget_colour(theme, budgets, None)
+        base = alt.Chart(frame).encode(y=y, yOffset=alt.YOffset("model:N", sort=MODELS), color=colour)
         errors = base.mark_rule(strokeWidth=1.6).encode(x=alt.X("low:Q", scale=scale), x2="high:Q")
-        points = base.mark_point(filled=True, size=34, opacity=1).encode(x=x, shape=shapes(theme, frame))
-        guess = alt.Chart(alt.Data(values=[{"chance": chance}]))
-        rule = guess.mark_rule(color=theme.muted, strokeDash=[2, 2]).encode(x=alt.X("chance:Q", scale=scale))
+        points = base.mark_point(filled=True, size=34, opacity=1).encode(x=x, shape=version_shape(theme, frame))
+        guessing = alt.Chart(alt.Data(values=[{"chance": chance}]))
+        rule = guessing.mark_rule(color=theme.muted, strokeDash=[2, 2]).encode(x=alt.X("chance:Q", scale=scale))
         return alt.layer(rule, errors, points).properties(width=WIDTH, height=34 * len(budgets))
 
     return draw
 
 
-def cells(theme: Theme, rows: list[dict], columns: list[str], budgets: list[str], is_first: bool):
-    """A heat map of kept shares: a row per budget; dropped layers are crossed out."""
+def kept_sizes_map(theme: Theme, rows: list[dict], columns: list[str], budgets: list[str], is_first: bool):
+    """A heat map of kept shares with a row per budget. Dropped layers are crossed out."""
     step, has_text = (36, True) if len(columns) <= FEW_COLUMNS else (17, False)
-    if is_first:  # named by words, not by numbers
+    if is_first:  # its columns have words as names and need more room
         step = 56
     x = alt.X(
         "column:N",
@@ -222,34 +228,34 @@ def cells(theme: Theme, rows: list[dict], columns: list[str], budgets: list[str]
     return alt.layer(*marks).properties(width=alt.Step(step), height=alt.Step(30))
 
 
-def choices(frame):
-    """How to draw what every budget keeps: sizes of the whole model, then a column per layer."""
+def kept_sizes(frame):
+    """What every budget keeps: sizes of the whole model on the left, a column per layer on the right."""
     budgets = list(dict.fromkeys(frame["budget"]))
-    shared = {"hidden_size": "hidden", "mamba_head_dim": "head dim"}
+    global_axes = {"hidden_size": "hidden", "mamba_head_dim": "head dim"}  # axes with one size for all layers
     whole, layers = {}, []
     for row in tables.records(frame):
-        if row["axis"] in shared:
-            column = shared[row["axis"]]
-            if whole.get((row["budget"], column), {}).get("kept") is None:  # of a layer that is not dropped
+        if row["axis"] in global_axes:
+            column = global_axes[row["axis"]]
+            if whole.get((row["budget"], column), {}).get("kept") is None:  # take the size from a layer that is kept
                 whole[row["budget"], column] = row | {"column": column}
         else:
             layers.append(row | {"column": row["layer"]})
     columns = sorted({row["column"] for row in layers}, key=lambda name: int(name.split()[0]))
-    names = [name for name in shared.values() if any(column == name for _, column in whole)]
+    names = [name for name in global_axes.values() if any(column == name for _, column in whole)]
 
     def draw(theme: Theme) -> alt.TopLevelMixin:
-        left = cells(theme, list(whole.values()), names, budgets, is_first=True)
-        right = cells(theme, layers, columns, budgets, is_first=False)
+        left = kept_sizes_map(theme, list(whole.values()), names, budgets, is_first=True)
+        right = kept_sizes_map(theme, layers, columns, budgets, is_first=False)
         return alt.hconcat(left, right, spacing=14)
 
     return draw
 
 
-def importance(frame):
-    """How to draw the importance of the units by rank: a panel per axis, in it a row per layer."""
+def unit_importance(frame):
+    """The importance of the units in the order of their rank: a panel per axis, with a row per layer."""
     count = frame.groupby(["axis", "layer"])["rank"].transform("size")
-    place = (frame["rank"] * (count - 1)).round()
-    frame = frame.assign(start=place / count, end=(place + 1) / count)
+    position = (frame["rank"] * (count - 1)).round()
+    frame = frame.assign(start=position / count, end=(position + 1) / count)
 
     def draw(theme: Theme) -> alt.TopLevelMixin:
         panels, axes = [], list(dict.fromkeys(frame["axis"]))
@@ -276,8 +282,8 @@ def importance(frame):
     return draw
 
 
-def depth(frame, title: str):
-    """How to draw the scores at which the layers were judged."""
+def depth_scores(frame, title: str):
+    """The score of every layer in the depth ranking."""
 
     def draw(theme: Theme) -> alt.TopLevelMixin:
         return (

@@ -1,4 +1,4 @@
-"""Which pictures the report shows, under which headings, and what is said of each."""
+"""The charts of the report: their sections, titles and captions."""
 
 from elastic_core.cost.metrics import Metric
 from tasks.parents.targets import metric_of_family
@@ -10,7 +10,7 @@ STAGE_NAMES = {"parent": "Parent", "train_short": "Stage 1", "train_extended": "
 
 
 def sections(settings: Params, scores: tables.Scores, frame) -> dict[str, list[Figure]]:
-    """The pictures by section."""
+    """Section heading → its charts. Sections without charts are left out."""
     budgets, config = list(scores), tables.parent_config()
     curves, settled = tables.training(), tables.settled()
     found = {
@@ -20,8 +20,8 @@ def sections(settings: Params, scores: tables.Scores, frame) -> dict[str, list[F
             *_training_figures(settings, curves, settled, budgets),
             Figure(
                 "Loss by version",
-                "Held-out: from the slice that was never trained to the end of stage 2; dashed, the parent.",
-                charts.won_back(frame, budgets),
+                "Held-out loss of the untrained slice, after stage 1 and after stage 2. Dashed: the parent.",
+                charts.loss_by_version(frame, budgets),
             ),
         ],
         "What the router chose": _router_figures(
@@ -33,33 +33,36 @@ def sections(settings: Params, scores: tables.Scores, frame) -> dict[str, list[F
 
 
 def _cost_figures(scores: tables.Scores, frame, budgets: list[str]) -> list[Figure]:
-    front = "Dashed: the Pareto front, below and left of which is nothing. Without the zero-shot slices."
+    front = "Dashed: the Pareto front. No model is cheaper and better than one on it. Zero-shot slices are not shown."
     cache = scores["parent"]["parent"]["memory"]["cache_tokens"]
     return [
-        Figure("Loss against parameters", front, charts.quality(frame, "parameters", "parameters", budgets, "~s")),
+        Figure(
+            "Loss against parameters", front, charts.loss_against_cost(frame, "parameters", "parameters", budgets, "~s")
+        ),
         Figure(
             "Loss against memory",
-            f"Weights, and the cache of one sequence of {cache:,} tokens. {front}",
-            charts.quality(frame, "memory_mib", "weights and cache, MiB", budgets, ".3~f"),
+            f"Memory is the weights and the cache of one sequence of {cache:,} tokens. {front}",
+            charts.loss_against_cost(frame, "memory_mib", "weights and cache, MiB", budgets, ".3~f"),
         ),
         Figure(
             "Loss against time per token",
-            f"Measured turn by turn with the parent, which is 1. {front}",
-            charts.quality(frame, "latency_ratio", "time per generated token, × parent", budgets, ".2~f"),
+            f"Decode time per token divided by the parent's, measured alternately. {front}",
+            charts.loss_against_cost(frame, "latency_ratio", "decode time per token, × parent", budgets, ".2~f"),
         ),
     ]
 
 
 def _task_figures(settings: Params, scores: tables.Scores, frame, budgets: list[str]) -> list[Figure]:
-    caption = "Bars: one standard error to either side. Dotted: what guessing scores."
+    caption = "Bars: one standard error on each side. Dotted: the score of guessing."
     guesses = tables.chance(scores)
     return [
-        Figure(task, caption, charts.reasoning(frame, task, guesses[task], budgets)) for task in settings.evaluate.tasks
+        Figure(task, caption, charts.task_scores(frame, task, guesses[task], budgets))
+        for task in settings.evaluate.tasks
     ]
 
 
 def _training_figures(settings: Params, curves, settled: int | None, budgets: list[str]) -> list[Figure]:
-    """Cross-entropy and KL of every stage, where they say anything."""
+    """Cross-entropy and KL of every stage. A measure that is always zero or missing gets no chart."""
     measures = {
         "ce": ("cross-entropy with the text", "Cross-entropy with the next token"),
         "kl": ("KL to the teacher", "KL(teacher ‖ member)"),
@@ -71,13 +74,13 @@ def _training_figures(settings: Params, curves, settled: int | None, budgets: li
             part = curves[(curves["stage"] == stage) & curves[measure].notna()]
             if not part[measure].any():  # a parent has no teacher
                 continue
-            caption = f"{words} on the batches that are trained on."
+            caption = f"{words}, on the training batches."
             if section is not None:
                 weights = {"cross-entropy": section.loss.ce_weight, "KL": section.loss.kl_weight}
                 terms = [f"{weight:g} × {name}" for name, weight in weights.items() if weight]
-                caption += f" Minimised: {' + '.join(terms)}."
+                caption += f" The loss is {' + '.join(terms)}."
             mark = settled if stage == "train_short" else None
-            draw = charts.curve(part, measure, "nats per token", budgets, mark)
+            draw = charts.training_curve(part, measure, "nats per token", budgets, mark)
             found.append(Figure(f"{label}: {title}", caption, draw))
     return found
 
@@ -87,33 +90,35 @@ def _router_figures(metric: Metric, kept, curves, settled: int | None, budgets: 
     return [
         Figure(
             "Kept sizes by budget and layer",
-            "Kept sizes, where there is room for a number: hidden channels and channels of a Mamba head for the whole "
-            "model; heads of a Mamba (M) or attention (*) layer, neurons of an MLP (-). × is a dropped layer.",
-            charts.choices(kept),
+            f"Numbers are kept sizes (not shown for more than {charts.FEW_COLUMNS} layers). Left: hidden channels and "
+            "channels per Mamba head of the whole model. Right: heads of a Mamba (M) or attention (*) layer, neurons "
+            "of an MLP (-). × is a dropped layer.",
+            charts.kept_sizes(kept),
             wide=True,
         ),
         Figure(
             "Stage 1: distance from the budget",
-            f"Of the {metric.name} that the router expects, then of what it chose.",
-            charts.curve(short, "budget_error", f"|{metric.name} ÷ budget − 1|", budgets, settled),
+            f"Before the router settles: the expected {metric.name}. After that: the {metric.name} of its choice.",
+            charts.training_curve(short, "budget_error", f"|{metric.name} ÷ budget − 1|", budgets, settled),
         ),
     ]
 
 
 def _importance_figures(settings: Params, config) -> list[Figure]:
     method = settings.rank.depth_method
-    error = "normalised squared error of the logits" if "nmse" in method else "cross-entropy without it, nats/token"
+    is_error = "nmse" in method
+    title = "normalised squared error of the logits" if is_error else "cross-entropy without the layer, nats/token"
     return [
         Figure(
             "Units, by axis and layer",
-            f"Importance on calibration text ({settings.rank.measure}, {settings.rank.aggregation}), each row sorted "
-            "from the best unit to the worst. Low ones go first.",
-            charts.importance(tables.importance(config)),
+            f"Importance on the calibration set ({settings.rank.measure}, {settings.rank.aggregation}). Each row is "
+            "sorted from the most to the least important unit. The least important units are removed first.",
+            charts.unit_importance(tables.importance(config)),
         ),
         Figure(
             "Layers",
-            f"What removing a layer does, by {method}, in the order of judgement. "
-            "Layers that no choice of depth can drop are not judged.",
-            charts.depth(tables.depth(config), error),
+            f"The error that removing a layer causes, by {method}, in the order in which layers are removed. "
+            "Layers that no choice of depth can drop are not scored.",
+            charts.depth_scores(tables.depth(config), title),
         ),
     ]

@@ -1,4 +1,4 @@
-"""What a reader wants to know first of every member of the family, and what has to be said of the table."""
+"""The summary of the report: one line per member, and the note below the table."""
 
 from elastic_core.cost.metrics import Metric
 from tasks.reporting import predictions, tables
@@ -13,7 +13,11 @@ NOTE = (
 
 
 def find(frame) -> list[dict]:
-    """Of every member its share of the parent, and what it loses and saves beside the parent."""
+    """One entry per member: its share of the parent's parameters, its extra loss, and its time and memory.
+
+    `frame` holds the results. `loss` is in nats per token above the parent. `latency_ratio` and `memory` are divided by
+    the parent's.
+    """
     rows = tables.records(tables.finals(frame))
     parent = rows[0]
     return [
@@ -31,33 +35,34 @@ def find(frame) -> list[dict]:
 
 
 def sentence(finding: dict) -> str:
-    """A finding in words."""
-    text = f"{finding['budget']}: {finding['share']:.0%} of the parameters, {finding['loss']:+.3f} nats from the parent"
-    text += f", {finding['latency_ratio']:.2f} × its time per token, {finding['memory']:.0%} of its memory"
+    """An entry of `find` in words. All numbers compare the member with the parent."""
+    text = f"{finding['budget']}: {finding['share']:.0%} of the parent's parameters, "
+    text += f"loss {finding['loss']:+.3f} nats/token, {finding['latency_ratio']:.2f} × the parent's time per token, "
+    text += f"{finding['memory']:.0%} of its memory"
     if finding["gap_closed"] is not None:
         text += f"; training recovered {finding['gap_closed']:.0%} of the loss of the zero-shot slice"
     return text
 
 
 def note(settings: Params, scores: tables.Scores, metric: Metric) -> str:
-    """How to read the table, and what holds for this run alone."""
+    """How to read the table, and facts about this run."""
     text = NOTE
     if settings.untrained:
-        text += f" Served without having been trained: {', '.join(settings.untrained)}."
+        text += f" Extracted, but not trained: {', '.join(settings.untrained)}."
     text += predictions.note(metric)
     return " ".join([text, *heterogeneous_gains(scores)])
 
 
 def heterogeneous_gains(scores: tables.Scores) -> list[str]:
-    """What widths that differ between layers gain over uniform widths of the same cost, in words."""
+    """The gain of heterogeneous widths over uniform widths of the same cost, one sentence per budget that has them."""
     found = []
     for budget, versions in scores.items():
         zero_shot = versions.get("zero_shot", {})
         if uniform := zero_shot.get("uniform"):
             gain = uniform["loss"] - zero_shot["loss"]
             found.append(
-                f"{budget}: before training, {zero_shot['loss']:.4f} nats/token with widths that differ between "
-                f"layers, {uniform['loss']:.4f} with uniform widths of the same cost: "
+                f"{budget}: before training, {zero_shot['loss']:.4f} nats/token with heterogeneous widths, "
+                f"{uniform['loss']:.4f} with uniform widths of the same cost: "
                 f"{'a gain' if gain > 0 else 'a loss'} of {abs(gain):.4f}."
             )
     return found

@@ -1,4 +1,4 @@
-"""The report in Markdown, for the dashboard."""
+"""Writes the report as Markdown, for the dashboard."""
 
 import base64
 
@@ -10,13 +10,16 @@ from tasks.reporting.page import TITLE
 
 
 def render(
-    rows: list[dict], found: list[dict], note: str, described: dict[str, Column], pictures: dict[str, list[Figure]]
+    rows: list[dict], found: list[dict], note: str, described: dict[str, Column], figures: dict[str, list[Figure]]
 ) -> str:
-    """Findings, table, pictures, and how each number was measured."""
+    """The report: findings, table, charts, and how each number was measured.
+
+    rows: the table, see `tables.rounded`. found: see `findings.find`. described: name → column.
+    """
     sentences = "".join(f"- {sentence(finding)}\n" for finding in found)
     plots = "".join(
         f"\n### {figure.title}\n\n{figure.caption}\n\n![{figure.title}]({as_png(figure)})\n"
-        for group in pictures.values()
+        for group in figures.values()
         for figure in group
     )
     how = "".join(f"- **{column.title}**: {column.how}\n" for column in described.values())
@@ -27,7 +30,7 @@ def render(
 
 
 def as_table(rows: list[dict]) -> str:
-    """The results; a dash where a column does not apply."""
+    """The results as a Markdown table. A dash marks a missing value."""
     lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     for row in rows:
         texts = [
@@ -38,6 +41,6 @@ def as_table(rows: list[dict]) -> str:
 
 
 def as_png(figure: Figure) -> str:
-    """A figure as a data: URL on a white ground: the reader's page may be light or dark."""
+    """A chart as a data: URL, on a white ground because the page that shows it may be light or dark."""
     png = vega.to_png(figure.spec(charts.PAPER))
     return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: the template's content, pictures in both themes, provenance."""
+"""Writes the report as one HTML file that loads nothing else. It fills the template report.html."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ from tasks.settings.schema import Params
 
 TITLE = "A family of nested language models"
 TEMPLATE = Path(__file__).parent / "report.html"
-CODE = ("tasks", "elastic_core", "params.yaml", "profiles", "requirements.lock")
+CODE = ("tasks", "elastic_core", "params.yaml", "profiles", "requirements.lock")  # what decides results
 
 
 def render(
@@ -30,7 +30,7 @@ def render(
     findings: list[dict],
     note: str,
 ) -> str:
-    """The page. `frame` holds the results, `described` their columns, `findings` what is said first."""
+    """The page. `frame` holds the results, `described` their columns, `findings` the summary at the top."""
     groups = [tables.records(rows) for _, rows in frame.groupby("budget", sort=False)]
     content = {
         "title": TITLE,
@@ -42,7 +42,7 @@ def render(
         "chance": tables.chance(scores),
         "untrained": list(settings.untrained),
         "note": note,
-        "sections": {name: [picture(figure) for figure in group] for name, group in figures.items()},
+        "sections": {name: [draw(figure) for figure in group] for name, group in figures.items()},
         "seed": settings.seed,
         "provenance": provenance(scores),
         "params": Path(FILE).read_text(),
@@ -52,24 +52,24 @@ def render(
 
 
 def provenance(scores: tables.Scores) -> dict[str, str]:
-    """What the numbers came from. No date: the same inputs give the same report."""
-    places = {
+    """Versions of the code and of packages, and devices. There is no date, so the same inputs give the same report."""
+    environments = {
         json.dumps(values["environment"]): values["environment"]
         for found in scores.values()
         for values in found.values()
     }
     found = {"package": f"nemotron-elastic {version('nemotron-elastic')}"}
     if code := commit():
-        found["code"] = f"commit {code}, the last that changed the pipeline"
-    for place in places.values():
-        device = f"{place['device']}, {place['cores']} cores"
-        versions = ", ".join(f"{name} {place[name]}" for name in ("python", "torch", "transformers", "lm_eval"))
+        found["code"] = f"commit {code}, the last one that changed the pipeline"
+    for environment in environments.values():
+        device = f"{environment['device']}, {environment['cores']} cores"
+        versions = ", ".join(f"{name} {environment[name]}" for name in ("python", "torch", "transformers", "lm_eval"))
         found[f"evaluated on {device}"] = versions
     return found
 
 
 def commit() -> str | None:
-    """The last commit that changed the pipeline's code, and whether files differ from it; None outside of git."""
+    """The last commit that changed the pipeline's code, and whether files differ from it. None outside of git."""
     if shutil.which("git") is None:
         return None
 
@@ -84,8 +84,8 @@ def commit() -> str | None:
     return found + (" (with changes that are not committed)" if changed else "")
 
 
-def picture(figure: Figure) -> dict:
-    """A figure in both themes, as data: URLs, with its size in pixels."""
+def draw(figure: Figure) -> dict:
+    """A chart in both themes, as data: URLs, with its size in pixels."""
     svgs = {name: vega.to_svg(figure.spec(theme)) for name, theme in (("light", charts.LIGHT), ("dark", charts.DARK))}
     width, height = (round(float(n)) for n in re.search(r'width="([\d.]+)" height="([\d.]+)"', svgs["light"]).groups())
     urls = {name: "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode() for name, svg in svgs.items()}

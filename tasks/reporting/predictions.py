@@ -1,4 +1,4 @@
-"""Memory or time as the family's metric predicts it, beside the budgets and beside what was measured of the models."""
+"""Predicts memory or time in the family's metric, to compare with the budgets and with the measurements."""
 
 import dataclasses
 import math
@@ -12,29 +12,37 @@ from elastic_core.cost.metrics import Metric, exact_cost, memory_parts
 from elastic_core.model.submodel import Submodel
 from tasks.reporting.tables import MIB, Scores
 
-TYPES = {"float32": "float32", "bfloat16": "bf16"}  # torch's names → the metric's
+TYPES = {"float32": "float32", "bfloat16": "bf16"}  # torch's name → the metric's name
 
 
-def evaluated(measured: dict) -> Memory:
-    """The setting in which tasks.evaluation.latency_and_memory.memory counted bytes: one sequence, all of it in one element type."""
+def evaluated_memory(measured: dict) -> Memory:
+    """The setting of the evaluation: one sequence, with everything in one element type.
+
+    `measured` is the result of `tasks.evaluation.latency_and_memory.memory`.
+    """
     dtype = TYPES[measured["element_type"]]
     return Memory(measured["cache_tokens"], 1, weights=dtype, cache=dtype, state=dtype, conv_state=dtype)
 
 
 def evaluated_time(table: Table, measured: dict, element_type: str) -> Latency | None:
-    """The setting in which tasks.evaluation.latency_and_memory.latency measured, on a CPU; None where the table is of another."""
-    alike = (table.device, table.batch, table.threads, table.dtype) == ("cpu", 1, measured["threads"], element_type)
+    """The setting of the evaluation, which runs on a CPU. None if the table was measured in another setting.
+
+    `measured` is the result of `tasks.evaluation.latency_and_memory.latency`.
+    """
+    is_same = (table.device, table.batch, table.threads, table.dtype) == ("cpu", 1, measured["threads"], element_type)
     try:
-        return Latency(table, measured["prompt_tokens"]) if alike else None
-    except ConfigError:  # another context
+        return Latency(table, measured["prompt_tokens"]) if is_same else None
+    except ConfigError:  # the table does not have this context
         return None
 
 
 def columns(scores: Scores, config, metric: Metric, targets: Mapping[str, float]) -> dict[str, list[float]]:
-    """For every row of the results, its cost in the metric's setting, its budget, and what was to be measured.
+    """Column name → a number per row of the results: the budget, the predicted cost, the predicted measurement.
 
-    `targets`: shares of the parent's cost by budget; one that is counted in something else is left out. Nothing for
-    parameters, which are counted anyway.
+    targets: budget → share of the parent's cost. Budgets that are missing here have another metric and get NaN.
+
+    Empty if budgets count parameters, because the results have those anyway. Memory is in MiB, latency in milliseconds
+    per token, throughput in tokens per second.
     """
     if isinstance(metric, Timed):
         return _time_columns(scores, config, metric, targets)
@@ -64,7 +72,7 @@ def _memory_columns(scores: Scores, config, metric: Memory, targets: Mapping[str
     for budget, versions in scores.items():
         for values in versions.values():
             submodel = Submodel(**(values["submodel"] or {}))
-            parts = memory_parts(evaluated(values["memory"]), config, submodel)
+            parts = memory_parts(evaluated_memory(values["memory"]), config, submodel)
             found["budget_mib"].append(targets.get(budget, math.nan) * full / MIB)
             found["serving_mib"].append(exact_cost(metric, config, submodel) / MIB)
             found["predicted_mib"].append((sum(parts.values()) - parts["activations"]) / MIB)
@@ -72,10 +80,10 @@ def _memory_columns(scores: Scores, config, metric: Memory, targets: Mapping[str
 
 
 def note(metric: Metric) -> str:
-    """The setting in words, of every field that serving depends on; none for parameters."""
+    """A sentence about the metric and its setting. Empty if budgets count parameters."""
     if isinstance(metric, Timed):
-        return f" {metric.name.capitalize()} is what budgets are counted in, predicted for {metric.setting}."
+        return f" The metric of the budgets is {metric.name}, predicted for {metric.setting}."
     if not isinstance(metric, Memory):
         return ""
     fields = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(metric).items())
-    return f" Memory is what budgets are counted in, predicted for serving with {fields}."
+    return f" The metric of the budgets is memory, predicted for serving with {fields}."

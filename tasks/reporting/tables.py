@@ -1,4 +1,4 @@
-"""What the report shows, as tables: results, training, the router's choices, importance. No drawing, no wording."""
+"""Makes the tables of the report: results, training, the router's choices, importance. Reads artifacts/."""
 
 import json
 from pathlib import Path
@@ -13,27 +13,33 @@ from tasks.progress.metrics_file import read_rows
 
 ARTIFACTS = Path("artifacts")
 LABELS = {"zero_shot": "zero-shot slice", "short": "after stage 1", "extended": "after stage 2"}
-FINAL = "extended"  # what a budget's name stands for where it has one row
+FINAL = "extended"  # the version that is shown if a budget has a single row
 STAGES = ("parent", "train_short", "train_extended")
-POINTS = 60  # of every curve
-PIECES = 48  # of every row of the heat map of importance
+POINTS = 60  # points per curve
+CELLS = 48  # the most cells per row of the heat map of importance
 MIB = 2**20
 
-Scores = dict[str, dict[str, dict]]  # model → version → what tasks/evaluate.py writes
+Scores = dict[str, dict[str, dict]]  # budget (or "parent") → version → the scores that stage evaluate writes
 
 
 def read_scores(budgets: dict[str, float]) -> Scores:
-    """The scores of the parent and of every budget, the largest first."""
+    """The scores of the parent and of every budget, the largest first.
+
+    `budgets`: name → share of the parent's cost.
+    """
     names = ["parent", *sorted(budgets, key=lambda name: -budgets[name])]
     scores = {name: json.loads((ARTIFACTS / "evaluate" / f"{name}.json").read_text()) for name in names}
     for name, target in budgets.items():
         if target == 1.0:
-            del scores[name]["zero_shot"]  # the parent itself
+            del scores[name]["zero_shot"]  # the same model as the parent
     return scores
 
 
 def results(scores: Scores) -> pd.DataFrame:
-    """A row per model, the parent first. A task's standard error stands beside it, as `<task>_error`."""
+    """A row per budget and version, the parent first. The standard error of a task is in the column `<task>_error`.
+
+    Losses are in nats per token, times in milliseconds, memory in MiB.
+    """
     parent = scores["parent"]["parent"]
     rows = []
     for budget, versions in scores.items():
@@ -55,7 +61,7 @@ def results(scores: Scores) -> pd.DataFrame:
 
 
 def _active(values: dict) -> dict:
-    active = values.get("num_active_parameters")  # of models with experts
+    active = values.get("num_active_parameters")  # only models with experts have it
     return {} if active is None else {"active_parameters": active}
 
 
@@ -83,22 +89,22 @@ def _tasks(values: dict) -> dict:
 
 
 def chance(scores: Scores) -> dict[str, float]:
-    """What guessing scores, by task."""
+    """Task → the score of guessing."""
     return {task: result["chance"] for task, result in scores["parent"]["parent"]["tasks"].items()}
 
 
 def finals(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the parent and of every budget's last version."""
+    """The row of the parent, and for every budget the row of its last version."""
     return frame[frame["model"].isin(["parent", LABELS[FINAL]])]
 
 
 def records(frame: pd.DataFrame) -> list[dict]:
-    """The rows as dictionaries, None where a value is missing."""
+    """The rows as dictionaries. A missing value is None."""
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
 def metrics(frame: pd.DataFrame, tasks: list[str]) -> dict[str, dict]:
-    """The few numbers of every model that are compared between runs, of times only what is a ratio in one run."""
+    """Budget → a few numbers to compare between runs. Seconds are left out, because they depend on the machine."""
     names = ["parameters", "share", "loss", "kl_to_parent", "bits_per_byte", "latency_ratio"]
     names += ["weight_mib", "cache_mib", *tasks]
     rows = finals(frame).set_index("budget")[names].astype(object)
@@ -109,7 +115,10 @@ def metrics(frame: pd.DataFrame, tasks: list[str]) -> dict[str, dict]:
 
 
 def rounded(frame: pd.DataFrame, described: dict, guesses: dict[str, float]) -> list[dict]:
-    """The results as plain rows with the same keys in each, rounded as their columns say; last what guessing scores."""
+    """The results as plain rows with the same keys, rounded to the digits of their columns. The last row is guessing.
+
+    described: name → column. guesses: task → the score of guessing.
+    """
     rows = []
     for record in records(frame):
         row = {"budget": record["budget"], "model": record["model"]}
@@ -123,7 +132,10 @@ def rounded(frame: pd.DataFrame, described: dict, guesses: dict[str, float]) -> 
 
 
 def pareto(frame: pd.DataFrame, cost: str, quality: str = "loss") -> pd.DataFrame:
-    """The rows that no other row beats, at most as dear and at least as good, by rising cost; of equals the first."""
+    """The rows of the Pareto front, by rising cost. `cost` and `quality` are columns in which lower is better.
+
+    If several rows are equal, the first one is taken.
+    """
     best, kept = float("inf"), []
     for index, row in frame.sort_values([cost, quality], kind="stable").iterrows():
         if row[quality] < best:
@@ -133,9 +145,10 @@ def pareto(frame: pd.DataFrame, cost: str, quality: str = "loss") -> pd.DataFram
 
 
 def training() -> pd.DataFrame:
-    """Loss, KL and budget error by budget over the tokens of each stage, every point the mean of the steps around it.
+    """Loss, KL and budget error by budget over the tokens of each stage. Every point is the mean of nearby steps.
 
-    Columns stage, tokens, budget, loss (what was minimised), kl, budget_error and ce (cross-entropy with the text).
+    Columns: stage, tokens, budget, loss (what training minimised), kl, budget_error, and ce (cross-entropy with the
+    text). Losses are in nats per token.
     """
     measures = ["loss", "kl", "budget_error", "ce"]
     rows = []
@@ -147,7 +160,7 @@ def training() -> pd.DataFrame:
                 values = {measure: numbers.get(measure) for measure in measures}
                 rows.append({"stage": stage, "tokens": step["tokens"], "budget": name} | values)
     frame = pd.DataFrame(rows, columns=["stage", "tokens", "budget", *measures])
-    frame = frame.astype(dict.fromkeys(measures, float))  # null: a step that was skipped
+    frame = frame.astype(dict.fromkeys(measures, float))  # a skipped step has null
     if frame.empty:
         return frame
     bins = frame.groupby("stage")["tokens"].transform(lambda tokens: pd.cut(tokens, POINTS, labels=False))
@@ -156,21 +169,22 @@ def training() -> pd.DataFrame:
 
 
 def settled() -> int | None:
-    """Tokens of stage 1 at which the router's choice was taken and training went on sliced."""
+    """The tokens of stage 1 after which the router's choice was fixed. None if there is no such point."""
     rows = read_rows(ARTIFACTS / "train_short" / "metrics.jsonl")
     soft = [row["tokens"] for row in rows if row["mode"] == "soft"]
     return max(soft) if soft and rows[-1]["mode"] != "soft" else None
 
 
 def parent_config() -> SimpleNamespace:
-    """The parent's config.json; as the rank stage writes it, every value said."""
+    """The parent's config.json as stage rank writes it: with all values, also those that equal a default."""
     return SimpleNamespace(**json.loads((ARTIFACTS / "rank" / "model" / "config.json").read_text()))
 
 
 def router(scores: Scores, config) -> pd.DataFrame:
-    """What every budget keeps: budget, axis, layer (number and type, or "all"), size, and kept, its share.
+    """The sizes that every budget keeps.
 
-    Both are missing for a layer that is dropped.
+    Columns: budget, axis, layer (number and type, or "all"), size, and kept (the size as a share of the parent's).
+    Size and kept are missing for a dropped layer.
     """
     pattern, rows = architectures.pattern(config), []
     for budget, versions in scores.items():
@@ -196,46 +210,47 @@ def router(scores: Scores, config) -> pd.DataFrame:
 
 
 def layer_name(layer: str, pattern: str) -> str:
-    """Number and type of a layer, such as ``3 M``; "all" for what belongs to none."""
+    """Number and type of a layer, such as ``3 M``. The empty string gives "all": an axis of the whole model."""
     return f"{layer} {pattern[int(layer)]}" if layer else "all"
 
 
 def importance(config) -> pd.DataFrame:
-    """Importance of the units of every axis and layer, best first: axis, layer, rank (0 to 1), importance.
+    """Importance of the units of every axis and layer, the most important first.
 
-    Relative to the best unit of the layer; of many units, the mean of those around a rank; of neurons of experts, the
-    mean of all experts.
+    Columns: axis, layer, rank (0 for the most important unit, 1 for the least), and importance (divided by that of the
+    layer's most important unit). If a layer has many units, a row is the mean of neighbouring ranks. For the neurons of
+    experts it is the mean over all experts.
     """
     pattern, rows = architectures.pattern(config), []
     ranking = json.loads((ARTIFACTS / "rank" / "ranking.json").read_text())
-    for key in sorted(ranking["scores"], key=lambda key: _place(key)):
+    for key in sorted(ranking["scores"], key=_sort_key):
         axis, _, layer = key.partition(".")
         scores = _sorted_scores(ranking["scores"][key])
         top, count = scores[0] or 1.0, len(scores)
-        pieces = min(PIECES, count)
-        for i in range(pieces):
-            piece = scores[i * count // pieces : (i + 1) * count // pieces]
-            rank = i / max(1, pieces - 1)
-            value = sum(piece) / len(piece) / top
+        cells = min(CELLS, count)
+        for i in range(cells):
+            cell = scores[i * count // cells : (i + 1) * count // cells]
+            rank = i / max(1, cells - 1)
+            value = sum(cell) / len(cell) / top
             rows.append({"axis": FIELDS[axis], "layer": layer_name(layer, pattern), "rank": rank, "importance": value})
     return pd.DataFrame(rows)
 
 
 def _sorted_scores(scores: list) -> list[float]:
-    """Best first; of a row per expert, the mean of the best of each, of the second of each, and so on."""
+    """The scores, best first. With a row per expert: the mean of the experts' best, of their second best, and so on."""
     if isinstance(scores[0], list):
-        places = zip(*(sorted(row, reverse=True) for row in scores), strict=True)
-        return [sum(place) / len(place) for place in places]
+        ranks = zip(*(sorted(row, reverse=True) for row in scores), strict=True)
+        return [sum(rank) / len(rank) for rank in ranks]
     return sorted(scores, reverse=True)
 
 
-def _place(key: str) -> tuple[int, int]:
+def _sort_key(key: str) -> tuple[int, int]:
     axis, _, layer = key.partition(".")
     return AXES.index(axis), int(layer or 0)
 
 
 def depth(config) -> pd.DataFrame:
-    """The layers in the order in which they were judged, least important first: layer, score."""
+    """The score of every layer in the depth ranking, the least important first. Columns: layer, score."""
     scores = json.loads((ARTIFACTS / "rank" / "ranking.json").read_text())["depth_scores"]
     pattern = architectures.pattern(config)
     return pd.DataFrame(

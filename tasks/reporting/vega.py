@@ -1,6 +1,7 @@
-"""Vega's own code, out of a package: pictures of charts, and a page for `dvc plots` that needs no internet.
+"""Draws Vega-Lite charts as PNG and SVG, and writes a template page for `dvc plots` that works offline.
 
-`python -m tasks.reporting.vega PAGE` writes the page. DVC's own one loads Vega from a server.
+`python -m tasks.reporting.vega PAGE` writes the page. It contains Vega's code, which DVC's default page loads from a
+server.
 """
 
 import argparse
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import vl_convert
 
-VERSION = "5.20"  # of Vega-Lite: DVC's plots are written for its version 5
+VERSION = "5.20"  # of Vega-Lite; DVC's plots need version 5
 
 PAGE = """<!DOCTYPE html>
 <html>
@@ -33,20 +34,21 @@ PAGE = """<!DOCTYPE html>
 
 
 def to_png(chart: str) -> bytes:
-    """A Vega-Lite chart, as JSON, drawn at twice the size of a screen's pixels."""
+    """Draw a chart (Vega-Lite JSON) as PNG with two pixels per unit, for screens with a high resolution."""
     return vl_convert.vegalite_to_png(chart, scale=2)
 
 
 def to_svg(chart: str) -> str:
-    """A Vega-Lite chart, as JSON, as a picture of any size; the same one whatever was drawn before."""
+    """Draw a chart (Vega-Lite JSON) as SVG. The same chart always gives the same text."""
     svg = vl_convert.vegalite_to_svg(chart)
-    names = dict.fromkeys(re.findall(r"\b(?:clip|gradient_)\d+\b", svg))  # counted on from picture to picture
-    places = {name: re.sub(r"\d+", str(i), name) for i, name in enumerate(names)}
-    return re.sub(r"\b(?:clip|gradient_)\d+\b", lambda found: places[found[0]], svg)
+    # The library numbers these names on from chart to chart. Number them from 0 in every chart.
+    names = dict.fromkeys(re.findall(r"\b(?:clip|gradient_)\d+\b", svg))
+    new_names = {name: re.sub(r"\d+", str(i), name) for i, name in enumerate(names)}
+    return re.sub(r"\b(?:clip|gradient_)\d+\b", lambda found: new_names[found[0]], svg)
 
 
 def plots_page() -> str:
-    """DVC's `plots.html_template`, with everything that shows a plot inside."""
+    """The text of DVC's `plots.html_template`, with all code that plots need."""
     code = vl_convert.javascript_bundle(vl_version=VERSION)
     assert "</script" not in code and "{plot_divs}" not in code
     return PAGE.replace("%s", code)

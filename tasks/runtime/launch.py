@@ -1,8 +1,8 @@
 """Ray Train runs a stage's work: in this process, on this machine's cores or GPUs, or on a cluster.
 
-The work is a plain function of (arguments, ranks), which a single process can call directly as well. Ray starts the
-workers, joins them to one torch process group, and starts all of them again when one is lost; where the work goes on
-from is the work's own business (elastic_core/training/checkpoint.py).
+The work is a plain function of (arguments, ranks); one process can also call it directly. Ray starts the workers, joins
+them in one torch process group, and starts all of them again when one is lost. The work itself finds the checkpoint
+that it goes on from (elastic_core/training/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from elastic_core.training.diagnosis import NonFiniteError
 from elastic_core.training.distributed.ranks import Ranks
 from tasks.runtime.exit_status import FULL_DISK, StageError, StageInterrupted
 from tasks.runtime.ray_cluster import ENVIRONMENT, check_cluster, cluster, has_token
-from tasks.settings.schema import Compute
+from tasks.settings.sections import Compute
 
 Work = Callable[[dict, Ranks], None]
 
-AGREE_SECONDS = 60  # for all workers to come to the same error
-# Where every rank raises one of these, starting the workers again would only repeat it.
+AGREE_SECONDS = 60  # that workers wait for each other to raise the same error
+# Errors that every rank raises: a new start of the workers would only repeat them.
 FINAL = (NonFiniteError, CheckpointError, ConfigError, storage.StorageError)
-TEMPORARY = (CheckpointUnavailable, storage.StorageUnavailable)  # of these, what the whole stage may get over later
+TEMPORARY = (CheckpointUnavailable, storage.StorageUnavailable)  # a later start of the stage may succeed
 
 
 def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
-    """Run `work(arguments, ranks)` on every worker, in this directory; returns when all have ended.
+    """Run `work(arguments, ranks)` on every worker, in this directory; return when all have ended.
 
-    `name` is the run's in Ray. Raises StageError for what would only happen again, StageInterrupted where a server was
-    away or workers were lost more often than `compute.retries`, and ConfigError for a cluster that is not there.
+    `name` is the run's name in Ray. Raises StageError for an error that another start would repeat, StageInterrupted
+    where a server was away or workers were lost more often than `compute.retries`, and ConfigError for a cluster that
+    does not answer.
     """
     if compute.gpus_per_worker and not compute.workers and not torch.cuda.is_available():
         raise ConfigError(
@@ -81,21 +82,21 @@ def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
 
 
 def _worker(call: dict) -> tuple[str, bool] | None:
-    """What every worker does; returns why the work cannot be done, if so, and whether that may change by itself."""
+    """Run the work on one worker. Returns None, or why the work failed and whether a later start may succeed."""
     os.chdir(call["directory"])
     ranks = Ranks.current(call["use_gpu"])
     try:
         call["work"](call["arguments"], ranks)
     except (*FINAL, OSError) as error:
         ending = _ending(error)
-        if ending is None or not ranks.everybody_comes(AGREE_SECONDS):
-            raise  # to Ray, which ends the others: they wait for this one elsewhere
+        if ending is None or not ranks.all_arrive_within(AGREE_SECONDS):
+            raise  # to Ray, which ends the other workers: they are waiting for this one
         return str(ending), isinstance(ending, StageInterrupted)
     return None
 
 
 def _ending(error: BaseException) -> StageError | None:
-    """How a stage ends by an error of its work, in our words; None where these are not known."""
+    """The stage's error for an error of its work; None for an unknown error."""
     if isinstance(error, FINAL):
         return StageInterrupted(str(error)) if isinstance(error, TEMPORARY) else StageError(str(error))
     if isinstance(error, OSError) and error.errno in FULL_DISK:
@@ -104,9 +105,9 @@ def _ending(error: BaseException) -> StageError | None:
 
 
 def _given_up(error: Exception, retries: int) -> StageError:
-    """How a stage ends that Ray has started again as often as it may, by how the last time ended."""
+    """The stage's error after the last of all starts that Ray may make."""
     failures = getattr(error, "worker_failures", {})
-    # Ray's own errors are of workers that died or no longer answer; the others then fail for want of them.
+    # Ray's own errors stand for workers that died or no longer answer; the other workers fail because of them.
     dead = [rank for rank, failure in failures.items() if type(failure).__module__.startswith("ray.")]
     endings = [ending for failure in failures.values() if (ending := _ending(failure)) is not None]
     if endings and not dead:
@@ -121,11 +122,11 @@ def _given_up(error: Exception, retries: int) -> StageError:
 
 
 def _is_of_another(failure: BaseException) -> bool:
-    """Whether a worker failed because another one no longer answered."""
+    """Whether a worker failed only because another worker no longer answered."""
     return isinstance(failure, torch.distributed.DistError) or "gloo" in str(failure)
 
 
 def ray_storage(compute: Compute) -> str:
-    """Where Ray keeps its own notes about runs, beside the checkpoints."""
+    """Where Ray keeps its own files about runs, beside the checkpoints."""
     place = storage.join(compute.storage, "ray")
     return place if storage.is_url(place) else str(Path(place).absolute())

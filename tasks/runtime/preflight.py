@@ -14,7 +14,7 @@ from elastic_core.cost.targets import shares
 from elastic_core.errors import UserError
 from elastic_core.io.storage import StorageError
 from elastic_core.model import architectures
-from elastic_core.search.selection import check_budgets
+from elastic_core.search.selection import check_reachable
 from elastic_core.search.space import ElasticSpace
 from tasks.parents.config import read_parent_config
 from tasks.parents.targets import comparable_budgets, metric_of_family, resolve
@@ -60,7 +60,7 @@ def _check_choices(params: Params, metric: Metric, config, targets: Mapping[str,
     problems = []
     for space in _extreme_spaces(metric, params, config):
         try:
-            check_budgets(space, targets)
+            check_reachable(space, targets)
         except ConfigError as error:
             problems.append(error)
     if len(problems) == 2:  # neither when the largest layers go first nor when the smallest do

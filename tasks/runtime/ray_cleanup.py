@@ -1,8 +1,8 @@
-"""Nothing of a local Ray cluster outlives the process that started it.
+"""No process of a local Ray cluster outlives the process that started the cluster.
 
-Ray's processes watch each other, yet workers that are still starting when that process is killed stay for half a
-minute. So a small process of its own (this file) holds the end of a pipe to it, and when the pipe closes kills all
-that carry the cluster's mark in their environment, which every process of the cluster inherits.
+Ray's processes watch each other, but a worker that is still starting when that process is killed stays for half a
+minute. So a small watcher process (this file) holds one end of a pipe to it. When the pipe closes, the watcher kills
+every process that carries the cluster's mark in its environment; all processes of the cluster inherit the mark.
 """
 
 import contextlib
@@ -16,14 +16,14 @@ from collections.abc import Iterator
 import psutil
 
 VARIABLE = "ELASTIC_CLUSTER"
-LOOKS, LOOK_SECONDS = 3, 0.1  # a process that is just being started can be missing from one look
+LOOKS, LOOK_SECONDS = 3, 0.1  # one look can miss a process that is just starting
 
 
 @contextlib.contextmanager
 def nothing_left() -> Iterator[None]:
-    """Whatever is started in the block, and inherits our environment, has ended when the block or this process has."""
+    """When the block or this process ends, every process that was started in the block ends too."""
     mark = uuid.uuid4().hex
-    # Of a session of its own: Ctrl-C on the terminal is not for it.
+    # In its own session: Ctrl-C on the terminal must not end the watcher.
     watcher = subprocess.Popen(
         [sys.executable, "-P", __file__, mark], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -37,7 +37,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def kill_marked(mark: str) -> None:
-    """Kill what carries the mark until nothing does."""
+    """Kill the processes that carry the mark, until none is left."""
     empty_looks = 0
     while empty_looks < LOOKS:
         found = [process for process in psutil.process_iter() if _carries(process, mark)]
@@ -55,5 +55,5 @@ def _carries(process: psutil.Process, mark: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.stdin.read()  # nobody writes: it returns when the other end is closed
+    sys.stdin.read()  # returns when the other end is closed
     kill_marked(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The Ray cluster that a stage works on: the one at RAY_ADDRESS, or one on this machine for as long as the stage runs."""
+"""The Ray cluster of a stage: the one at RAY_ADDRESS, or one on this machine that ends with the stage."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from elastic_core.config import ConfigError
 from tasks.runtime.ray_cleanup import nothing_left
-from tasks.settings.schema import Compute
+from tasks.settings.sections import Compute
 
 ANSWER_SECONDS = 8  # for a cluster to show that it is there
 HTTP2_SETTINGS = 4  # the type of a frame, its fourth byte (RFC 9113)
@@ -28,12 +28,12 @@ ENVIRONMENT = {
 
 @contextlib.contextmanager
 def cluster(compute: Compute, address: str | None) -> Iterator[None]:
-    """The cluster at `address`, or one on this machine for as long as the block runs."""
+    """Connect to the cluster at `address`, or start one on this machine that ends with the block."""
     import ray
 
     environment = {
         "env_vars": {**ENVIRONMENT, "PYTHONPATH": python_path()},
-        "worker_process_setup_hook": "tasks.runtime.ray_logging.quiet",
+        "worker_process_setup_hook": "tasks.runtime.quiet.silence_libraries",
     }
     options = {"logging_level": "ERROR", "runtime_env": environment}
     if address in (None, "", "local"):
@@ -62,19 +62,19 @@ def has_token() -> bool:
 
 
 def python_path() -> str:
-    """Workers import this checkout, whichever one is installed there."""
+    """PYTHONPATH of the workers: they import this checkout, whichever version is installed there."""
     return os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def check_cluster(address: str) -> None:
-    """ConfigError unless something that may be Ray answers at `address` within ten seconds: Ray would wait for minutes.
+    """Raise ConfigError unless a server that may be Ray answers at `address` within ten seconds.
 
-    Ray speaks gRPC, and so HTTP/2, whose servers greet with a SETTINGS frame. Whether it is Ray, of this version, and
-    lets us in, Ray says at once itself.
+    Ray itself would wait for minutes. Ray speaks gRPC over HTTP/2, and an HTTP/2 server greets with a SETTINGS frame.
+    Ray's own client then says at once whether version and token are right.
     """
     advice = "start it, correct RAY_ADDRESS, or unset it to use this machine"
     if address == "auto":
-        return  # Ray itself says at once where there is none on this machine
+        return  # Ray itself says at once that no cluster runs on this machine
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"RAY_ADDRESS: got {address!r}; allowed: HOST:PORT, ray://HOST:PORT, auto or local")

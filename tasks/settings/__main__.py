@@ -1,4 +1,7 @@
-"""`python -m tasks.settings` checks params.yaml in under a second. `python -m tasks.commands.check` checks the rest too."""
+"""`python -m tasks.settings` checks params.yaml without torch, in under a second.
+
+`python -m tasks.commands.check` also checks URLs, and whether the parent can give the budgets.
+"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Checks of the budgets in params.yaml that need no parent: their names, how they are written, which are between which."""
+"""Checks of the budgets in params.yaml that need no parent: their names, their spelling, and their order."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from elastic_core.config import require
 from elastic_core.cost.budgets import Cost, Spelling, family_setting, parse
 
 
-def check_budgets(cost: Cost, budgets: Mapping[str, Spelling], untrained: Mapping[str, Spelling]) -> None:
-    """Check names and spellings, and, where all budgets are shares of the parent, their order. Raises ConfigError."""
+def check_spellings(cost: Cost, budgets: Mapping[str, Spelling], untrained: Mapping[str, Spelling]) -> None:
+    """Check the names and spellings of all budgets. Check their order too if all are shares of the parent.
+
+    Other spellings can be ordered only after the parent is known; see `tasks.runtime.preflight`. Raises ConfigError.
+    """
     require(bool(budgets), "budgets", budgets, "one or more")
     family_setting(cost, budgets)
     parsed = []
@@ -31,16 +34,16 @@ def check_shares(
     budget_shares: Mapping[str, float],
     untrained_shares: Mapping[str, float],
 ) -> None:
-    """Check that all shares of the parent differ, and that untrained ones lie between trained ones.
+    """Check that all shares of the parent differ and that untrained shares lie between trained ones.
 
-    `budgets` and `untrained` are as written, for the error. Raises ConfigError.
+    `budgets` and `untrained` hold the budgets as the user wrote them; error messages quote them. Raises ConfigError.
     """
     for section, given, shares in (("budgets", budgets, budget_shares), ("untrained", untrained, untrained_shares)):
         distinct = len(set(shares.values())) == len(shares)
         require(distinct, section, [given[name] for name in shares], "different targets")
     trained = set(budget_shares.values())
     for name, share in untrained_shares.items():
-        allowed = f"a share between the trained {min(trained)} and {max(trained)}, and none of them"
+        allowed = f"a share between the trained {min(trained)} and {max(trained)} that differs from every trained share"
         if parse(untrained[name]).kind != "share":
             allowed += f" (this is {share:.4g} of the parent)"
         between = min(trained) < share < max(trained) and share not in trained

@@ -1,4 +1,4 @@
-"""Reading params.yaml: strictly, and with what it names on this machine."""
+"""Reads params.yaml strictly, and checks the local paths in it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,25 @@ FILE = "params.yaml"
 
 
 def read(values: Mapping, where: str) -> Params:
-    """Check the values of a parameter file. `where` starts every error. Looks at no file."""
+    """The checked parameters of a file that is already parsed. Opens no file.
+
+    `where` is the start of every error message, such as the file's name. Raises ConfigError.
+    """
     check_replaced(values, where)
     return load_section(Params, values, where)
 
 
 def load(path: str | Path = FILE) -> Params:
-    """Read and check a parameter file and the local paths in it. Raises ConfigError naming what to change and where.
+    """Read a parameter file. Check its values and the local paths in it.
 
-    Whether a parent can give the budgets is checked by tasks.runtime.preflight, what lies behind URLs by
-    tasks.settings.remote_checks.
+    Raises ConfigError, which names the parameter to change. This function does not check URLs
+    (`tasks.settings.remote_checks` does) or whether the parent can give the budgets (`tasks.runtime.preflight` does).
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{path.resolve()}: not there; run from the top of a checkout or of a workspace")
+        raise ConfigError(
+            f"{path.resolve()}: does not exist; run from the top directory of a checkout or of a workspace"
+        )
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

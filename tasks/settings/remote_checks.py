@@ -1,7 +1,7 @@
-"""What params.yaml names outside of this machine: corpora, the parent, where checkpoints and exports go.
+"""Checks of the URLs in params.yaml: corpora, the parent, the locations of checkpoints and of exports.
 
-Reading params.yaml asks no server, so a stage that needs none runs also while a server is away. The stages that use a
-place check it here, within seconds; `python -m tasks.commands.check` checks all of them.
+Reading params.yaml connects to no server. A stage that needs no server therefore runs even when a server is down. A
+stage that uses a remote location checks it here first, within seconds. `python -m tasks.commands.check` checks all.
 """
 
 from elastic_core.config import ConfigError
@@ -12,9 +12,10 @@ from tasks.settings.schema import Params
 
 
 def check(settings: Params, *sections: str, where: str = FILE) -> None:
-    """Check the places of the named sections (of all, where none is named).
+    """Check the remote locations in the named sections: prepare_data, parent, extract, compute. Without names, in all.
 
-    Raises ConfigError naming the key, or StorageUnavailable, of which the same is true.
+    `where` is the start of every error message. Raises ConfigError for a location that cannot be used, and
+    StorageUnavailable for a server that does not answer. Both name the parameter.
     """
     checks = {
         "prepare_data": _check_corpora,
@@ -34,7 +35,7 @@ def _check_corpora(settings: Params, where: str) -> None:
 
 def _check_parent(settings: Params, where: str) -> None:
     path = settings.parent.path
-    if not storage.is_url(path):  # checked with the rest of params.yaml
+    if not storage.is_url(path):  # local_checks.py has checked it
         return
     key = f"{where}: parent.path"
     _check_access(path, key, writing=False)
@@ -56,9 +57,9 @@ def _check_checkpoints(settings: Params, where: str) -> None:
         _check_access(settings.compute.storage, f"{where}: compute.storage", writing=True)
 
 
-def _check_access(place: str, key: str, writing: bool) -> None:
+def _check_access(location: str, key: str, writing: bool) -> None:
     try:
-        storage.check_access(place, writing)
+        storage.check_access(location, writing)
     except storage.StorageUnavailable as error:
         raise storage.StorageUnavailable(f"{key}: {error}") from None
     except storage.StorageError as error:

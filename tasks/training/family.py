@@ -68,13 +68,13 @@ def run_to_end(run: Run, settings: Params, job: Job, metrics: Path) -> None:
     """
     recorder = Recorder(job.name, run.stage, job.metrics, settings.tracking, display=not job.followed)
     with contextlib.ExitStack() as stack:
-        with run.ranks.first_alone() as is_first:
+        with run.ranks.first_only() as is_first:
             if is_first:
                 stack.enter_context(recorder)
         for row in stack.enter_context(contextlib.closing(train(run))):
             if is_first:
                 recorder.show(row)
-        with run.ranks.first_alone():
+        with run.ranks.first_only():
             if is_first:
                 recorder.finish(metrics)
 
@@ -95,7 +95,7 @@ def save_family(run: Run, job: Job, tokenizer_from: Path, path: list[Submodel]) 
         if run.ranks.rank == 0:
             share = f"{cost / full:.3f} of the parent (target {member.target:.6g})"
             print(f"{job.name}: {budget}: {run.metric.text(cost)}, {share}")
-    with run.ranks.first_alone() as is_first:
+    with run.ranks.first_only() as is_first:
         if is_first:
             elastic_checkpoint.write(target, config, run.members, path, run.metric)
             write_text(job.out / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -19,7 +19,7 @@ from elastic_core.cost.targets import family_metric, shares
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model.architectures.nemotron_h import layers_of
 from elastic_core.search.choices import Choices
-from elastic_core.search.selection import Member, check_budgets, path_between, select
+from elastic_core.search.selection import Member, check_reachable, path_between, select
 from elastic_core.search.space import ElasticSpace
 from tasks.parents.config import new_config as model_config
 from tasks.reporting import columns, predictions
@@ -87,9 +87,9 @@ def test_time_is_a_share_of_the_parents_time():
         (
             "0.1ms/token",
             PARAMETERS,
-            r"a: got '0\.1ms/token'; allowed: no time, where nothing has measured it: .*metric: l",
+            r"a: got '0\.1ms/token'; allowed: a share, a count or bytes; time needs .*metric: l",
         ),
-        ("9tokens/s", Memory(8), r"a: got '9tokens/s'; allowed: no time, where nothing has measured it"),
+        ("9tokens/s", Memory(8), r"a: got '9tokens/s'; allowed: a share, a count or bytes; time needs"),
         ("0.1ms/token×2", METRIC, r"a: got '0\.1ms/token×2'; allowed: ×1 or nothing, as in the table"),
         (
             "0.1ms/token@1k",
@@ -126,7 +126,7 @@ def test_the_section_names_the_table_and_budgets_may_say_the_rest(metric, tmp_pa
         ),
         ({"batch": 3}, {}, r"cost\.batch: got 3; allowed: 1, as in .*t\.json; measure it again"),
         ({"context": 8000}, {}, r"cost\.context: got 8000; allowed: 16 to 64 tokens"),
-        ({"table": "/nowhere.json"}, {}, r"cost\.table: got '/nowhere\.json', which is not there; .*elastic profile"),
+        ({"table": "/nowhere.json"}, {}, r"cost\.table: got '/nowhere\.json', which does not exist; .*elastic measure"),
     ]:
         with pytest.raises(ConfigError, match=words):
             family_metric(section(**{**cost, **values}), budgets)
@@ -195,16 +195,14 @@ def test_what_has_no_cache_in_transformers_is_not_chosen():
     first = [*(i for i in range(6) if i not in layers_of(CONFIG, "*")), *layers_of(CONFIG, "*")]
     choices = dataclasses.replace(CHOICES, depth=(6, 5, 4, 3))
     space = ElasticSpace(CONFIG, choices, tuple(first), metric=METRIC)
-    assert space.ends[-1] == 2  # of six and five layers
+    assert space.num_servable[-1] == 2  # of six and five layers
     kept = space.grid_costs()[..., :2].min().item() / FULL
     below = space.grid_costs().min().item() / FULL
     uniform = [torch.zeros(len(slot.sizes)) for slot in space.slots]
     assert select(space, uniform, below * FULL, [0] * len(space.slots), 0.02) is None
-    with pytest.raises(
-        ConfigError, match=r"give 0\.\d+ to 1\.0, .*; depth 4 and below keep no layer with which transf"
-    ):
-        check_budgets(space, {"full": 1.0, "small": below})
-    check_budgets(space, {"full": 1.0, "small": kept})
+    with pytest.raises(ConfigError, match=r"allowed: 0\.\d+ to 1\.0, .*; depths up to 4 are excluded"):
+        check_reachable(space, {"full": 1.0, "small": below})
+    check_reachable(space, {"full": 1.0, "small": kept})
     found = select(space, uniform, kept * FULL, [0] * len(space.slots), 0.02)
     assert set(layers_of(CONFIG, "*")) & set(space.submodel(found).kept_layers)
     per_layer = dataclasses.replace(
@@ -269,7 +267,7 @@ def test_the_report_has_the_prediction_beside_what_was_measured(served):
         assert found["predicted_ratio"][row] == pytest.approx(ratio)
     assert [math.isnan(value) for value in found["budget_time"]] == [True, False, True, False]
     assert found["budget_time"][-1] == pytest.approx(2 / exact_cost(metric, SERVED))
-    assert "Throughput is what budgets are counted in, predicted for 32 tokens" in predictions.note(metric)
+    assert "metric of the budgets is throughput, predicted for 32 tokens" in predictions.note(metric)
     for other in ({"threads": 2}, {"prompt_tokens": 8}):  # evaluated in a setting that the table has not
         scores["parent"]["parent"]["latency"] = latency | other
         assert "predicted_ms" not in columns._time(metric, scores["parent"]["parent"])
@@ -303,7 +301,7 @@ def test_parameters_with_a_table_are_checked_before_anything_runs(tmp_path, monk
         load(
             {**values, "untrained": {"x": f"{100 * full:.6f}ms/token"}}, tmp_path, monkeypatch
         )  # the same, turned over
-    with pytest.raises(ConfigError, match=r"hidden_size: got 64; allowed: 72 to 128, where the table of latencies was"):
+    with pytest.raises(ConfigError, match=r"hidden_size: got 64; allowed: 72 to 128, the range of the table of lat"):
         make_table(config, sizes | {"hidden_size": (72, 128)}).save("mine.json")
         load(values, tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"cost\.table: measured for .*; allowed: a table of this parent"):
@@ -311,7 +309,7 @@ def test_parameters_with_a_table_are_checked_before_anything_runs(tmp_path, monk
         load(values, tmp_path, monkeypatch)
     Path("mine.json").unlink()
     with pytest.raises(
-        ConfigError, match=r"params\.yaml\.cost\.table: got 'mine\.json', which is not there.*elastic pro"
+        ConfigError, match=r"params\.yaml\.cost\.table: got 'mine\.json', which does not exist.*elastic m"
     ):
         load(values, tmp_path, monkeypatch)
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic_core.io import storage
+from elastic_core.io.directory_transfer import download_directory, upload_directory
 from tasks import parent, prepare_data, rank
 from tests.support.corpora import texts, write_jsonl
 from tests.support.s3_server import SECRET
@@ -34,7 +35,7 @@ def test_the_pipeline_lives_on_s3_and_outlives_the_server(s3, tmp_path, monkeypa
     prepare_data.main()
     parent.main()  # trained here, its checkpoints on S3
     assert len(storage.list_names(f"{s3.place}/checkpoints")) == 1
-    storage.upload_directory(Path("artifacts/parent"), f"{s3.place}/models/parent")
+    upload_directory(Path("artifacts/parent"), f"{s3.place}/models/parent")
     trained = hashes(Path("artifacts/parent"))
     shutil.rmtree("artifacts")
 
@@ -58,7 +59,7 @@ def test_the_pipeline_lives_on_s3_and_outlives_the_server(s3, tmp_path, monkeypa
 
     run_stage("train_extended")
     run_stage("extract", "small")
-    storage.download_directory(f"{s3.place}/exports/small/extended", tmp_path / "downloaded")
+    download_directory(f"{s3.place}/exports/small/extended", tmp_path / "downloaded")
     ids = torch.arange(1, 12)[None]
     ours, theirs = (
         AutoModelForCausalLM.from_pretrained(directory).eval()(ids).logits

@@ -1,9 +1,9 @@
 """A tiny family trained for budgets in bytes or time."""
 
 import torch
-from elastic_core.cost.targets import shares
 from transformers import NemotronHConfig
 
+from elastic_core.cost.targets import shares
 from elastic_core.data.loader import PackedSequences
 from elastic_core.search.choices import Choices
 from elastic_core.search.router import Router
@@ -12,7 +12,7 @@ from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Routing
 from tests.support.parents import random_elastic
-from tests.support.runs import data, make_stage  # noqa: F401 (a fixture)
+from tests.support.runs import make_stage
 
 CONFIG = NemotronHConfig(
     vocab_size=32,
@@ -42,7 +42,7 @@ CHOICES = Choices(
 )
 
 
-def train_family(data, metric, budgets):  # noqa: F811
+def train_family(data, metric, budgets):
     """A run of 80 steps, soft for 60, and its rows."""
     targets = shares(budgets, metric, CONFIG)
     stage = make_stage(steps=80, learning_rate=1e-2)

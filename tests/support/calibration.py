@@ -1,8 +1,6 @@
 """Calibration batches, and importance aggregated by hand."""
 
-from tests.support.parents import (
-    random_ids,
-)
+from tests.support.parents import random_ids
 
 AGGREGATE = {  # over samples (B·L, units)
     "l1": lambda a: a.abs().sum(0),

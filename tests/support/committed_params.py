@@ -1,32 +1,49 @@
-"""The committed params.yaml, and a small valid variant of it."""
+"""The committed params.yaml, a small valid variant of it, changes to it, and a small parent on disk."""
 
-import copy
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tasks.settings import load as settings
-from tasks.settings.profiles import _merge
+from tasks.settings.profiles import parameters
+from tests.support.parents import save_random_parent
+from tests.support.routed_family import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 COMMITTED = yaml.safe_load((ROOT / "params.yaml").read_text())
+COMMITTED["cost"]["table"] = str(ROOT / COMMITTED["cost"]["table"])  # found from every directory
+
+
+MEMORY = {"metric": "memory", "context": 512, "batch": 2, "table": COMMITTED["cost"]["table"]}
+
+
+def profile_values(name):
+    """params.yaml with the values of a profile, as plain lists and dictionaries."""
+    values = json.loads(json.dumps(parameters(name)))
+    values["cost"]["table"] = str(ROOT / values["cost"]["table"])
+    return values
+
+
+def write(values, tmp_path, monkeypatch):
+    """A params.yaml in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def load(values, tmp_path, monkeypatch):
     """Load as a user would: a params.yaml in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    Path("params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    write(values, tmp_path, monkeypatch)
     return settings.load()
 
 
 @pytest.fixture
 def values():
     """A small valid set, of the committed structure."""
-    values = copy.deepcopy(COMMITTED)
-    _merge(values, yaml.safe_load((ROOT / "profiles" / "smoke.yaml").read_text()))
+    values = profile_values("smoke")
     values["budgets"] = {"full": 1.0, "medium": 0.7, "small": 0.45}
     for stage in ("train_short", "train_extended"):
         values[stage]["budget_shares"] = {"full": 0.2, "medium": 0.4, "small": 0.4}
@@ -34,3 +51,31 @@ def values():
         values[stage]["teacher"] = "frozen"
         values[stage]["loss"] = {"ce_weight": 0.0, "kl_weight": 1.0}
     return values
+
+
+def put(*path_and_value):
+    """A change of such values: put("rank", "batches", 3) sets a parameter, or a whole section."""
+    *path, key, value = path_and_value
+
+    def change(values):
+        for name in path:
+            values = values[name]
+        values[key] = value
+
+    return change
+
+
+def parent_directory(tmp_path, **changes):
+    """A tiny parent on disk, with `changes` in its config.json."""
+    directory = tmp_path / "parent"
+    save_random_parent(directory, 0, CONFIG)
+    (directory / "tokenizer.json").write_text("{}")
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def use_parent(values, directory):
+    """Start from such a parent, with choices that it can give."""
+    values["parent"] = {"path": str(directory)}
+    values["choices"] = {"hidden_size": list(range(16, 5, -1)), "intermediate_size": list(range(24, 1, -1))}

@@ -48,7 +48,7 @@ FAMILY = MEMBERS | {"medium": Member(0.7, UNEVEN)}
 
 
 def start(ranks, data, execution=PLAIN, routed=False, teacher=True, members=None, stage=None, config=CONFIG, **values):
-    """A run like test_training's, placed on these ranks."""
+    """A run like that of tests.support.runs, placed on these ranks."""
     stage = make_stage(batch_size=12, microbatches=3, **(stage or {}))
     members = None if routed else members or FAMILY
     model, frozen = random_elastic(0, config), random_elastic(7, config)
@@ -100,7 +100,7 @@ def copies(ranks, data, directory):
 
 
 def tied_llama(ranks, data, directory):
-    """One matrix is embeddings and head; the layers of the other family, and one of them gone in a budget."""
+    """One matrix is embeddings and head; the layers of another architecture, and one of them gone in a budget."""
     small = Submodel(8, (0, 2), 9, num_attention_heads=2)
     members = {"full": Member(1.0, Submodel()), "small": Member(0.45, small)}
     members = {name: Member(member.target, member.submodel.resolve(TIED)) for name, member in members.items()}
@@ -123,12 +123,6 @@ def own_teacher(ranks, data, directory):
 HALF = {"precision": "bfloat16", "steps": BEFORE_LEAPS}
 
 
-def shared_pass(ranks, data, directory):
-    """The teacher, the trained model itself, reads what three microbatches share once."""
-    stage = {"teacher": "trainable", "loss": Loss(1.0, 1.0), "steps": BEFORE_LEAPS, "budgets_per_batch": 3}
-    return trained(ranks, data, stage=stage, teacher=False)
-
-
 def half(ranks, data, directory):
     return trained(ranks, data, stage=HALF)
 
@@ -146,15 +140,15 @@ def half_recomputed(ranks, data, directory):
 def budgets_of_ranks(ranks, data, directory):
     """What every rank computes with, microbatch by microbatch."""
     run, seen = start(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0)), []
-    sliced = run.model.sliced
+    slice_ = run.model.slice
 
     def remember(submodel=None, gates=None, observe=None):
-        made = sliced(submodel, gates, observe)
+        made = slice_(submodel, gates, observe)
         values = {key: gate.tolist() for key, gate in made.gates.items()}
         seen.append((made.sizes, made.kept_layers, values))
         return made
 
-    run.model.sliced = remember
+    run.model.slice = remember
     rows = list(train(run))
     dealt = [[result["budget"] for result in row["microbatches"]] for row in rows]
     return {"seen": ranks.gather(seen), "dealt": ranks.gather(dealt)}
@@ -270,7 +264,7 @@ def told(ranks, data, directory):
     except ValueError as error:
         messages.append(f"{type(error).__name__}: {error}")
     try:
-        with ranks.first_alone() as is_first:
+        with ranks.first_only() as is_first:
             if is_first:
                 raise ConfigError("tracking.wandb: got 'x'")
     except ConfigError as error:
@@ -301,7 +295,6 @@ CASES = (
     recomputed,
     copies,
     own_teacher,
-    shared_pass,
     tied_llama,
     experts,
     half,

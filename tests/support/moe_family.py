@@ -3,7 +3,6 @@
 from transformers import NemotronHConfig
 
 from elastic_core.search.choices import Choices
-from tests.support.runs import TEXT, data, make_stage  # noqa: F401
 
 VALUES = {
     "vocab_size": 32,

@@ -1,6 +1,5 @@
 """A tiny parent, its choices and a router over them."""
 
-import pytest
 import torch
 from transformers import NemotronHConfig
 
@@ -56,8 +55,3 @@ def make_router(space, seed=0, targets=TARGETS, spread=1.0):
         for parameter in router.parameters():
             parameter.mul_(spread)
     return router
-
-
-@pytest.fixture(params=[(), PER_LAYER], ids=["homogeneous", "heterogeneous"])
-def space(request):
-    return make_space(request.param)

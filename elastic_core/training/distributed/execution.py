@@ -1,4 +1,4 @@
-"""How a model is held and run on the workers; part of section `compute` of params.yaml."""
+"""How the workers hold and run a model: the fields of `compute.execution` in params.yaml."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,13 @@ from elastic_core.config import require
 
 @dataclass(frozen=True)
 class Execution:
-    """How a model is held and run; none of it changes what is learnt beyond rounding.
+    """How the workers hold and run a model. These settings change the result by rounding only.
 
-    `shard_over`: how many workers share one copy of the weights (None: all); groups of so many hold copies and
-    average gradients. `activation_checkpointing` keeps only each block's input and computes the rest again in the
-    backward pass. `compile` runs the parts of each block through torch.compile, a graph per layer and shape.
-    `offload_teacher` keeps a frozen teacher's shards in CPU memory.
+    - `activation_checkpointing`: keep only the input of each block, and compute the rest again in the backward pass.
+    - `compile`: run the parts of each block through torch.compile, which makes one graph per layer and shape.
+    - `offload_teacher`: keep the shards of a frozen teacher in CPU memory.
+    - `shard_over`: the number of workers that share one copy of the weights (None: all workers). With fewer than all,
+      there are several groups of workers: each group holds a copy, and groups average their gradients.
     """
 
     activation_checkpointing: bool = False

@@ -1,4 +1,4 @@
-"""Gradients and tensors of sharded and whole parameters: averaging, norms, clipping."""
+"""Gradients of sharded parameters (DTensor) and of whole ones: average them over ranks, measure and clip their norm."""
 
 from __future__ import annotations
 
@@ -12,17 +12,21 @@ from elastic_core.training.distributed.ranks import Ranks
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor: its shard, or all of one that is not sharded."""
+    """This rank's shard of a sharded tensor. A tensor that is not sharded is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered from its shards; every rank has to ask for it."""
+    """The whole tensor, gathered from the shards of all ranks. All ranks have to call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def average_gradients(modules: Iterable[nn.Module], ranks: Ranks) -> None:
-    """Average what FSDP does not: gradients of whole parameters, which all ranks have for the same ones."""
+    """Average over ranks, in place, the gradients that FSDP does not average: those of whole parameters.
+
+    All ranks have gradients for the same parameters, because they train the same budgets. So one message per device
+    type is enough.
+    """
     if not ranks.is_distributed:
         return
     buckets: dict[str, list[Tensor]] = {}
@@ -37,7 +41,7 @@ def average_gradients(modules: Iterable[nn.Module], ranks: Ranks) -> None:
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm of gradients together, of shards and whole ones, as a plain tensor."""
+    """The 2-norm () of all `gradients` together. They may be sharded, whole or both."""
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     norms = [whole(nn.utils.get_total_norm(part)) for part in (sharded, plain) if part]
@@ -47,6 +51,9 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def clip_gradients(gradients: list[Tensor], max_norm: float, norm: Tensor) -> None:
-    """Scale gradients of 2-norm `norm` (see `gradient_norm`) down to `max_norm`, in place; without a wait for it."""
+    """Scale `gradients` in place so that their 2-norm is at most `max_norm`.
+
+    `norm` is their norm (see `gradient_norm`), as a tensor: the process does not wait for its value.
+    """
     if gradients:
         torch._foreach_mul_([local(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))

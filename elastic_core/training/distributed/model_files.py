@@ -1,4 +1,4 @@
-"""A placed model from and to its directory: every rank reads its own rows, and rank 0 writes what all of them hold."""
+"""Load and save a sharded model: every rank reads only the rows of its own shards; rank 0 writes the whole model."""
 
 from __future__ import annotations
 
@@ -17,33 +17,41 @@ from elastic_core.training.distributed.ranks import Ranks
 def from_pretrained(
     directory: str | os.PathLike, ranks: Ranks, execution: Execution, precision: str = "float32", frozen: bool = False
 ) -> ElasticModel:
-    """`ElasticModel.from_pretrained`, placed: each rank reads its own shards' rows and no others."""
+    """Load a model directory and place the model (see `placement.place`).
+
+    Each rank reads only the rows of its own shards.
+    """
     model, reader = ElasticModel.empty(directory)
     place(model, ranks, execution, precision, frozen)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not isinstance(parameter, DTensor):
                 parameter.copy_(reader.read(name))
-            elif local(parameter).numel():  # with many ranks the last ones may have none
+            elif local(parameter).numel():  # With many ranks, the last ranks may have an empty shard.
                 local(parameter).copy_(reader.read(name, own_rows(parameter)))
     return model
 
 
 def own_rows(parameter: DTensor) -> slice:
-    """Which rows of a sharded matrix are here: FSDP cuts the first dimension as torch.chunk does."""
+    """The rows of a sharded matrix that this rank holds. FSDP splits the first dimension as torch.chunk does."""
     mesh, rows = parameter.device_mesh["shard"], parameter.shape[0]
     start = min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
     return slice(start, start + local(parameter).shape[0])
 
 
 def save_pretrained(model: ElasticModel, directory: str | os.PathLike, ranks: Ranks, tokenizer_from=None) -> None:
-    """`ElasticModel.save_pretrained` of a placed model: gathered tensor by tensor, written by rank 0."""
+    """Save a placed model as a model directory. Tensors are gathered one by one, and rank 0 writes them.
+
+    All ranks have to call this together. Raises the error of rank 0 (a full disk, for instance) on every rank.
+    """
     parameters = dict(model.named_parameters())
     tensors = ((name, whole(parameters[name].detach()).cpu()) for name in model.layout)
-    with ranks.first_alone() as is_first:  # nobody goes on before the directory is there
+    with ranks.first_only() as is_first:  # No rank continues before the directory is complete.
         try:
             if is_first:
                 model.write(directory, tensors, tokenizer_from)
         finally:
-            for _ in tensors:  # also where the disk is full: every rank has to ask for them
+            # To gather a tensor, every rank has to ask for it. So the other ranks run through the generator too, and
+            # rank 0 finishes it even if writing has failed.
+            for _ in tensors:
                 pass

@@ -1,8 +1,11 @@
-"""Many processes, one model: FSDP2 and what else is applied from outside, so that the model knows nothing of it.
+"""Place a model on the workers: sharding by FSDP2, activation checkpointing and torch.compile.
 
-Matrices are sharded per block; everything else (norms, the state space's A, D, dt and convolution, biases) is a tiny
-part of the weights, stays whole in float32 on every rank, and is averaged like the router. A block that a microbatch
-skips is neither gathered nor reduced, and all ranks skip the same ones, because they take the same budget.
+All of this is applied from outside: the model's own code contains no parallelism.
+
+Matrices are sharded, one FSDP group per block. Everything else (norms, biases, and the A, D, dt and convolution of
+Mamba layers) is a tiny part of the weights. It stays whole in float32 on every rank, and its gradients are averaged
+like those of the router. If a microbatch skips a block, FSDP neither gathers the block's weights nor reduces its
+gradients. This is safe because all ranks train the same budget in the same microbatch, so they skip the same blocks.
 """
 
 from __future__ import annotations
@@ -25,16 +28,18 @@ from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.ranks import Ranks
 
-SHAPES_PER_LAYER = 32  # graphs that torch.compile may make of one layer's code
+GRAPHS_PER_LAYER = 32  # the most graphs that torch.compile may make of one layer's code
 
 
 def place(
     model: ElasticModel, ranks: Ranks, execution: Execution, precision: str, frozen: bool = False
 ) -> ElasticModel:
-    """Make `model` (empty on the meta device, or whole in CPU memory) ready to run here, and return it.
+    """Make `model` ready to run on `ranks.device`, in place, and return it.
 
-    `precision` is a stage's: with bfloat16, matrices are gathered and multiplied in it, while their float32 master
-    copies are what the optimizer moves. A frozen model has no master copies: its matrices are bfloat16 throughout.
+    The model is empty on the meta device, or whole in CPU memory. `precision` is that of the stage. With bfloat16,
+    matrices are gathered and multiplied in bfloat16, and the optimizer updates float32 master weights. A frozen model
+    needs no master weights: its matrices are stored in bfloat16. Raises ConfigError if `execution.shard_over` does not
+    divide the number of workers.
     """
     empty = next(model.parameters()).is_meta
     if frozen:
@@ -49,9 +54,9 @@ def place(
     offloaded = frozen and execution.offload_teacher and ranks.is_distributed
     if ranks.is_distributed:
         shard(model, ranks, execution.shard_over, precision, offloaded)
-    home = torch.device("cpu") if offloaded else ranks.device
+    storage_device = torch.device("cpu") if offloaded else ranks.device
     if empty:
-        model.to_empty(device=home)
+        model.to_empty(device=storage_device)
     for parameter in model.parameters():
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(ranks.device)
@@ -59,15 +64,16 @@ def place(
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """What is sharded and multiplied in low precision: the weights of embeddings, projections, experts and head.
+    """Whether a parameter is sharded and multiplied in the stage's precision.
 
-    Of three dimensions there is also a convolution's kernel, which has 1 in the middle.
+    These are the weights of embeddings, projections, experts and head. A convolution's kernel also has three
+    dimensions, but it is not a matrix: its second dimension is 1.
     """
     return parameter.dim() == 2 or (parameter.dim() == 3 and parameter.shape[1] > 1)
 
 
 def matrices_to_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store the matrices in `dtype`, in place."""
+    """Convert the matrices of `model` to `dtype`, in place."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if is_matrix(parameter):
@@ -75,9 +81,10 @@ def matrices_to_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def shard(model: ElasticModel, ranks: Ranks, shard_over: int | None, precision: str, offloaded: bool) -> None:
-    """FSDP2: a group per block, and one for embeddings and head.
+    """Apply FSDP2: one group per block, and one, the root, for embeddings and head.
 
-    The head is read after `hidden_states` has returned; the root's weights stay gathered until the backward pass.
+    The loss reads the head after `hidden_states` has returned. This works because FSDP keeps the root's weights
+    gathered until the backward pass.
     """
     policy = MixedPrecisionPolicy()
     if precision == "bfloat16":
@@ -95,7 +102,10 @@ def shard(model: ElasticModel, ranks: Ranks, shard_over: int | None, precision: 
 
 
 def make_mesh(ranks: Ranks, shard_over: int | None) -> DeviceMesh:
-    """All ranks in one row that shares a copy of the weights, or in rows of `shard_over` with a copy each."""
+    """The device mesh: one group of all ranks that share a copy of the weights, or groups of `shard_over` ranks.
+
+    Raises ConfigError if `shard_over` does not divide the number of ranks.
+    """
     size = shard_over or ranks.world
     if ranks.world % size:
         raise ConfigError(f"shard_over: got {size}; allowed: divisors of the number of workers ({ranks.world})")
@@ -105,12 +115,13 @@ def make_mesh(ranks: Ranks, shard_over: int | None) -> DeviceMesh:
 
 
 def compile_blocks(model: ElasticModel) -> None:
-    """Compile every block's parts one by one: the hooks of sharding and recomputation sit on the blocks around them.
+    """Compile the parts of every block, not the block: FSDP and activation checkpointing put their hooks on the block.
 
-    Every layer meets a shape per budget, the full one (the teacher's too) and the router's soft mode, with and
-    without gradients; at torch's limit of 8 graphs per function the rest would silently run uncompiled.
+    torch.compile makes a graph for every shape of a layer: one per budget, the full one (also the teacher's), and that
+    of the soft mode, each with and without gradients. torch allows 8 graphs per function by default, and further shapes
+    run uncompiled without a warning. So the limit is raised.
     """
-    limit = SHAPES_PER_LAYER * len(model.model.layers)
+    limit = GRAPHS_PER_LAYER * len(model.model.layers)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4 * limit)
     for block in model.model.layers:

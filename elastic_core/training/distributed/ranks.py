@@ -1,4 +1,4 @@
-"""This process among the others of a run, and the messages between them."""
+"""The processes of a run (ranks), and the messages between them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from elastic_core.config import ConfigError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others: its number, how many there are, and its device.
+    """This process (`rank`), the number of processes (`world`), and the device of this one.
 
-    The default is a process on its own. `host_group` serves tensors and objects in CPU memory.
+    The default is a single process. `host_group` is the process group for tensors and objects in CPU memory. All ranks
+    have to call a method that sends messages together and in the same order.
     """
 
     rank: int = 0
@@ -30,7 +31,10 @@ class Ranks:
 
     @classmethod
     def current(cls, use_gpu: bool = False) -> Ranks:
-        """As torch.distributed says, once it is initialised; with `use_gpu`, on the GPU of this local rank."""
+        """This process according to torch.distributed; a single process if torch.distributed is not initialised.
+
+        With `use_gpu`, the device is the GPU of the local rank.
+        """
         device = torch.device("cpu")
         if use_gpu:
             local = torch.cuda.current_device() if dist.is_initialized() else int(os.environ.get("LOCAL_RANK", 0))
@@ -45,7 +49,7 @@ class Ranks:
         return self.host_group is not None
 
     def new_group(self) -> dist.ProcessGroup | None:
-        """Another group of all ranks for messages in CPU memory; None for a process on its own."""
+        """A further group of all ranks for messages in CPU memory; None for a single process."""
         return dist.new_group(backend="gloo") if self.is_distributed else None
 
     def barrier(self) -> None:
@@ -53,29 +57,32 @@ class Ranks:
         if self.is_distributed:
             dist.barrier(group=self.host_group)
 
-    def everybody_comes(self, seconds: float) -> bool:
-        """Whether all ranks call this, once in a process group's life, within so many seconds of each other."""
+    def all_arrive_within(self, seconds: float) -> bool:
+        """Wait until all ranks have called this, at most `seconds`; return whether they have.
+
+        It can be called once per process group.
+        """
         if not self.is_distributed:
             return True
-        # By the store, not by a message: the others may be waiting for another one.
+        # This counts arrivals in the process group's store. A message would hang if other ranks wait for another one.
         store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + seconds
-        store.add("everybody_comes", 1)
-        while store.add("everybody_comes", 0) < self.world and time.monotonic() < deadline:
+        store.add("all_arrive_within", 1)
+        while store.add("all_arrive_within", 0) < self.world and time.monotonic() < deadline:
             time.sleep(0.1)
-        return store.add("everybody_comes", 0) >= self.world
+        return store.add("all_arrive_within", 0) >= self.world
 
-    def leads_node(self) -> bool:
-        """Whether this is the first of the ranks on its machine."""
+    def is_first_on_node(self) -> bool:
+        """Whether this is the first rank on its machine. All ranks have to call it together."""
         return self.gather(socket.gethostname()).index(socket.gethostname()) == self.rank
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks, in place, of a tensor on the device or in CPU memory."""
+        """Sum a tensor over all ranks, in place, and return it. It is on the device or in CPU memory."""
         if self.is_distributed:
             dist.all_reduce(value, group=self.host_group if value.device.type == "cpu" else None)
         return value
 
     def gather(self, value) -> list:
-        """Every rank's `value`, a small picklable object, on every rank."""
+        """The `value` of every rank, in the order of ranks. A value is a small object that can be pickled."""
         if not self.is_distributed:
             return [value]
         values = [None] * self.world
@@ -83,11 +90,11 @@ class Ranks:
         return values
 
     @contextlib.contextmanager
-    def first_alone(self) -> Iterator[bool]:
-        """A block of which only rank 0 does the work (it is given True); all wait, and its error is everybody's.
+    def first_only(self) -> Iterator[bool]:
+        """A block in which only rank 0 works: it gets True, the others get False. All ranks wait for the end.
 
-        That is one which its user can mend, a full disk for instance. An error of one rank alone would leave the
-        others waiting for it in their next message.
+        If rank 0 raises a ValueError or an OSError (a full disk, for instance), every rank raises it. Otherwise the
+        other ranks would wait for rank 0 in their next message.
         """
         problem = None
         try:
@@ -99,8 +106,11 @@ class Ranks:
             raise problem or found
 
     def from_first(self, make: Callable[[], object]):
-        """What `make()` returns on rank 0, on every rank; an error that its user can mend is everybody's too."""
-        answer = [None, None]  # value, error
+        """Call `make` on rank 0 and return its result on every rank.
+
+        If it raises a ValueError or an OSError, every rank raises it.
+        """
+        answer = [None, None]  # (result, error)
         if self.rank == 0:
             try:
                 answer[0] = make()
@@ -113,7 +123,10 @@ class Ranks:
         return answer[0]
 
     def part(self, count: int, name: str = "batch_size") -> slice:
-        """This rank's equal part of `count` items; ConfigError where they cannot be shared out equally."""
+        """The slice of `count` items that belongs to this rank; all ranks get the same number.
+
+        Raises ConfigError, with `name` in its text, if the number of ranks does not divide `count`.
+        """
         if count % self.world:
             raise ConfigError(f"{name}: got {count}; allowed: multiples of the number of workers ({self.world})")
         size = count // self.world

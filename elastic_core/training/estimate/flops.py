@@ -1,12 +1,14 @@
-"""Floating-point operations of training, counted from the layout; a product of (m, k) and (k, n) is 2·m·k·n of them.
+"""The floating-point operations (FLOPs) of training, counted from the layout of the parameters.
 
-Per token, of matrices that are multiplied: 2 forward and 4 backward for every number in them; of experts, in those that
-a token is sent to. Embeddings are looked up, and count only where they are the head too. What multiplies no weights is
-as `ops.flops` says: norms of the hidden channels here, and what layers mix tokens with by their family's
-`mixing_flops`.
+A matrix product of (m, k) and (k, n) has 2·m·k·n FLOPs. So a token costs 2 FLOPs in the forward pass and 4 in the
+backward pass for every entry of a weight matrix that it is multiplied with. With experts, only those that the token is
+sent to count. Embeddings are a table look-up without a product, so they count only if they are also the head.
 
-What does not multiply matrices (activations, gates, softmax, convolution, optimizer) is not counted: torch's own
-counter, `torch.utils.flop_counter`, says the same number, exactly.
+Products without weight matrices are counted by the formulas in `model/ops/flops.py`: norms over hidden channels here,
+and the mixing of tokens (attention, state space scan) in `mixing_flops` of the architecture.
+
+Operations that are not matrix products (activations, gates, softmax, convolution, optimizer) are not counted. torch's
+own counter, `torch.utils.flop_counter`, gives exactly the same numbers.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from elastic_core.model.submodel import Submodel, full_submodel
 
 
 def pass_flops(config, length: int, submodel: Submodel | None = None, on_gpu: bool = False) -> Flops:
-    """One sequence of `length` tokens through a submodel (None: the parent), from embeddings to logits and back.
+    """The FLOPs of one sequence of `length` tokens: forward and backward pass of `submodel` (None: the parent).
 
-    `on_gpu`: with the scan's chunks on a GPU, which are longer.
+    `on_gpu`: count the state space scan with the chunks that it has on a GPU; they are longer.
     """
     submodel = (submodel or full_submodel(config)).resolve(config)
     sizes, kept = submodel.sizes(config), submodel.kept_layers
@@ -35,10 +37,11 @@ def pass_flops(config, length: int, submodel: Submodel | None = None, on_gpu: bo
 
 
 def multiplied(config) -> Layout:
-    """The matrices that tokens are multiplied with, and the weights of norms over hidden or inner channels."""
-    family, layout = architectures.of(config), architectures.active_layout(config)
-    looked_up = f"model.{family.EMBEDDINGS}.weight" if "lm_head.weight" in layout else None  # tied: they are the head
-    final_norm = f"model.{family.FINAL_NORM}.weight"
+    """The layout of the matrices that tokens are multiplied with, and of norms over hidden or inner channels."""
+    architecture, layout = architectures.of(config), architectures.active_layout(config)
+    # Without a head of their own, models use the embeddings as the head (tied embeddings).
+    looked_up = f"model.{architecture.EMBEDDINGS}.weight" if "lm_head.weight" in layout else None
+    final_norm = f"model.{architecture.FINAL_NORM}.weight"
     multiplied = {name for name, dims in architectures.parameter_layout(config).items() if is_matrix(dims)} - {
         looked_up
     }
@@ -46,6 +49,7 @@ def multiplied(config) -> Layout:
     norms = {
         name: dims
         for name, dims in layout.items()
-        if name == final_norm or (name.endswith("norm.weight") and not isinstance(dims[0], Fixed))  # not inside heads
+        # A norm over a fixed dimension is one inside attention heads. `mixing_flops` has counted it.
+        if name == final_norm or (name.endswith("norm.weight") and not isinstance(dims[0], Fixed))
     }
     return matrices | norms

@@ -1,7 +1,8 @@
-"""How much memory training takes, in bytes, counted without any: layers and loss run on tensors without storage.
+"""The memory, in bytes, that each piece of a training step allocates. A piece is a layer, or final norm and loss.
 
-A `Footprint` is what a piece of a training step allocates. The pieces of one kind are alike, so one of them is run,
-forward and backward, while the bytes of all storages alive are counted. Nothing is computed and no weight exists.
+The piece is run, forward and backward, on tensors without storage (torch's fake or meta tensors), and the bytes that
+its tensors would need are counted. So this takes no memory and computes nothing. Layers of one type need the same
+memory, so only one of them is run. `step_memory` adds up the pieces of a step.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.placement import matrices_to_
 from elastic_core.training.losses import distillation_loss
 
-# Longer sequences are counted at two lengths: the same pieces of work come again, and each adds as much. A loss has
-# chunks of up to 1,024 tokens. A CPU's scan has short blocks, whose thousands of operations would take minutes.
+# For longer sequences, the memory is extrapolated from two lengths: it grows linearly with the number of chunks. The
+# loss has chunks of up to 1,024 tokens. On a CPU the scan has short blocks, and to run thousands of them takes minutes.
 LOSS_LENGTHS = (2048, 4096)
 SCAN_LENGTH = 1024
 
 
-class Alive(TorchDispatchMode):
-    """Counts the bytes of storages that operations have made and that are still alive; not those they were given."""
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of live storages, `now` and at the `peak`: those that operations inside the context have made.
+
+    Storages that existed before do not count.
+    """
 
     def __init__(self):
         super().__init__()
@@ -61,11 +65,13 @@ class Alive(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class PieceMemory:
-    """Bytes that a piece of a step allocates, besides its weights.
+    """The bytes that a piece of a step allocates, without its weights.
 
-    `output` is what it hands on. `kept` lives from its forward to its backward pass, its input too where that is
-    needed again. `forward` is the most alive during the forward pass, input and output among it; `backward` during
-    the backward pass, with what was kept and the gradients of output and input. `gradients`, of its weights, stay.
+    - `output`: its output.
+    - `kept`: what stays from its forward pass to its backward pass. This includes its input, if it is needed again.
+    - `forward`: the peak during the forward pass, with input and output.
+    - `backward`: the peak during the backward pass, with `kept` and the gradients of output and input.
+    - `gradients`: the gradients of its weights. They stay after the backward pass.
     """
 
     output: float
@@ -76,39 +82,47 @@ class PieceMemory:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How a worker trains: a stage's precision, and what `distributed.place` does to the model."""
+class TrainingSetting:
+    """How a worker trains: the precision of the stage, and what `distributed.placement.place` does to the model.
+
+    `distributed`: FSDP gathers the weights in the stage's precision. Without it, autocast converts them at each use.
+    """
 
     precision: str = "float32"
     execution: Execution = field(default_factory=Execution)
-    distributed: bool = False  # weights are gathered, in the stage's precision, rather than cast on the way
+    distributed: bool = False
     gpu: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations."""
+        """The type of the activations."""
         return getattr(torch, self.precision)
 
 
-def measure(piece: Callable[[Tensor], Tensor], source: Tensor, setting: Setting, weights: nn.Module) -> PieceMemory:
-    """The footprint of `piece`, run on a tensor like `source`, where tensors have no storage."""
-    with Alive() as alive:
-        x = source.clone()  # no leaf, as in the middle of a model
+def measure(
+    piece: Callable[[Tensor], Tensor], source: Tensor, setting: TrainingSetting, weights: nn.Module
+) -> PieceMemory:
+    """Run `piece` on a copy of `source`, forward and backward, and count what it allocates.
+
+    `weights` is the module whose gradients count. All tensors are fake or meta tensors.
+    """
+    with LiveBytes() as live:
+        x = source.clone()  # not a leaf of the graph, like an input in the middle of a model
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=setting.precision == "bfloat16"):
             y = piece(x)
-        forward, output = alive.peak, y.untyped_storage().nbytes()
+        forward, output = live.peak, y.untyped_storage().nbytes()
         del x
-        kept = alive.now - output
-        alive.peak = alive.now
+        kept = live.now - output
+        live.peak = live.now
         y.backward(torch.empty_like(y))
         gradients = [p.grad for p in weights.parameters() if p.grad is not None]
         return PieceMemory(
-            output, kept, forward, alive.peak - output, sum(g.untyped_storage().nbytes() for g in gradients)
+            output, kept, forward, live.peak - output, sum(g.untyped_storage().nbytes() for g in gradients)
         )
 
 
-def affine(count: Callable[[int], PieceMemory], length: int, lengths: tuple[int, int]) -> PieceMemory:
-    """`count(length)`, or for more than the longer of two `lengths` the straight line through both."""
+def extrapolate(count: Callable[[int], PieceMemory], length: int, lengths: tuple[int, int]) -> PieceMemory:
+    """`count(length)`. Beyond the longer of the two `lengths`, the straight line through the counts at both."""
     short, long = lengths
     if length <= long:
         return count(length)
@@ -118,62 +132,69 @@ def affine(count: Callable[[int], PieceMemory], length: int, lengths: tuple[int,
 
 
 class Pieces:
-    """The pieces of a training step of a parent's whole width, and their footprints.
+    """The memory of the pieces of a training step that trains the full model.
 
-    With `gates` as while the router learns: every axis is gated, and gates are differentiated.
+    With `gates`, as while the router learns: every axis has gates, and the gates get gradients.
     """
 
-    def __init__(self, config, setting: Setting, gates: bool = False):
+    def __init__(self, config, setting: TrainingSetting, gates: bool = False):
         self.config, self.setting, self.gates = config, setting, gates
-        self.family, self.layout = architectures.of(config), architectures.parameter_layout(config)
+        self.architecture, self.layout = architectures.of(config), architectures.parameter_layout(config)
         self.pattern = architectures.pattern(config)
-        self._full = self._make_slice()  # real indices, not fake ones
+        self._full = self._make_slice()  # made here, outside any fake mode, so that its indices are real tensors
 
-    @functools.cache  # noqa: B019 (an instance lives as long as a plan)
+    @functools.cache  # noqa: B019 (the cache keeps instances alive; there are only a few per process)
     def layer(self, character: str, sequences: int, length: int) -> PieceMemory:
-        """One layer of a type, by its character in the pattern, on (sequences, length) tokens."""
+        """The memory of one layer on (sequences, length) tokens. `character` is its type in the layer pattern."""
         count = functools.partial(self._count_layer, character, sequences)
-        block = self.family.scan_block(self.config, self.pattern.index(character), sequences)
+        block = self.architecture.scan_block(self.config, self.pattern.index(character), sequences)
         if block is None or self.setting.gpu:
             return count(length)
         short = max(SCAN_LENGTH, 2 * block)
-        return affine(count, length, (short, 2 * short))
+        return extrapolate(count, length, (short, 2 * short))
 
     @functools.cache  # noqa: B019
     def tail(self, tokens: int, has_teacher: bool = True) -> PieceMemory:
-        """Final norm and loss: distillation, or cross-entropy alone. The teacher's hidden states are not in it."""
-        return affine(lambda count: self._count_tail(count, has_teacher), tokens, LOSS_LENGTHS)
+        """The memory of final norm and loss on `tokens` tokens, without the teacher's hidden states.
+
+        The loss is distillation, or without a teacher cross-entropy.
+        """
+        return extrapolate(lambda count: self._count_tail(count, has_teacher), tokens, LOSS_LENGTHS)
 
     def _count_layer(self, character: str, sequences: int, length: int) -> PieceMemory:
         index = self.pattern.index(character)
-        # On the meta device a scan takes a GPU's sizes. Attention there would be the one that forms all scores; fake
-        # tensors on a CPU take the fused one.
-        on_meta = self.setting.gpu and self.family.scan_block(self.config, index, sequences) is not None
+        architecture = self.architecture
+        # A layer with a scan runs on the meta device, where the scan has the block sizes of a GPU. Attention runs on
+        # fake CPU tensors: on the meta device torch would choose the attention that stores all scores, while on fake
+        # tensors it chooses the fused one, as on a GPU.
+        on_meta = self.setting.gpu and architecture.scan_block(self.config, index, sequences) is not None
         with torch.device("meta") if on_meta else FakeTensorMode():
-            block = self._as_held(self.family.Block(self.config, index, part_of(self.layout, f"model.layers.{index}")))
+            block = architecture.Block(self.config, index, part_of(self.layout, f"model.layers.{index}"))
+            block = self._in_training_precision(block)
             if self.setting.execution.activation_checkpointing:
                 checkpoint(block, preserve_rng_state=False)
             shape = (sequences, length, self.config.hidden_size)
             source = torch.empty(shape, dtype=self.setting.dtype, requires_grad=True)
             sliced = self._slice()
-            footprint = measure(lambda x: block(x, sliced), source, self.setting, block)
-        return self._with_casts(footprint, block) if on_meta else footprint
+            memory = measure(lambda x: block(x, sliced), source, self.setting, block)
+        return self._with_casts(memory, block) if on_meta else memory
 
-    def _with_casts(self, footprint: PieceMemory, block: nn.Module) -> PieceMemory:
-        """With what autocast adds on a GPU without sharding, which the meta device has not got.
+    def _with_casts(self, memory: PieceMemory, block: nn.Module) -> PieceMemory:
+        """Add what autocast needs on a GPU without sharding. On the meta device there is no autocast.
 
-        A bfloat16 copy of every matrix until the backward pass, and gradients in float32 instead.
+        Autocast keeps a bfloat16 copy of every matrix until the backward pass. Gradients of matrices are in float32,
+        and not in bfloat16 as counted.
         """
         setting = self.setting
         if setting.distributed or setting.precision == "float32":
-            return footprint
+            return memory
         copies = sum(p.untyped_storage().nbytes() for p in block.parameters() if p.dtype == torch.bfloat16)
         return PieceMemory(
-            footprint.output,
-            footprint.kept + (0 if setting.execution.activation_checkpointing else copies),
-            footprint.forward + copies,
-            footprint.backward + 2 * copies,
-            footprint.gradients + copies,
+            memory.output,
+            memory.kept + (0 if setting.execution.activation_checkpointing else copies),
+            memory.forward + copies,
+            memory.backward + 2 * copies,
+            memory.gradients + copies,
         )
 
     def _count_tail(self, tokens: int, has_teacher: bool = True) -> PieceMemory:
@@ -181,9 +202,10 @@ class Pieces:
         shape, dtype = (1, tokens, config.hidden_size), self.setting.dtype
         with FakeTensorMode():
             tail = nn.Module()
-            tail.norm = Norm(self.family.norm_eps(config), part_of(self.layout, f"model.{self.family.FINAL_NORM}"))
+            final_norm = part_of(self.layout, f"model.{self.architecture.FINAL_NORM}")
+            tail.norm = Norm(self.architecture.norm_eps(config), final_norm)
             tail.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-            self._as_held(tail)
+            self._in_training_precision(tail)
             teacher = None
             if has_teacher:
                 teacher = torch.empty(shape, dtype=dtype), torch.empty(tail.head.shape, dtype=dtype)
@@ -195,10 +217,11 @@ class Pieces:
                 source, self.setting, tail,
             )  # fmt: skip
 
-    def _as_held(self, module: nn.Module) -> nn.Module:
-        """Weights as a worker's layers meet them: gathered in the stage's precision, or whole in float32.
+    def _in_training_precision(self, module: nn.Module) -> nn.Module:
+        """Give the weights of `module` the type that they have when a layer computes, and return it.
 
-        On the meta device, without autocast, in the precision that they are multiplied in.
+        FSDP gathers matrices in the stage's precision. Without FSDP they are float32, and autocast converts them. There
+        is no autocast on the meta device, so there they get the stage's precision too.
         """
         on_meta = next(module.parameters()).device.type == "meta"
         if self.setting.precision == "bfloat16" and (self.setting.distributed or on_meta):
@@ -206,7 +229,7 @@ class Pieces:
         return module
 
     def _slice(self) -> Slice:
-        """The full cut, with fake gates where there are any."""
+        """The full model, with fake gates if `gates` is set."""
         if not self.gates:
             return self._full
         units = architectures.units(self.config)

@@ -1,8 +1,8 @@
-"""The most that one worker holds during a training step, in bytes by kind: will a stage fit?
+"""The peak memory of one worker during a training step, in bytes by kind. It tells whether a stage fits on a GPU.
 
-State is arithmetic on the layout; what a step allocates comes from the footprints of its pieces, put together in the
-order in which a step runs them. Not in it: what an allocator loses between blocks, workspaces of libraries and NCCL,
-and the CUDA context (leave about a tenth of a GPU).
+The state (weights, optimizer, gradients) is counted from the layout of the parameters. What a step allocates is the sum
+over its pieces (see `piece_memory`), in the order in which a step runs them. Not counted: fragmentation of the
+allocator, workspaces of libraries and NCCL, and the CUDA context. Leave about 10 % of a GPU for them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from elastic_core.model.elastic_model import HEAD
 from elastic_core.training.estimate.piece_memory import Pieces
 
 KINDS = ("weights", "optimizer", "teacher", "gradients", "gathered", "activations", "loss")
-FLOAT32 = 4
+FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
-class Load:
-    """What one worker computes at a time: sequences of so many tokens, and how a step goes on after them.
+class Workload:
+    """What one worker computes in a microbatch: `sequences` sequences of `length` tokens.
 
-    `shards`: workers that share one copy of the weights. `accumulates`: a step has more than one microbatch, so that
-    gradients are there already. `has_teacher`: a frozen one, beside the model.
+    - `shards`: the number of workers that share one copy of the weights.
+    - `accumulates`: a step has several microbatches. So from the second one on, all gradients exist from the start.
+    - `has_teacher`: the worker also holds a frozen teacher.
     """
 
     sequences: int
@@ -36,7 +37,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment of a step at which most bytes are alive, and what they are; `kinds` has an entry per KINDS."""
+    """The moment of a step at which memory is highest. `kinds` holds the bytes for each of KINDS."""
 
     moment: str
     kinds: dict[str, float]
@@ -47,24 +48,25 @@ class Peak:
 
 
 def count_parameters(layout: Layout) -> tuple[int, int]:
-    """Numbers in matrices, which are sharded, and in everything else, which is not."""
+    """(number of parameters in matrices, number of other parameters). FSDP shards only the matrices."""
     counts = [0, 0]
     for dims in layout.values():
         counts[not is_matrix(dims)] += math.prod(dim.size for dim in dims)
     return counts[0], counts[1]
 
 
-def step_peak(pieces: Pieces, load: Load) -> Peak:
-    """The largest moment of a step on the parent's whole width: no budget takes more."""
+def step_peak(pieces: Pieces, load: Workload) -> Peak:
+    """The peak of a step that trains the full model. No smaller budget needs more."""
     kinds = state_bytes(pieces, load)
     moments = ((name, kinds | changes) for name, changes in step_moments(pieces, load, kinds["gradients"]))
     return max((Peak(name, dict.fromkeys(KINDS, 0.0) | values) for name, values in moments), key=lambda p: p.total)
 
 
-def state_bytes(pieces: Pieces, load: Load) -> dict[str, float]:
-    """What is there between steps, and the gradients of all weights: float32 weights, two moments, a teacher.
+def state_bytes(pieces: Pieces, load: Workload) -> dict[str, float]:
+    """The bytes of weights and optimizer (both float32), of a frozen teacher, and of the gradients of all weights.
 
-    Matrices are spread over the shards. A frozen teacher's are held in the stage's precision, or elsewhere.
+    Matrices are sharded. Those of a frozen teacher are in the stage's precision; with `offload_teacher` they are not on
+    the GPU and do not count.
     """
     setting = pieces.setting
     matrices, rest = count_parameters(pieces.layout)
@@ -80,41 +82,43 @@ def state_bytes(pieces: Pieces, load: Load) -> dict[str, float]:
     }
 
 
-def step_moments(pieces: Pieces, load: Load, gradients: float) -> Iterator[tuple[str, dict[str, float]]]:
-    """The moments that may be the largest, in order, each with the kinds that it has besides the state.
+def step_moments(pieces: Pieces, load: Workload, gradients: float) -> Iterator[tuple[str, dict[str, float]]]:
+    """(name, bytes by kind) of every moment of a step that may be the peak, in order.
 
-    Gradients grow from the last layer to the first, or are all there where a step has more than one microbatch.
+    The kinds are those that change during a step. `gradients` is the size of all gradients. With one microbatch per
+    step, gradients appear layer by layer from the last to the first. With several, all of them exist from the start.
     """
     distributed, size = pieces.setting.distributed, pieces.setting.dtype.itemsize
     hidden = float(load.sequences * load.length * pieces.config.hidden_size * size)
     gathered, reduced_block, reduced_root, embeddings = sharding_bytes(pieces, load)
     layers = [pieces.layer(character, load.sequences, load.length) for character in pieces.pattern]
     tail = pieces.tail(load.sequences * load.length, load.has_teacher)
-    kept, there = 0.0, gradients if load.accumulates else 0.0
+    kept, existing = 0.0, gradients if load.accumulates else 0.0  # existing: bytes of the gradients at this moment
     teacher = hidden if load.has_teacher else 0.0
     for index, layer in enumerate(layers):
         yield f"forward pass of layer {index} ({pieces.pattern[index]})", {
-            "gradients": there, "gathered": gathered, "activations": kept + layer.forward, "loss": teacher,
+            "gradients": existing, "gathered": gathered, "activations": kept + layer.forward, "loss": teacher,
         }  # fmt: skip
         kept += layer.kept
     yield "loss", {
-        "gradients": there, "gathered": gathered, "activations": kept, "loss": tail.forward + teacher,
+        "gradients": existing, "gathered": gathered, "activations": kept, "loss": tail.forward + teacher,
     }  # fmt: skip
     yield "backward pass of the loss", {
-        "gradients": there, "gathered": gathered, "activations": kept, "loss": tail.backward,
+        "gradients": existing, "gathered": gathered, "activations": kept, "loss": tail.backward,
     }  # fmt: skip
     tied = HEAD not in pieces.layout
     gathered += reduced_block
-    if distributed or tied or not load.accumulates:  # in the first two cases it waits for that of the embeddings
-        there += tail.gradients
+    # The head's gradient. With sharding or tied embeddings, it is held until that of the embeddings is computed.
+    if distributed or tied or not load.accumulates:
+        existing += tail.gradients
     shards = load.shards * size / FLOAT32 if distributed else 1
     for index, layer in reversed(list(enumerate(layers))):
         kept -= layer.kept
         yield f"backward pass of layer {index} ({pieces.pattern[index]})", {
-            "gradients": there, "gathered": gathered, "activations": kept + layer.backward, "loss": 0.0,
+            "gradients": existing, "gathered": gathered, "activations": kept + layer.backward, "loss": 0.0,
         }  # fmt: skip
         if not load.accumulates:
-            there += layer.gradients / shards
+            existing += layer.gradients / shards
     head = tail.gradients if distributed or (tied and load.accumulates) else 0.0
     yield "gradients of the embeddings", {
         "gradients": gradients + head + (embeddings if load.accumulates or (tied and not distributed) else 0.0),
@@ -122,11 +126,13 @@ def step_moments(pieces: Pieces, load: Load, gradients: float) -> Iterator[tuple
     }  # fmt: skip
 
 
-def sharding_bytes(pieces: Pieces, load: Load) -> tuple[float, float, float, float]:
-    """What sharding holds besides shards: gathered weights, a block's and the root's gradients as float32 on their way.
+def sharding_bytes(pieces: Pieces, load: Workload) -> tuple[float, float, float, float]:
+    """The bytes that FSDP needs besides the shards: (gathered weights, gradients of a block, of the root, embeddings).
 
-    Gathered are the embeddings and heads of both models, and two blocks, the second while the first computes. The
-    last number is the gradient of the embeddings, as it comes.
+    - Gathered are embeddings and head of model and teacher, and two blocks: while one computes, the next is gathered.
+    - The gradients of a block and of the root (embeddings and head) are in float32 while they are reduced.
+    - The last number is the gradient of the embeddings before it is reduced. Without FSDP, it is the only one that is
+      not 0.
     """
     root, blocks = 0, {}
     for name, dims in pieces.layout.items():

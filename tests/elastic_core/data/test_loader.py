@@ -201,7 +201,7 @@ def test_damaged_directories_are_refused(data):
     tokens = data.directory / "code.train.tokens.npy"
     whole = tokens.read_bytes()
     tokens.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match=r"code\.train\.tokens\.npy: missing, cut short"):
+    with pytest.raises(ValueError, match=r"code\.train\.tokens\.npy: missing, truncated"):
         TokenData(data.directory)
     tokens.write_bytes((data.directory / "prose.train.tokens.npy").read_bytes())
     with pytest.raises(ValueError, match=r"code\.train\.tokens\.npy: holds .*manifest says"):

@@ -1,4 +1,4 @@
-"""safetensors files in blocks: byte for byte those of safetensors; cuts as `narrow` makes them; little memory."""
+"""safetensors files in blocks: byte for byte those of safetensors; slices as `narrow` makes them; little memory."""
 
 import errno
 import itertools
@@ -91,12 +91,12 @@ def test_other_element_types_are_refused(tmp_path):
         read_header(tmp_path / "m")
 
 
-# Cuts
+# Slices
 
 
 @pytest.mark.parametrize("block_bytes", [1, 700, 1 << 20])
 @pytest.mark.parametrize("seed", range(4))
-def test_cuts_are_those_of_narrow(tmp_path, monkeypatch, seed, block_bytes):
+def test_slices_are_those_of_narrow(tmp_path, monkeypatch, seed, block_bytes):
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", block_bytes)
     model = random_elastic(seed)
     submodel = random_submodel(model.config, seed).resolve(model.config)

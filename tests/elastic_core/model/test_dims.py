@@ -68,15 +68,15 @@ def test_permute_moves_every_row_to_the_place_of_its_units(seed):
         assert {place.get(unit, unit) for unit in labels[old]} == set(labels[row])
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("seed", range(12))
-def test_layout_has_the_names_and_shapes_of_transformers(seed, family):
-    config = CONFIGS[family](seed)
+def test_layout_has_the_names_and_shapes_of_transformers(seed, architecture):
+    config = CONFIGS[architecture](seed)
     with torch.device("meta"):
         model = architectures.of(config).MODELS[config.model_type][1](config)
     reference = {name: tuple(p.shape) for name, p in model.named_parameters()}
     layout = architectures.parameter_layout(config)
-    assert {name: tuple(dim.size for dim in dims) for name, dims in dims.items()} == reference
+    assert {name: tuple(dim.size for dim in dims_of) for name, dims_of in layout.items()} == reference
     assert {name: tuple(p.shape) for name, p in random_elastic(seed, config).named_parameters()} == reference
     assert elastic_units(layout) == architectures.units(config)
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts in nemotron_h: loaded, counted, cut and extracted as transformers has them."""
+"""Mixtures of experts in nemotron_h: loaded, counted, sliced and extracted as transformers has them."""
 
 import dataclasses
 import re
@@ -30,7 +30,7 @@ from elastic_core.model.hf import check_config, read_config
 from elastic_core.search.choices import Choices
 from elastic_core.search.selection import Member
 from elastic_core.search.space import ElasticSpace
-from tasks.evaluate import count_parameters
+from tasks.evaluation.text_scores import count_parameters
 from tests.support.moe import SEEDS, load
 from tests.support.parents import (
     random_elastic,
@@ -156,11 +156,11 @@ def test_corrections_stay_in_float32_beside_bfloat16(tmp_path):
     bias.copy_(30 + 0.05 * torch.randn(bias.shape, generator=torch.Generator().manual_seed(0)))
     reference.save_pretrained(tmp_path / "parent")
     elastic_checkpoint.write(tmp_path / "parent", config, {"full": Member(1.0, Submodel())}, [])
-    extract(tmp_path / "parent", Submodel(), tmp_path / "cut", dtype=torch.bfloat16)
+    extract(tmp_path / "parent", Submodel(), tmp_path / "extracted", dtype=torch.bfloat16)
     name = f"model.layers.{layer}.mixer.gate.e_score_correction_bias"
     nested = NestedModel.from_pretrained(tmp_path / "parent", torch.bfloat16)
     ours = ElasticModel.from_pretrained(tmp_path / "parent", torch.bfloat16)
-    for model in (load(tmp_path / "cut", torch.bfloat16), nested.at("full"), ours):
+    for model in (load(tmp_path / "extracted", torch.bfloat16), nested.at("full"), ours):
         assert torch.equal(model.get_parameter(name) if model is ours else model.get_buffer(name), bias)
         assert model.get_parameter(f"model.layers.{layer}.norm.weight").dtype == torch.bfloat16
 
@@ -192,11 +192,11 @@ def test_names_in_files_are_those_of_transformers(tmp_path):
     reference = save_random_parent(tmp_path / "theirs", 0, config)
     model = ElasticModel.from_pretrained(tmp_path / "theirs")
     model.save_pretrained(tmp_path / "ours")
-    extract(tmp_path / "theirs", Submodel(), tmp_path / "cut")
+    extract(tmp_path / "theirs", Submodel(), tmp_path / "extracted")
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     layer = layers_of(config, "E")[0]
     assert f"backbone.layers.{layer}.mixer.experts.1.up_proj.weight" in theirs
-    for name in ("ours", "cut"):
+    for name in ("ours", "extracted"):
         ours = load_file(tmp_path / name / "model.safetensors")
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -333,7 +333,9 @@ def test_a_parent_without_experts_has_no_such_sizes(tmp_path):
     config = read_config(tmp_path)
     assert num_active_parameters(config) is None
     assert not any("expert" in name for name in Submodel().resolve(config).to_dict())
-    with pytest.raises(ConfigError, match=r"num_experts: got \(8, 4\); allowed: null, for the parent has no experts"):
+    with pytest.raises(
+        ConfigError, match=r"num_experts: got \(8, 4\); allowed: null, because the parent has no experts"
+    ):
         ElasticSpace(config, Choices(num_experts=(8, 4)), tuple(range(architectures.num_layers(config))))
     with pytest.raises(ValueError, match="moe_intermediate_size: got 8; allowed: nothing, this parent has no such"):
         Submodel(moe_intermediate_size=8).resolve(config)

@@ -5,20 +5,18 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 import threading
-import time
 
 import pytest
 import torch
 
 from elastic_core.io import storage
-from elastic_core.io.digests import file_digest, run_key
+from elastic_core.io.digests import file_digest
 from elastic_core.training import checkpoint
 from elastic_core.training.checkpoint import CheckpointError, Checkpoints
 from elastic_core.training.loop import train
-from tests.support.runs import TEXT, assert_same, make_run, make_stage, routed_run, rows_without_time
+from tests.support.runs import assert_same, routed_run, rows_without_time
 
 TENSORS = {"weight": torch.arange(600.0).view(20, 30), "step": torch.tensor(3.0)}
 
@@ -166,69 +164,6 @@ def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(data, straight, tmp_pa
         subprocess.run(["umount", "-l", tmp_path], check=True)
 
 
-# Which run a checkpoint belongs to
-
-
-def test_runs_are_keyed_by_configuration_and_inputs(tmp_path):
-    file, directory = tmp_path / "a.txt", tmp_path / "inputs"
-    (directory / "deep").mkdir(parents=True)
-    file.write_text("one")
-    (directory / "deep" / "b.txt").write_text("two")
-    configuration = {"stage": make_stage(), "seed": 1}
-    key = run_key(configuration, [file, directory])
-    assert run_key({"seed": 1, "stage": make_stage()}, [file, directory]) == key
-    others = {
-        run_key({**configuration, "seed": 2}, [file, directory]),
-        run_key({**configuration, "stage": make_stage(max_skipped_steps=9)}, [file, directory]),
-        run_key(configuration, [directory]),
-    }
-    file.write_text("1")
-    others.add(run_key(configuration, [file, directory]))
-    file.write_text("one")
-    assert run_key(configuration, [file, directory]) == key
-    (directory / "deep" / "b.txt").rename(directory / "deep" / "c.txt")
-    others.add(run_key(configuration, [file, directory]))
-    assert len(others) == 5 and key not in others
-    with pytest.raises(ValueError, match=r"missing: not there; run the stage that makes it first"):
-        run_key(configuration, [tmp_path / "missing"])
-
-
-def test_remembered_digests_give_the_same_key_and_notice_every_change(tmp_path, monkeypatch):
-    file, cache = tmp_path / "a.txt", tmp_path / "cache" / "digests.json"
-    file.write_text("one")
-    plain = run_key({}, [file])
-    assert run_key({}, [file], cache) == plain
-    monkeypatch.setattr("elastic_core.io.digests.file_digest", lambda path: pytest.fail("read again"))
-    assert run_key({}, [file], cache) == plain
-    monkeypatch.undo()
-    time.sleep(0.02)
-    file.write_text("two")
-    assert run_key({}, [file], cache) == run_key({}, [file]) != plain
-    cache.write_text("{")
-    assert run_key({}, [file], cache) == run_key({}, [file])
-    file.unlink()
-    shutil.copy(__file__, tmp_path / "b.py")
-    run_key({}, [tmp_path / "b.py"], cache)
-    assert list(json.loads(cache.read_text())) == [str(tmp_path / "b.py")]  # files that are gone are forgotten
-
-
-def test_another_configuration_starts_anew(data, tmp_path, monkeypatch):
-    from tasks.training import job as stage_module
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stage_module, "DATA", data.directory)
-
-    class Settings:
-        seed = 0
-
-    def steps(stage):
-        job = stage_module.make_job(Settings, "train_short", {"stage": stage}, [])
-        return len(list(train(make_run(data, stage, checkpoints=job.directory))))
-
-    stage, other = make_stage(loss=TEXT, steps=3), make_stage(loss=TEXT, steps=3, learning_rate=2e-3)
-    assert [steps(stage), steps(stage), steps(other)] == [3, 0, 3]
-
-
 # Under a URL
 
 
@@ -252,7 +187,7 @@ def test_checkpoints_on_s3_are_whole_verified_and_few(s3, caplog):
     assert load(place)[0] is None
     save(place, 2)
     assert load(place)[0] == {"step": 2} and checkpoint._names(place) == ["step-00000002"]
-    assert not list(checkpoint._staging(place, "save").parent.glob("*/*"))  # nothing stays on the local disk
+    assert not list(checkpoint._staging_directory(place, "save").parent.glob("*/*"))  # nothing stays on the local disk
 
 
 def test_a_run_with_checkpoints_on_s3_survives_the_server_and_its_own_death(s3, data, straight, tmp_path):

@@ -59,7 +59,7 @@ def assert_alike(pair, single, loss=LOSS, weight=WEIGHT):
 
 @pytest.mark.parametrize(
     "name",
-    ["hard", "soft", "straight_through", "recomputed", "copies", "own_teacher", "shared_pass", "tied_llama", "experts"],
+    ["hard", "soft", "straight_through", "recomputed", "copies", "own_teacher", "tied_llama", "experts"],
 )
 def test_two_ranks_give_the_loss_curve_of_one_process(pair, data, tmp_path, name):
     assert_alike(pair[0][name], getattr(cases, name)(ALONE, data, tmp_path))

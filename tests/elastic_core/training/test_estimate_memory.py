@@ -7,9 +7,9 @@ from transformers import LlamaConfig
 from benchmarks import gpu, memory
 from elastic_core import ElasticModel
 from elastic_core.training.distributed.execution import Execution
-from elastic_core.training.estimate.piece_memory import Alive, Pieces, Setting, affine
-from elastic_core.training.estimate.step_memory import FLOAT32, KINDS, Load, count_parameters, state_bytes, step_peak
-from tasks.parents.config import new_config as model_config
+from elastic_core.training.estimate.piece_memory import LiveBytes, Pieces, TrainingSetting, extrapolate
+from elastic_core.training.estimate.step_memory import FLOAT32, KINDS, Workload, count_parameters, state_bytes, step_peak
+from tasks.parents.config import new_config
 from tasks.settings.load import read
 from tasks.settings.profiles import parameters
 from tests.support.memory_cases import CASES
@@ -21,7 +21,7 @@ CONFIG = gpu.TINY.config()
 
 def test_the_counter_sees_what_is_alive():
     before = torch.zeros(500)
-    with Alive() as alive:
+    with LiveBytes() as alive:
         x = torch.zeros(1000)  # 4,000 bytes
         y = x + 1
         z = y.view(10, 100)  # a view: nothing new
@@ -40,13 +40,13 @@ def test_state_is_counted_as_the_model_is_built():
     matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
     rest = sum(p.numel() for p in model.parameters() if p.dim() != 2)
     assert count_parameters(model.layout) == (matrices, rest)
-    sharded = Setting("bfloat16", CHECKPOINTED, distributed=True)
+    sharded = TrainingSetting("bfloat16", CHECKPOINTED, distributed=True)
     held = FLOAT32 * (matrices / 4 + rest)
     state = {"weights": held, "optimizer": 2 * held, "gradients": held, "teacher": 2 * matrices / 4 + 4 * rest}
-    assert state_bytes(Pieces(CONFIG, sharded), Load(2, 32, shards=4)) == state
-    elsewhere = Pieces(CONFIG, Setting("bfloat16", Execution(offload_teacher=True), distributed=True))
-    assert state_bytes(elsewhere, Load(2, 32, shards=4)) == state | {"teacher": 4 * rest}
-    assert state_bytes(elsewhere, Load(2, 32, has_teacher=False))["teacher"] == 0
+    assert state_bytes(Pieces(CONFIG, sharded), Workload(2, 32, shards=4)) == state
+    elsewhere = Pieces(CONFIG, TrainingSetting("bfloat16", Execution(offload_teacher=True), distributed=True))
+    assert state_bytes(elsewhere, Workload(2, 32, shards=4)) == state | {"teacher": 4 * rest}
+    assert state_bytes(elsewhere, Workload(2, 32, has_teacher=False))["teacher"] == 0
 
 
 LLAMA = [  # all sizes are the parent's own: steps of the largest budget are measured
@@ -62,7 +62,7 @@ def test_real_steps_of_the_default_parent_take_what_is_predicted(case):
     """Both stages, well within the 15 % that are promised; benchmarks/memory.py prints the numbers at full size."""
     smaller = ["train_short.batch_size=4", "train_extended.batch_size=2"]
     settings = read(parameters(overrides=[*smaller, *CASES[case]]), "params.yaml")
-    config = model_config(settings.parent.model, settings.prepare_data.vocab_size)
+    config = new_config(settings.parent.model, settings.prepare_data.vocab_size)
     for name, peak, real in memory.compare(settings, config):
         assert abs(peak.total / real - 1) < 0.08, (name, peak, real)
 
@@ -86,38 +86,38 @@ def test_real_steps_of_a_llama_take_what_is_predicted(case, tied):
 @pytest.mark.parametrize("character", "M*-")
 def test_a_checkpointed_layer_keeps_its_input_alone(character):
     x = 2 * 32 * CONFIG.hidden_size * FLOAT32
-    footprint = Pieces(CONFIG, Setting(execution=CHECKPOINTED)).layer(character, 2, 32)
+    footprint = Pieces(CONFIG, TrainingSetting(execution=CHECKPOINTED)).layer(character, 2, 32)
     assert footprint.kept == footprint.output == x
-    assert Pieces(CONFIG, Setting()).layer(character, 2, 32).kept > x
+    assert Pieces(CONFIG, TrainingSetting()).layer(character, 2, 32).kept > x
     weights = [p for name, p in ElasticModel(CONFIG).named_parameters()
                if name.startswith(f"model.layers.{gpu.TINY.pattern.index(character)}.")]  # fmt: skip
     assert footprint.gradients == FLOAT32 * sum(p.numel() for p in weights)
 
 
 def test_long_sequences_are_counted_by_two_shorter_ones():
-    pieces = Pieces(CONFIG, Setting("bfloat16", CHECKPOINTED))
+    pieces = Pieces(CONFIG, TrainingSetting("bfloat16", CHECKPOINTED))
     line, direct = pieces.layer("M", 1, 8192), pieces._count_layer("M", 1, 8192)
     assert line is not direct
     assert vars(line) == pytest.approx(vars(direct), rel=0.1)  # another piece of work may be the largest
     tail = pieces._count_tail(6000)
     assert vars(pieces.tail(6000)) == pytest.approx(vars(tail), rel=0.02)
-    assert affine(lambda length: direct, 8192, (4096, 8192)) is direct  # no longer than the longer one: as it is
+    assert extrapolate(lambda length: direct, 8192, (4096, 8192)) is direct  # no longer than the longer one: as it is
 
 
 def test_the_loss_does_not_hold_all_logits():
-    small, large = (Pieces(CONFIG, Setting()).tail(tokens).forward for tokens in (2048, 4096))
+    small, large = (Pieces(CONFIG, TrainingSetting()).tail(tokens).forward for tokens in (2048, 4096))
     logits = 4 * 1024 * CONFIG.vocab_size  # of one chunk of tokens
     assert large - small < 2 * logits < small  # chunks are not held together
 
 
 def test_a_scan_on_a_gpu_is_counted_with_its_own_blocks():
-    cpu, gpu_ = (Pieces(CONFIG, Setting(gpu=on_gpu)).layer("M", 2, 300) for on_gpu in (False, True))
+    cpu, gpu_ = (Pieces(CONFIG, TrainingSetting(gpu=on_gpu)).layer("M", 2, 300) for on_gpu in (False, True))
     assert gpu_.output == cpu.output and gpu_.gradients == cpu.gradients
     assert gpu_.kept != cpu.kept  # fewer states between chunks
 
 
 def test_a_gpu_alone_casts_weights_as_a_cpu_does():
-    cpu, gpu_ = (Pieces(CONFIG, Setting("bfloat16", gpu=on_gpu)).layer("M", 2, 33) for on_gpu in (False, True))
+    cpu, gpu_ = (Pieces(CONFIG, TrainingSetting("bfloat16", gpu=on_gpu)).layer("M", 2, 33) for on_gpu in (False, True))
     assert gpu_.gradients == cpu.gradients
     assert gpu_.kept == pytest.approx(cpu.kept, rel=0.1) and gpu_.forward == pytest.approx(cpu.forward, rel=0.1)
     assert gpu_.backward == pytest.approx(cpu.backward, rel=0.15)
@@ -125,9 +125,9 @@ def test_a_gpu_alone_casts_weights_as_a_cpu_does():
 
 def test_sharding_moves_state_to_others_and_gathers_blocks():
     config = random_config(1)
-    setting = Setting(distributed=True)
-    one, four = (step_peak(Pieces(config, setting), Load(1, 16, shards=shards)) for shards in (1, 4))
-    alone = step_peak(Pieces(config, Setting()), Load(1, 16))
+    setting = TrainingSetting(distributed=True)
+    one, four = (step_peak(Pieces(config, setting), Workload(1, 16, shards=shards)) for shards in (1, 4))
+    alone = step_peak(Pieces(config, TrainingSetting()), Workload(1, 16))
     assert four.kinds["optimizer"] < one.kinds["optimizer"] == alone.kinds["optimizer"]
     assert four.kinds["gathered"] == one.kinds["gathered"] > alone.kinds["gathered"] == 0
     assert tuple(one.kinds) == KINDS and one.total == sum(one.kinds.values())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from elastic_core.config import ConfigError, load
-from elastic_core.training.stage import Loss, Routing, Stage, deal, uses_trainable_teacher
+from elastic_core.training.stage import Loss, Routing, Stage, assign_budgets, uses_trainable_teacher
 
 VALUES = {"sequence_length": 8, "batch_size": 12, "steps": 100, "learning_rate": 0.01, "mixture": {"prose": 1.0}}
 
@@ -19,7 +19,7 @@ def make_stage(**values):
 @pytest.mark.parametrize("microbatches", [1, 3, 4, 16])
 @pytest.mark.parametrize("shares", [{"a": 1, "b": 1, "c": 1}, {"a": 0.5, "b": 0.3, "c": 0.2}, {"a": 5, "b": 0, "c": 1}])
 def test_dealing_keeps_the_shares_in_every_window(microbatches, shares):
-    dealt = [deal(shares, microbatches, seed=7, step=step) for step in range(400)]
+    dealt = [assign_budgets(shares, microbatches, seed=7, step=step) for step in range(400)]
     assert all(len(step) == microbatches for step in dealt)
     total = sum(shares.values())
     for first, last in [(0, 400), (0, 100), (37, 137), (250, 290), (123, 133)]:
@@ -32,34 +32,22 @@ def test_dealing_keeps_the_shares_in_every_window(microbatches, shares):
 def test_dealing_is_stratified_inside_a_step():
     shares = {"a": 0.5, "b": 0.25, "c": 0.25}
     for step in range(50):
-        assert Counter(deal(shares, 8, 0, step)) == {"a": 4, "b": 2, "c": 2}  # exact, where shares allow it
+        assert Counter(assign_budgets(shares, 8, 0, step)) == {"a": 4, "b": 2, "c": 2}  # exact, where shares allow it
 
 
 def test_dealing_is_a_function_of_seed_and_step_alone():
     shares = {"a": 0.5, "b": 0.3, "c": 0.2}
     np.random.seed(0)
-    first = [deal(shares, 4, 1, step) for step in range(30)]
+    first = [assign_budgets(shares, 4, 1, step) for step in range(30)]
     np.random.seed(1)
-    assert [deal(shares, 4, 1, step) for step in reversed(range(30))] == first[::-1]
-    assert [deal(shares, 4, 2, step) for step in range(30)] != first
+    assert [assign_budgets(shares, 4, 1, step) for step in reversed(range(30))] == first[::-1]
+    assert [assign_budgets(shares, 4, 2, step) for step in range(30)] != first
     assert len({tuple(step) for step in first}) > 5  # places inside a step are shuffled
 
 
-def test_microbatches_that_share_sequences_differ_in_budget():
-    shares = {"a": 0.5, "b": 0.3, "c": 0.2}
-    for step in range(50):
-        dealt = deal(shares, 8, 1, step, together=2)
-        assert all(first != second for first, second in zip(dealt[::2], dealt[1::2], strict=True))
-        assert Counter(dealt) == Counter(deal(shares, 8, 1, step))
-    assert Counter(deal({"a": 1.0}, 4, 0, 0, together=4)) == {"a": 4}  # where it cannot be helped
-
-
-def test_every_sequence_is_read_once_by_each_group():
-    stage = make_stage(microbatches=6, budgets_per_batch=3)  # two sequences a microbatch
-    assert [stage.first_sample(0, microbatch) for microbatch in range(6)] == [0, 0, 0, 2, 2, 2]
-    assert stage.first_sample(1, 0) == 4
-    plain = make_stage(microbatches=6)
-    assert [plain.first_sample(step, i) for step in range(2) for i in range(6)] == list(range(0, 24, 2))
+def test_every_sequence_is_read_once():
+    stage = make_stage(microbatches=6)  # two sequences a microbatch
+    assert [stage.first_sample(step, i) for step in range(2) for i in range(6)] == list(range(0, 24, 2))
 
 
 def test_learning_rate_end_points():
@@ -109,10 +97,6 @@ def test_mixed_teachers_move_linearly_from_the_parent_to_the_family():
         ({"checkpoint_every": 0}, r"stage\.checkpoint_every: got 0"),
         ({"keep_checkpoints": 0}, r"stage\.keep_checkpoints: got 0"),
         ({"microbatches": 5}, r"stage\.batch_size: got 12; allowed: a multiple of microbatches \(5\)"),
-        (
-            {"microbatches": 3, "budgets_per_batch": 2},
-            r"stage\.microbatches: got 3; allowed: a multiple of budgets_per_batch \(2\)",
-        ),
         ({"learning_rate": 0.0}, r"stage\.learning_rate: got 0\.0; allowed: above 0"),
         ({"warmup_steps": -1}, r"stage\.warmup_steps: got -1"),
         ({"final_learning_rate": 1.5}, r"stage\.final_learning_rate: got 1\.5; allowed: 0 to 1 of the peak"),

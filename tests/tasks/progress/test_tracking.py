@@ -16,7 +16,7 @@ from elastic_core.config import ConfigError
 from tasks.progress.display import Recorder
 from tasks.progress.tracking import Tracking, scalars
 from tasks.settings.load import load
-from tasks.settings.schema import is_installed
+from tasks.settings.sections import is_installed
 from tests.support.metric_rows import NAN, row, stage
 from tests.support.stages import check_parameters
 
@@ -79,7 +79,7 @@ def test_bad_values_are_refused(values, words):
 def test_a_missing_package_is_named_before_any_work(run, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)  # Python's own way of saying that it is not there
     words = (
-        rf"tracking\.{package}: got 'here'; allowed: null, as long as the package {package} is not installed .*\.\[tr"
+        rf"tracking\.{package}: got 'here'; allowed: null, because the package {package} is not installed .*\.\[tr"
     )
     values = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"tracking": {package: "here"}}
     monkeypatch.chdir(tmp_path)

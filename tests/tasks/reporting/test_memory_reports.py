@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from elastic_core import Submodel, extract
+from elastic_core.cost.budgets import Cost
 from elastic_core.cost.memory import Memory
-from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
+from elastic_core.cost.metrics import exact_cost, num_parameters
 from elastic_core.export import elastic_checkpoint
 from elastic_core.search.choices import Choices
 from elastic_core.search.importance import Ranking
@@ -112,13 +113,13 @@ def test_a_metric_changes_a_runs_key_and_the_default_does_not(tmp_path, monkeypa
     monkeypatch.setattr(stage, "make_job", lambda settings, name, configuration, inputs: configuration)
     shared = {"choices": Choices(**SIZES), "train_short": None, "routing": None, "seed": 0}
 
-    def configuration(metric, **budgets):
-        return stage.make_short_job(SimpleNamespace(**shared, metric=metric, budgets={"full": 1.0, **budgets}))
+    def configuration(cost, **budgets):
+        return stage.make_short_job(SimpleNamespace(**shared, cost=cost, budgets={"full": 1.0, **budgets}))
 
     before = {"stage": None, "routing": None, "budgets": {"full": 1.0, "small": 0.5}, "choices": shared["choices"]}
-    assert configuration(PARAMETERS, small=0.5) == before
+    assert configuration(Cost(), small=0.5) == before
     metric = Memory(64, chunk=1)
-    assert configuration(metric, small=0.5) == {**before, "cost": metric}
+    assert configuration(Cost("memory", context=64, chunk=1), small=0.5) == {**before, "cost": metric}
     spelled = f"{exact_cost(metric, ROUTED) / 2**11:.9f}KiB@64"
-    assert configuration(metric, small=spelled)["budgets"]["small"] == pytest.approx(0.5)
+    assert configuration(Cost("memory", chunk=1), small=spelled)["budgets"]["small"] == pytest.approx(0.5)
     assert str(Memory(64)) != str(Memory(65)) != str(Memory(65, chunk=1))  # what a key is made of

@@ -1,6 +1,7 @@
 """The report: its tables against numbers worked out by hand, its charts, and its page as a browser shows it."""
 
 import contextlib
+import copy
 import json
 import math
 import re
@@ -15,8 +16,8 @@ import yaml
 from tasks import report
 from tasks.reporting import charts, columns, figures, tables, vega
 from tasks.settings.load import load
+from tests.support.committed_params import COMMITTED
 
-ROOT = Path(__file__).resolve().parents[3]
 CHROMIUM = Path("/usr/bin/chromium")
 TYPES = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
 CONFIG = {
@@ -105,7 +106,7 @@ def workspace(tmp_path_factory):
     for budget, versions in LOSSES.items():
         rows = {version: evaluation(budget, loss) for version, loss in versions.items()}
         if budget == "middle":  # the one whose widths differ between layers
-            rows["zero_shot"]["even"] = {"num_parameters": 701, "loss": 4.25}
+            rows["zero_shot"]["uniform"] = {"num_parameters": 701, "loss": 4.25}
         write_json(artifacts / "evaluate" / f"{budget}.json", rows)
     write_json(artifacts / "rank" / "model" / "config.json", CONFIG)
     scores = {
@@ -128,7 +129,7 @@ def workspace(tmp_path_factory):
     for name, rows in stages.items():
         (artifacts / name).parent.mkdir(parents=True, exist_ok=True)
         (artifacts / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values = copy.deepcopy(COMMITTED)
     values["budgets"] = {"full": 1.0, "small": 0.4}
     values["untrained"] = {"middle": 0.7}
     for stage in ("train_short", "train_extended"):
@@ -277,7 +278,7 @@ def test_every_column_is_explained(inside):
         assert column.how.endswith(".") and "{" not in column.how, name
     assert "12 items" in described["chains_3"].how and "0.250" in described["recall_4"].how
     assert "12 steps in 3 repeats; a processor, 1 thread," in described["ms_per_token"].how
-    rows = report.table(frame, described, tables.chance(inside))
+    rows = tables.rounded(frame, described, tables.chance(inside))
     assert all(list(row) == ["budget", "model", *titles] for row in rows)
     assert (
         rows[-1]["model"] == "guessing"
@@ -349,9 +350,9 @@ def test_the_files(made):
     results, metrics = (json.loads((made / name).read_text()) for name in ("results.json", "metrics.json"))
     assert len(results) == 10 and metrics["small"]["latency_ratio"] == 0.5
     above = (made / "report.md").read_text().split("## Plots")[0]
-    assert above.count("\n| ") == 11 and "data:" not in above and "full: 100% of the parameters, +0.100 nats" in above
-    assert "without having been trained: middle" in above
-    gain = "middle: before training, 4.0000 nats/token with widths that differ between layers, 4.2500 with even ones"
+    assert above.count("\n| ") == 11 and "data:" not in above and "Extracted, but not trained: middle" in above
+    assert "full: 100% of the parent's parameters, loss +0.100 nats/token" in above
+    gain = "middle: before training, 4.0000 nats/token with heterogeneous widths, 4.2500 with uniform widths"
     assert gain in above and "a gain of 0.2500" in above and "small: before training" not in above
     assert gain in (made / "report.html").read_text()
     header = {

@@ -80,7 +80,7 @@ def test_a_stage_without_its_parameters_or_inputs_says_so(tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as caught:
         module.main(name) if name.startswith("train") else module.main()
     words = {
-        "missing": "params.yaml: not there; run from the top of a checkout",
+        "missing": "params.yaml: does not exist; run from the top directory of a checkout",
         "wrong": "params.yaml.sead: unknown parameter; did you mean 'seed'",
         "right": "artifacts/",
     }

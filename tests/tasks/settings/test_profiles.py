@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tasks.settings import profiles
-from tasks.settings.profiles import prepare
+from tasks.settings.profiles import prepare_workspace
 
 PARAMS = """\
 # What a run depends on
@@ -52,13 +52,13 @@ def git(root, *arguments):
 
 
 def test_default_is_the_checkout_itself(root):
-    assert prepare("default", root) == root and prepare(root=root) == root
+    assert prepare_workspace("default", root) == root and prepare_workspace(root=root) == root
     assert not (root / ".runs").exists()
 
 
 def test_a_profile_gets_the_sources_and_merged_parameters(root):
     (root / "tasks" / "new.py").write_text("not yet added")
-    copy = prepare("tiny", root)
+    copy = prepare_workspace("tiny", root)
     assert copy == root / ".runs" / "tiny"
     for name in ("tasks/one.py", "tasks/two.py", "tasks/new.py", "profiles/tiny.yaml", ".dvc/config"):
         assert (copy / name).read_text() == (root / name).read_text()
@@ -82,15 +82,15 @@ def test_a_profile_gets_the_sources_and_merged_parameters(root):
 
 
 def test_plots_are_drawn_by_the_page_of_the_checkout(root):
-    assert "html_template" not in (prepare("tiny", root) / ".dvc" / "config.local").read_text()
+    assert "html_template" not in (prepare_workspace("tiny", root) / ".dvc" / "config.local").read_text()
     page = root / ".dvc" / "plots" / "page.html"
     page.parent.mkdir()
     page.write_text("as set-up writes it")
-    assert f"[plots]\nhtml_template = {page}\n" in (prepare("tiny", root) / ".dvc" / "config.local").read_text()
+    assert f"[plots]\nhtml_template = {page}\n" in (prepare_workspace("tiny", root) / ".dvc" / "config.local").read_text()
 
 
 def test_results_survive_and_sources_follow(root):
-    copy = prepare("tiny", root)
+    copy = prepare_workspace("tiny", root)
     assert not (copy / "reports").exists()  # the checkout's metrics are in git
     (copy / "reports").mkdir()
     (copy / "reports" / "metrics.json").write_text("results")
@@ -103,7 +103,7 @@ def test_results_survive_and_sources_follow(root):
     (root / "tasks" / "two.py").unlink()
     (root / "tasks" / "three.py").write_text("three")
     (root / "profiles" / "tiny.yaml").write_text("seed: 5\n")
-    assert prepare("tiny", root) == copy
+    assert prepare_workspace("tiny", root) == copy
     assert (copy / "dvc.lock").read_text() == (copy / "artifacts" / "model").read_text() == "results"
     assert (copy / "reports" / "metrics.json").read_text() == "results"
     assert (copy / "tasks" / "one.py").read_text() == "one" and (copy / "tasks" / "three.py").read_text() == "three"
@@ -113,7 +113,7 @@ def test_results_survive_and_sources_follow(root):
 
 
 def test_profiles_do_not_touch_each_other(root):
-    tiny, big = prepare("tiny", root), prepare("big", root)
+    tiny, big = prepare_workspace("tiny", root), prepare_workspace("big", root)
     assert tiny != big and (big / "params.yaml").read_text() != (tiny / "params.yaml").read_text()
     assert yaml.safe_load((big / "params.yaml").read_text()) == yaml.safe_load(PARAMS)  # an empty profile
 
@@ -121,19 +121,20 @@ def test_profiles_do_not_touch_each_other(root):
 @pytest.mark.parametrize("name", ["huge", "", "../params"])
 def test_an_unknown_profile_names_the_known_ones(root, name):
     with pytest.raises(ValueError, match=r"profile: got '.*'; allowed: default, big, tiny \(files in profiles/\)"):
-        prepare(name, root)
+        prepare_workspace(name, root)
     assert not (root / ".runs").exists()
 
 
 def test_overrides_and_budgets_run_in_a_directory_of_their_own(root):
     overrides = ["train_short.steps=7", "train_short.loss.ce_weight=1e-1", "train_short.new=[a, b]"]
-    copy = prepare("tiny", root, overrides=overrides)
+    copy = prepare_workspace("tiny", root, overrides=overrides)
     assert copy.parent == root / ".runs" and copy.name.startswith("tiny-")
-    assert prepare("tiny", root, overrides=overrides) == copy != prepare("tiny", root, overrides=overrides[:2])
+    assert prepare_workspace("tiny", root, overrides=overrides) == copy
+    assert prepare_workspace("tiny", root, overrides=overrides[:2]) != copy
     section = yaml.safe_load((copy / "params.yaml").read_text())["train_short"]
     assert section["steps"] == 7 and section["loss"] == {"ce_weight": 0.1, "kl_weight": 1.0}
     assert section["new"] == ["a", "b"] and section["warmup_steps"] == 3
-    assert prepare("default", root, overrides=["seed=1"]) != root
+    assert prepare_workspace("default", root, overrides=["seed=1"]) != root
     assert (root / "params.yaml").read_text() == PARAMS
 
 
@@ -142,7 +143,7 @@ def test_other_budgets_drop_the_shares_of_the_old_ones(root):
     (root / "profiles" / "big.yaml").write_text("budgets: {full: 1.0, small: 0.3}\n" + shares)
 
     def read(budgets):
-        return yaml.safe_load((prepare("big", root, budgets) / "params.yaml").read_text())
+        return yaml.safe_load((prepare_workspace("big", root, budgets) / "params.yaml").read_text())
 
     renamed, resized = read({"full": 1.0, "tiny": 0.2}), read({"full": 1.0, "small": 0.2})
     assert renamed["budgets"] == {"full": 1.0, "tiny": 0.2} and "budget_shares" not in renamed["train_short"]
@@ -153,12 +154,12 @@ def test_other_budgets_drop_the_shares_of_the_old_ones(root):
 @pytest.mark.parametrize("text", ["steps", "a.b=", "a..b=1", "=1", "a.b=[1"])
 def test_an_override_that_cannot_be_read_is_refused(root, text):
     with pytest.raises(ValueError, match="override: got"):
-        prepare("tiny", root, overrides=[text])
+        prepare_workspace("tiny", root, overrides=[text])
     assert not (root / ".runs").exists()
 
 
 def test_the_command_line(root, monkeypatch, capsys):
-    monkeypatch.setattr(profiles, "prepare", lambda name: prepare(name, root))
+    monkeypatch.setattr(profiles, "prepare_workspace", lambda name: prepare_workspace(name, root))
     monkeypatch.setattr("sys.argv", ["workspace", "tiny"])
     profiles.main()
     assert capsys.readouterr().out == f"{root / '.runs' / 'tiny'}\n"

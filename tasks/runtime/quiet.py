@@ -1,0 +1,21 @@
+"""What libraries may say in a stage's process: their errors. Imports nothing, for it comes before their imports."""
+
+import logging
+import os
+import warnings
+
+LOGGERS = ("ray", "lm_eval", "transformers", "datasets")
+
+
+def silence_libraries() -> None:
+    """Leave out the warnings, notes and bars of libraries; a stage has its own.
+
+    Ray's workers run this when they start. Without Ray's dashboard, which nobody asked for, its helpers would warn
+    every second that they cannot reach it. torch.distributed.checkpoint warns at every save of a process on its own.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it when it is imported; our bars say disable=False
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import sets its logger's level anew
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|lm_eval|ray|datasets)(\.|$)")
+    warnings.filterwarnings("ignore", category=FutureWarning)

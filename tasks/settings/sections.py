@@ -1,0 +1,253 @@
+"""The dataclasses of params.yaml's sections that belong to the stages. Needs no torch.
+
+The other sections belong to the library, and so do their dataclasses: `Cost`, `Choices`, `Stage`, `Routing`.
+Every `check` raises ConfigError, which says what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from elastic_core.config import require
+from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS, MEASURES
+from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.stage import Stage
+from tasks.corpora.reasoning import Evaluation
+from tasks.corpora.sources import Source, parse_source
+
+SMALLEST_VOCABULARY = 256 + 2  # one token per byte, and two special tokens
+INSTALL_TRACKING = "pip install --editable '.[tracking]'"
+
+
+@dataclass(frozen=True)
+class PrepareData:
+    """Section `prepare_data`: the text sources, the tokenizer that is trained on them, and the reasoning tasks."""
+
+    sources: dict[str, Any]  # name → a section with `kind` and the fields of that kind's dataclass
+    vocab_size: int = 1024  # the most tokens of the new tokenizer; unused if the parent brings its tokenizer
+    tokenizer_characters: int = 4_000_000  # how much training text the tokenizer is trained on, over all sources
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def check(self) -> None:
+        smallest = SMALLEST_VOCABULARY
+        require(self.vocab_size >= smallest, "vocab_size", self.vocab_size, f"{smallest} or more")
+        require(self.tokenizer_characters > 0, "tokenizer_characters", self.tokenizer_characters, "1 or more")
+        require(len(self.sources) > 0, "sources", self.sources, "one source or more")
+        for name in self.sources:
+            fits = re.fullmatch(r"\w[\w-]*", name)
+            require(fits is not None, "sources", name, "names of letters, digits, _ and -: files are named after them")
+        self.parsed_sources()
+
+    def parsed_sources(self) -> dict[str, Source]:
+        """The sources, each as the dataclass of its kind. Raises ConfigError."""
+        return {name: parse_source(values, f"sources.{name}") for name, values in self.sources.items()}
+
+    def task_names(self) -> list[str]:
+        """Names of the lm-eval tasks that the stage writes, such as ``chains_3``."""
+        lengths = self.evaluation
+        kinds = {"chains": lengths.chains, "chains_direct": lengths.chains_direct, "recall": lengths.recall}
+        return [f"{kind}_{length}" for kind, values in kinds.items() for length in values]
+
+
+@dataclass(frozen=True)
+class ParentModel:
+    """Section `parent.model`: the architecture of a parent that is trained here. Names are transformers'.
+
+    `pattern` has one character per layer: M is Mamba-2, * is attention, - is an MLP.
+    """
+
+    pattern: str
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    n_groups: int
+    ssm_state_size: int
+    conv_kernel: int = 4
+    initializer_range: float = 0.02
+
+    def check(self) -> None:
+        known = bool(self.pattern) and set(self.pattern) <= set("M*-")
+        require(known, "pattern", self.pattern, "characters M, * and -")
+        for name, size in vars(self).items():
+            require(name == "pattern" or size > 0, name, size, "above 0")
+        for heads, groups in (("mamba_num_heads", "n_groups"), ("num_attention_heads", "num_key_value_heads")):
+            divides = getattr(self, heads) % getattr(self, groups) == 0
+            require(divides, heads, getattr(self, heads), f"a multiple of {groups} ({getattr(self, groups)})")
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Section `parent`: a Hugging Face directory, its URL or a package. With `path` null, `model` is trained."""
+
+    path: str | None = None
+    model: ParentModel | None = None
+    training: Stage | None = None
+
+    def check(self) -> None:
+        if self.path is None:
+            for name in ("model", "training"):
+                require(getattr(self, name) is not None, name, None, "a section, because parent.path is null")
+            weights = self.training.loss
+            require(weights.kl_weight == 0, "training.loss.kl_weight", weights.kl_weight, "0: a parent has no teacher")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Section `rank`: the size of the calibration set, and how units and layers are scored on it.
+
+    One batch has `batch_size` sequences of `sequence_length` tokens.
+    """
+
+    mixture: dict[str, float]
+    batches: int = 16
+    batch_size: int = 16
+    sequence_length: int = 256
+    measure: str = MEASURES[0]
+    aggregation: str = AGGREGATIONS[0]
+    depth_method: str = DEPTH_METHODS[0]
+    depth_batches: int = 4  # of `batches`, for the depth ranking
+
+    def check(self) -> None:
+        for name in ("batches", "batch_size", "sequence_length"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(1 <= self.depth_batches <= self.batches, "depth_batches", self.depth_batches, f"1 to {self.batches}")
+        require(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, ", ".join(AGGREGATIONS))
+        require(self.measure in MEASURES, "measure", self.measure, ", ".join(MEASURES))
+        require(self.depth_method in DEPTH_METHODS, "depth_method", self.depth_method, ", ".join(DEPTH_METHODS))
+
+
+@dataclass(frozen=True)
+class Extract:
+    """Section `extract`: how submodels are exported."""
+
+    heterogeneous: Literal["remote_code", "pad"] = "remote_code"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    destination: str | None = None  # each model is copied to <destination>/<budget>/<version>
+
+    def check(self) -> None:
+        require(self.destination != "", "destination", self.destination, "a URL such as s3://bucket/exports, or null")
+
+
+@dataclass(frozen=True)
+class LatencyOptions:
+    """Section `evaluate.latency`: how speed is measured. One sequence is decoded greedily with a cache."""
+
+    prompt_tokens: int = 128
+    new_tokens: int = 16
+    repeats: int = 8  # after one repeat that is not counted
+    threads: int = 1
+
+    def check(self) -> None:
+        for name, value in vars(self).items():
+            require(value >= 1, name, value, "1 or more")
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """Section `evaluate.benchmarks`: lm-eval tasks. Each is scored on its first `limit` items (null: all items)."""
+
+    tasks: tuple[str, ...]
+    include: str | None = None  # a directory of task files; null: lm-eval's own tasks, with data from the hub
+    data_root: str = "."  # relative paths inside those files start here
+    limit: int | None = None
+    num_fewshot: int | None = None  # null: the task's own number
+    batch_size: int = 8
+
+    def check(self) -> None:
+        require(bool(self.tasks), "tasks", self.tasks, "one or more; or benchmarks: null")
+        require(len(set(self.tasks)) == len(self.tasks), "tasks", self.tasks, "every task once")
+        require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more, or null")
+        require(self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", self.num_fewshot, "0 or more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Section `evaluate`: the data on which the extracted models are measured.
+
+    `max_tokens` counts tokens per source of `held_out`; `limit` counts items per task of `tasks`. `cache_tokens` is the
+    length of the sequence whose cache is measured in bytes.
+    """
+
+    held_out: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    max_tokens: int = 16384
+    sequence_length: int = 256
+    batch_size: int = 16
+    limit: int = 200
+    task_batch_size: int = 64
+    cache_tokens: int = 1024
+    latency: LatencyOptions = field(default_factory=LatencyOptions)
+    benchmarks: Benchmarks | None = None
+
+    def check(self) -> None:
+        for name in ("max_tokens", "sequence_length", "batch_size", "limit", "task_batch_size", "cache_tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Section `compute`: where training and calibration run. It changes results only by rounding, and reruns no stage.
+
+    With `workers` 0 the stage computes in its own process. `retries` is how often all workers start again after one
+    was lost. `storage` is the location of the checkpoints: a directory or a URL that every worker can reach.
+    """
+
+    workers: int = 0
+    cpus_per_worker: int = 1
+    gpus_per_worker: int = 0
+    retries: int = 2
+    storage: str = "checkpoints"
+    execution: Execution = field(default_factory=Execution)
+
+    def check(self) -> None:
+        require(self.workers >= 0, "workers", self.workers, "0 (in this process), or more")
+        require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "1 or more")
+        require(self.gpus_per_worker in (0, 1), "gpus_per_worker", self.gpus_per_worker, "0 or 1: a worker has one GPU")
+        require(self.retries >= 0, "retries", self.retries, "0 or more")
+        # Under torchrun this process is one of WORLD_SIZE workers.
+        shards, workers = self.execution.shard_over, self.workers or int(os.environ.get("WORLD_SIZE", 1))
+        divides = shards is None or workers % shards == 0
+        require(divides, "execution.shard_over", shards, f"null, or a divisor of the number of workers ({workers})")
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Section `tracking`: trackers that show training, in addition to the terminal. Both are off by default.
+
+    `tensorboard` is a directory; every run gets its own directory inside it. `wandb` is a project of Weights & Biases.
+    """
+
+    tensorboard: str | None = None
+    wandb: str | None = None
+    wandb_mode: Literal["online", "offline"] = "online"
+
+    def check(self) -> None:
+        for name in ("tensorboard", "wandb"):
+            if (value := getattr(self, name)) is not None:
+                require(value.strip() != "", name, value, "a directory" if name == "tensorboard" else "a project name")
+                allowed = f"null, because the package {name} is not installed (to install it: {INSTALL_TRACKING})"
+                require(is_installed(name), name, value, allowed)
+        if self.tensorboard is not None:
+            require(not Path(self.tensorboard).is_file(), "tensorboard", self.tensorboard, "a directory, not a file")
+        if self.wandb is not None:
+            valid = len(self.wandb) <= 128 and not set(self.wandb) & set("/\\#?%:")
+            require(valid, "wandb", self.wandb, "a project name of up to 128 characters without / \\ # ? % :")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported.
+
+    A plain directory of that name, such as a log directory `tensorboard`, does not count.
+    """
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None

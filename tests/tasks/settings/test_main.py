@@ -1,0 +1,40 @@
+"""`python -m tasks.settings`: the quick check of params.yaml."""
+
+import os
+import subprocess
+import sys
+import time
+
+from tests.support.committed_params import ROOT, put, write
+
+
+def check_quickly(directory):
+    """The ended process, and how many seconds it took."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "tasks.settings"], cwd=directory, env=variables, capture_output=True, text=True
+    )
+    return done, time.monotonic() - begin
+
+
+def test_it_answers_within_a_second():
+    """The best of three tries: what it takes on a machine that does nothing else."""
+    found = [check_quickly(ROOT) for _ in range(3)]
+    for done, _ in found:
+        assert (done.returncode, done.stdout, done.stderr) == (0, "params.yaml is valid\n", "")
+    assert min(seconds for _, seconds in found) < 1
+
+
+def test_it_ends_with_one_line_and_a_status(values, tmp_path, monkeypatch):
+    put("train_short", "steps", "ten")(values)
+    write(values, tmp_path, monkeypatch)
+    done, _ = check_quickly(tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: params.yaml.train_short.steps: expected an integer, got 'ten'\n"
+
+
+def test_what_needs_the_parents_configuration_is_left_to_the_other_check(values, tmp_path, monkeypatch):
+    put("budgets", "small", "9B")(values)
+    write(values, tmp_path, monkeypatch)
+    assert check_quickly(tmp_path)[0].returncode == 0
