@@ -1,6 +1,6 @@
 # make setup                 the virtual environment, and nothing else
 # make run [PROFILE=smoke]   the whole pipeline, from a parent to an evaluated family
-# make test                  the test suite
+# make test [TESTS=tests/flows]   the test suite, or a part of it; groups by marker: TESTS="-m browser"
 # make soak [TRIALS=50]      kill runs at random moments, many times, and compare what they end at (an hour)
 # make bench [SECTIONS="steps scan"]   every goal of speed and size against its alternative (half an hour for all)
 # make dashboard             Prefect server, worker and deployment in the foreground; then
@@ -8,6 +8,8 @@
 # make lint                  ruff
 PROFILE ?= default
 TRIALS ?= 50
+TESTS ?= tests
+TEST_WORKERS ?= 3
 PYTHON ?= python3
 VENV := .venv
 SETUP := $(VENV)/.ready
@@ -26,8 +28,7 @@ run: $(SETUP) $(PAGE)
 	@$(VENV)/bin/python -m flows.cli run $(PROFILE)
 
 test: $(SETUP) $(PAGE)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/flows/dashboard/test_browser.py
-	$(VENV)/bin/python -m pytest tests/flows/dashboard/test_browser.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TESTS)
 
 soak: $(SETUP)
 	$(VENV)/bin/python -m tests.soak --trials $(TRIALS)

@@ -12,7 +12,8 @@ from benchmarks.shapes import RandomTokens
 from elastic_core.search.selection import Member
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
-from tasks.parent import initialise, model_config
+from tasks.parent import initialise
+from tasks.parents.config import new_config
 from tasks.settings.load import load
 
 MOST = 0.02
@@ -24,9 +25,11 @@ def rows(quick: bool) -> Iterator[Row]:
     """The default parent in its own training stage, on random tokens."""
     settings = load(PARAMETERS)
     stage = replace(settings.parent.training, mixture={"random": 1.0})
+    if quick:
+        stage = replace(stage, batch_size=2, sequence_length=24)
     every = 6 if quick else stage.checkpoint_every
     stage = replace(stage, checkpoint_every=every, steps=every * INTERVALS + (3 if quick else every // 2))
-    config = model_config(settings.parent.model, settings.prepare_data.vocab_size, eos_token_id=0)
+    config = new_config(settings.parent.model, settings.prepare_data.vocab_size, eos_token_id=0)
     model = initialise(config, 0)
     data = RandomTokens(config.vocab_size, stage.sequence_length)
     with tempfile.TemporaryDirectory(prefix="elastic-checkpoints-") as temporary:

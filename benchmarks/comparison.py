@@ -1,5 +1,6 @@
 """Two ways to do the same in turn, and what a process of its own holds at most."""
 
+import gc
 import json
 import statistics
 import subprocess
@@ -55,10 +56,16 @@ def peak_allocated(function: Callable[[], object]) -> int:
     From every allocation that the profiler records: exact and the same in every run, but blind to what is not a tensor
     (workspaces of libraries).
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-        function()
+    was_enabled = gc.isenabled()
+    gc.disable()  # what earlier work has left in cycles of references must not be freed, and counted, meanwhile
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            function()
+    finally:
+        if was_enabled:
+            gc.enable()
     held = peak = 0
-    for event in recorded.profiler.kineto_results.events():
+    for event in recorded.profiler.kineto_results.events():  # as recorded: torch takes long to make its own of them
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)

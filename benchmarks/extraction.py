@@ -74,8 +74,8 @@ def flush(directory: Path) -> None:
 def rows(quick: bool) -> Iterator[Row]:
     hidden = 640 if quick else 5120
     config = config_like_12b("M-*M-", hidden)
-    # What 12B → 9B cuts; and half of every width, where much is read that is not kept.
-    cuts = {
+    # The widths of 9B in 12B; and half of every width, where much is read that is not kept.
+    submodels = {
         "9B's widths": Submodel(hidden_size=7 * hidden // 8, intermediate_size=49 * hidden // 16),
         "half of every width": Submodel(
             hidden_size=hidden // 2, intermediate_size=2 * hidden, mamba_num_heads=hidden // 80, mamba_head_dim=40,
@@ -85,13 +85,13 @@ def rows(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="elastic-extraction-") as temporary:
         directory = Path(temporary) / "parent"
         largest = write_checkpoint(directory, config, SHARD_BYTES if not quick else SHARD_BYTES >> 6)
-        for name, submodel in cuts.items():
+        for name, submodel in submodels.items():
             for synced in (False, True):
                 yield from against_cp(directory, submodel, name, synced, quick)
         if sys.platform != "linux":
             yield not_measured("extraction, memory", "peak", "reads /proc")
             return
-        yield extraction_memory(directory, cuts["9B's widths"], largest)
+        yield extraction_memory(directory, submodels["9B's widths"], largest)
         yield loading_memory(directory, largest)
 
 

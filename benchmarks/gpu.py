@@ -44,7 +44,7 @@ from elastic_core.training.stage import Loss, Routing, Stage
 # digits per product, and sums of gradients rounded at another place than autocast does.
 FLOAT32, BFLOAT16 = 1e-4, 5e-2
 PLAIN = Execution()
-BUDGETS = {"full": 1.0, "uneven": 0.7, "small": 0.4}
+BUDGETS = {"full": 1.0, "heterogeneous": 0.7, "small": 0.4}
 
 
 TINY = Shape("tiny", 64, "M-*M-", 256, 33, 2, head=16)  # an odd length
@@ -76,7 +76,7 @@ def members(config: NemotronHConfig) -> dict[str, Member]:
     hidden = 3 * config.hidden_size // 4
     submodels = {
         "full": Submodel(),
-        "uneven": Submodel(hidden, tuple(range(num_layers - 1)), ffn, config.mamba_num_heads // 2),
+        "heterogeneous": Submodel(hidden, tuple(range(num_layers - 1)), ffn, config.mamba_num_heads // 2),
         "small": Submodel(
             config.hidden_size // 2, tuple(range(1, num_layers - 1)), full // 2, config.mamba_num_heads // 2,
             config.mamba_head_dim // 2, config.num_attention_heads // 2,

@@ -18,7 +18,8 @@ from benchmarks.report import FAIL, PASS, Row, at_least, measured, not_measured
 from tasks.corpora.encoding import num_cores
 from tasks.corpora.reasoning import Evaluation
 from tasks.corpora.text_sources import Files, Sympy
-from tasks.prepare_data import PrepareData, prepare, train_tokenizer
+from tasks.corpora.tokenizer import train_tokenizer
+from tasks.prepare_data import PrepareData, prepare
 
 SHARE_OF_CORES = 0.8
 VOCABULARY = 16384
@@ -41,7 +42,8 @@ def rows(quick: bool) -> Iterator[Row]:
             file.writelines(text for split, text in Sympy(max_characters=characters).texts(0) if split == "train")
         source = Files(path=str(directory / "code.txt"))
         vocabulary = 300 if quick else VOCABULARY
-        train_tokenizer({"code": source}, vocabulary, min(characters, 4_000_000), 0).save_pretrained(directory / "own")
+        tokenizer = train_tokenizer({"code": source}, vocabulary, min(characters, 4_000_000), 0, lambda _: None)
+        tokenizer.save_pretrained(directory / "own")
         yield from against_one_core(directory, source, quick)
         if sys.platform != "linux":
             yield not_measured("preparation, memory", "peak", "reads /proc")

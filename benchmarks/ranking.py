@@ -27,7 +27,7 @@ def rows(quick: bool) -> Iterator[Row]:
     if not quick:
         pattern = "".join(itertools.islice(itertools.cycle("M-M*-M-"), 14))
         shape = Shape("ranking", 64, pattern, 512, 64, 8, head=16)
-    model = uneven_model(shape)
+    model = model_of_unequal_layers(shape)
     draw = torch.Generator().manual_seed(1)
     size = (shape.sequences, shape.length)
     batches = [torch.randint(0, shape.vocab, size, generator=draw) for _ in range(4)]
@@ -35,7 +35,7 @@ def rows(quick: bool) -> Iterator[Row]:
         yield from against_naive(model, batches, quick)
 
 
-def uneven_model(shape: Shape) -> ElasticModel:
+def model_of_unequal_layers(shape: Shape) -> ElasticModel:
     """A random model whose layers matter unequally, in an order that is not theirs."""
     model = random_model(shape.config(), 0).eval()
     depth = len(model.model.layers)

@@ -1,9 +1,9 @@
-"""What a ranking is worth: held-out bits per byte of zero-shot slices, cut by it and by the alternatives.
+"""What a ranking is worth: held-out bits per byte of zero-shot slices, chosen by it and by the alternatives.
 
 `python -m benchmarks.ranking_quality DIR …` for workspaces of finished `prepare_data` and `parent` stages (.runs/smoke,
 or . for the default run). `--parts` says what to compare:
-widths   all widths cut evenly to every budget, all layers kept: importance (eqs. 1–4, by both measures) against the
-         magnitude of the weights and chance
+widths   all widths reduced in proportion to every budget, all layers kept: importance (eqs. 1–4, and by output norm)
+         against the magnitude of the weights and chance
 axes     one width at a time, to the size it has at the smallest budget
 distil   `widths` after `--steps` steps of distillation, each slice alone, all in the same order of the data
 depth    iterative nMSE (eq. 5) against one-shot nMSE and perplexity, all widths kept
@@ -38,11 +38,11 @@ from elastic_core.search.selection import Member
 from elastic_core.search.space import ElasticSpace
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
-from tasks.parents.targets import resolve
+from tasks.parents.targets import metric_of_family, resolve
 from tasks.settings.load import FILE, load
 from tasks.settings.sections import Evaluate, Rank
 
-HEADINGS = ("model", "budget", "cut", "ranking", "share", "bits per byte")
+HEADINGS = ("model", "budget", "reduced", "ranking", "share", "bits per byte")
 PARTS = ("widths", "axes", "distil", "depth")
 IMPORTANCES = (("projection", "l1"), ("output_norm", "l2"))  # the paper's, and what proved better here
 Line = tuple[str, str, str, str, str, str]
@@ -56,16 +56,16 @@ def lines(workspace: Path, parts: Collection[str], steps: int, seeds: int) -> It
     targets = {budget: target for budget, target in resolve(bench.settings, bench.model.config).items() if target < 1}
     if not targets:
         return
-    shapes = {budget: even_widths(bench.space, target) for budget, target in targets.items()}
+    shapes = {budget: proportional_widths(bench.space, target) for budget, target in targets.items()}
     if "widths" in parts:
         yield from compared(bench, {(budget, "widths"): shape for budget, shape in shapes.items()}, bench.score)
     if "axes" in parts:
         smallest = min(targets, key=targets.get)
-        cuts = one_by_one(bench.model, shapes[smallest])
-        yield from compared(bench, {(smallest, name): sliced for name, sliced in cuts.items()}, bench.score)
+        slices = one_by_one(bench.model, shapes[smallest])
+        yield from compared(bench, {(smallest, name): submodel for name, submodel in slices.items()}, bench.score)
     if "distil" in parts:
-        cuts = {(budget, f"widths, {steps} steps"): shape for budget, shape in shapes.items()}
-        yield from compared(bench, cuts, functools.partial(bench.distilled_score, steps=steps))
+        slices = {(budget, f"widths, {steps} steps"): shape for budget, shape in shapes.items()}
+        yield from compared(bench, slices, functools.partial(bench.distilled_score, steps=steps))
     if "depth" in parts:
         yield from depth_lines(bench, targets)
 
@@ -81,12 +81,13 @@ class Bench:
         sequences = PackedSequences(self.data, section.mixture, section.sequence_length, self.settings.seed + 1)
         self.batches = [sequences.batch(i * section.batch_size, section.batch_size)[0] for i in range(section.batches)]
         order = tuple(range(len(self.model.model.layers)))
-        self.space = ElasticSpace(self.model.config, self.settings.choices, order, metric=self.settings.metric)
+        metric = metric_of_family(self.settings)
+        self.space = ElasticSpace(self.model.config, self.settings.choices, order, metric=metric)
 
-    def line(self, budget: str, sliced: str, ranking: str, submodel: Submodel, scores: list[float]) -> Line:
+    def line(self, budget: str, reduced: str, ranking: str, submodel: Submodel, scores: list[float]) -> Line:
         share = num_parameters(self.model.config, submodel) / num_parameters(self.model.config)
         spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
-        return self.name, budget, sliced, ranking, f"{share:.3f}", f"{statistics.mean(scores):.4f}{spread}"
+        return self.name, budget, reduced, ranking, f"{share:.3f}", f"{statistics.mean(scores):.4f}{spread}"
 
     def score(self, ranked: ElasticModel, submodel: Submodel) -> float:
         """Bits per byte of the held-out text that the evaluate stage reads too."""
@@ -100,7 +101,6 @@ class Bench:
             steps=steps,
             warmup_steps=steps // 10,
             microbatches=1,
-            budgets_per_batch=1,
             budget_shares={},
             loss_by_budget={},
         )
@@ -115,20 +115,20 @@ class Bench:
 
 
 def compared(
-    bench: Bench, cuts: dict[tuple[str, str], Submodel], score: Callable[[ElasticModel, Submodel], float]
+    bench: Bench, slices: dict[tuple[str, str], Submodel], score: Callable[[ElasticModel, Submodel], float]
 ) -> Iterator[Line]:
-    """A line per cut, named by budget and what is cut, and ranking of its units."""
+    """A line per slice and ranking of its units. A slice is named by its budget and by what is smaller in it."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for ranking, orders in width_orders(bench.model, bench.batches, bench.settings.rank, bench.seeds):
         ranked = sort_(copy.deepcopy(bench.model), Ranking({}, orders, ()))
-        for name, submodel in cuts.items():
+        for name, submodel in slices.items():
             found.setdefault((*name, ranking), []).append(score(ranked, submodel))
-    for (*name, ranking), scores in sorted(found.items(), key=lambda item: list(cuts).index(item[0][:2])):
-        yield bench.line(*name, ranking, cuts[tuple(name)], scores)
+    for (*name, ranking), scores in sorted(found.items(), key=lambda item: list(slices).index(item[0][:2])):
+        yield bench.line(*name, ranking, slices[tuple(name)], scores)
 
 
 def one_by_one(model: ElasticModel, shape: Submodel) -> dict[str, Submodel]:
-    """The whole model with one width cut as in `shape`, for every width that it cuts."""
+    """The whole model with one width as in `shape`, for every width that is smaller there."""
     widths = {name: (getattr(shape, name), getattr(model.full, name)) for name in WIDTHS}
     return {f"{name} {size}/{full}": Submodel(**{name: size}) for name, (size, full) in widths.items() if size != full}
 
@@ -166,7 +166,8 @@ def width_orders(
     """Orders of all widths by importance, by the weights' magnitude and by chance, with the ranking's name."""
     units = elastic_units(model.layout)
     for measure, aggregation in dict.fromkeys([*IMPORTANCES, (section.measure, section.aggregation)]):
-        ranking = rank(model, batches, aggregation, "one_shot_nmse", depth_batches=1, measure=measure)
+        options = {"measure": measure, "aggregation": aggregation}
+        ranking = rank(model, batches, **options, depth_method="one_shot_nmse", depth_batches=1)
         yield f"importance ({measure}, {aggregation})", ranking.orders
     magnitudes = weight_magnitudes(dict(model.named_parameters()), model.layout)
     yield "weight magnitude", {key: order_units(units[key], score) for key, score in magnitudes.items()}
@@ -190,19 +191,19 @@ def weight_magnitudes(parameters: dict[str, Tensor], layout: Layout) -> dict[str
     return {key: value.sqrt() for key, value in squares.items()}
 
 
-def even_widths(space: ElasticSpace, target: float) -> Submodel:
-    """All layers, and the widths among the choices that are within 2 % of a budget and cut all axes most alike."""
+def proportional_widths(space: ElasticSpace, target: float) -> Submodel:
+    """All layers, and of the choices within 2 % of a budget those that keep the most equal share of every width."""
     full = space.exact_cost([0] * len(space.slots))
     slots = space.axis_slots()
     shares = (space.grid_costs(slots) / full / target - 1).abs()[..., 0]  # every depth but the parent's is left out
     near = (shares <= max(0.02, shares.min().item())).nonzero().tolist()
 
-    def unevenness(indices: list[int]) -> float:
+    def inequality(indices: list[int]) -> float:
         pairs = zip(slots[:-1], indices, strict=True)
         kept = [slot.sizes[i] / slot.sizes[0] for slot, i in pairs if len(slot.sizes) > 1]
         return statistics.pstdev(kept) if kept else 0.0
 
-    best = dict(zip((slot.axis for slot in slots), [*min(near, key=unevenness), 0], strict=True))
+    best = dict(zip((slot.axis for slot in slots), [*min(near, key=inequality), 0], strict=True))
     return space.submodel([best[slot.axis] for slot in space.slots])
 
 

@@ -1,10 +1,11 @@
 """Rows of a benchmark: what was checked or measured, printed as one table and written as JSON."""
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from elastic_core.io.atomic import write_text
 
 PASS, FAIL, MEASURED, NOT_MEASURED = "pass", "fail", "measured", "not measured"
 
@@ -59,9 +60,6 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def write(path: Path, environment: dict, rows: list[Row]) -> None:
-    """Write environment and rows as JSON, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write environment and rows as JSON, complete or not at all."""
     content = {"environment": environment, "rows": [asdict(row) for row in rows]}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

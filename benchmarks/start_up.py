@@ -17,7 +17,7 @@ REPEATS = 5
 def rows(quick: bool) -> Iterator[Row]:
     repeats = 1 if quick else REPEATS
     yield seconds(
-        "start-up", "elastic --help", [sys.executable, "-m", "flows.cli.app", "--help"], ROOT, repeats, HELP_SECONDS
+        "start-up", "elastic --help", [sys.executable, "-m", "flows.cli", "--help"], ROOT, repeats, HELP_SECONDS
     )
     yield repro(repeats)
 

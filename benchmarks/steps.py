@@ -63,12 +63,12 @@ def parent_config(params: dict) -> NemotronHConfig:
     )
 
 
-def one_pass(model: ElasticModel, size: tuple[int, int], make_cut: Callable) -> Callable[[], None]:
-    """Forward and backward of a loss from the text; `make_cut` gives what to compute with, and a loss to add."""
+def one_pass(model: ElasticModel, size: tuple[int, int], make_slice: Callable) -> Callable[[], None]:
+    """Forward and backward of a loss from the text; `make_slice` gives what to compute with, and a loss to add."""
     ids, labels = RandomTokens(model.config.vocab_size, size[1]).batch(0, size[0])
 
     def take() -> None:
-        sliced, more = make_cut()
+        sliced, more = make_slice()
         loss = distillation_loss(model.hidden_states(ids, sliced), model.head(sliced), labels, None, 1.0, 0.0)[0]
         (loss + more).backward()
         model.zero_grad(set_to_none=True)
@@ -98,10 +98,10 @@ def against_alone(config: NemotronHConfig, name: str, submodel: Submodel, size: 
         model.save_pretrained(f"{directory}/parent")
         extract(f"{directory}/parent", submodel, f"{directory}/alone")
         alone = ElasticModel.from_pretrained(f"{directory}/alone")
-    cuts = model.slice(submodel), alone.slice()
+    slices = model.slice(submodel), alone.slice()
     ways = {
-        "slice": one_pass(model, size, lambda: (cuts[0], 0.0)),
-        "alone": one_pass(alone, size, lambda: (cuts[1], 0.0)),
+        "slice": one_pass(model, size, lambda: (slices[0], 0.0)),
+        "alone": one_pass(alone, size, lambda: (slices[1], 0.0)),
     }
     return compare("hard pass against its own model", f"{name}, {tokens(size)}", ways, repeats, ALONE)
 
@@ -111,10 +111,10 @@ def against_masks(
 ) -> Row:
     """A slice against the whole model with everything else masked."""
     model, submodel = random_model(config, 0), submodel.resolve(config)
-    cuts = model.slice(submodel), model.slice(gates=one_hot_gates(model, submodel))
+    slices = model.slice(submodel), model.slice(gates=one_hot_gates(model, submodel))
     ways = {
-        "slice": one_pass(model, size, lambda: (cuts[0], 0.0)),
-        "masked": one_pass(model, size, lambda: (cuts[1], 0.0)),
+        "slice": one_pass(model, size, lambda: (slices[0], 0.0)),
+        "masked": one_pass(model, size, lambda: (slices[1], 0.0)),
     }
     note = f", {flops(ways['slice']) / flops(ways['masked']):.2f} of the FLOPs"
     return compare("hard pass against masks", f"{name}, {tokens(size)}", ways, repeats, goal, note)

@@ -1,8 +1,9 @@
 """Training speed by how threads wait for each other, on an idle machine and beside a busy process.
 
-`python -m benchmarks.threads [--seconds 8] [--rounds 3]` starts a process for every way, in turns, alone and beside
-processes that keep one core busy, and prints tokens per second: the median, and its ratio to the first way when idle.
-The default parent's training step is measured (tasks/parent.py), on random tokens.
+`python -m benchmarks.threads [--seconds 2] [--rounds 4]` starts a process for every way, in turns, alone and beside
+a process that keeps one core busy. It prints tokens per second: the median, and its ratio to the first way when idle.
+Other variables are those of a stage (tasks/runtime/environment.py). The default parent's training step is measured
+(tasks/parent.py), on random tokens.
 """
 
 import argparse
@@ -17,15 +18,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tasks.runtime.environment import DEFAULTS
+
 ROOT = Path(__file__).resolve().parents[1]
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 WAYS = {
-    "all cores, spinning (GNU's default)": {"OMP_NUM_THREADS": str(CORES)},
+    "all cores, GNU's default": {},
+    "all cores, spin 1,000 (ours)": {"GOMP_SPINCOUNT": DEFAULTS["GOMP_SPINCOUNT"]},
+    "all cores, spin 1,200": {"GOMP_SPINCOUNT": "1200"},
+    "all cores, spin 3,000": {"GOMP_SPINCOUNT": "3000"},
+    "all cores, OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
-    "all cores, passive": {"OMP_NUM_THREADS": str(CORES), "OMP_WAIT_POLICY": "passive"},
-    "all cores, spin 1,000": {"OMP_NUM_THREADS": str(CORES), "GOMP_SPINCOUNT": "1000"},
-    "all cores, spin 10,000": {"OMP_NUM_THREADS": str(CORES), "GOMP_SPINCOUNT": "10000"},
-    "all cores, spin 100,000": {"OMP_NUM_THREADS": str(CORES), "GOMP_SPINCOUNT": "100000"},
 }
 
 
@@ -81,8 +83,8 @@ def busy_core(is_busy: bool) -> Iterator[None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
@@ -90,12 +92,13 @@ def main() -> None:
         return
     found: dict[tuple[str, bool], list[float]] = {}
     command = [sys.executable, "-m", "benchmarks.threads", "--inside", "--seconds", str(arguments.seconds)]
+    base = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    base |= {name: value for name, value in DEFAULTS.items() if name != "GOMP_SPINCOUNT"}
     for _ in range(arguments.rounds):
         for name, variables in WAYS.items():
             for is_busy in (False, True):
                 with busy_core(is_busy):
-                    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-                    done = subprocess.run(command, cwd=ROOT, env=clean | variables, capture_output=True, check=True)
+                    done = subprocess.run(command, cwd=ROOT, env=base | variables, capture_output=True, check=True)
                 found.setdefault((name, is_busy), []).append(json.loads(done.stdout))
     first = statistics.median(found[next(iter(WAYS)), False])
     for name in WAYS:

@@ -6,22 +6,27 @@ A stage ends with the DVC that started it. It prints a line when it ends, with i
 
 import importlib
 import os
+import pkgutil
 import sys
 import time
+from pathlib import Path
+from types import ModuleType
 
+from elastic_core.errors import UserError
 from tasks.progress import events
 from tasks.progress.durations import duration
-from tasks.runtime import stop_with_dvc
+from tasks.runtime import environment, stop_with_dvc
 from tasks.runtime.exit_status import errors_as_text
 from tasks.runtime.quiet import silence_libraries
-from tasks.runtime.threads import set_thread_defaults
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(f"usage: python -m tasks STAGE [BUDGET]; stages: {', '.join(stages())}")
     name, *arguments = sys.argv[1:]
     title = " ".join([name, *arguments])
     stop_with_dvc.start()
-    set_thread_defaults()
+    environment.set_defaults()
     silence_libraries()
     begin, status = time.monotonic(), 1
     events.note(event="begin", stage=os.environ.get("DVC_STAGE", title))
@@ -29,15 +34,31 @@ def main() -> None:
         print(f"{title} …", flush=True)
     try:
         with errors_as_text():
-            importlib.import_module(f"tasks.{name}").main(*arguments)
+            find_stage(name).main(*arguments)
         status = 0
     except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else 1
+        status = int(ended.code is not None) if not isinstance(ended.code, int) else ended.code
         raise
     finally:
         events.note(event="end", stage=os.environ.get("DVC_STAGE", title), status=status)
         how = "done" if status == 0 else f"ended with status {status}"
         print(f"{title}: {how} after {duration(time.monotonic() - begin)}", flush=True)
+
+
+def stages() -> list[str]:
+    """The names of all stages: the files in tasks/."""
+    modules = pkgutil.iter_modules([str(Path(__file__).parent)])
+    return [module.name for module in modules if not module.ispkg and not module.name.startswith("_")]
+
+
+def find_stage(name: str) -> ModuleType:
+    """The module of a stage. Raises UserError if there is none."""
+    try:
+        return importlib.import_module(f"tasks.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"tasks.{name}":
+            raise
+        raise UserError(f"stage: got {name!r}; allowed: {', '.join(stages())}") from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Stage `evaluate`: what an extracted directory is worth, loaded as any user would load it.
+"""Stage `evaluate`: score the extracted models of a budget. transformers loads them, as it would for any user.
 
-Held-out text gives loss, KL to the parent and bits per byte (tasks/evaluation/text_scores.py). The reasoning tasks and
-benchmarks run through lm-eval (lm_eval_tasks.py). Memory and speed are in latency_and_memory.py.
+- tasks/evaluation/text_scores.py: loss, KL to the parent and bits per byte on held-out text
+- tasks/evaluation/lm_eval_tasks.py: reasoning tasks and benchmarks, run by lm-eval
+- tasks/evaluation/latency_and_memory.py: decode time and memory
 """
 
 import json
@@ -26,9 +27,10 @@ VERSIONS = ("zero_shot", "short", "extended")
 
 
 def main(budget: str) -> None:
-    """Evaluate all versions of `budget`, a name in params.yaml, in budgets or untrained; or `parent`."""
+    """Evaluate all versions of `budget`: "parent", or a name in section budgets or untrained of params.yaml."""
     section, data = load().evaluate, TokenData(DATA)
-    if section.benchmarks is None or section.benchmarks.include is not None:  # lm-eval's own tasks need the hub
+    # Only the benchmarks that lm-eval itself brings need the Hugging Face hub. Without them, no network is needed.
+    if section.benchmarks is None or section.benchmarks.include is not None:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     transformers.utils.logging.disable_progress_bar()
     parent = None if budget == "parent" else load_model(PARENT)
@@ -46,12 +48,12 @@ def main(budget: str) -> None:
 
 
 def load_model(directory: Path):
-    """The directory as transformers loads it; heterogeneous exports bring their modeling file."""
+    """Load a model directory with transformers. Heterogeneous models need remote code: their own modeling file."""
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=True).eval()
 
 
 def evaluate(section: Evaluate, data: TokenData, directory: Path, parent) -> dict:
-    """All scores of one directory."""
+    """All scores of one model directory. `parent` is the model to compare with, or None for the parent itself."""
     model, source = load_model(directory), section.held_out[0]
     return {
         **count_parameters(model),

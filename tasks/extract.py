@@ -1,7 +1,8 @@
-"""Stage `extract`: one budget's models as Hugging Face directories: untrained, after stage 1 and after stage 2.
+"""Stage `extract`: write the submodel of one budget as Hugging Face model directories, in three versions.
 
-A submodel whose widths differ between layers gets its uniform counterpart beside it, untrained: the submodel of the
-same layers and cost whose widths are the same in all layers.
+The versions have the same sizes but different weights: those of the sorted parent (no training), those after
+`train_short`, and those after `train_extended`. If widths differ between layers, the uniform counterpart is written
+too, with the weights of the sorted parent: a submodel of the same layers and cost, with equal widths in all layers.
 """
 
 import json
@@ -31,7 +32,7 @@ SOURCES = {"zero_shot": Path("artifacts/rank/model"), "short": Path("artifacts/t
 
 
 def main(budget: str) -> None:
-    """Extract the models of `budget`, a name in params.yaml, in budgets or untrained."""
+    """Extract the models of `budget`, a name in section budgets or untrained of params.yaml."""
     settings = load()
     remote_checks.check(settings, "extract")
     section = settings.extract
@@ -52,7 +53,10 @@ def main(budget: str) -> None:
 
 
 def find_submodel(settings: Params, budget: str) -> Submodel:
-    """The submodel trained for a budget; where none was trained, the nearest of the nested ones in between."""
+    """The submodel of a budget: the trained one, or for an untrained budget the nearest one of the elastic checkpoint.
+
+    Raises ConfigError if no submodel is near enough to an untrained budget.
+    """
     if budget not in settings.untrained:
         return elastic_checkpoint.find_submodel(FAMILY, budget)
     try:
@@ -62,7 +66,7 @@ def find_submodel(settings: Params, budget: str) -> Submodel:
 
 
 def find_uniform_counterpart(submodel: Submodel) -> Submodel | None:
-    """Of the same cost in the family's metric; None where no width of `submodel` differs between layers."""
+    """The uniform counterpart of `submodel` in the family's metric, or None if its widths are equal in all layers."""
     config = hf.read_config(FAMILY)
     if submodel.resolve(config).is_homogeneous:
         return None

@@ -1,4 +1,7 @@
-"""Stage `parent`: the model to make a family of, imported from a directory or trained here from scratch."""
+"""Stage `parent`: get the model that the family is made from.
+
+It is imported from a directory, a URL or a pip package (`parent.path`), or trained here from scratch (`parent.model`).
+"""
 
 import json
 import shutil
@@ -12,6 +15,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 from elastic_core import ElasticModel
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import PackedSequences, TokenData, check_tokenizer
+from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.directory_transfer import download_directory, local_files
@@ -50,7 +54,7 @@ def main() -> None:
 
 
 def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
-    """A model with transformers' own initial weights."""
+    """A new model with the initial weights that transformers would give it."""
     torch.manual_seed(seed)
     reference = NemotronHForCausalLM(config)
     model = ElasticModel(config)
@@ -59,7 +63,10 @@ def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
 
 
 def import_parent(path: str, data: TokenData) -> None:
-    """Check a parent's directory, URL or package against the data and copy it, as float32 master weights."""
+    """Copy the parent from a directory, URL or package, with its weights converted to float32.
+
+    Raises UserError if the parent's tokenizer is not the one that the data was made with.
+    """
     config = read_parent_config(path, None, 0)
     check_tokenizer(data, load_tokenizer(path), config.vocab_size, f"parent.path ({path})")
     with local_parent(path) as directory:
@@ -68,10 +75,10 @@ def import_parent(path: str, data: TokenData) -> None:
 
 @contextmanager
 def local_parent(path: str) -> Iterator[Path]:
-    """The parent's directory; of a URL or package a copy, which is gone at the end.
+    """The parent as a local directory. From a URL or package, it is copied, and the copy is deleted at the end.
 
-    It lies beside the checkpoints: their disk is made for such sizes, which a temporary directory's may not be, and
-    a killed download goes on there, file by file.
+    The copy is beside the checkpoints and not in a temporary directory, for two reasons: that disk has space for a
+    model, and a download that was killed can be resumed file by file.
     """
     copy = LOCAL / "parent-download"
     if is_package(path):
@@ -88,9 +95,9 @@ def local_parent(path: str) -> Iterator[Path]:
 
 
 def download_parent(path: str, copy: Path) -> None:
-    """Fetch what is needed of a model behind a URL."""
-    with local_files(path, ("model.safetensors.index.json",)) as small:
-        index, weights = small / "model.safetensors.index.json", {"model.safetensors"}
+    """Download configuration, tokenizer and weights of a model from a URL to the directory `copy`."""
+    with local_files(path, ("model.safetensors.index.json",)) as downloaded:
+        index, weights = downloaded / "model.safetensors.index.json", {"model.safetensors"}
         if index.is_file():
             weights = {index.name, *json.loads(index.read_text())["weight_map"].values()}
     shutil.rmtree(copy, ignore_errors=True)
@@ -98,7 +105,10 @@ def download_parent(path: str, copy: Path) -> None:
 
 
 def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:
-    """Train `parent.model` on text, with the same loop as every later stage: a family of one, and no teacher."""
+    """Train `parent.model` on text, with the training loop of the later stages.
+
+    Its only budget is the full model, and it has no teacher.
+    """
     data, stage = TokenData(DATA), settings.parent.training
     manifest = data.manifest
     eos = manifest.eos_token_id
@@ -124,15 +134,18 @@ def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
-    """What every worker does."""
+    """The stage's work on one worker."""
     train_parent(arguments["settings"], arguments["job"], ranks)
 
 
 def check_stages(settings: Params, data: TokenData) -> None:
-    """Whether the data can fill every later stage's sequences: said now, not when the stage comes."""
+    """Raise ConfigError if the data is too short for the sequences of a later stage.
+
+    The check is made here, so that the error comes before any training.
+    """
     sections = {"rank": settings.rank, "train_short": settings.train_short, "train_extended": settings.train_extended}
     for name, section in sections.items():
         try:
             PackedSequences(data, section.mixture, section.sequence_length, settings.seed)
-        except ValueError as error:
+        except UserError as error:
             raise ConfigError(f"{FILE}: {name}: {error}") from None

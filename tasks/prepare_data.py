@@ -1,4 +1,4 @@
-"""Stage `prepare_data`: text sources in; a tokenizer, token files and test tasks out."""
+"""Stage `prepare_data`: turn text sources into token files, and write the tokenizer and the evaluation tasks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ from tasks.settings import load, remote_checks
 from tasks.settings.sections import PrepareData
 
 OUT = Path("artifacts/data")
-IF_EMPTY = {
+ADVICE_IF_EMPTY = {
     "train": "give it more documents, or lower held_out",
     "held_out": "give it more documents, or raise held_out",
 }
@@ -44,12 +44,13 @@ def prepare(
     seed: int,
     threads: int | None = None,
 ) -> Manifest:
-    """Write the data directory `out_dir` (see elastic_core.data.token_files), with `tokenizer/` and `lm_eval/` in it.
+    """Write the data directory `out_dir`: token files (see elastic_core.data.token_files), `tokenizer/` and `lm_eval/`.
 
-    `tokenizer_source` is the directory (or URL) of a tokenizer to use, or None to train one on the training splits.
-    Text is encoded by `threads` threads (None: one per core); their number changes nothing in the files. `out_dir` is
-    replaced as a whole: it is complete or not there.
-    Raises UserError that names the source, file or tokenizer that cannot be used.
+    - `tokenizer_source`: the directory, URL or package of the tokenizer. None: train one on the training splits.
+    - `threads`: the number of threads that encode text (None: one per core). It does not change the files.
+
+    `out_dir` appears when it is complete, and replaces an existing one. Raises UserError for a source, file or
+    tokenizer that cannot be used.
     """
     with whole_directory(out_dir, marker="manifest.json") as partial:
         sources = section.parsed_sources()
@@ -69,6 +70,7 @@ def prepare(
 def _tokenise(
     sources: Mapping[str, Source], tokenizer: PreTrainedTokenizerFast, directory: Path, seed: int, threads: int | None
 ) -> Manifest:
+    """Write the token files of all sources, and return the manifest that describes them."""
     manifest = Manifest(
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         eos_token_id=tokenizer.eos_token_id,
@@ -86,6 +88,6 @@ def _tokenise(
         splits = {split: writer.close() for split, writer in writers.items()}
         for split, entry in splits.items():
             if entry.num_documents == 0:
-                raise UserError(f"prepare_data.sources.{name}: no document fell into {split}; {IF_EMPTY[split]}")
+                raise UserError(f"prepare_data.sources.{name}: got no document in {split}; {ADVICE_IF_EMPTY[split]}")
         manifest.sources[name] = SourceEntry(source.whole_documents, splits)
     return manifest

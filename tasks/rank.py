@@ -1,4 +1,4 @@
-"""Stage `rank`: score the parent's widths and layers, and sort its weights by importance."""
+"""Stage `rank`: score the parent's units and layers on calibration data, and sort its weights by importance."""
 
 from pathlib import Path
 
@@ -18,7 +18,11 @@ def main() -> None:
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
-    """What every worker does: score its own sequences of every batch; all end with the same ranking."""
+    """The stage's work on one worker.
+
+    Every worker holds the whole model and scores its own sequences of every batch. The scores are summed over workers,
+    so all of them get the same ranking. The first worker sorts and writes the model.
+    """
     settings = arguments["settings"]
     section = settings.rank
     model = ElasticModel.from_pretrained(PARENT).to(ranks.device)

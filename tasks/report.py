@@ -1,7 +1,7 @@
-"""Stage `report`: what a run has come to, as one HTML file that needs nothing else, as Markdown, and as data.
+"""Stage `report`: write the results of a run as a self-contained HTML file, as Markdown and as data files.
 
-The numbers are in tasks/reporting/tables.py, their names and units in columns.py, the pictures in figures.py and
-charts.py, the page in page.py, the Markdown in markdown.py.
+In tasks/reporting: tables.py computes the numbers, columns.py has their names and units, figures.py and charts.py make
+the figures, findings.py the summary, page.py the HTML and markdown.py the Markdown.
 """
 
 import json
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def write_plots(frame, scores: tables.Scores, config) -> None:
-    """The data of the plots, for `dvc plots`."""
+    """Write the CSV files of the plots that `dvc plots` shows."""
     costs = ["ms_per_token", "latency_ratio", "weight_mib", "cache_mib"]
     plots = {
         "training": tables.training(),

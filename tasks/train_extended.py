@@ -1,4 +1,7 @@
-"""Stage `train_extended`: the chosen family on longer sequences, sliced throughout."""
+"""Stage `train_extended`: train the family of `train_short` further, on longer sequences.
+
+The submodels are fixed and there is no router. Each microbatch computes with the slice of one budget.
+"""
 
 from pathlib import Path
 
@@ -22,7 +25,7 @@ def main() -> None:
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
-    """What every worker does, with the parameters that the job was keyed by."""
+    """The stage's work on one worker: load, train, save. The settings are those of the job's key."""
     settings, job = arguments["settings"], arguments["job"]
     stage, content = settings.train_extended, elastic_checkpoint.read(SHORT)
     model = model_files.from_pretrained(SHORT, ranks, settings.compute.execution, stage.precision)

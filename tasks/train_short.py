@@ -1,4 +1,8 @@
-"""Stage `train_short`: from the sorted parent to a family. The router learns first; then its choice trains, sliced."""
+"""Stage `train_short`: train a family of submodels from the sorted parent, on short sequences.
+
+At first, the router and the model learn together which sizes each budget keeps. Once the router's choice has settled,
+the rest of the stage trains the chosen submodels as slices of the model. Both parts use elastic_core/training/loop.py.
+"""
 
 from pathlib import Path
 
@@ -27,7 +31,10 @@ def main() -> None:
 
 
 def make_short_job(settings: Params) -> Job:
-    """The stage's job, after a last check of the budgets: now the order is known in which depth drops layers."""
+    """The stage's job. Raises ConfigError if the budgets cannot be reached.
+
+    Earlier checks of the budgets had to guess which layers a smaller depth drops. Now stage `rank` has decided it.
+    """
     space = make_space(settings, hf.read_config(RANK / "model"))
     targets = resolve(settings, space.config)
     check_reachable(space, targets)
@@ -37,23 +44,26 @@ def make_short_job(settings: Params) -> Job:
         "budgets": targets,
         "choices": settings.choices,
     }
-    if space.metric != PARAMETERS:
+    if space.metric != PARAMETERS:  # The default is not part of the key, so that keys of older runs stay the same.
         configuration["cost"] = space.metric
     return make_job(settings, "train_short", configuration, [RANK])
 
 
 def make_space(settings: Params, config) -> ElasticSpace:
-    """The family's choices, in the metric of its budgets."""
+    """All combinations of `choices`, with the layer ranking of stage `rank` and the cost metric of the budgets."""
     ranking = Ranking.load(RANK / "ranking.json")
     return ElasticSpace(config, settings.choices, ranking.depth, metric=metric_of_family(settings))
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
-    """What every worker does, with the parameters that the job was keyed by: the file may have changed since."""
+    """The stage's work on one worker: load, train, save.
+
+    The settings are those of the job's key. They are passed in, because params.yaml may have changed since the start.
+    """
     settings, job = arguments["settings"], arguments["job"]
     stage, source = settings.train_short, RANK / "model"
     model = model_files.from_pretrained(source, ranks, settings.compute.execution, stage.precision)
-    torch.manual_seed(settings.seed)  # the router's initial weights
+    torch.manual_seed(settings.seed)  # for the router's initial weights
     space, budgets = make_space(settings, model.config), resolve(settings, model.config)
     router = Router(space, tuple(budgets.values()))
     run = make_run(settings, job, stage, settings.seed + 2, model, budgets, ranks, router=router)

@@ -29,7 +29,7 @@ BYTES |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 MILLISECONDS = {"MS/TOKEN": 1, "S/TOKEN": 1000}
 RATE = "TOKENS/S"
 TIMED_METRICS = ("latency", "throughput")
-# For each metric of a family: the kinds of budget it takes besides shares, and the text of what is allowed.
+# Metric of a family → (the kinds of budget that it allows in addition to shares, text of what is allowed).
 KINDS_OF_METRIC = {
     **dict.fromkeys(
         ("parameters", "active_parameters"),

@@ -28,17 +28,17 @@ class Memory:
     - `cache`: type of the keys and values of every token in every kept attention layer.
     - `state`: type of the state in every kept Mamba layer. Serving engines keep it in float32 for `nemotron_h`,
       because it accumulates over the whole text.
-    - `conv_state`: type of the last inputs of the convolution in every kept Mamba layer, in engines the type of the
-      activations. Counted is the window of transformers, which is as long as the kernel; in vLLM it is one shorter.
+    - `conv_state`: type of the last inputs of the convolution in every kept Mamba layer. Engines keep them in the type
+      of the activations. As in transformers, there are as many as the kernel is long (in vLLM one fewer).
     - `activations`: type of the activations. A prompt is read in chunks of `chunk` tokens over all sequences, and a
-      decoding step reads `batch` tokens. Counted is the largest amount in memory at one time: the residual stream, its
-      normed copy and the inputs and outputs of one layer's matrices, or the float32 logits of one token per sequence.
-      Not counted are attention scores and the chunks of the scan, because fused kernels never hold them whole, and the
-      one or two GB of the engine itself.
+      decoding step reads `batch` tokens. This part is the largest amount in memory at one time: the residual stream,
+      its normed copy and the inputs and outputs of one layer's matrices, or the float32 logits of one token per
+      sequence. It does not include attention scores and the chunks of the scan, because fused kernels never have all of
+      them in memory. It does not include the one or two GB of the engine itself.
 
     All parts except activations are multilinear in the sizes, so their expectation is exact. Activations are a maximum
-    over layers, and the maximum of the layers' expectations is counted. This is a lower bound of the expected maximum.
-    It is exact if every choice has probability 0 or 1. If two layers are equal, they share the gradient.
+    over layers, and `count` takes the maximum of the layers' expected values. This is a lower bound of the expected
+    maximum. It is exact if every choice has probability 0 or 1. If two layers are equal, they share the gradient.
 
     Raises ConfigError for an invalid field.
     """

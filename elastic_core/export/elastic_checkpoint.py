@@ -1,4 +1,7 @@
-"""What makes a model directory elastic: ``elastic.json`` beside the weights, naming a submodel per budget."""
+"""The file ``elastic.json``. Beside the weights, it makes a model directory an elastic checkpoint.
+
+It names the submodel of every trained budget, and nested submodels in between.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ from elastic_core.cost.metrics import PARAMETERS, Metric, exact_cost, num_active
 from elastic_core.cost.targets import target_of
 from elastic_core.errors import UserError
 from elastic_core.io.atomic import write_text
+from elastic_core.io.json_files import read_json
 from elastic_core.model import hf
 from elastic_core.model.submodel import Submodel, full_submodel
 from elastic_core.search.selection import Member
@@ -23,9 +27,11 @@ def write(
     path: list[Submodel],
     metric: Metric = PARAMETERS,
 ) -> None:
-    """Write ``elastic.json``: the trained `members`, and `path`, nested submodels in between, largest first.
+    """Write ``elastic.json`` into a model directory.
 
-    `metric` is what the members' targets are fractions of.
+    - `members`: the trained submodels by the name of their budget.
+    - `path`: nested submodels between the members, largest first.
+    - `metric`: the cost metric. The targets of the members are fractions of the parent's cost in it.
     """
     entries = {
         name: {
@@ -47,26 +53,31 @@ def write(
 
 
 def _active(config, submodel: Submodel | None = None) -> dict[str, int]:
-    """What one token uses of the parameters, where that is not all of them."""
+    """The number of parameters that one token uses, for models with experts. Otherwise empty."""
     active = num_active_parameters(config, submodel)
     return {} if active is None else {"num_active_parameters": active}
 
 
 def read(directory: str | os.PathLike) -> dict:
-    """The content of ``elastic.json``; ValueError where there is none."""
+    """The content of ``elastic.json``. Raises UserError if the directory has none."""
     file = Path(directory) / FILE
     if not file.is_file():
-        raise UserError(f"{directory}: no {FILE}, so it knows no budgets; name a Submodel, or a trained elastic model")
-    return json.loads(file.read_text())
+        raise UserError(f"{directory}: no {FILE}, so it has no budgets; give a Submodel, or another directory")
+    return read_json(file)
 
 
 def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel:
-    """The submodel for a budget: a trained budget's name, or a target that need not have been trained.
+    """The submodel of an elastic checkpoint for a budget.
 
-    A target is a fraction of the parent's cost in the family's metric (0.75), an absolute number of parameters (9e9,
-    "9B", "1.2M"; of active ones where that is the family's metric), or bytes of memory ("16GiB@128k×8", see
-    `elastic_core.cost.budgets`), whatever the family was trained for; or time, where the family has a table of it
-    ("35ms/token"). It is served by the nested submodel that is nearest in what is asked for, trained or in between.
+    `budget` is the name of a trained budget, or a target in one of these forms:
+
+    - a fraction of the parent's cost in the family's metric: 0.75
+    - a number of parameters: 9e9, "9B", "1.2M" (of active parameters, if these are the family's metric)
+    - bytes of memory: "16GiB@128k×8" (see `elastic_core.cost.budgets`)
+    - time: "35ms/token", if the family has a latency table
+
+    Targets do not need to be in the metric that the family was trained for. The result is the submodel with the nearest
+    cost: a trained one, or a nested one in between. Raises UserError if none is within the tolerance of the target.
     """
     content = read(directory)
     if budget in content["budgets"]:

@@ -1,4 +1,7 @@
-"""Extraction: an elastic checkpoint and a submodel in, an ordinary Hugging Face directory out. No training."""
+"""Extraction: write one submodel of an elastic checkpoint as an ordinary Hugging Face model directory.
+
+It needs no training. Tensors are read, sliced and written in blocks of rows, so it needs little memory.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +34,23 @@ def extract(
     heterogeneous: str = "remote_code",
     dtype: torch.dtype | None = None,
 ) -> Submodel:
-    """Cut a submodel out of a checkpoint directory into `out_directory`, whole or not at all, and return it resolved.
+    """Write a submodel of a checkpoint directory to `out_directory`, and return it with all of its sizes set.
 
-    `submodel_or_budget`: a Submodel; or, where the directory has an ``elastic.json``, a budget's name or target (see
-    `elastic_checkpoint.find_submodel`). A homogeneous submodel becomes a stock directory of its family. Widths that
-    differ between layers need ``heterogeneous``: ``remote_code`` adds a modeling file (load it with
-    ``trust_remote_code=True``), ``pad`` fills MLPs with zeros to the widest, which is exact and loads anywhere.
-    Raises ValueError for sizes that the family cannot express. `dtype` None keeps the stored element type. Tensors are
-    read, cut and written in blocks of rows.
+    - `submodel_or_budget`: a Submodel; or, if the directory has an ``elastic.json``, a budget's name or target (see
+      `elastic_checkpoint.find_submodel`).
+    - `out_directory` appears when it is complete, and replaces an existing one.
+    - `heterogeneous`: how to write widths that differ between layers. ``remote_code`` adds a modeling file; load the
+      directory with ``trust_remote_code=True``. ``pad`` fills the MLPs with zeros up to the widest one. The result
+      computes the same and loads everywhere. A homogeneous submodel needs neither: it is a stock directory.
+    - `dtype`: the element type of the written tensors (None: as stored).
+
+    Raises UserError for wrong arguments, an unknown budget, or sizes that the architecture cannot express.
     """
     if heterogeneous not in ("remote_code", "pad"):
         raise UserError(f"heterogeneous: got {heterogeneous!r}; allowed: 'remote_code', 'pad'")
-    if Path(elastic_directory).resolve().is_relative_to(Path(out_directory).resolve()):  # which would be replaced
+    if Path(elastic_directory).resolve().is_relative_to(Path(out_directory).resolve()):  # It would be replaced.
         raise UserError(
-            f"out_directory: got {out_directory}, which is the checkpoint itself or holds it; name another directory"
+            f"out_directory: got {out_directory}, which is the checkpoint or contains it; name another directory"
         )
     config = hf.read_config(elastic_directory)
     if not isinstance(submodel_or_budget, Submodel):
@@ -66,7 +72,10 @@ def extract(
 
 
 def _sliced_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dict[str, SlicedTensor]:
-    """The kept layers' tensors by their names on disk, to be cut to size as they are written, and renumbered."""
+    """The tensors of the kept layers, by their names on disk with new layer numbers.
+
+    They are sliced when they are read. With `pad`, the MLPs of all layers get the width of the widest one.
+    """
     layout, disk_name = architectures.parameter_layout(config), architectures.of(config).disk_name
     reader.check({name: tuple(dim.size for dim in dims) for name, dims in layout.items()})
     sizes = submodel.sizes(config)
@@ -93,9 +102,10 @@ def _sliced_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dic
 
 
 class SlicedTensor:
-    """A stored tensor cut to its kept rows on every axis: `cut[start:stop]` reads those rows of the file and no others.
+    """A slice of a stored tensor. `tensor[start:stop]` reads only these rows of the slice from the file.
 
-    Where `shape` is larger than what is kept, zeros follow.
+    `kept` holds the kept rows of every dimension, as `kept_rows` gives them. If `shape` is larger than that, zeros fill
+    the rest. `dtype` None keeps the stored type.
     """
 
     def __init__(self, stored: Stored, kept: list[int | Tensor], shape: tuple[int, ...], dtype: torch.dtype | None):
@@ -103,8 +113,8 @@ class SlicedTensor:
         self.runs = [_runs(rows) for rows in kept]
 
     def __getitem__(self, rows: slice) -> Tensor:
-        # numpy copies on the thread that asks; torch would wake its own threads for every block.
-        values = self.stored.read(list(_part(self.runs[0], rows.start, rows.stop)))
+        # Copy with numpy, which stays on this thread. torch would start its own threads for every block.
+        values = self.stored.read(list(_part_of_runs(self.runs[0], rows.start, rows.stop)))
         for axis, runs in enumerate(self.runs[1:], 1):
             pieces = [values[(slice(None),) * axis + (slice(*run),)] for run in runs]
             values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis)
@@ -117,7 +127,7 @@ class SlicedTensor:
 
 
 def _runs(rows: int | Tensor) -> list[tuple[int, int]]:
-    """Kept rows, as `kept_rows` says them, as runs [start, stop) of consecutive ones."""
+    """Kept rows (a number of first rows, or row numbers) as runs [start, stop) of consecutive rows."""
     if not isinstance(rows, Tensor):
         return [(0, rows)]
     numbers = rows.numpy()
@@ -125,8 +135,8 @@ def _runs(rows: int | Tensor) -> list[tuple[int, int]]:
     return [(int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
-def _part(runs: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """The kept rows number `start` to `stop` - 1, as runs."""
+def _part_of_runs(runs: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The runs of the kept rows number `start` to `stop` - 1, counted over all runs."""
     done = 0
     for first, end in runs:
         begin, last = first + max(start - done, 0), first + min(stop - done, end - first)
@@ -136,28 +146,31 @@ def _part(runs: list[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[
 
 
 def _kept_entries(config, submodel: Submodel, field: str) -> list[int]:
-    """A per-layer width's entries for the kept layers that have it, in order."""
+    """The sizes of a per-layer width `field` in the kept layers that have it, in order."""
     sizes = submodel.sizes(config)
     return [sizes[key] for key in keys_of(sizes, WIDTHS[field]) if layer_of(key) in submodel.kept_layers]
 
 
 def _widest(config, submodel: Submodel) -> int:
-    """The width to which padding fills the MLPs."""
+    """The width of the widest MLP in the kept layers."""
     return max(_kept_entries(config, submodel, "intermediate_size"), default=config.intermediate_size)
 
 
 def config_changes(config, submodel: Submodel, pad: bool = False) -> dict:
-    """What a submodel's configuration has that differs from the parent's; ValueError for what it cannot say."""
-    family, widths = architectures.of(config), {}
+    """The entries of a submodel's configuration that differ from the parent's.
+
+    `pad`: as if MLPs were padded to the widest one. Raises UserError for sizes that the configuration cannot express.
+    """
+    architecture, widths = architectures.of(config), {}
     for field in WIDTHS:
         value = getattr(submodel, field)
         if isinstance(value, tuple):
             value = _kept_entries(config, submodel, field)
             if pad and field == "intermediate_size":
                 value = max(value)
-            elif pad and family.MODELING_FILE is not None:
+            elif pad and architecture.MODELING_FILE is not None:
                 raise UserError(f"{field}: differs between layers; only MLP widths can be padded, use 'remote_code'")
-            elif family.MODELING_FILE is None:
+            elif architecture.MODELING_FILE is None:
                 advice = ", or heterogeneous='pad' (zeros in the MLPs)" if field == "intermediate_size" else ""
                 raise UserError(
                     f"{field}: got {value}, which a directory of model_type {config.model_type} cannot express; "
@@ -165,12 +178,12 @@ def config_changes(config, submodel: Submodel, pad: bool = False) -> dict:
                 )
         if value is not None:
             widths[field] = value
-    problem = family.size_problem(config, submodel.hidden_size, submodel.num_attention_heads)
+    problem = architecture.size_problem(config, submodel.hidden_size, submodel.num_attention_heads)
     if problem is not None:
         raise UserError(problem)
-    changes = family.config_changes(config, submodel.kept_layers, widths)
+    changes = architecture.config_changes(config, submodel.kept_layers, widths)
     if any(isinstance(widths.get(field), list) for field in PER_LAYER):
-        module = family.MODELING_FILE.removesuffix(".py")
-        names = zip(("AutoConfig", "AutoModelForCausalLM"), family.REMOTE_CLASSES, strict=True)
+        module = architecture.MODELING_FILE.removesuffix(".py")
+        names = zip(("AutoConfig", "AutoModelForCausalLM"), architecture.REMOTE_CLASSES, strict=True)
         changes["auto_map"] = {auto: f"{module}.{name}" for auto, name in names}
     return changes

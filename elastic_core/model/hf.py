@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from elastic_core.errors import UserError
 from elastic_core.io import tensor_files
 from elastic_core.io.directory_transfer import local_files
+from elastic_core.io.json_files import read_json
 from elastic_core.io.tensor_files import Entry, Rows, Stored
 from elastic_core.model import architectures
 from elastic_core.model.axes import PER_LAYER
@@ -31,21 +32,19 @@ def _read_config(local: Path, directory: str) -> PreTrainedConfig:
     values = read_values(local, directory)
     config_class, _ = architectures.find(values.get("model_type"), directory).MODELS[values["model_type"]]
     if any(isinstance(values.get(field), list) for field in PER_LAYER):
-        raise UserError(
-            f"{directory}: a heterogeneous submodel cannot be a parent; use the model it comes from"
-        )
+        raise UserError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it comes from")
     return check_config(config_class.from_pretrained(local), directory)
 
 
 def read_values(local: Path, directory: str) -> dict:
-    """The values in config.json. Raises UserError if the file does not exist."""
+    """The values in config.json. Raises UserError if the file does not exist or is damaged."""
     path = local / "config.json"
     if not path.is_file():
         raise UserError(
             f"{directory}: no config.json; expected a Hugging Face directory of model_type "
             f"{' or '.join(architectures.ARCHITECTURES)}"
         )
-    return json.loads(path.read_text())
+    return read_json(path, f"{directory}/config.json")
 
 
 def check_config(config, where: str = "config"):
@@ -68,7 +67,7 @@ class TensorReader:
         self.directory = Path(directory)
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
-            files = json.loads(index.read_text())["weight_map"]
+            files = read_json(index)["weight_map"]
         elif (self.directory / "model.safetensors").is_file():
             with tensor_files.open_checked(self.directory / "model.safetensors") as file:
                 files = dict.fromkeys(file.keys(), "model.safetensors")

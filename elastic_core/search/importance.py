@@ -139,6 +139,7 @@ def score_widths(
     counts: dict[str, int] = {}
 
     def observe(key: str, activation: Tensor, writes: Tensor | None, owners: Tensor | None) -> None:
+        """Add one report of the model to `totals` and `counts` (see `Slice`)."""
         # The model reports a unit twice, once per measure: with `writes`, the matrix that it is multiplied by, and
         # without. Hidden channels and experts are reported once, because their score is the same by both measures.
         is_same_for_both = key == "hidden" or key.startswith("experts.")

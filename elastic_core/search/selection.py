@@ -131,6 +131,7 @@ def select(
 
 
 def _select_on_grid(space, log_probs, target, bound, tolerance, allowed) -> list[int] | None:
+    """`select` by comparing all combinations that are nested in `bound`."""
     corner = tuple(itertools.starmap(slice, zip(bound, space.num_servable, strict=True)))
     costs = space.grid_costs(space.slots)[corner]
     scores = torch.zeros((), dtype=torch.float64)
@@ -218,7 +219,7 @@ def select_family(router: Router, scale: float = 1.0, tolerance: float = TOLERAN
 
 
 def path_between(router: Router, family: list[list[int]], points: int = 64) -> list[Submodel]:
-    """Nested submodels between neighbouring budgets of `family`, largest first. They serve budgets without training.
+    """Nested submodels between neighbouring budgets of `family`, largest first, for budgets without training.
 
     Between two budgets, the one-hot of the budget is interpolated at `points` points. At each point, a slot's choice
     index rises to the rounded expected index. It never falls, and it rises by one at a time: each rise gives one

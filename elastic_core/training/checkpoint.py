@@ -147,6 +147,7 @@ class _Writer(dcp.FileSystemWriter):
         super().__init__(_staging_directory(location, "save") if self.is_remote else _partial_directory(location, step))
 
     def set_up_storage_writer(self, is_coordinator: bool, *args, **kwargs) -> None:
+        """torch calls this first, on every rank. Rank 0 deletes what killed runs have left."""
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         if is_coordinator:  # No other rank writes yet: they wait for the coordinator's plan.
             for name in _listed(self.location):
@@ -157,6 +158,7 @@ class _Writer(dcp.FileSystemWriter):
                     shutil.rmtree(abandoned, ignore_errors=True)
 
     def write_data(self, plan, planner):
+        """torch calls this on every rank: write the rank's shards and their checksums."""
         try:
             result = super().write_data(plan, planner)
         except RuntimeError as error:
@@ -172,6 +174,7 @@ class _Writer(dcp.FileSystemWriter):
         return result
 
     def finish(self, metadata, results) -> None:
+        """torch calls this last, on rank 0: write the manifest, complete the checkpoint, delete the oldest ones."""
         super().finish(metadata, results)
         directory = Path(self.path)
         if self.is_remote:

@@ -72,6 +72,8 @@ def layer_statistics(run: Run, sliced, input_ids: Tensor) -> list[tuple[str, flo
     pattern = architectures.pattern(run.model.config)
 
     def recorder(name: str):
+        """A forward hook that adds the statistics of a module's output to `lines`."""
+
         def hook(module, inputs, output: Tensor) -> None:
             finite = output.isfinite()
             largest = output.float().abs().where(finite, 0).max().item()

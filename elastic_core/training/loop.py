@@ -70,8 +70,8 @@ def train(run: Run) -> Iterator[dict]:
 def train_step(run: Run) -> dict:
     """Do one step of the optimizer. Returns its row of metrics, which is the same on every rank.
 
-    In the row: `tokens` of the stage so far; `skipped` steps so far; `budgets`, see `means_by_budget`; `microbatches`,
-    see `fetch_numbers`. Losses are in nats per token.
+    In the row: `tokens` and `skipped` steps of the stage so far; `mode`, "soft" while the router learns, then "hard";
+    `budgets`, see `means_by_budget`; `microbatches`, see `fetch_numbers`. Losses are in nats per token.
     """
     stage, modules = run.stage, trained_modules(run)
     for group in run.optimizer.param_groups:
@@ -108,8 +108,8 @@ def train_step(run: Run) -> dict:
 def accumulate_gradients(run: Run, assigned: list[str]) -> list[dict]:
     """Run forward and backward pass of every microbatch. `assigned`: the budget of each. Returns this rank's losses.
 
-    With FSDP, a block reduces its gradients over ranks in every microbatch, and not only in the last one: if the last
-    microbatch skipped the block, its gradients would never be reduced.
+    With FSDP, a block reduces its gradients over ranks after every microbatch that runs it, and not only in the last
+    microbatch: the budget of the last one may not keep this layer, and then its gradients would never be reduced.
     """
     batches = [microbatch_data(run, microbatch) for microbatch in range(len(assigned))]
     num_labelled = run.ranks.sum(torch.stack([(labels != IGNORED_LABEL).sum() for _, labels in batches])).clamp(min=1)

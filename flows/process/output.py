@@ -14,16 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from flows.process.guard import guarded
+from tasks.runtime.environment import DEFAULTS
 
 TAIL_LINES = 20  # of a command's output, kept for the error it may end with
 PROGRESS_SECONDS = 10.0  # between two lines of one progress bar
-# Defaults that make stages fast; a value in the environment wins. The Makefile says why.
-SPEED = {
-    "TOKENIZERS_PARALLELISM": "true",
-    "MALLOC_MMAP_THRESHOLD_": "1073741824",
-    "MALLOC_TRIM_THRESHOLD_": "2147483647",
-}
-
 # A line and its end. A carriage return at the very end is not read yet: the next byte may make it "\r\n".
 _LINE = re.compile(r"([^\r\n]*)(\r?\n|\r(?=[^\n]))")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -61,8 +55,7 @@ def watched(chunks: Iterable[bytes], look: Callable[[], bool]) -> Iterator[bytes
 def environment() -> dict[str, str]:
     """This process's environment, changed so that `python` is this Python, and lines are not buffered."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {**SPEED, "OMP_NUM_THREADS": str(cores), **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**DEFAULTS, **os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def read_chunks(process: subprocess.Popen, source: int) -> Iterator[bytes]:

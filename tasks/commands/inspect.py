@@ -95,9 +95,9 @@ def describe_member(config, submodel: Submodel) -> dict:
 
 
 def read_budgets(directory: Path, config) -> dict[str, dict]:
-    """The trained budgets: what was asked for (`target`) and what the member costs (`share`), as shares of the parent.
+    """The trained budgets (`target`) and the costs of their members (`share`), both as shares of the parent's cost.
 
-    Both are in the family's metric. For memory and time, `cost` and `target_cost` are the same in bytes or in
+    The costs are in the family's metric. For memory and time, `target_cost` and `cost` give the same in bytes or in
     milliseconds per token.
     """
     content = elastic_checkpoint.read(directory)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic_core.config import require
-from elastic_core.export.nested import empty_model, set_parameter
+from elastic_core.export.view_model import empty_model, set_parameter
 from elastic_core.model import architectures
 from elastic_core.model.submodel import Submodel
 

@@ -14,6 +14,7 @@ from elastic_core.config import ConfigError
 from elastic_core.cost.latency import Timed, as_latency
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import Metric, exact_cost
+from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.model import architectures, hf
 from elastic_core.model.submodel import Submodel
@@ -26,7 +27,7 @@ from tasks.parents.config import new_config
 from tasks.parents.targets import metric_of_family, resolve
 from tasks.runtime.preflight import check_architecture
 from tasks.settings.load import read
-from tasks.settings.local_checks import is_package
+from tasks.settings.local_checks import check_parent, is_package
 from tasks.settings.profiles import ROOT, parameters
 from tasks.settings.schema import Params
 
@@ -50,6 +51,8 @@ def plan_profile(
     if values["cost"].get("table"):
         values["cost"]["table"] = str(ROOT / values["cost"]["table"])  # whatever the working directory is
     settings = read(values, f"profile {profile}")
+    if is_package(settings.parent.path):
+        check_parent(settings.parent.path, f"profile {profile}.parent.path")
     return make_plan(settings, *read_parent(settings, config), hardware)
 
 
@@ -112,7 +115,7 @@ def read_parent(settings: Params, config: Path | None = None):
     if storage.is_url(path) or (Path(path) / "config.json").is_file() or not ready.is_dir():
         try:
             return hf.read_config(path), path
-        except ValueError as error:
+        except UserError as error:
             known = ", ".join(sorted(directory.name for directory in PARENTS.iterdir()))
             raise ConfigError(
                 f"parent.path: {error}; give --config a config.json, or name one in profiles/parents ({known})"

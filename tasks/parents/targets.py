@@ -38,7 +38,7 @@ def resolve_comparable(params: Params, config) -> dict[str, float]:
 
 
 def comparable_budgets(params: Params) -> dict[str, Spelling]:
-    """The untrained budgets, as written, whose metric is that of the trained ones. Raises ConfigError.
+    """The untrained budgets, as written, that are counted in the metric of the trained ones. Raises ConfigError.
 
     Latency and throughput count as one metric, because both come from the same table.
     """

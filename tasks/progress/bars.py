@@ -1,5 +1,6 @@
 """Progress of work that is not training: a bar on a terminal, elsewhere a line every ten seconds."""
 
+import io
 import sys
 
 from tqdm import tqdm
@@ -12,18 +13,14 @@ def progress_bar(what: str, total: int, unit: str, scaled: bool = False) -> tqdm
     options = {"desc": what, "total": total, "unit": unit, "unit_scale": scaled, "disable": False}
     if sys.stderr.isatty():
         return tqdm(**options, leave=False, dynamic_ncols=True)
-    return _Lines(**options, mininterval=LOG_SECONDS, miniters=1, delay=LOG_SECONDS)
+    nowhere = io.StringIO()  # takes the characters with which tqdm clears a bar at its end
+    return _Lines(**options, file=nowhere, leave=False, mininterval=LOG_SECONDS, miniters=1, delay=LOG_SECONDS)
 
 
 class _Lines(tqdm):
-    """A bar that is printed as lines, and says nothing at the end: the stage does."""
+    """A bar that is printed as lines. Its end prints nothing: the stage itself says that it has ended."""
 
     def display(self, msg=None, pos=None) -> bool:
-        print(str(self) if msg is None else msg, flush=True)
+        if msg is None:  # an empty text clears the bar
+            print(self, flush=True)
         return True
-
-    def close(self) -> None:
-        if not self.disable:
-            self.leave, self.display = False, lambda msg=None, pos=None: True
-            self.sp = lambda text: None
-            super().close()

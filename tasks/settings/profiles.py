@@ -105,7 +105,7 @@ def _read_override(text: str) -> tuple[list[str], object]:
     try:
         return name.split("."), YAML(typ="safe").load(value)
     except YAMLError:
-        raise UserError(f"override: got {text!r}, whose value is not valid YAML") from None
+        raise UserError(f"override: got {text!r}; the value is not valid YAML") from None
 
 
 def _set_value(values, path: list[str], value) -> None:

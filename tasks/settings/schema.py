@@ -71,13 +71,13 @@ class Params:
             stages["parent.training"] = self.parent.training
         for name, section in {**stages, "rank": self.rank}.items():
             size, workers = section.batch_size // getattr(section, "microbatches", 1), max(1, self.compute.workers)
-            allowed = f"a size whose microbatches are multiples of compute.workers ({workers})"
+            allowed = f"sequences that divide evenly by compute.workers ({workers}) in every microbatch"
             require(size % workers == 0, f"{name}.batch_size", section.batch_size, allowed)
             self._check_sources(f"{name}.mixture", section.mixture)
         self._check_sources("evaluate.held_out", self.evaluate.held_out)
-        written = self.prepare_data.task_names()
+        known = self.prepare_data.task_names()
         for task in self.evaluate.tasks:
-            require(task in written, "evaluate.tasks", task, ", ".join(written))
+            require(task in known, "evaluate.tasks", task, ", ".join(known))
 
     def _check_sources(self, key: str, names: Iterable[str]) -> None:
         for name in names:

@@ -175,7 +175,7 @@ class Evaluate:
     """Section `evaluate`: the data on which the extracted models are measured.
 
     `max_tokens` counts tokens per source of `held_out`; `limit` counts items per task of `tasks`. `cache_tokens` is the
-    length of the sequence whose cache is measured in bytes.
+    length of the sequence with which the cache is measured.
     """
 
     held_out: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What the stages that train a family share: the run, its rows of metrics, and the elastic checkpoint it leaves."""
+"""What the training stages share: make a run, train it to the end, and save the elastic checkpoint."""
 
 from __future__ import annotations
 
@@ -34,10 +34,13 @@ def make_run(
     ranks: Ranks,
     **family,
 ) -> Run:
-    """The run of a stage that trains a family, with the sorted parent as frozen teacher where the stage wants one.
+    """The run of a stage that trains a family.
 
-    `family`: the router, or the members and the metric of their budgets. Every stage has its own `seed`, so that it
-    sees its own order of the data.
+    - `seed`: every stage has its own, so that it reads the data in another order.
+    - `model`: placed on the workers. If the stage needs a frozen teacher, the sorted parent is loaded as the teacher.
+    - `family`: `router`, or `members` and `metric` (see `Run`).
+
+    Raises UserError if the data was made with another tokenizer or is too short, and ConfigError, see `Run`.
     """
     data = TokenData(DATA)
     check_tokenizer(data, RANK / "model", model.config.vocab_size, "the parent")
@@ -62,11 +65,12 @@ def make_run(
 
 
 def run_to_end(run: Run, settings: Params, job: Job, metrics: Path) -> None:
-    """Train to the end of the stage; rank 0 shows progress and writes a row per step to `metrics`.
+    """Train to the end of the stage. Rank 0 shows progress and writes the file `metrics`, one row per step.
 
-    Rows are collected beside the run's lock, so that those of a killed run are there when it is resumed.
+    During training, the rows are in `job.metrics`. DVC does not delete that file, so a resumed run has the rows of the
+    killed one. `metrics` is written at the end.
     """
-    recorder = Recorder(job.name, run.stage, job.metrics, settings.tracking, display=not job.followed)
+    recorder = Recorder(job.name, run.stage, job.metrics, settings.tracking, display=not job.shown_by_launcher)
     with contextlib.ExitStack() as stack:
         with run.ranks.first_only() as is_first:
             if is_first:
@@ -80,7 +84,10 @@ def run_to_end(run: Run, settings: Params, job: Job, metrics: Path) -> None:
 
 
 def save_family(run: Run, job: Job, tokenizer_from: Path, path: list[Submodel]) -> None:
-    """Write the elastic checkpoint and a summary of the family's sizes. `path`: the nested submodels in between."""
+    """Write the elastic checkpoint to `job.out`, and a summary of the members' sizes.
+
+    `tokenizer_from`: the directory of the tokenizer. `path`: nested submodels between the members, largest first.
+    """
     config, target = run.model.config, job.out / "model"
     model_files.save_pretrained(run.model, target, run.ranks, tokenizer_from=tokenizer_from)
     full, summary = run.parent_cost, {}

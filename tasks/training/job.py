@@ -1,4 +1,4 @@
-"""A training stage's run by name: its key, its lock, where its files are, and its start on every worker."""
+"""The job of a training stage: its key, the places of its files, and its start on the workers."""
 
 from __future__ import annotations
 
@@ -19,53 +19,65 @@ from tasks.runtime.run_lock import only_one
 from tasks.settings import remote_checks
 from tasks.settings.schema import Params
 
-DATA, RANK = Path("artifacts/data"), Path("artifacts/rank")
-LOCAL = Path("checkpoints")  # what only this machine needs: locks, metrics of runs that are under way, digests
+DATA = Path("artifacts/data")
+# Files that only this machine needs: locks, metrics of unfinished runs, cached digests of files.
+LOCAL = Path("checkpoints")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A stage's run by name; `key` is a digest of everything that decides its result."""
+    """One run of a stage.
+
+    `key` is a digest of everything that decides the result. A stage that is started again with the same key resumes its
+    run; any change gives another key, and so a new run. `shown_by_launcher`: the process that launches the workers
+    shows their progress.
+    """
 
     name: str
     key: str
-    followed: bool = False  # on a terminal, by the process that launched it
+    shown_by_launcher: bool = False
 
     @property
     def directory(self) -> Path:
-        """Where the run's metrics and its lock are."""
+        """The directory of the run's metrics and its lock, on this machine."""
         return LOCAL / f"{self.name}-{self.key}"
 
     @property
     def metrics(self) -> Path:
-        """The rows of the run so far, one a step."""
+        """The metrics of the run so far, one row per step."""
         return self.directory / "metrics.jsonl"
 
     @property
     def out(self) -> Path:
-        """The stage's output."""
+        """The directory of the stage's output."""
         return Path("artifacts") / self.name
 
     def checkpoints(self, settings: Params) -> str:
-        """Where its checkpoints are: outside DVC's outputs, so that DVC does not delete them before a new start."""
+        """The directory or URL of the run's checkpoints.
+
+        It is not an output of DVC, because DVC deletes a stage's outputs before it runs the stage again.
+        """
         return storage.join(settings.compute.storage, f"{self.name}-{self.key}")
 
 
 def make_job(settings: Params, name: str, configuration: dict, inputs: list[Path]) -> Job:
-    """The job of a stage: keyed by seed, configuration and the contents of its inputs."""
+    """The job of a stage. Its key is a digest of seed, `configuration` and the contents of the data and `inputs`."""
     configuration = {"seed": settings.seed, **configuration}
     return Job(name, run_key(configuration, [DATA, *inputs], LOCAL / "digests.json"))
 
 
 def run_stage(work: Callable[[dict, Ranks], None], settings: Params, job: Job, stage: Stage) -> None:
-    """Launch a job's work, alone. Raises StageError or ConfigError that says what is wrong.
+    """Run `work` on all workers and wait for the end.
 
-    Workers elsewhere have no terminal: where there is one here, this process shows their rows.
+    Workers in other processes have no terminal. So if this process has one, it shows their progress.
+
+    Raises ConfigError if another process runs the same job, or if storage or cluster cannot be used. Raises StageError
+    if the work fails.
     """
     remote_checks.check(settings, "compute")
-    job = dataclasses.replace(job, followed=settings.compute.workers > 0 and sys.stderr.isatty())
+    job = dataclasses.replace(job, shown_by_launcher=settings.compute.workers > 0 and sys.stderr.isatty())
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_one(job.directory, job.name))
-        if job.followed:
+        if job.shown_by_launcher:
             stack.enter_context(followed(job.name, stage, job.metrics))
         launch(work, {"settings": settings, "job": job}, settings.compute, f"{job.name}-{job.key}")

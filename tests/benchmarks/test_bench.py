@@ -1,38 +1,43 @@
 """benchmarks/bench.py with small shapes: every section runs, misses no goal that small shapes have, and cleans up."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import tempfile
 
-ROOT = Path(__file__).resolve().parents[2]
+import pytest
+
+from benchmarks import bench
 
 
-def test_small_shapes_of_steps_scan_and_losses():
-    command = [sys.executable, "-m", "benchmarks.bench", "steps", "scan", "losses", "--quick"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs sections with small shapes in this process; returns the table that was printed."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def call(*sections):
+        monkeypatch.setattr("sys.argv", ["bench", *sections, "--quick"])
+        with pytest.raises(SystemExit) as end:
+            bench.main()
+        printed = capsys.readouterr().out
+        assert not end.value.code and "| fail" not in printed, printed
+        assert not list(tmp_path.iterdir())
+        return printed
+
+    return call
+
+
+def test_small_shapes_of_steps_scan_and_losses(run):
+    printed = run("steps", "scan", "losses")
     for check in ("hard pass against masks", "soft pass", "whole step", "scan = transformers'", "chunked loss = whole"):
-        assert f"| {check}" in done.stdout
-    assert "| fail" not in done.stdout
+        assert f"| {check}" in printed
 
 
-def test_small_shapes_of_ranking_and_of_all_that_reads_and_writes(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.bench",
-        "ranking",
-        "extraction",
-        "preparation",
-        "checkpoints",
-        "--quick",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_small_shapes_of_ranking_and_of_all_that_reads_and_writes(run):
+    printed = run("ranking", "extraction", "preparation", "checkpoints")
     for check in ("ranking, time", "extraction, memory", "loading, memory", "preparation, memory", "training blocked"):
-        assert f"{check} " in done.stdout
-    assert done.stdout.count("| pass") >= 5 and "| fail" not in done.stdout
-    assert not list(tmp_path.glob("elastic-*"))
+        assert f"{check} " in printed
+    assert printed.count("| pass") >= 5
+
+
+def test_small_shapes_of_serving(run):
+    printed = run("serving")
+    assert printed.count("greedy tokens") == printed.count("| pass") == 3

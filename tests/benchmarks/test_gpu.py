@@ -1,28 +1,29 @@
 """benchmarks/gpu.py on a CPU: its checks pass, its files say so, and what is broken is seen."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import pytest
 import torch
 
 from benchmarks import gpu, report
 
-ROOT = Path(__file__).resolve().parents[2]
+
+def run(*arguments, monkeypatch):
+    """The exit status of the benchmark."""
+    monkeypatch.setattr("sys.argv", ["gpu", *arguments])
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which it would set for all tests after this one
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    return end.value.code
 
 
-def test_the_small_run_passes_and_says_what_it_did_not_measure(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--small", "--out", str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_the_small_run_passes_and_says_what_it_did_not_measure(tmp_path, monkeypatch, capsys):
+    assert run("--device", "cpu", "--small", "--out", str(tmp_path), monkeypatch=monkeypatch) == 0
     (path,) = tmp_path.glob("cpu*-small.json")
     content = json.loads(path.read_text())
     rows = [report.Row(**row) for row in content["rows"]]
     assert content["environment"]["torch"] == torch.__version__
-    assert report.table(rows) in done.stdout
+    assert report.table(rows) in capsys.readouterr().out
     status = {(row.check, row.what): row.status for row in rows}
     assert report.FAIL not in status.values()
     assert status["resume", "weights and moments after the next step"] == report.PASS
@@ -48,11 +49,5 @@ def test_deviations_and_bounds():
 def test_a_failed_check_ends_with_an_error(tmp_path, monkeypatch, capsys):
     rows = [report.within("check", "what", 1.0, 0.1)]
     monkeypatch.setattr(gpu, "run", lambda device, small: ({"device": "a GPU / 80GB"}, rows))
-    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--out", str(tmp_path)])
-    try:
-        gpu.main()
-    except SystemExit as end:
-        assert end.code == 1
-    else:
-        raise AssertionError("main returned")
+    assert run("--device", "cpu", "--out", str(tmp_path), monkeypatch=monkeypatch) == 1
     assert "fail" in capsys.readouterr().out and (tmp_path / "a-GPU-80GB.json").is_file()

@@ -16,6 +16,7 @@ from elastic_core.data.token_files import Manifest, Source, SplitWriter
 from elastic_core.model import architectures
 from elastic_core.search.choices import Choices
 from elastic_core.search.space import ElasticSpace
+from tasks.settings.load import load
 from tests.support.parents import CONFIGS, random_config, random_elastic, random_llama_config, save_random_parent
 from tests.support.real_parents import ROOT
 
@@ -48,7 +49,7 @@ def test_magnitudes_of_units_are_those_of_their_rows(seed):
 
 
 @pytest.mark.parametrize("target", [0.8, 0.5])
-def test_widths_are_cut_evenly_to_the_budget(target):
+def test_widths_are_reduced_in_proportion_to_the_budget(target):
     config = random_config(3)
     widths = {
         "hidden_size": config.hidden_size,
@@ -57,16 +58,16 @@ def test_widths_are_cut_evenly_to_the_budget(target):
     }
     choices = Choices(**{name: tuple(range(size, size // 4, -1)) for name, size in widths.items()})
     order = tuple(range(len(config.layers_block_type)))
-    submodel = ranking_quality.even_widths(ElasticSpace(config, choices, order), target)
+    submodel = ranking_quality.proportional_widths(ElasticSpace(config, choices, order), target)
     assert abs(num_parameters(config, submodel) / num_parameters(config) / target - 1) <= 0.02
     assert submodel.kept_layers == order
     kept = [getattr(submodel, name) / size for name, size in widths.items()]
     assert max(kept) - min(kept) < 0.2 and max(kept) < 1
 
 
-def make_workspace(directory, family: str):
+def make_workspace(directory, architecture: str):
     """What the stages prepare_data and parent leave: tokens at random, and a random parent."""
-    config = CONFIGS[family](11)
+    config = CONFIGS[architecture](11)
     save_random_parent(directory / "artifacts/parent", 11, config)
     (directory / "artifacts/parent/tokenizer.json").write_text("{}")
     data, draw = directory / "artifacts/data", np.random.default_rng(0)
@@ -91,7 +92,7 @@ def make_workspace(directory, family: str):
     for name in ("train_short", "train_extended"):
         values[name]["budget_shares"] = {"full": 0.5, "small": 0.5}
     heads = config.num_attention_heads
-    sizes = range(config.hidden_size, 0, -heads if family == "llama" else -1)
+    sizes = range(config.hidden_size, 0, -heads if architecture == "llama" else -1)
     values["choices"] = {
         "hidden_size": list(sizes),
         "intermediate_size": list(range(config.intermediate_size, 0, -1)),
@@ -101,30 +102,31 @@ def make_workspace(directory, family: str):
     return directory
 
 
-@pytest.mark.parametrize("family", CONFIGS)
-def test_one_table_for_any_family(tmp_path, family, monkeypatch, capsys):
-    workspace = make_workspace(tmp_path / "run", family)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_one_table_for_any_architecture(tmp_path, architecture, monkeypatch, capsys):
+    workspace = make_workspace(tmp_path / "run", architecture)
     arguments = [str(workspace), "--parts", *ranking_quality.PARTS, "--steps", "2", "--seeds", "2"]
     monkeypatch.setattr("sys.argv", ["ranking_quality", *arguments])
     ranking_quality.main()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     assert rows[0] == list(ranking_quality.HEADINGS) and {len(row) for row in rows} == {6}
-    names = ["importance (projection, l1)", "importance (written, l2)", "weight magnitude", "random"]
+    names = ["importance (projection, l1)", "importance (output_norm, l2)", "weight magnitude", "random"]
     assert [row[2] for row in rows[2:4]] == ["none", "token frequencies"]
-    cuts = {}
+    reduced = {}
     for row in rows[4:]:
-        cuts.setdefault(row[2], []).append(row)
-    assert [row[3] for row in cuts.pop("widths")] == names
-    distilled = cuts.pop("widths, 2 steps")
+        reduced.setdefault(row[2], []).append(row)
+    assert [row[3] for row in reduced.pop("widths")] == names
+    distilled = reduced.pop("widths, 2 steps")
     assert [row[3] for row in distilled] == names and {row[5] for row in distilled}.isdisjoint(r[5] for r in rows[4:8])
     assert all(abs(float(row[4]) / 0.6 - 1) <= 0.02 for row in rows[4:8])
-    (depth,) = (cuts.pop(sliced) for sliced in list(cuts) if sliced.startswith("depth"))
+    (depth,) = (reduced.pop(what) for what in list(reduced) if what.startswith("depth"))
     assert [row[3].split(",")[0] for row in depth] == list(ranking_quality.METHODS)
-    assert {sliced.split()[0] for sliced in cuts} >= {"hidden_size", "intermediate_size"}
-    assert all([row[3] for row in axis] == names and float(axis[0][4]) >= float(rows[4][4]) for axis in cuts.values())
+    assert {what.split()[0] for what in reduced} >= {"hidden_size", "intermediate_size"}
+    for axis in reduced.values():
+        assert [row[3] for row in axis] == names and float(axis[0][4]) >= float(rows[4][4])
     # The parent's own number, computed from whole logits.
     data, model = TokenData(workspace / "artifacts/data"), ElasticModel.from_pretrained(workspace / "artifacts/parent")
-    section = ranking_quality.params.load(workspace / "params.yaml").evaluate
+    section = load(workspace / "params.yaml").evaluate
     nats, num_bytes, held_out = 0.0, 0.0, []
     for ids, labels in held_out_batches(data, "text", 16, section.batch_size, 64):
         with torch.no_grad():

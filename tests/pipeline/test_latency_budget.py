@@ -22,13 +22,16 @@ from elastic_core.search.choices import Choices
 from elastic_core.search.selection import Member, check_reachable, path_between, select
 from elastic_core.search.space import ElasticSpace
 from tasks.parents.config import new_config as model_config
+from tasks.parents.targets import metric_of_family
 from tasks.reporting import columns, predictions
+from tasks.settings import load as settings_file
 from tests.support.budgeted_family import CHOICES, CONFIG, RANKING, train_family
 from tests.support.command_line import CONFIG as SERVED
 from tests.support.command_line import MEMBERS, call, error_of
 from tests.support.committed_params import COMMITTED, ROOT, load
 from tests.support.latencies import make_table
 from tests.support.parents import random_elastic
+from tests.support.stages import check_parameters, run_stage
 
 POINTS = {
     name: tuple(sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}))
@@ -245,7 +248,7 @@ def test_inspect_and_extract_tell_the_time(served, tmp_path):
     both = f"{small:,.4g} ms/token, {digits(2000 / small)} tokens/s for 32 tokens × 2, float32 on A Chip, 1 thread"
     assert both in told
     assert both in call("extract", directory, tmp_path / "b", "-b", f"{small:.9f}ms/token")
-    assert "time as 35ms/token" in error_of("extract", directory, tmp_path / "c")
+    assert "time such as 35ms/token" in error_of("extract", directory, tmp_path / "c")
 
 
 def test_the_report_has_the_prediction_beside_what_was_measured(served):
@@ -282,11 +285,12 @@ def test_parameters_with_a_table_are_checked_before_anything_runs(tmp_path, monk
     sizes = {name: (sizes[-1], sizes[0]) for name, sizes in values["choices"].items() if name in POINTS}
     table = make_table(config, sizes)
     table.save(tmp_path / "mine.json")
-    values["cost"] = {"metric": "throughput", "table": "mine.json"}
+    values["cost"] = {"metric": "throughput", "table": str(tmp_path / "mine.json")}
     full = exact_cost(Throughput(table, 64), config)
     values["budgets"] |= {"medium": f"{1 / (0.7 * full):.6f}tokens/s"}
     settings = load(values, tmp_path, monkeypatch)
-    assert settings.metric == Throughput(table, 64)
+    assert metric_of_family(settings) == Throughput(table, 64)
+    check_parameters()
     for change, words in [
         (
             {"small": 0.01},
@@ -295,22 +299,23 @@ def test_parameters_with_a_table_are_checked_before_anything_runs(tmp_path, monk
         ({"small": "9e9tokens/s"}, r"budgets\.small: got '9e9tokens/s'; allowed: [\d,.]+, with all choices"),
         ({"small": "1tokens/s"}, r"budgets\.small: got '1tokens/s'; allowed: the parent's own .* or more"),
     ]:
-        with pytest.raises(ConfigError, match=words):
-            load({**values, "budgets": {**values["budgets"], **change}}, tmp_path, monkeypatch)
-    with pytest.raises(ConfigError, match=r"untrained\.x: got '.*ms/token'; allowed: a share between the trained"):
-        load(
-            {**values, "untrained": {"x": f"{100 * full:.6f}ms/token"}}, tmp_path, monkeypatch
-        )  # the same, turned over
-    with pytest.raises(ConfigError, match=r"hidden_size: got 64; allowed: 72 to 128, the range of the table of lat"):
+        load({**values, "budgets": {**values["budgets"], **change}}, tmp_path, monkeypatch)
+        for refuse in (check_parameters, lambda: run_stage("prepare_data")):
+            with pytest.raises(SystemExit, match=r"^error: params\.yaml: " + words):
+                refuse()
+    untrained = {"x": f"{100 * full:.6f}ms/token"}  # the same, as latency
+    load({**values, "untrained": untrained}, tmp_path, monkeypatch)
+    with pytest.raises(SystemExit, match=r"untrained\.x: got '.*ms/token'; allowed: a share between the trained"):
+        check_parameters()
+    load(values, tmp_path, monkeypatch)
+    with pytest.raises(SystemExit, match=r"hidden_size: got 64; allowed: 72 to 128, the range of the table of lat"):
         make_table(config, sizes | {"hidden_size": (72, 128)}).save("mine.json")
-        load(values, tmp_path, monkeypatch)
-    with pytest.raises(ConfigError, match=r"cost\.table: measured for .*; allowed: a table of this parent"):
+        check_parameters()
+    with pytest.raises(SystemExit, match=r"cost\.table: measured for .*; allowed: a table of this parent"):
         TABLE.save("mine.json")
-        load(values, tmp_path, monkeypatch)
+        check_parameters()
     Path("mine.json").unlink()
-    with pytest.raises(
-        ConfigError, match=r"params\.yaml\.cost\.table: got 'mine\.json', which does not exist.*elastic m"
-    ):
+    with pytest.raises(ConfigError, match=r"params\.yaml\.cost\.table: got '.*mine\.json'; allowed: .*elastic measure"):
         load(values, tmp_path, monkeypatch)
 
 
@@ -318,9 +323,7 @@ def test_the_committed_table_is_the_default_parents():
     """And has every size that params.yaml and profiles/latency.yaml choose from."""
     metric = family_metric(section(**{**COMMITTED["cost"], "metric": "latency"}), {"full": 1.0})
     settings = load_section(Choices, COMMITTED["choices"], "choices")
-    from tasks.settings.load import load
-
-    values = load(ROOT / "params.yaml")
+    values = settings_file.load(ROOT / "params.yaml")
     config = model_config(values.parent.model, values.prepare_data.vocab_size)
     space = ElasticSpace(config, settings, tuple(range(8)), metric=metric)
     costs = space.grid_costs()

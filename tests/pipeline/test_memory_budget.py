@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from elastic_core.cost.targets import family_metric
 from transformers import AutoModelForCausalLM
 
 from elastic_core import extract
 from elastic_core.cost.budgets import Cost
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import PARAMETERS, exact_cost, memory_parts, num_parameters
+from elastic_core.cost.targets import family_metric
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model.architectures.nemotron_h import layers_of
 from elastic_core.search.selection import path_between

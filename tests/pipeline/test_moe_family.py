@@ -55,7 +55,7 @@ def test_scores_equal_the_naive_ones(config, measure, aggregation):
     with torch.no_grad():
         for ids in batches:
             reference(ids, use_cache=False)
-        ranking = rank(model, batches, aggregation, "one_shot_nmse", measure=measure)
+        ranking = rank(model, batches, measure=measure, aggregation=aggregation, depth_method="one_shot_nmse")
         for i, found in seen.items():
             mixer, x = found[0][0], torch.cat([x for _, x in found])
             _, weights, chosen = mixer.gate(x)

@@ -27,7 +27,7 @@ def main() -> int:
     begin = time.monotonic()
     print(f"workspaces in {directory}", flush=True)
     prepared = spaces.prepare(directory)
-    for workers in sorted({KINDS[kind].workers for kind in arguments.kinds} | {0}):
+    for workers in sorted({KINDS[kind].workers for kind in arguments.kinds} - {0}):
         spaces.make_reference(prepared, workers)
     with contextlib.ExitStack() as stack:
         settings = stack.enter_context(prefect_server(directory / "server")) if "flow" in arguments.kinds else {}

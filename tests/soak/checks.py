@@ -55,7 +55,7 @@ def second_run_is_refused(stage: Stage) -> list[str]:
 
     The first run stands still meanwhile: it shall not end before the second one has come so far.
     """
-    command = [sys.executable, "-m", f"tasks.{spaces.STAGE}"]
+    command = [sys.executable, "-m", "tasks", spaces.STAGE]
     stage.process.send_signal(signal.SIGSTOP)
     second = subprocess.run(
         command, cwd=stage.directory, env=stage.variables, capture_output=True, text=True, timeout=100

@@ -18,7 +18,7 @@ from tests.soak.processes import environment, left_after, living, marked, start
 GONE_SECONDS = 10.0  # within which nothing of a killed run may be left
 LIMIT_SECONDS = 300.0  # for a run that nobody kills
 AGAIN, MOST_KILLS = 0.4, 3  # chance that the next start is killed too, and how often at most
-STAGE = f"tasks.{spaces.STAGE}"
+STAGE = ("-m", "tasks", spaces.STAGE)
 WORKER = "RayTrainWorker"
 
 
@@ -32,11 +32,11 @@ class Kind:
 
 
 KINDS = {
-    "driver": Kind(("-m", STAGE)),
+    "driver": Kind(STAGE),
     "dvc": Kind(("-m", "dvc", "repro", "--single-item", spaces.STAGE)),
     "flow": Kind(("-m", "tests.soak.flow")),
-    "worker": Kind(("-m", STAGE), ("SIGKILL",), workers=2),  # one of Ray's workers, and not what was started
-    "driver2": Kind(("-m", STAGE), workers=2),
+    "worker": Kind(STAGE, ("SIGKILL",), workers=2),  # one of Ray's workers, and not what was started
+    "driver2": Kind(STAGE, workers=2),
     "dvc2": Kind(("-m", "dvc", "repro", "--single-item", spaces.STAGE), workers=2),
 }
 

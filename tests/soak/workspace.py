@@ -1,11 +1,10 @@
-"""The pipeline up to `train_short`, made once; cheap copies of it for trials; and what a run of the stage has left."""
+"""The pipeline with `train_short`, run once; cheap copies of it for trials; and what a run of the stage has left."""
 
 import hashlib
 import json
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,16 +16,35 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGE = "train_short"
 OUT = Path("artifacts") / STAGE
 TIMES = ("memory_bytes", "seconds", "tokens_per_second", "seconds_left")  # of a row of metrics: differ in every run
-PREPARE = "from tasks import parent, prepare_data, rank; prepare_data.main(); parent.main(); rank.main()"
-# The stage's work on two ranks without Ray, so that what Ray does is compared with something else.
-TWO_RANKS = """
+FIRST = ("prepare_data", "parent", "rank", STAGE)
+FIRST_RUN = f"from tasks import {', '.join(FIRST)}\nfor stage in ({', '.join(FIRST)}): stage.main()"
+# The stage's work on several ranks without Ray, so that what Ray does is compared with something else.
+RANKS = """
+import os, sys, traceback
 import torch.distributed as dist
-from elastic_core.distributed import Ranks
-from tasks import params, train
-dist.init_process_group("gloo")
-settings = params.load()
-train.work({"settings": settings, "job": train.short_job(settings)}, Ranks.current())
-dist.destroy_process_group()
+from elastic_core.training.distributed.ranks import Ranks
+from tasks import train_short
+from tasks.settings import load
+
+def work(rank, world):
+    dist.init_process_group("gloo", init_method="file://" + os.path.abspath("group"), rank=rank, world_size=world)
+    settings = load.load()
+    train_short.work({"settings": settings, "job": train_short.make_short_job(settings)}, Ranks.current())
+    dist.destroy_process_group()
+
+children = []
+for rank in range(world := int(sys.argv[1])):
+    children.append(os.fork())
+    if children[-1] == 0:
+        failed = True
+        try:
+            work(rank, world)
+            failed = False
+        finally:
+            if failed:
+                traceback.print_exc()
+            os._exit(failed)
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
 """
 
 
@@ -36,7 +54,6 @@ class Prepared:
 
     directory: Path
     references: dict[int, dict] = field(default_factory=dict)  # number of workers → outcome
-    seconds: dict[int, float] = field(default_factory=dict)
 
     @property
     def base(self) -> Path:
@@ -44,7 +61,10 @@ class Prepared:
 
 
 def prepare(directory: Path, steps: int | None = None) -> Prepared:
-    """Copy the checkout's files to `directory`, and run the stages before `train_short` in a workspace of theirs."""
+    """Copy the checkout's files to `directory`, and run the stages up to `train_short` in a workspace of theirs.
+
+    What the last one ends at is the reference of runs without workers.
+    """
     prepared, checkout = Prepared(directory), directory / "checkout"
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
@@ -63,7 +83,8 @@ def prepare(directory: Path, steps: int | None = None) -> Prepared:
     YAML().dump(profile, checkout / "profiles" / "soak.yaml")
     run(["git", "init", "-q"], checkout)
     run([sys.executable, "-m", "tasks.settings.profiles", "soak"], checkout)
-    run([sys.executable, "-c", PREPARE], prepared.base)
+    run([sys.executable, "-c", FIRST_RUN], prepared.base)
+    prepared.references[0] = outcome(prepared.base)
     return prepared
 
 
@@ -90,18 +111,10 @@ def copy(prepared: Prepared, directory: Path, workers: int = 0, storage: Path | 
     return directory
 
 
-def make_reference(prepared: Prepared, workers: int = 0) -> None:
-    """Run the stage without interruption: as the pipeline does, or on two ranks of torch's own launcher."""
+def make_reference(prepared: Prepared, workers: int) -> None:
+    """Run the stage without interruption on so many ranks, whose processes are forks of one."""
     workspace = copy(prepared, prepared.directory / f"reference-{workers}", workers)
-    start = time.monotonic()
-    if workers == 0:
-        run([sys.executable, "-m", f"tasks.{STAGE}"], workspace)
-    else:
-        script = workspace / "two_ranks.py"
-        script.write_text(TWO_RANKS)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)]
-        run(["env", f"PYTHONPATH={workspace}", *launcher, str(script)], workspace)
-    prepared.seconds[workers] = time.monotonic() - start
+    run([sys.executable, "-c", RANKS, str(workers)], workspace)
     prepared.references[workers] = outcome(workspace)
 
 

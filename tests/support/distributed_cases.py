@@ -44,12 +44,13 @@ EXPERTS = NemotronHConfig(**CONFIG.to_dict() | MIXTURES)
 # Later on, the norm of a nearly silent group makes gradients leap: with 0.3 % of noise in the weights, as bfloat16 has,
 # their norm goes from 0.8 to 2.7, on one rank too; and what float32 rounds off grows to a thousandth.
 BEFORE_LEAPS = 8
+SHORT = {"steps": 4}  # as many microbatches as let every budget come several times
 FAMILY = MEMBERS | {"medium": Member(0.7, UNEVEN)}
 
 
 def start(ranks, data, execution=PLAIN, routed=False, teacher=True, members=None, stage=None, config=CONFIG, **values):
     """A run like that of tests.support.runs, placed on these ranks."""
-    stage = make_stage(batch_size=12, microbatches=3, **(stage or {}))
+    stage = make_stage(**{"batch_size": 12, "microbatches": 3, "steps": 9, **(stage or {})})
     members = None if routed else members or FAMILY
     model, frozen = random_elastic(0, config), random_elastic(7, config)
     return Run(
@@ -83,11 +84,11 @@ def hard(ranks, data, directory):
 
 def soft(ranks, data, directory):
     """Six soft steps, then the choice."""
-    return trained(ranks, data, routed=True, routing=Routing(share=0.5, settle_steps=100))
+    return trained(ranks, data, routed=True, routing=Routing(share=0.5, settle_steps=100), stage={"steps": 12})
 
 
 def straight_through(ranks, data, directory):
-    return trained(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0))
+    return trained(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0), stage=SHORT)
 
 
 def recomputed(ranks, data, directory):
@@ -104,7 +105,7 @@ def tied_llama(ranks, data, directory):
     small = Submodel(8, (0, 2), 9, num_attention_heads=2)
     members = {"full": Member(1.0, Submodel()), "small": Member(0.45, small)}
     members = {name: Member(member.target, member.submodel.resolve(TIED)) for name, member in members.items()}
-    return trained(ranks, data, config=TIED, members=members)
+    return trained(ranks, data, config=TIED, members=members, stage=SHORT)
 
 
 def experts(ranks, data, directory):
@@ -112,7 +113,7 @@ def experts(ranks, data, directory):
     small = Submodel(12, (0, 1, 2), num_experts=4, moe_intermediate_size=10, moe_shared_expert_intermediate_size=8)
     members = {"full": Member(1.0, Submodel()), "small": Member(0.45, small)}
     members = {name: Member(member.target, member.submodel.resolve(EXPERTS)) for name, member in members.items()}
-    return trained(ranks, data, config=EXPERTS, members=members)
+    return trained(ranks, data, config=EXPERTS, members=members, stage=SHORT)
 
 
 def own_teacher(ranks, data, directory):
@@ -139,7 +140,7 @@ def half_recomputed(ranks, data, directory):
 
 def budgets_of_ranks(ranks, data, directory):
     """What every rank computes with, microbatch by microbatch."""
-    run, seen = start(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0)), []
+    run, seen = start(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0), stage=SHORT), []
     slice_ = run.model.slice
 
     def remember(submodel=None, gates=None, observe=None):

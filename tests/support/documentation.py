@@ -159,6 +159,8 @@ def check_make(words: list[str], complete: bool) -> None:
         assert variable in variables and f"$({variable})" in makefile, word
         if variable == "PROFILE":
             assert value in profile_names() or PLACEHOLDER.fullmatch(value), word
+        if variable == "TESTS":
+            check_tests(value.split())
         if variable == "SECTIONS":
             assert set(value.split()) <= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
 
@@ -175,12 +177,21 @@ def check_python(words: list[str], complete: bool) -> None:
     if module == "tasks.settings.profiles":
         assert set(arguments) <= set(profile_names())
     if module == "pytest":
-        markers = {"slow", "not slow"}
-        assert all(word in markers or word.startswith("-") or (ROOT / word).exists() for word in arguments)
+        check_tests(arguments)
     elif module.split(".")[0] in {*PACKAGES, "benchmarks"}:
         own = importlib.util.find_spec(f"{module}.__main__") if is_package else spec
         source = Path(own.origin).read_text()
         assert all(word in source for word in arguments if word.startswith("--")), arguments
+
+
+def check_tests(words: list[str]) -> None:
+    """Arguments of pytest: paths, and after -m a marker."""
+    known = (ROOT / "pyproject.toml").read_text() + (ROOT / "tests/conftest.py").read_text()
+    for before, word in zip(["", *words], words, strict=False):
+        if before == "-m":
+            assert re.search(rf"\b{word.removeprefix('not ')}\b", known), word
+        elif not word.startswith("-"):
+            assert (ROOT / word).exists(), word
 
 
 def check_torchrun(words: list[str], complete: bool) -> None:
@@ -279,9 +290,9 @@ def check_path(path: str) -> None:
 def looks_like_a_path(span: str) -> bool:
     if not re.fullmatch(r"[\w.*-]+(/[\w.*-]+)*/?", span):
         return False
-    if "/" in span:
-        return (ROOT / span.split("/")[0]).exists()
-    return span.endswith((".py", ".yaml", ".toml", ".lock"))
+    first = span.split("/")[0]
+    is_known = "/" in span and (first in PRODUCED or (ROOT / first).exists())
+    return is_known or span.endswith((".py", ".yaml", ".toml", ".lock"))
 
 
 def check_module(name: str) -> None:
@@ -292,7 +303,7 @@ def check_module(name: str) -> None:
         names.append(last)
     if names:
         assert len(names) == 1, name
-        source = file.with_suffix(".py").read_text()
+        source = (file / "__init__.py" if file.is_dir() else file.with_suffix(".py")).read_text()
         assert re.search(rf"^(def|class) {names[0]}\b|^{names[0]} =", source, re.MULTILINE), name
 
 

@@ -7,7 +7,7 @@ def in_groups(size: int, kept: int, groups: int = 1) -> list[int]:
 
 
 def index_sets(config, submodel) -> dict[str, tuple[list[int], ...]]:
-    """Kept indices of every dimension of every parameter of the kept layers, without using `elastic_core.model.dims`."""
+    """Kept indices of every dimension of the kept layers' parameters, written without `elastic_core.model.dims`."""
     submodel = submodel.resolve(config)
     vocab = list(range(config.vocab_size))
     hidden = in_groups(config.hidden_size, submodel.hidden_size)

@@ -1,4 +1,4 @@
-"""Random parents of all families: every parameter random, so that no zero bias or unit norm hides a mistake."""
+"""Random parents of all architectures: every parameter random, so that no zero bias or unit norm hides a mistake."""
 
 import random
 

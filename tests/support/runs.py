@@ -38,7 +38,7 @@ MEMBERS = {"full": Member(1.0, FULL), "medium": Member(0.7, MEDIUM), "small": Me
 TEXT = Loss(ce_weight=1.0, kl_weight=0.0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A stream in which a token mostly determines the next, and short whole documents, so that rows have padding."""
     directory = tmp_path_factory.mktemp("data")
@@ -123,7 +123,8 @@ def routed_run(data, directory, **values):
     return make_run(data, stage, routed=True, routing=routing, checkpoints=directory)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def straight(data, tmp_path_factory):
+    """A routed run without a break, and its rows."""
     run = routed_run(data, tmp_path_factory.mktemp("straight"))
     return run, rows_without_time(train(run))

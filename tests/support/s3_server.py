@@ -49,6 +49,7 @@ class S3Server:
         for _ in range(5):
             self._ports = _free_ports(len(_COMPONENTS))
             if self._launch():
+                self._wait_for_bucket()
                 return
         raise RuntimeError(f"the S3 server does not start; its log ends:\n{self._log_end()}")
 
@@ -100,6 +101,20 @@ class S3Server:
         except OSError:
             return False
         return True
+
+    def _wait_for_bucket(self) -> None:
+        """The server answers a little before it has made its bucket."""
+        from botocore.exceptions import ClientError
+        from botocore.session import Session
+
+        account = {"aws_access_key_id": KEY, "aws_secret_access_key": SECRET, "region_name": "us-east-1"}
+        client, deadline = Session().create_client("s3", endpoint_url=self.url, **account), time.monotonic() + 30
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ClientError):
+                client.head_bucket(Bucket=self.bucket)
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"the S3 server makes no bucket; its log ends:\n{self._log_end()}")
 
     def _log_end(self) -> str:
         return (self.directory / "log").read_text(errors="replace")[-2000:]

@@ -21,6 +21,8 @@ def write_params(directory, place, **changes):
     values["evaluate"]["held_out"] = ["mine"]
     values["extract"]["destination"] = f"{place}/exports"
     values["compute"]["storage"] = f"{place}/checkpoints"
+    values["parent"]["training"] |= {"steps": 10, "warmup_steps": 2, "checkpoint_every": 5}
+    values["train_extended"] |= {"steps": 5, "warmup_steps": 2, "checkpoint_every": 5}
     for name, section in changes.items():
         values[name] |= section
     (directory / "params.yaml").write_text(yaml.safe_dump(values))

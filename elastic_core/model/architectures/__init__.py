@@ -1,28 +1,44 @@
-"""Model families: what of the library depends on whose layers a model is made of; one module per family.
+"""Architecture-specific code, one module for each architecture. This file finds the module of a configuration.
 
-A family is a table of named dimensions and the forward of its layers. Its module has:
+An architecture is a table of named dimensions (dims.py) and the forward pass of its layers. Its module defines:
 
-- `MODELS`: model_type → transformers' configuration and causal language model; `EMBEDDINGS`, `FINAL_NORM`: what those
-  parts of the trunk are called; `norm_eps(config)`.
-- `requirements(config)`: what has to hold of a parent, and what to say where it does not.
-- `pattern(config)`: a character per layer, for people. `units(config)`: every unit key with its size and groups.
-  `parameter_layout(config)`: the table, made of those; it has everything that files hold, what is not trained too.
-- `kept_state(config)`: what a layer keeps of a text, as layouts `kv_cache` (of a token), `ssm_state` and `conv_state`
-  (of a sequence).
-- `Block(config, layer, layout)`: a layer, `forward(x, cut)`.
-- `mixing_flops(config, sizes, kept, length, on_gpu)`: operations that multiply no weights (flops.py);
-  `scan_block(config, layer, sequences)`: how a layer's scan is cut into pieces of work, or None (memory.py).
-- Experts: a stack (experts.i, rows, columns) in the table is a matrix per expert in files (experts.py), and of it a
-  token uses `config.num_experts_per_tok`; nothing else is to be said of them.
-- `WIDE`: ends of names of what stays in float32 in a model of bfloat16, as in transformers.
-- `canonical_name(name)` of a tensor in a file (None: left out), `disk_name(name)` of a parameter, and
-  `file_values(values)`: what config.json says besides.
-- `config_changes(config, kept_layers, widths)` of a submodel, where a list has an entry per kept layer;
-  `MODELING_FILE`: what travels with a model whose widths differ between layers, with `REMOTE_CLASSES`, or None where
-  such a model cannot be expressed; `size_problem(config, hidden_size, num_attention_heads)`: why transformers would
-  refuse a directory of these sizes, or None; `can_cache(config, kept_layers)`: whether it decodes them with a cache.
-- `finish(model, device)`: what a model of transformers without storage needs besides its parameters;
-  `copy_state(config, layer, state, within, cache, number)`: a part of what a layer remembers of a text (nested.py).
+Names and sizes
+
+- `MODELS`: model_type → (configuration class, causal language model class) of transformers.
+- `EMBEDDINGS`, `FINAL_NORM`: the names of these two modules in the trunk. `norm_eps(config)`.
+- `requirements(config)`: conditions on a parent, each as (holds, message if it does not hold).
+- `pattern(config)`: one character per layer, which names its kind.
+- `units(config)`: every unit key with its size and groups.
+- `parameter_layout(config)`: the table. It lists everything that files hold, including tensors that are not trained.
+- `kept_state(config)`: what a layer keeps of a text during decoding, as layouts `kv_cache` (for one token), `ssm_state`
+  and `conv_state` (for one sequence).
+- `WIDE`: endings of the names of parameters that stay in float32 in a bfloat16 model, as in transformers.
+
+Layers and their cost in training
+
+- `Block(config, layer, layout)`: a layer with `forward(x, sliced)`.
+- `mixing_flops(config, sizes, kept, length, on_gpu)`: operations that do not multiply weights (ops/flops.py).
+- `scan_block(config, layer, sequences)`: the positions that the scan of a layer processes at one time, or None.
+
+Files
+
+- `canonical_name(name)`: the parameter's name for a tensor in a file (None: the tensor is not used).
+  `disk_name(name)`: the reverse.
+- `file_values(values)`: further values for config.json.
+- `config_changes(config, kept_layers, widths)`: the values in a submodel's configuration that differ from the parent's.
+  A list in `widths` has one entry per kept layer.
+- `MODELING_FILE`, `REMOTE_CLASSES`: the modeling file that is copied beside a model with different widths in its
+  layers, and the classes in it. None: such a model can only be exported with padded MLPs.
+- `size_problem(config, hidden_size, num_attention_heads)`: why transformers cannot load these sizes, or None.
+
+Decoding with transformers (export/nested.py)
+
+- `can_cache(config, kept_layers)`: whether transformers can decode with a cache if only these layers are kept.
+- `finish(model, device)`: add everything except parameters to a transformers model that was built without memory.
+- `copy_state(config, layer, state, within, cache, number)`: copy a part of a layer's cache to a smaller model's cache.
+
+Experts need no further definitions: a stack (experts.i, rows, columns) in the table is one matrix for each expert in
+files (expert_files.py), and a token uses `config.num_experts_per_tok` of them.
 """
 
 from types import ModuleType
@@ -34,33 +50,34 @@ import elastic_core.model.architectures.nemotron_h as nemotron_h
 from elastic_core.errors import UserError
 from elastic_core.model.dims import Fixed, Layout, Units, is_stack
 
-ARCHITECTURES = {model_type: family for family in (nemotron_h, llama) for model_type in family.MODELS}
+# model_type → module
+ARCHITECTURES = {name: architecture for architecture in (nemotron_h, llama) for name in architecture.MODELS}
 
 
 def find(model_type: str | None, where: str) -> ModuleType:
-    """The family of a model_type; ValueError where there is none."""
+    """The module of a model_type. Raises UserError for an unknown one; `where` starts the message."""
     if model_type not in ARCHITECTURES:
         raise UserError(f"{where}: model_type is {model_type!r}; allowed: {', '.join(map(repr, ARCHITECTURES))}")
     return ARCHITECTURES[model_type]
 
 
 def of(config) -> ModuleType:
-    """The family of a configuration."""
+    """The module of a configuration's architecture."""
     return find(config.model_type, "config")
 
 
 def units(config) -> dict[str, Units]:
-    """Every unit key of a configuration's models, with its full size and groups, in the order of the layers."""
+    """Every unit key with its full size and groups, in the order of the layers."""
     return of(config).units(config)
 
 
 def parameter_layout(config) -> Layout:
-    """Name and dimensions of every parameter of a configuration's models, in file order."""
+    """The name and dimensions of every parameter, in file order."""
     return of(config).parameter_layout(config)
 
 
 def active_layout(config) -> Layout:
-    """The parameters that one token uses: of the experts of a layer as many as it is routed to, of all else all."""
+    """The layout of the parameters that one token uses: `num_experts_per_tok` experts of each stack, and the rest."""
     return {
         name: (Fixed(config.num_experts_per_tok), *dims[1:]) if is_stack(dims) else dims
         for name, dims in parameter_layout(config).items()
@@ -68,25 +85,25 @@ def active_layout(config) -> Layout:
 
 
 def held_in(config, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The element type of a parameter in a model of `dtype`: float32 at least where transformers keeps it so."""
+    """The element type of a parameter in a model of `dtype`: at least float32 for the parameters named in `WIDE`."""
     return torch.promote_types(dtype, torch.float32) if name.endswith(of(config).WIDE) else dtype
 
 
 def has_experts(config) -> bool:
-    """Whether a token uses only some of the parameters."""
+    """Whether a layer has routed experts, so that a token uses only a part of the parameters."""
     return any(is_stack(dims) for dims in parameter_layout(config).values())
 
 
 def kept_state(config) -> dict[str, Layout]:
-    """What the layers keep of a text: `kv_cache` of every token, `ssm_state` and `conv_state` of every sequence."""
+    """What layers keep of a text: layouts `kv_cache` (for one token), `ssm_state`, `conv_state` (for one sequence)."""
     return of(config).kept_state(config)
 
 
 def pattern(config) -> str:
-    """The layers as characters, one each, for people."""
+    """One character per layer, which names its kind."""
     return of(config).pattern(config)
 
 
 def num_layers(config) -> int:
-    """How many layers the parent has."""
+    """The number of the parent's layers."""
     return len(pattern(config))

@@ -1,6 +1,6 @@
-"""Llama-type decoders: rotary grouped-query attention and a gated MLP in one layer. Llama, SmolLM2, Qwen2 and Qwen3.
+"""Llama, SmolLM2, Qwen2 and Qwen3: each layer has grouped-query attention with RoPE and a gated MLP.
 
-What a family says, and how the rest of the library asks for it, is told in families/__init__.py.
+architectures/__init__.py explains what this module has to define.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,8 +34,8 @@ MODELS = {
 }
 EMBEDDINGS, FINAL_NORM = "embed_tokens", "norm"
 WIDE = ()
-MODELING_FILE, REMOTE_CLASSES = None, None  # widths that differ between layers are padded, or not exported
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # the others' frequencies depend on how long the text is
+MODELING_FILE, REMOTE_CLASSES = None, None  # a model with different widths in its layers must be padded
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # in other types, frequencies depend on the length of the text
 
 
 def norm_eps(config) -> float:
@@ -44,7 +44,7 @@ def norm_eps(config) -> float:
 
 
 def requirements(config) -> list[tuple[bool, str]]:
-    """What has to hold of a configuration, and what to say where it does not."""
+    """Conditions on a configuration, each as (holds, message if it does not hold)."""
     rope = config.rope_parameters
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     return [
@@ -74,7 +74,7 @@ def pattern(config) -> str:
 
 
 def head_dim(config) -> int:
-    """The size of a head, where a configuration leaves it open too (Qwen2)."""
+    """The size of a head. Qwen2 configurations have no head_dim; there it is hidden_size / num_attention_heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
@@ -89,7 +89,7 @@ def units(config) -> dict[str, Units]:
 
 
 def parameter_layout(config) -> Layout:
-    """Name and dimensions of every parameter, in file order; tied embeddings have no ``lm_head.weight``.
+    """The name and dimensions of every parameter, in file order. With tied embeddings there is no ``lm_head.weight``.
 
     Names are those of `transformers.LlamaForCausalLM.named_parameters()`.
     """
@@ -106,7 +106,8 @@ def parameter_layout(config) -> Layout:
 
 
 def _layer_layout(config, hidden: Units, heads: Units, ffn: Units) -> Layout:
-    size = Fixed(head_dim(config))  # never sorted or cut: RoPE turns channel i with channel i + head_dim/2
+    # Channels of a head are never sorted or narrowed, because RoPE rotates channel i with channel i + head_dim/2.
+    size = Fixed(head_dim(config))
     query, key_value = Product((heads, size)), Product((Fixed(config.num_key_value_heads), size))
     table: Layout = {
         "self_attn.q_proj": (query, hidden),
@@ -131,24 +132,24 @@ def _layer_layout(config, hidden: Units, heads: Units, ffn: Units) -> Layout:
 
 
 def _has_bias(config, name: str) -> bool:
-    """Whether a projection has a bias, as transformers' classes decide it."""
+    """Whether a projection has a bias; the same rules as in the classes of transformers."""
     if name.startswith("mlp."):
         return config.model_type == "llama" and config.mlp_bias
     return name != "self_attn.o_proj" if config.model_type == "qwen2" else config.attention_bias
 
 
 def kept_state(config) -> dict[str, Layout]:
-    """What layers keep of a text: keys and values of every token."""
+    """What layers keep of a text: the keys and values of every token."""
     layout = parameter_layout(config)
     names = (name for name in layout if name.endswith((".k_proj.weight", ".v_proj.weight")))
     return {"kv_cache": {name: layout[name][:1] for name in names}}
 
 
-# What training takes
+# Cost in training
 
 
 def mixing_flops(config, sizes: Mapping[str, int], kept: Iterable[int], length: int, on_gpu: bool) -> Flops:
-    """Operations of attention over one sequence in the kept layers, and of the norms of its heads where it has any."""
+    """Operations on one sequence in the kept layers that multiply no weights: attention, and Qwen3's norms of heads."""
     total, size = Flops(), head_dim(config)
     for i in kept:
         heads = sizes[f"attention_heads.{i}"]
@@ -159,7 +160,7 @@ def mixing_flops(config, sizes: Mapping[str, int], kept: Iterable[int], length: 
 
 
 def scan_block(config, layer: int, sequences: int) -> int | None:
-    """Positions that a layer's scan has at work at a time: no layer has one."""
+    """None, because no layer has a scan."""
     return None
 
 
@@ -167,51 +168,57 @@ def scan_block(config, layer: int, sequences: int) -> int | None:
 
 
 def canonical_name(name: str) -> str | None:
-    """transformers' parameter name of a tensor on disk; None for old files' copies of the rotary frequencies."""
+    """The parameter's name for a tensor in a file; None for the rotary frequencies, which old files contain."""
     return None if name.endswith("rotary_emb.inv_freq") else name
 
 
 def disk_name(name: str) -> str:
-    """The name in files, which is the parameter's own."""
+    """The name in files, which is the parameter's name."""
     return name
 
 
 def file_values(values: dict) -> dict:
-    """What config.json says besides: nothing."""
+    """Further values for config.json: none."""
     return {}
 
 
 def size_problem(config, hidden_size: int, num_attention_heads: int) -> str | None:
-    """Why transformers would refuse these sizes in one directory, or None: its Llama, though it has a head_dim."""
+    """Why transformers cannot load these sizes, or None.
+
+    Its Llama requires a hidden size that is a multiple of the number of heads, although it has a head_dim.
+    """
     if config.model_type != "llama" or hidden_size % num_attention_heads == 0:
         return None
     return (
         f"hidden_size: got {hidden_size} with num_attention_heads {num_attention_heads}; "
-        "allowed: multiples of the number of heads, or transformers will not load the model"
+        "allowed: multiples of the number of heads, otherwise transformers does not load the model"
     )
 
 
 def can_cache(config, kept_layers: Iterable[int]) -> bool:
-    """Whether transformers decodes these layers with a cache: any of them."""
+    """Whether transformers can decode with a cache: always."""
     return True
 
 
 def config_changes(config, kept_layers: Sequence[int], widths: dict[str, int]) -> dict:
-    """What a submodel's configuration has that differs from the parent's."""
+    """The values in a submodel's configuration that differ from the parent's."""
     changes = widths | {"head_dim": head_dim(config), "num_hidden_layers": len(kept_layers)}
     types = getattr(config, "layer_types", None)
     return changes | ({} if types is None else {"layer_types": [types[i] for i in kept_layers]})
 
 
 def finish(model: nn.Module, device: torch.device) -> None:
-    """Give a model of transformers that was made without storage its rotary frequencies, and a tied head."""
+    """Add the rotary frequencies and a tied head to a transformers model that was built without memory."""
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def copy_state(config, layer: int, state, within: Callable[[str], Tensor], cache: Cache, number: int) -> None:
-    """Put a layer's keys and values into a smaller submodel's cache, which has all KV heads too."""
+    """Put a layer's keys and values into a smaller submodel's cache as layer `number`.
+
+    They are copied whole, because every submodel has all KV heads.
+    """
     cache.update(state.keys, state.values, number)
 
 
@@ -219,17 +226,17 @@ def copy_state(config, layer: int, state, within: Callable[[str], Tensor], cache
 
 
 class Rotary:
-    """Angles of positions (RoPE), as transformers computes them."""
+    """Cosines and sines of the rotary position embedding (RoPE), computed as in transformers."""
 
     def __init__(self, config):
         kind = config.rope_parameters["rope_type"]
         default = LlamaRotaryEmbedding.compute_default_rope_parameters
-        with torch.device("cpu"):  # and not on the meta device, where a model is made before its weights are there
+        with torch.device("cpu"):  # models are built on the meta device, but these frequencies need values
             frequencies, self.scale = ROPE_INIT_FUNCTIONS.get(kind, default)(config)
         self._frequencies = {frequencies.device: frequencies}
 
     def __call__(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (L, head_dim) for queries `like` (B, L, A, head_dim), from position 0 on."""
+        """Cosines and sines (L, head_dim) of positions 0 to L - 1, with the type and device of `like` (B, L, ...)."""
         if like.device not in self._frequencies:
             self._frequencies[like.device] = next(iter(self._frequencies.values())).to(like.device)
         positions = torch.arange(like.shape[1], device=like.device, dtype=torch.float32)
@@ -239,7 +246,7 @@ class Rotary:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with RoPE; query heads are cut inside their KV group."""
+    """Causal grouped-query attention with RoPE. Every KV group keeps the same number of query heads."""
 
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()
@@ -264,13 +271,17 @@ class Attention(nn.Module):
         return F.linear(x, weight, bias).unflatten(-1, (-1, self.head_dim))
 
     def _normed(self, name: str, heads: Tensor, sliced: Slice) -> Tensor:
-        """Every head normed by itself, where the architecture does so (Qwen3)."""
+        """Queries or keys (B, L, heads, head_dim), in Qwen3 each head normalised by itself."""
         weight = sliced.weight(self, self.layout, f"{name}_norm.weight")
         return heads if weight is None else rms_norm(heads, weight, self.eps, self.head_dim)
 
 
 class MLP(nn.Module):
-    """W_down · (act(W_gate x) · W_up x). `projection` scores neurons by that product, where eq. 2 has W1 x."""
+    """W_down · (act(W_gate x) · W_up x).
+
+    The rank measure `projection` scores neurons by the product in brackets. In eq. 2 it is W1 x, which a gated MLP does
+    not have.
+    """
 
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()
@@ -291,7 +302,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), and that + mlp(norm(that)); both gate what they write, by the layer's one depth gate."""
+    """y = x + attention(norm(x)); y + mlp(norm(y)). The depth gate of the layer multiplies both outputs."""
 
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()

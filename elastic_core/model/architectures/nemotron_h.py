@@ -1,6 +1,6 @@
-"""The family `nemotron_h`: hybrids of Mamba-2, grouped-query attention, MLP and MoE layers, one mixer per layer.
+"""The architecture `nemotron_h`: each layer is one mixer, which is Mamba-2, grouped-query attention, an MLP or an MoE.
 
-What it says, and how the rest of the library asks for it, is told in families/__init__.py.
+architectures/__init__.py explains what this module has to define.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ CHARACTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "att
 
 
 def requirements(config) -> list[tuple[bool, str]]:
-    """What has to hold of a configuration, and what to say where it does not."""
+    """Conditions on a configuration, each as (holds, message if it does not hold)."""
     return [
         *(ffn.moe_requirements(config) if "E" in pattern(config) else []),
         (not config.tie_word_embeddings, "tie_word_embeddings=true; transformers keeps nemotron_h heads untied"),
@@ -50,17 +50,17 @@ def norm_eps(config) -> float:
 
 
 def pattern(config) -> str:
-    """The layer types as characters, for example ``M-M*-``."""
+    """One character per layer, for example ``M-M*-``."""
     return pattern_of(config.layers_block_type)
 
 
 def pattern_of(block_types: Iterable[str]) -> str:
-    """Pattern characters of a list of layer types."""
+    """The pattern of a list of layer types."""
     return "".join(CHARACTERS[block_type] for block_type in block_types)
 
 
 def layers_of(config, character: str) -> list[int]:
-    """Indices of the parent's layers of one type."""
+    """The indices of the parent's layers with this character."""
     return [i for i, c in enumerate(pattern(config)) if c == character]
 
 
@@ -85,7 +85,7 @@ def units(config) -> dict[str, Units]:
 
 
 def parameter_layout(config) -> Layout:
-    """Name and dimensions of every parameter, in file order.
+    """The name and dimensions of every parameter, in file order.
 
     Names are those of `transformers.NemotronHForCausalLM.state_dict()`.
     """
@@ -119,23 +119,23 @@ def _mlp_layout(config, i: int, keys: dict[str, Units]) -> Layout:
 
 
 def kept_state(config) -> dict[str, Layout]:
-    """What layers keep of a text, named and measured by the parameters that write it: see families/__init__.py."""
+    """What layers keep of a text. Each entry has the name and the dimensions of the parameter that computes it."""
     kept: dict[str, Layout] = {"kv_cache": {}, "ssm_state": {}, "conv_state": {}}
     for name, dims in parameter_layout(config).items():
         if name.endswith((".k_proj.weight", ".v_proj.weight")):
             kept["kv_cache"][name] = (dims[0],)
-        elif name.endswith(".conv1d.weight"):  # as many tokens as the kernel is long
+        elif name.endswith(".conv1d.weight"):  # the last inputs, as many tokens as the kernel is long
             kept["conv_state"][name] = (dims[0], dims[-1])
-        elif name.endswith(".mixer.out_proj.weight"):  # every inner channel has a state
+        elif name.endswith(".mixer.out_proj.weight"):  # one state for every inner channel
             kept["ssm_state"][name] = (dims[1], Fixed(config.ssm_state_size))
     return kept
 
 
-# What training takes
+# Cost in training
 
 
 def mixing_flops(config, sizes: Mapping[str, int], kept: Iterable[int], length: int, on_gpu: bool) -> Flops:
-    """Operations of attention and of the scan over one sequence, in the kept layers."""
+    """Operations on one sequence in the kept layers that multiply no weights: attention and the scan."""
     total, types = Flops(), pattern(config)
     for i in kept:
         if types[i] == "*":
@@ -147,7 +147,7 @@ def mixing_flops(config, sizes: Mapping[str, int], kept: Iterable[int], length: 
 
 
 def scan_block(config, layer: int, sequences: int) -> int | None:
-    """Positions of whole chunks that a layer's scan has at work at a time on a CPU; None for a layer without one."""
+    """The positions (a multiple of the chunk) that a layer's scan processes at one time on a CPU; None without scan."""
     if pattern(config)[layer] != "M":
         return None
     return ssd.CHUNK * max(1, ssd.BLOCK // (sequences * config.mamba_num_heads * ssd.CHUNK**2))
@@ -157,9 +157,9 @@ def scan_block(config, layer: int, sequences: int) -> int | None:
 
 
 def canonical_name(name: str) -> str | None:
-    """transformers' parameter name of a tensor on disk, where the trunk is called ``backbone`` or ``model``.
+    """The parameter's name for a tensor in a file, where the trunk is called ``backbone`` or ``model``.
 
-    None for what is left out: the heads of multi-token prediction.
+    None for the heads of multi-token prediction, which are not used.
     """
     if name.startswith("mtp."):
         return None
@@ -167,44 +167,45 @@ def canonical_name(name: str) -> str | None:
 
 
 def disk_name(name: str) -> str:
-    """The name that transformers and vLLM write and read."""
+    """The name in files that transformers and vLLM write and read."""
     return "backbone." + name.removeprefix("model.") if name.startswith("model.") else name
 
 
 def file_values(values: dict) -> dict:
-    """What config.json says besides: where vLLM and SGLang read the layers, and else assume another model's."""
+    """Further values for config.json: vLLM and SGLang read the layers from them, and otherwise assume other layers."""
     types = values["layers_block_type"]
     return {"hybrid_override_pattern": pattern_of(types), "num_hidden_layers": len(types)}
 
 
 def size_problem(config, hidden_size: int, num_attention_heads: int) -> str | None:
-    """What is wrong with these sizes in one directory: never anything."""
+    """Why transformers cannot load these sizes: always None, it loads all."""
     return None
 
 
 def can_cache(config, kept_layers: Iterable[int]) -> bool:
-    """Whether transformers decodes these layers with a cache, whose length it asks of a layer of attention."""
+    """Whether transformers can decode with a cache: it needs an attention layer to know the length of the cache."""
     return "*" in (pattern(config)[i] for i in kept_layers)
 
 
 def config_changes(config, kept_layers: Sequence[int], widths: dict[str, int | list[int]]) -> dict:
-    """What a submodel's configuration has that differs from the parent's; a list has an entry per kept layer."""
+    """The values in a submodel's configuration that differ from the parent's. A list has one entry per kept layer."""
     types = [config.layers_block_type[i] for i in kept_layers]
     widths = {"n_routed_experts" if name == "num_experts" else name: size for name, size in widths.items()}
     return widths | {"head_dim": config.head_dim, "layers_block_type": types}
 
 
 def finish(model: nn.Module, device: torch.device) -> None:
-    """Give a model of transformers that was made without storage what it has besides parameters: nothing here."""
+    """Add everything except parameters to a transformers model that was built without memory: nothing here."""
 
 
 def copy_state(config, layer: int, state, within: Callable[[str], Tensor], cache: Cache, number: int) -> None:
-    """Put what a smaller submodel has room for of a layer's `state` into its cache, as layer `number`.
+    """Copy the part of a layer's `state` that a smaller submodel has into its cache, as layer `number`.
 
-    `within(name)`: where the smaller one's rows of a parameter of the layer stand among the larger one's.
+    `within(name)` has the indices of the smaller submodel's rows among the larger one's rows, for a parameter `name`
+    of the layer.
     """
     character = pattern(config)[layer]
-    if character == "*":  # every budget has all KV heads
+    if character == "*":  # copied whole, because every submodel has all KV heads
         cache.update(state.keys, state.values, number)
     elif character == "M":
         conv, recurrent = state.conv_states[0], state.recurrent_states[0]  # (B, C, K), (B, heads, channels, N)
@@ -219,7 +220,7 @@ def copy_state(config, layer: int, state, within: Callable[[str], Tensor], cache
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention without positional embedding; query heads are cut inside their KV group."""
+    """Causal grouped-query attention without positions. Every KV group keeps the same number of query heads."""
 
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()
@@ -244,7 +245,7 @@ MIXERS = {"M": mamba.Mamba, "*": Attention, "-": ffn.MLP, "E": ffn.MoE}
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)); the mixer gates what it writes."""
+    """x + mixer(norm(x)). The mixer multiplies its output by the gates."""
 
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()

@@ -1,12 +1,15 @@
-"""Feed-forward layers of nemotron_h: the MLP, and the mixture of experts (MoE) with a shared expert that is one.
+"""Feed-forward layers of nemotron_h: the MLP, and the mixture of experts (MoE), which also has a shared expert, an MLP.
 
-Of a mixture's elastic widths, `experts.i` are the routed experts, cut alike in each of the router's groups;
-`expert_ffn.i` the neurons of every routed expert, each ranked by itself and all cut to one width; `shared_ffn.i` those
-of the shared expert. A row of the router and an entry of its correction bias go with each expert.
+Elastic widths of an MoE:
 
-What a gate between 0 and 1 on experts means: what an expert says is multiplied by its gate, and tokens choose as if all
-experts were there; with a gate below `FADING` an expert is chosen less as well, by log(gate / FADING) that is added to
-its score, and tokens turn to others. One-hot gates are the slice, exactly, and gates near them are near it.
+- `experts.i`: the routed experts. The layer's router has groups, and every group keeps the same number of experts. A
+  row of the router and an entry of its correction bias belong to each expert.
+- `expert_ffn.i`: the neurons of every routed expert. Each expert ranks its own neurons; all keep the same number.
+- `shared_ffn.i`: the neurons of the shared expert.
+
+Gates on experts (soft mode): the output of an expert is multiplied by its gate. A gate of `FADING` or more does not
+change which experts a token chooses. With a smaller gate, log(gate / FADING) is added to the score of the expert, so
+fewer tokens choose it. With gates of 0 and 1 the result is exactly that of the slice, and it is continuous near them.
 """
 
 from collections.abc import Iterator
@@ -22,12 +25,13 @@ from elastic_core.model.layers import add_parameters, part_of
 from elastic_core.model.ops.activation import relu_squared
 from elastic_core.model.slicing import Slice
 
-FADING = 0.1  # the gate below which an expert is chosen less
-CORRECTION = "gate.e_score_correction_bias"  # of scores where experts are chosen: transformers' buffer, never trained
+FADING = 0.1  # with a gate below this value, an expert is chosen less often
+# Added to the scores to choose experts, but not to weight their outputs. A buffer in transformers; never trained.
+CORRECTION = "gate.e_score_correction_bias"
 
 
 def moe_requirements(config) -> list[tuple[bool, str]]:
-    """What has to hold of a configuration with mixtures, and what to say where it does not."""
+    """Conditions on a configuration with MoE layers, each as (holds, message if it does not hold)."""
     sizes = ("n_group", "topk_group", "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size")
     sizes += ("moe_shared_expert_intermediate_size",)
     given = {name: getattr(config, name) for name in sizes}
@@ -48,19 +52,23 @@ def moe_requirements(config) -> list[tuple[bool, str]]:
 
 
 def fewest_experts(config) -> int:
-    """How many experts routing takes: two in every group, and in the chosen groups as many as a token asks."""
+    """The smallest number of experts for routing.
+
+    A group needs two experts, because its score is the sum of its two best experts. The chosen groups together need as
+    many experts as a token uses.
+    """
     return config.n_group * max(2, -(-config.num_experts_per_tok // config.topk_group))
 
 
 def moe_units(config, i: int) -> Iterator[Units]:
-    """The elastic widths of a mixture."""
+    """The elastic widths of MoE layer `i`."""
     yield Units(f"experts.{i}", config.n_routed_experts, config.n_group, fewest_experts(config))
     yield Units(f"expert_ffn.{i}", config.moe_intermediate_size)
     yield Units(f"shared_ffn.{i}", config.moe_shared_expert_intermediate_size)
 
 
 def mlp_layout(config, hidden: Units, ffn: Units) -> Layout:
-    """Parameters of an MLP."""
+    """The parameters of an MLP and their dimensions."""
     layout = {"up_proj.weight": (ffn, hidden), "down_proj.weight": (hidden, ffn)}
     if config.mlp_bias:
         layout |= {"up_proj.bias": (ffn,), "down_proj.bias": (hidden,)}
@@ -68,7 +76,10 @@ def mlp_layout(config, hidden: Units, ffn: Units) -> Layout:
 
 
 def moe_layout(config, i: int, keys: dict[str, Units]) -> Layout:
-    """Parameters of a mixture: experts work on hidden channels, or in a latent space of fixed size."""
+    """The parameters of an MoE and their dimensions.
+
+    The routed experts read and write hidden channels, or a latent space of fixed size if the configuration has one.
+    """
     hidden, experts, ffn = keys["hidden"], keys[f"experts.{i}"], keys[f"expert_ffn.{i}"]
     has_latent = config.moe_latent_size is not None
     space = Fixed(config.moe_latent_size) if has_latent else hidden
@@ -88,12 +99,12 @@ def moe_layout(config, i: int, keys: dict[str, Units]) -> Layout:
 
 
 def activation(config):
-    """The nonlinearity between up and down."""
+    """The activation function of MLPs and experts."""
     return relu_squared if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
 
 
 class MLP(nn.Module):
-    """W2 · act(W1 x), not gated."""
+    """W2 · act(W1 x), without a gate projection."""
 
     def __init__(self, config, layer: int, layout: Layout, axis: str = "ffn"):
         super().__init__()
@@ -113,7 +124,10 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Σ over a token's experts of weight · W2 · act(W1 x), plus a shared expert; routed by sigmoid scores in groups."""
+    """Σ weight · W2 · act(W1 x) over the experts of a token, plus the shared expert.
+
+    The router has sigmoid scores. A token first chooses groups of experts and then experts within these groups.
+    """
 
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()
@@ -141,9 +155,10 @@ class MoE(nn.Module):
         return y.view(*x.shape[:2], -1) + self.shared_experts(x, sliced)
 
     def _route(self, x: Tensor, sliced: Slice) -> tuple[Tensor, Tensor]:
-        """Each token's experts and their weights, both (T, k); in float32 at least, whatever the rest computes in.
+        """The indices and weights of each token's experts, both (T, k). x (T, hidden).
 
-        So of a matrix that was gathered in bfloat16 (distributed.py), with its rounding.
+        Computed in float32 or higher for any type of x. But if FSDP gathers the router's matrix in bfloat16, the matrix
+        is rounded.
         """
         wide, gate = torch.promote_types(x.dtype, torch.float32), sliced.gate(self.units)
         with torch.autocast(x.device.type, enabled=False):
@@ -161,10 +176,11 @@ class MoE(nn.Module):
         return chosen, weights if gate is None else weights * gate.to(wide)[chosen]
 
     def _experts(self, x: Tensor, chosen: Tensor, weights: Tensor, sliced: Slice) -> Tensor:
-        """What the routed experts say together: x (T, in), chosen and weights (T, k) → (T, in)."""
+        """The weighted sum of the routed experts' outputs: x (T, in), chosen and weights (T, k) → (T, in)."""
         up, down = (sliced.weight(self, self.layout, f"experts.{name}_proj") for name in ("up", "down"))
-        order = chosen.flatten().argsort(stable=True)  # asked (token, expert) pairs, expert by expert
-        # Pairs are moved by permutations alone, whose gradients are permutations: sums have one order, run for run.
+        order = chosen.flatten().argsort(stable=True)  # (token, expert) pairs, sorted by expert
+        # Pairs are only permuted, and the gradient of a permutation is a permutation. So every sum has a fixed order,
+        # and results are the same in every run.
         pairs = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1).index_select(0, order)  # (T·k, in)
         gate = sliced.gate(self.ffn_units)
         inner, y = run_experts(pairs, chosen, up, down, self.act, None if gate is None else gate.to(x.dtype))
@@ -174,7 +190,7 @@ class MoE(nn.Module):
         return (y * weights[..., None]).sum(1).to(y.dtype)
 
     def _observe(self, chosen, weights, order: Tensor, inner: Tensor, y: Tensor, down: Tensor, sliced: Slice) -> None:
-        """Show every expert's weighted magnitude at each token, and the weighted neurons of each token's experts."""
+        """Give the observer the weighted output norm of each token's experts, and their weighted neurons."""
         sorted_weights = weights.flatten()[order]
         magnitudes = (y.to(weights.dtype).norm(dim=-1) * sorted_weights)[order.argsort()].view_as(chosen)
         of_experts = weights.new_zeros(len(chosen), sliced.sizes[self.units]).scatter(1, chosen, magnitudes)
@@ -185,21 +201,25 @@ class MoE(nn.Module):
 
 
 def _in_best_groups(choice: Tensor, topk_group: int) -> Tensor:
-    """Scores (T, groups, experts of a group) without those of all but the groups of the best pairs: (T, experts)."""
+    """Scores (T, groups, experts per group) → (T, experts), with −inf outside the best groups of each token.
+
+    The score of a group is the sum of its two best experts.
+    """
     best = choice.topk(2, dim=-1).values.sum(-1).topk(topk_group, dim=-1, sorted=False).indices
     is_out = torch.ones_like(choice[..., 0], dtype=torch.bool).scatter(1, best, False)
     return choice.masked_fill(is_out[..., None], -torch.inf).flatten(1)
 
 
-@torch.compiler.disable  # how many tokens an expert has is another number every time
+@torch.compiler.disable  # the number of tokens of an expert changes in every call
 def run_experts(pairs: Tensor, chosen: Tensor, up: Tensor, down: Tensor, act, gate: Tensor | None):
-    """Pairs (T·k, in), sorted by expert, through their experts only: the neurons' inputs (T·k, ffn) and the outputs.
+    """Apply to each (token, expert) pair only its expert. `pairs` (T·k, in) are the tokens, sorted by expert.
 
-    `up` (E, ffn, in), `down` (E, in, ffn), `gate` (ffn,) of neurons.
+    Returns the inputs of the activation (T·k, ffn) and the outputs (T·k, in). `chosen` (T, k), `up` (E, ffn, in),
+    `down` (E, in, ffn), `gate` (ffn,) of the neurons.
     """
     inner, outputs = [], []
     parts = pairs.split(pairs_of_experts(chosen, len(up)))
-    for part, w1, w2 in zip(parts, up.unbind(), down.unbind(), strict=True):  # one gradient for all, not one for each
+    for part, w1, w2 in zip(parts, up.unbind(), down.unbind(), strict=True):  # unbind: one gradient for the stack
         if len(part) > 0:
             inner.append(F.linear(part, w1))
             hidden = act(inner[-1])
@@ -208,7 +228,7 @@ def run_experts(pairs: Tensor, chosen: Tensor, up: Tensor, down: Tensor, act, ga
 
 
 def pairs_of_experts(chosen: Tensor, num_experts: int) -> list[int]:
-    """How many of the pairs each expert has; of tensors without contents, as if all were asked alike."""
+    """The number of pairs of each expert. For tensors without values (meta, fake), an equal distribution."""
     if isinstance(chosen, FakeTensor) or chosen.is_meta:
         each, rest = divmod(chosen.numel(), num_experts)
         return [each + (expert < rest) for expert in range(num_experts)]

@@ -1,4 +1,4 @@
-"""The Mamba-2 layer of nemotron_h: heads of equal width in groups that share B and C."""
+"""The Mamba-2 layer of nemotron_h. All heads have the same number of channels; the heads of a group share B and C."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from elastic_core.model.slicing import Slice
 
 
 def mamba_layout(config, i: int, keys: dict[str, Units]) -> Layout:
-    """Parameters of a Mamba-2 layer."""
+    """The parameters of a Mamba-2 layer and their dimensions."""
     hidden, heads = keys["hidden"], keys[f"mamba_heads.{i}"]
     inner = Product((heads, keys[f"mamba_channels.{i}"]))
     states = Fixed(config.n_groups * config.ssm_state_size)
@@ -35,14 +35,14 @@ def mamba_layout(config, i: int, keys: dict[str, Units]) -> Layout:
 
 
 class Mamba(nn.Module):
-    """Mamba-2. Heads are cut inside their group, channels alike in every head; B and C stay whole."""
+    """Mamba-2. Every group keeps the same number of heads, and every head the same channels. B and C stay whole."""
 
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()
         self.layout, self.layer = layout, layer
         self.groups, self.state_size = config.n_groups, config.ssm_state_size
         self.eps = config.layer_norm_epsilon
-        self.time_step_min = config.time_step_min  # transformers' only limit on dt
+        self.time_step_min = config.time_step_min  # transformers has no upper limit on dt
         add_parameters(self, layout)
 
     def forward(self, x: Tensor, sliced: Slice) -> Tensor:
@@ -57,7 +57,8 @@ class Mamba(nn.Module):
         sliced.observe(f"mamba.{self.layer}", conv[..., :inner].unflatten(-1, (heads, channels)))
         conv = kernels.conv_silu(conv, weight("conv1d.weight"), weight("conv1d.bias"), x.dtype)
         y, B, C = conv.split([inner, states, states], dim=-1)
-        # Time step and decay in float32 at least, whatever the rest computes in; the scan's sums too.
+        # Time step, decay and the sums of the scan are in float32 or higher, for any type of x, because low precision
+        # there can lead to infinite gradients.
         wide = torch.promote_types(x.dtype, torch.float32)
         dt = F.softplus(dt.to(wide) + weight("dt_bias")).clamp(min=self.time_step_min)
         y = kernels.scan(
@@ -75,7 +76,7 @@ class Mamba(nn.Module):
         return F.linear(y, writes, sliced.writing_bias(self, self.layout, "out_proj.bias", self.layer))
 
     def _gated_norm(self, y: Tensor, z: Tensor, weight: Tensor, sliced: Slice, dtype: torch.dtype) -> Tensor:
-        """norm(y · silu(z) · gates), where the norm counts the live channels."""
+        """norm(y · silu(z) · gates); the norm divides by the number of live channels. y and z (B, L, inner)."""
         head_key, channel_key = f"mamba_heads.{self.layer}", f"mamba_channels.{self.layer}"
         gate = self._gate(sliced.gate(head_key), sliced.gate(channel_key), sliced)
         if gate is None:
@@ -86,7 +87,7 @@ class Mamba(nn.Module):
         return group_rms_norm(y, weight, self.eps, self.groups, num_live).to(dtype)
 
     def _gate(self, heads: Tensor | None, channels: Tensor | None, sliced: Slice) -> Tensor | None:
-        """The gates of heads and of channels as one, (heads · channels,)."""
+        """The product of the gates of heads and of channels, (heads · channels,); None if there is no gate."""
         if heads is None and channels is None:
             return None
         sizes = sliced.sizes[f"mamba_heads.{self.layer}"], sliced.sizes[f"mamba_channels.{self.layer}"]

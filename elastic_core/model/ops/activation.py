@@ -1,4 +1,4 @@
-"""relu(x)², the activation of `nemotron_h` MLPs."""
+"""relu(x)², the activation function of MLPs in `nemotron_h`."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    """relu(x)², with fewer passes over x in the backward pass than its two operations have."""
+    """relu(x)². The backward pass reads memory less often than the backward passes of relu and square."""
     return _ReluSquared.apply(x)
 
 

@@ -12,9 +12,9 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The same without silu.
+    """As `causal_conv_silu`, without silu.
 
-    As a few shifted products in place, without the transposes to (B, C, L) and back that a convolution call needs.
+    It is a sum of K shifted products. torch's convolution would need a transpose to (B, C, L) and back.
     """
     return _CausalConv.apply(x, weight, bias)
 
@@ -44,5 +44,5 @@ class _CausalConv(torch.autograd.Function):
 
 
 def _taps(weight: Tensor) -> Tensor:
-    """(C, 1, K) → (K, C), the tap of the present position first."""
+    """(C, 1, K) → (K, C), reversed: row i is the weight of the input i positions earlier."""
     return weight.squeeze(1).T.flip(0).contiguous()

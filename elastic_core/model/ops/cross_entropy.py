@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states, in chunks of tokens, so that logits never exist whole."""
+"""Cross-entropy from hidden states in chunks of tokens, so that the logits of all tokens are never in memory."""
 
 import torch
 import torch.nn.functional as F
@@ -6,11 +6,14 @@ from torch import Tensor
 
 from elastic_core.data.loader import IGNORED_LABEL
 
-CHUNK = 1024  # tokens whose logits exist at a time
+CHUNK = 1024  # tokens with logits in memory at one time
 
 
 def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, chunk: int = CHUNK) -> Tensor:
-    """Summed next-token cross-entropy in nats, forward only. hidden (T, H), head (V, H), labels (T,) → ()."""
+    """The sum of the next-token cross-entropy in nats, forward only. hidden (T, H), head (V, H), labels (T,) → ().
+
+    Positions with IGNORED_LABEL do not count. The sum is in float64.
+    """
     total = hidden.new_zeros((), dtype=torch.float64)
     for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         logits = F.linear(h, head)

@@ -1,13 +1,15 @@
-"""Floating-point operations of what multiplies matrices inside the layers' own operations; see elastic_core/training/estimate/flops.py.
+"""Floating-point operations (FLOPs) of matrix products inside attention, norms and the state space scan.
 
-Of attention over L positions with A heads of D channels: 4·L²·A·D forward, and 5/2 of that backward, where scores are
-formed again; all L·L scores count, though causal kernels skip half. Of a norm of width K, per token: 4·K backward. Of
-the scan in chunks of Q positions, with H heads of P channels, G groups and N states, per token:
+elastic_core/training/estimate/flops.py adds the products with weights. The formulas:
 
-    forward    2·Q·(G·N + H·P) + 4·N·H·P
-    backward   2·Q·(3·G·N + 2·H·P + Q·H) + 8·N·H·P
+- Attention over L positions with A heads of D channels: 4·L²·A·D in the forward pass. The backward pass computes the
+  scores again and has 5/2 of that. All L·L scores count, although causal kernels skip half of them.
+- A norm of width K, per token: 4·K in the backward pass.
+- The scan in chunks of Q positions, with H heads of P channels, G groups and N states, per token (the terms with N·H·P
+  only if there is more than one chunk):
 
-(the terms of N·H·P only where there is more than one chunk).
+      forward    2·Q·(G·N + H·P) + 4·N·H·P
+      backward   2·Q·(3·G·N + 2·H·P + Q·H) + 8·N·H·P
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from elastic_core.model.ops import ssd
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of one pass over some sequences, `forward` and `backward`."""
+    """Numbers of operations in the forward and in the backward pass."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -32,26 +34,26 @@ class Flops:
 
 
 def attention_flops(length: int, heads: int, head_dim: int) -> Flops:
-    """One sequence through softmax attention with so many query heads."""
+    """Softmax attention of one sequence with `heads` query heads."""
     return Flops(1, 2.5) * (4 * length**2 * heads * head_dim)
 
 
 def norm_flops(vectors: int, width: int) -> Flops:
-    """So many vectors of `width` channels through an RMS norm."""
+    """An RMS norm of `vectors` vectors of `width` channels."""
     return Flops(0, 4) * (vectors * width)
 
 
 def scan_flops(length: int, heads: int, channels: int, groups: int, states: int, on_gpu: bool = False) -> Flops:
-    """One sequence through the chunked scan of `ops.ssd`, of a Mamba-2 layer of these sizes.
+    """The chunked scan (ops/ssd.py) of one sequence in a Mamba-2 layer of these sizes.
 
-    `on_gpu`: with the chunks of a GPU, which are longer.
+    `on_gpu`: with the chunk length of a GPU, which is longer.
     """
-    at_most = ssd.CHUNK_ON_GPU
+    longest = ssd.CHUNK_ON_GPU
     if not on_gpu:
-        at_most = ssd.CHUNK_OF_SMALL_STATES if length > ssd.CHUNK and channels * states < ssd.SMALL else ssd.CHUNK
-    num_chunks = -(-length // at_most)
+        longest = ssd.CHUNK_OF_SMALL_STATES if length > ssd.CHUNK and channels * states < ssd.SMALL else ssd.CHUNK
+    num_chunks = -(-length // longest)
     chunk = -(-length // num_chunks)
-    inner, shared = heads * channels, groups * states
+    inner, shared = heads * channels, groups * states  # H·P, G·N
     forward, backward = chunk * (shared + inner), chunk * (3 * shared + 2 * inner + chunk * heads)
     if num_chunks > 1:
         forward, backward = forward + 2 * states * inner, backward + 4 * states * inner

@@ -1,8 +1,8 @@
-"""The operations of a Mamba-2 layer by the fastest way that there is: kernels on a GPU, torch elsewhere.
+"""The operations of a Mamba-2 layer: with the fast kernels on a GPU if they are installed, else with torch.
 
-The only file that knows `mamba_ssm` (scan and gated norm, in Triton) and `causal_conv1d`. They are taken for 16-bit
-types: their products of float32 run in TF32, and float32 was asked for to be exact. Where one cannot be taken, the
-reason is logged once and the torch twin computes the same, slower.
+Only this file imports `mamba_ssm` (scan and gated norm, in Triton) and `causal_conv1d`. They are used for 16-bit types
+only, because they compute float32 products in TF32, which is less exact. If a kernel cannot be used on a GPU, the
+reason is logged once, and the torch version computes the same result more slowly.
 """
 
 import functools
@@ -19,21 +19,21 @@ from elastic_core.model.ops.conv import causal_conv_silu
 from elastic_core.model.ops.norm import group_rms_norm
 from elastic_core.model.ops.ssd import ssd
 
-CHUNK = 128  # positions of a chunk, for Triton
-ALIGNED = 8  # channels and strides that causal_conv1d reads at once
-WIDTHS = (2, 3, 4)  # taps that causal_conv1d is compiled for
+CHUNK = 128  # positions in a chunk of the Triton scan
+ALIGNED = 8  # causal_conv1d needs channels and strides that are multiples of this
+WIDTHS = (2, 3, 4)  # kernel sizes for which causal_conv1d is compiled
 
 logger = logging.getLogger(__name__)
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`causal_conv_silu` of x (B, L, C); `dtype` is what the layers compute in, here and below."""
+    """`causal_conv_silu` of x (B, L, C) → (B, L, C). `dtype` is the type in which the layers compute."""
     channels, taps = x.shape[2], weight.shape[2]
     problem = None
     if channels % ALIGNED:
-        problem = f"{channels} channels, which is no multiple of {ALIGNED}: choose heads and head channels so"
+        problem = f"{channels} channels, but it needs a multiple of {ALIGNED}; choose other heads or head channels"
     elif taps not in WIDTHS:
-        problem = f"a convolution over {taps} positions, and it has {', '.join(map(str, WIDTHS))}"
+        problem = f"a convolution over {taps} positions, but it supports {', '.join(map(str, WIDTHS))}"
     kernel = _kernel(_causal_conv1d, x.device, dtype, problem)
     if kernel is None:
         return causal_conv_silu(x, weight, bias)
@@ -41,7 +41,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 
 
 def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dtype: torch.dtype) -> Tensor:
-    """`ssd`, dt and A in float32 at least: the result has their type, or `dtype` where it is a kernel's."""
+    """`ssd`, with dt and A in float32 or higher. With a kernel, the result has type `dtype`, else the type of dt."""
     kernel = _kernel(_mamba_scan, x.device, dtype)
     if kernel is None:
         dtype = dt.dtype
@@ -50,7 +50,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dtyp
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int, dtype: torch.dtype) -> Tensor:
-    """`group_rms_norm` of y·silu(z), all channels of which are live, as `dtype`. y and z (B, L, C)."""
+    """`group_rms_norm` of y·silu(z) with all channels live, in `dtype`. y and z (B, L, C) → (B, L, C)."""
     kernel = _kernel(_mamba_norm, y.device, dtype)
     if kernel is not None:
         return kernel(y.to(dtype), z.to(dtype), weight, eps, y.shape[-1] // groups)
@@ -60,7 +60,7 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int, dt
 
 
 def missing() -> dict[str, str]:
-    """Which kernels cannot be had on this machine, and why."""
+    """The kernels that cannot be imported on this machine: name → reason."""
     finders = {"convolution": _causal_conv1d, "scan": _mamba_scan, "gated norm": _mamba_norm}
     return {name: found for name, find in finders.items() if isinstance(found := find(), str)}
 
@@ -68,7 +68,7 @@ def missing() -> dict[str, str]:
 def _kernel(
     find: Callable[[], Callable | str], device: torch.device, dtype: torch.dtype, problem: str | None = None
 ) -> Callable | None:
-    """What `find` finds, or None where torch has to do; for a GPU and a 16-bit type not without saying so."""
+    """The kernel that `find` returns, or None to use torch. On a GPU with a 16-bit type, the reason is logged."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     if problem is None:
@@ -76,22 +76,23 @@ def _kernel(
         if not isinstance(found, str):
             return found
         problem = found
-    _warn(f"{find.__name__.strip('_')} is not used, torch's slower way is: {problem}")
+    _warn(f"{find.__name__.strip('_')} is not used; torch computes the same more slowly. Reason: {problem}")
     return None
 
 
 @functools.cache
-def _warn(message: str) -> None:
+def _warn(message: str) -> None:  # cached, so each message is logged once
     logger.warning(message)
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x (B, L, C) as causal_conv1d reads it, copied where a slice of something wider does not begin at such a place."""
+    """x (B, L, C) with the strides that causal_conv1d needs: x itself, or a copy of a slice with other strides."""
     fits = x.stride(2) == 1 and x.storage_offset() % ALIGNED == x.stride(0) % ALIGNED == x.stride(1) % ALIGNED == 0
     return x if fits else x.contiguous()
 
 
-# Each returns a function, or in words why there is none; torch.compile leaves them as they are.
+# Each of these returns the function of a kernel, or a text why it cannot be imported. torch.compile does not trace the
+# kernels.
 
 
 @functools.cache
@@ -110,7 +111,7 @@ def _call_conv(function: Callable, x: Tensor, weight: Tensor, bias: Tensor | Non
 @functools.cache
 def _mamba_scan() -> Callable | str:
     try:
-        _reach_mamba()
+        _make_mamba_importable()
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
     except ImportError as error:
         return f"mamba_ssm cannot be imported ({error}); pip install mamba-ssm"
@@ -124,7 +125,7 @@ def _call_scan(function: Callable, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, 
 @functools.cache
 def _mamba_norm() -> Callable | str:
     try:
-        _reach_mamba()
+        _make_mamba_importable()
         from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
     except ImportError as error:
         return f"mamba_ssm cannot be imported ({error}); pip install mamba-ssm"
@@ -135,11 +136,12 @@ def _call_norm(function: Callable, y: Tensor, z: Tensor, weight: Tensor, eps: fl
     return function(y, weight, None, z=z, eps=eps, group_size=group_size, norm_before_gate=False)
 
 
-def _reach_mamba() -> None:
-    """Make mamba_ssm's Triton modules importable where the package itself is not.
+def _make_mamba_importable() -> None:
+    """Make the Triton modules of mamba_ssm importable, even if the package itself is not.
 
-    Its __init__ wants an extension in CUDA that they do not need. Where it fails, an empty package in its place leads
-    to them; nobody else could have imported the real one either.
+    Its __init__ imports a CUDA extension that the Triton modules do not need. If that fails, put an empty module of the
+    same name in its place, with which the submodules are found. Other code could not import the real package either.
+    Raises ImportError if mamba_ssm is not installed.
     """
     try:
         import mamba_ssm  # noqa: F401

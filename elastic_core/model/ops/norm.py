@@ -1,4 +1,4 @@
-"""RMS norms that divide by the number of live channels, which a slice or a gate may lower."""
+"""RMS norms that divide by the number of live channels. A slice or a gate can lower this number."""
 
 import torch
 from torch import Tensor
@@ -11,15 +11,16 @@ def rms_norm_naive(x: Tensor, weight: Tensor, eps: float, num_live: int | Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, num_live: int | Tensor) -> Tensor:
-    """The same as `rms_norm_naive`, in float32 at least, and returned in the type of `x`.
+    """As `rms_norm_naive`, but computed in float32 or higher and returned in the type of `x`.
 
-    `num_live` is H for a slice, the sum of the gate (eq. 25) for gated x, whose dead channels are zero.
+    `num_live` is H for a slice. If x is multiplied by a gate, `num_live` is the sum of the gate (eq. 25): channels with
+    gate 0 must not count.
     """
     return group_rms_norm(x, weight, eps, 1, num_live)
 
 
 def group_rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int, num_live: int | Tensor) -> Tensor:
-    """`rms_norm` over each of `groups` equal parts of the last dimension; `num_live` counts one group's channels."""
+    """`rms_norm` over each of `groups` equal parts of the last dimension; `num_live` is the number in one group."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if isinstance(num_live, Tensor):
         num_live = num_live.to(wide)
@@ -28,7 +29,7 @@ def group_rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int, num_live:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x (T, G, K), weight (G, K). Written out because autograd would pass over x about twice as often."""
+    """x (T, G, K), weight (G, K). Its own backward pass reads x about half as often as that of autograd."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, num_live):

@@ -162,6 +162,7 @@ class Pieces:
         return extrapolate(lambda count: self._count_tail(count, has_teacher), tokens, LOSS_LENGTHS)
 
     def _count_layer(self, character: str, sequences: int, length: int) -> PieceMemory:
+        """`layer` without extrapolation."""
         index = self.pattern.index(character)
         architecture = self.architecture
         # A layer with a scan runs on the meta device, where the scan has the block sizes of a GPU. Attention runs on
@@ -198,6 +199,7 @@ class Pieces:
         )
 
     def _count_tail(self, tokens: int, has_teacher: bool = True) -> PieceMemory:
+        """`tail` without extrapolation."""
         config = self.config
         shape, dtype = (1, tokens, config.hidden_size), self.setting.dtype
         with FakeTensorMode():

@@ -47,10 +47,10 @@ def half_or_full(config, seed):
     return Submodel(kept_layers=sorted(rng.sample(layers, rng.randint(1, len(layers)))), **fields)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("seed", range(4))
-def test_at_points_of_the_grid_it_is_the_sum_of_what_was_measured(family, seed):
-    config = CONFIGS[family](seed)
+def test_at_points_of_the_grid_it_is_the_sum_of_what_was_measured(architecture, seed):
+    config = CONFIGS[architecture](seed)
     table = make_table(config)
     for i, context in enumerate(CONTEXTS):
         submodel = half_or_full(config, 10 * seed + i)
@@ -135,7 +135,9 @@ def test_certain_choices_in_float32_do_not_leave_the_grid():
 def test_sizes_outside_of_the_table_are_refused():
     config = random_config(1)
     metric = Latency(make_table(config), 16)
-    with pytest.raises(ConfigError, match=r"hidden_size: got 3; allowed: \d+ to \d+, the range of the table .* `elastic m"):
+    with pytest.raises(
+        ConfigError, match=r"hidden_size: got 3; allowed: \d+ to \d+, the range of the table .* `elastic m"
+    ):
         exact_cost(metric, config, Submodel(hidden_size=3))
     sizes = {"hidden": torch.tensor([config.hidden_size, config.hidden_size + 1.0])}
     with pytest.raises(ConfigError, match=rf"hidden_size: got {config.hidden_size + 1}; allowed: \d+ to \d+"):
@@ -169,10 +171,10 @@ def test_another_parents_table_is_refused(changes, words):
     assert exact_cost(Latency(table, 16), deeper) > exact_cost(Latency(table, 16), config)  # more of the same layers
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("metric_of", [Latency, Throughput])
-def test_a_table_survives_its_file_and_the_checkpoint(family, metric_of, tmp_path):
-    config = CONFIGS[family](2)
+def test_a_table_survives_its_file_and_the_checkpoint(architecture, metric_of, tmp_path):
+    config = CONFIGS[architecture](2)
     metric = metric_of(make_table(config), 33)
     metric.table.save(tmp_path / "deep" / "table.json")
     assert Table.load(tmp_path / "deep" / "table.json") == metric.table

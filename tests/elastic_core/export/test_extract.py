@@ -156,10 +156,10 @@ def test_refuses_incomplete_directories(parent, damage):
 # Out
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("architecture", CONFIGS)
 @pytest.mark.parametrize("seed", range(4))
-def test_save_pretrained_is_loaded_by_transformers(tmp_path, seed, family):
-    reference = save_random_parent(tmp_path / "a", seed, CONFIGS[family](seed))
+def test_save_pretrained_is_loaded_by_transformers(tmp_path, seed, architecture):
+    reference = save_random_parent(tmp_path / "a", seed, CONFIGS[architecture](seed))
     model, ids = ElasticModel.from_pretrained(tmp_path / "a"), random_ids(reference.config, seed)
     model.save_pretrained(tmp_path / "b")
     with torch.no_grad():
@@ -279,20 +279,17 @@ def test_refuses_to_write_over_its_source(parent, tmp_path):
 
 
 def test_refuses_to_replace_what_is_no_model(parent, tmp_path):
+    """And replaces a model: that of the test below."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("x")
-    for out in ("work", "file"):
-        with pytest.raises(ValueError, match="no model directory"):
-            extract(parent, Submodel(), tmp_path / out)
+    with pytest.raises(ValueError, match=r"work: exists and has no config\.json"):
+        extract(parent, Submodel(), tmp_path / "work")
     assert (tmp_path / "work" / "thesis.txt").read_text() == "years of work"
-    (tmp_path / "empty").mkdir()
-    extract(parent, Submodel(), tmp_path / "empty")
 
 
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_killed_half_way_leaves_what_was_there(parent, tmp_path, monkeypatch, existing, error):
+def test_an_extraction_that_fails_half_way_leaves_what_was_there(parent, tmp_path, monkeypatch, existing, error):
     out = tmp_path / "deep" / "out"
     if existing:
         extract(parent, Submodel(hidden_size=5), out)
@@ -314,13 +311,6 @@ def test_killed_half_way_leaves_what_was_there(parent, tmp_path, monkeypatch, ex
     monkeypatch.undo()
     extract(parent, Submodel(hidden_size=9), out)  # and an earlier attempt's remains do not stand in the way
     assert config_of(out)["hidden_size"] == 9
-
-
-def test_remains_of_a_killed_process_are_cleared(parent, tmp_path):
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "junk").write_text("x")
-    extract(parent, Submodel(hidden_size=9), tmp_path / "out")
-    assert not (tmp_path / ".out.partial").exists() and not (tmp_path / "out" / "junk").exists()
 
 
 def test_shards_hold_every_tensor_once(parent, tmp_path):

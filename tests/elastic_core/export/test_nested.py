@@ -42,9 +42,9 @@ def half(config, submodel: Submodel) -> Submodel:
     return Submodel(**values).resolve(config)
 
 
-def make_family(directory, seed: int, heterogeneous=(), kind: str = "nemotron_h") -> dict[str, Submodel]:
+def make_family(directory, seed: int, heterogeneous=(), architecture: str = "nemotron_h") -> dict[str, Submodel]:
     """A random parent with three nested budgets and one in between, the smallest without the last layer."""
-    config = CONFIGS[kind](seed)
+    config = CONFIGS[architecture](seed)
     config.time_step_min, config.eos_token_id = 1e-30, None  # see tests/elastic_core/export/test_extract.py
     save_random_parent(directory, seed, config)
     config = hf.read_config(directory)
@@ -112,7 +112,7 @@ def test_budgets_take_turns_in_one_conversation(family):
     """Each reads what the others have added, and continues as its extracted model would continue the same text."""
     model, _, extracted = family
     conversation = model.conversation()
-    with pytest.raises(ValueError, match="nothing has been said"):
+    with pytest.raises(ValueError, match="there is no text yet"):
         conversation.generate("full")
     conversation.say(random_ids(model.config, 6, (1, 7)))
     for turn, name in enumerate(["full", "small", "full", "big", "small"]):

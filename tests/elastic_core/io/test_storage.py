@@ -12,26 +12,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from elastic_core.io import directory_transfer, filesystem, storage
+from elastic_core.io import filesystem, storage
 from elastic_core.io.storage import StorageError, StorageUnavailable
-from tests.support.places import files_below
+from tests.support.places import files_below, model_directory
 from tests.support.s3_server import SECRET
 
 MIB = 1 << 20
-
-
-@pytest.fixture(params=["disk", "s3"])
-def place(request, tmp_path):
-    """A place without anything in it, of both kinds."""
-    return str(tmp_path / "place") if request.param == "disk" else request.getfixturevalue("s3").place
-
-
-def model_directory(path, seed=b"1"):
-    (path / "sub").mkdir(parents=True)
-    (path / "config.json").write_bytes(b"{}" + seed)
-    (path / "model.safetensors").write_bytes(seed * 1000)
-    (path / "sub" / "more.txt").write_bytes(b"more")
-    return path
 
 
 def test_urls_are_told_from_paths_and_joined():
@@ -115,112 +101,6 @@ def test_glob_finds_files_with_their_sizes(place):
         storage.join(place, name) for name in ("a.txt", "b.txt", "c.json")
     }
     assert storage.glob(storage.join(place, "none", "*")) == {}
-
-
-def test_a_directory_goes_there_and_back(place, tmp_path):
-    url = storage.join(place, "model")
-    source = model_directory(tmp_path / "source")
-    directory_transfer.upload_directory(source, url)
-    directory_transfer.download_directory(url, tmp_path / "copy")
-    assert files_below(tmp_path / "copy") == files_below(source)
-    other = model_directory(tmp_path / "other", b"22")
-    (other / "sub" / "more.txt").rename(other / "new.txt")
-    directory_transfer.upload_directory(other, url)  # what the new one lacks is gone
-    directory_transfer.download_directory(url, tmp_path / "second")
-    assert files_below(tmp_path / "second") == files_below(other)
-    directory_transfer.download_directory(url, tmp_path / "part", only={"config.json", "absent"})
-    assert files_below(tmp_path / "part") == {"config.json": b"{}22"}
-    with pytest.raises(StorageError, match="exists already"):
-        directory_transfer.download_directory(url, tmp_path / "part")
-    assert {path.name for path in tmp_path.iterdir()} <= {"source", "copy", "other", "second", "part", "place"}
-
-
-def test_a_half_written_directory_is_never_taken_for_whole(place, tmp_path, monkeypatch):
-    url = storage.join(place, "model")
-    directory_transfer.upload_directory(model_directory(tmp_path / "first"), url)
-    second, original = model_directory(tmp_path / "second", b"22"), storage.upload
-
-    def fail_at_last(source, target):
-        if source.name == "config.json":
-            raise StorageError("away")
-        original(source, target)
-
-    monkeypatch.setattr(storage, "upload", fail_at_last)
-    with pytest.raises(StorageError, match="away"):
-        directory_transfer.upload_directory(second, url)
-    with pytest.raises(
-        StorageError, match=r"has no config\.json; it is another kind of directory, or its upload was not finished"
-    ):
-        directory_transfer.download_directory(url, tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
-    monkeypatch.setattr(storage, "upload", original)
-    directory_transfer.upload_directory(second, url)
-    directory_transfer.download_directory(url, tmp_path / "copy")
-    assert files_below(tmp_path / "copy") == files_below(second)
-    (second / "config.json").unlink()
-    with pytest.raises(StorageError, match=r"no config\.json, so it is not complete"):
-        directory_transfer.upload_directory(second, url)
-    assert storage.exists(storage.join(url, "config.json"))
-
-
-def test_a_download_that_was_cut_off_goes_on(place, tmp_path, monkeypatch):
-    url, original, fetched, broken = storage.join(place, "model"), storage.download, [], ["model.safetensors"]
-    directory_transfer.upload_directory(model_directory(tmp_path / "source"), url)
-
-    def fail_once(source, target):
-        if target.name in broken:
-            broken.clear()
-            raise StorageError("away")
-        original(source, target)
-        fetched.append(target.name)
-
-    monkeypatch.setattr(storage, "download", fail_once)
-    with pytest.raises(StorageError, match="away"):
-        directory_transfer.download_directory(url, tmp_path / "copy")
-    assert not (tmp_path / "copy").exists() and "config.json" in fetched and "model.safetensors" not in fetched
-    directory_transfer.download_directory(url, tmp_path / "copy")
-    assert sorted(fetched) == ["config.json", "model.safetensors", "more.txt"]  # none of them twice
-    assert files_below(tmp_path / "copy") == files_below(tmp_path / "source")
-
-
-def test_a_directory_comes_some_files_at_a_time(s3, tmp_path, calls, monkeypatch):
-    for i in range(6):
-        storage.write_bytes(storage.join(s3.place, str(i)), str(i).encode())
-    together, original = threading.Barrier(3, timeout=20), storage.download
-
-    def meet(source, target):
-        together.wait()  # three are under way before one of them ends
-        original(source, target)
-
-    monkeypatch.setattr(storage, "download", meet)
-    directory_transfer.download_directory(s3.place, tmp_path / "copy", last="0")
-    assert files_below(tmp_path / "copy") == {str(i): str(i).encode() for i in range(6)}
-    assert sum(method == "get_object" for method, _ in calls) == 6
-
-
-def test_a_download_does_not_mix_two_versions(place, tmp_path, monkeypatch):
-    url, original = storage.join(place, "model"), storage.download
-    directory_transfer.upload_directory(model_directory(tmp_path / "source"), url)
-
-    def change_meanwhile(source, target):
-        original(source, target)
-        if target.name == "more.txt":
-            storage.write_bytes(storage.join(url, "model.safetensors"), b"another")
-
-    monkeypatch.setattr(storage, "download", change_meanwhile)
-    with pytest.raises(StorageError, match="changed during the download"):
-        directory_transfer.download_directory(url, tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
-
-
-def test_small_files_are_copied_next_to_no_weights(place):
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
-        storage.write_bytes(storage.join(place, name), name.encode())
-    with directory_transfer.local_files(place, ("config.json", "tokenizer.json", "vocab.json")) as local:
-        assert (local / "config.json").read_bytes() == b"config.json"
-        assert (local / "tokenizer.json").is_file() and not (local / "vocab.json").exists()
-        assert storage.is_url(place) != (local / "model.safetensors").exists()
-    assert local.exists() != storage.is_url(place)
 
 
 def test_access_is_granted(place):

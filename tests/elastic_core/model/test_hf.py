@@ -21,7 +21,7 @@ SMALL = NANO_12B | {
     "ssm_state_size": 14, "layer_norm_epsilon": 1e-3, "time_step_min": 0.05,
 }  # fmt: skip
 LARGE = NANO_12B | {
-    "hybrid_override_pattern": "M*-", "num_hidden_layers": 3, "vocab_size": 32768, "hidden_size": 512,
+    "hybrid_override_pattern": "M*-", "num_hidden_layers": 3, "vocab_size": 16384, "hidden_size": 512,
     "intermediate_size": 8192, "num_attention_heads": 16, "mamba_num_heads": 32,
 }  # fmt: skip
 TRAP = "raise SystemExit('remote code was run')\n"

@@ -271,7 +271,7 @@ def test_iterative_ranking_is_the_naive_loop(seed, min_depth):
     batches = batches_of(model.config, seed, count=4, length=7)
     kept, removed, scores, naive_calls = list(range(7)), [], {}, 0
     for _ in range(7 - min_depth):
-        # With one layer left there is nothing to cut down to; the library's floor is min_depth ≥ 1.
+        # With one layer left no layer is left to compare with; the library's floor is min_depth ≥ 1.
         errors = {layer: naive_nmse(model, batches, kept, layer) for layer in kept}
         naive_calls += 2 * len(batches) * len(kept) * (len(kept) - 1)
         worst = min(errors, key=errors.get)

@@ -130,9 +130,7 @@ def test_check_reachable(heterogeneous):
     space = make_space(heterogeneous)
     check_reachable(space, {"full": 1.0, "medium": 0.7, "small": 0.4})
     check_reachable(space, {"small": 0.4, "medium": 0.7})  # in any order
-    with pytest.raises(
-        ConfigError, match=r"budgets\.tiny: got 0\.1 .* within 2%; allowed: 0\.\d+ to 1\.0, near"
-    ):
+    with pytest.raises(ConfigError, match=r"budgets\.tiny: got 0\.1 .* within 2%; allowed: 0\.\d+ to 1\.0, near"):
         check_reachable(space, {"full": 1.0, "tiny": 0.1})
     with pytest.raises(ConfigError, match=r"budgets\.huge: got 1\.5; allowed: a fraction of the parent in \(0, 1\]"):
         check_reachable(space, {"huge": 1.5})

@@ -58,16 +58,28 @@ KINDS = ("truncated", "bit flipped", "no manifest", "empty manifest", "another m
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_checkpoint_is_passed_over_and_replaced(data, straight, tmp_path, caplog, kind):
+def test_a_damaged_checkpoint_is_passed_over_and_replaced(tmp_path, caplog, kind):
+    save(tmp_path, 3)
+    save(tmp_path, 6, tensors={name: value + 1 for name, value in TENSORS.items()})
+    damage(tmp_path / "step-00000006", kind)
+    with caplog.at_level(logging.WARNING):
+        progress, tensors = load(tmp_path)
+    assert re.search(r"checkpoint .*step-00000006 is damaged \(.+\); trying the one before", caplog.text)
+    assert progress == {"step": 3}
+    assert_same(tensors, TENSORS)
+    save(tmp_path, 6)
+    assert load(tmp_path)[0] == {"step": 6}
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000003", "step-00000006"]
+
+
+@pytest.mark.parametrize("kind", ["truncated", "no manifest"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(data, straight, tmp_path, kind):
     list(itertools.islice(train(routed_run(data, tmp_path)), 7))
     damage(tmp_path / "step-00000006", kind)
     run = routed_run(data, tmp_path)
-    with caplog.at_level(logging.WARNING):
-        rows = rows_without_time(train(run))
-    assert re.search(r"checkpoint .*step-00000006 is damaged \(.+\); trying the one before", caplog.text)
-    assert rows == straight[1][3:]
+    assert rows_without_time(train(run)) == straight[1][3:]
     assert_same(run.model.state_dict(), straight[0].model.state_dict())
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000009", "step-00000012"]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000009", "step-00000012"]
 
 
 def test_only_damaged_checkpoints_are_none(tmp_path):
@@ -105,9 +117,9 @@ def test_a_save_that_dies_leaves_the_checkpoint_before_and_says_so(tmp_path, mon
     def dies(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_entry", dies)
+    monkeypatch.setattr(checkpoint, "file_digest", dies)
     with pytest.raises(
-        CheckpointError, match=r"the checkpoint of step 2 could not be written to .*No space left on device.*go on"
+        CheckpointError, match=r"the checkpoint of step 2 could not be written to .*No space left on device.*resume"
     ):
         save(tmp_path, 2)
     monkeypatch.undo()
@@ -128,13 +140,13 @@ def test_what_a_killed_save_left_is_cleared_away(tmp_path):
 
 def test_saving_goes_on_while_tensors_change(tmp_path, monkeypatch):
     """What is written is what the tensors were; the next save waits for it."""
-    hold, entry = threading.Event(), checkpoint._entry
+    hold, digest = threading.Event(), checkpoint.file_digest
 
     def slow(path):
         hold.wait(10)
-        return entry(path)
+        return digest(path)
 
-    monkeypatch.setattr(checkpoint, "_entry", slow)
+    monkeypatch.setattr(checkpoint, "file_digest", slow)
     weight = torch.ones(4, 5)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, {"weight": weight}, {"step": 1})
@@ -196,7 +208,7 @@ def test_a_run_with_checkpoints_on_s3_survives_the_server_and_its_own_death(s3, 
     rows = train(routed_run(data, place))
     for _ in range(4):
         next(rows)
-    back = threading.Timer(3, s3.restart)
+    back = threading.Timer(1, s3.restart)
     s3.kill()
     back.start()
     for _ in range(4):

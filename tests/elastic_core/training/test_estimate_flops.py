@@ -13,12 +13,12 @@ from tests.support.parents import CONFIGS, random_elastic, random_ids, random_su
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("length", [21, 64, 150])
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_a_step_of_any_submodel_is_counted_exactly(kind, seed, length):
-    config = CONFIGS[kind](seed)
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_step_of_any_submodel_is_counted_exactly(architecture, seed, length):
+    config = CONFIGS[architecture](seed)
     model, ids = random_elastic(seed, config), random_ids(config, seed, (2, length))
-    uneven = ("intermediate_size", "mamba_num_heads" if kind == "nemotron_h" else "num_attention_heads")
-    submodel = random_submodel(config, seed, heterogeneous=uneven)
+    fields = ("intermediate_size", "mamba_num_heads" if architecture == "nemotron_h" else "num_attention_heads")
+    submodel = random_submodel(config, seed, heterogeneous=fields)
     sliced = model.slice(submodel)
     hidden, trunk = counted(lambda: model.hidden_states(ids, sliced))
     loss, head = counted(lambda: distillation_loss(hidden, model.head(sliced), ids, None, 1.0, 0.0)[0])

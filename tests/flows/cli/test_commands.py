@@ -203,7 +203,7 @@ def test_paths_that_are_no_family(tmp_path, family):
     assert "no such directory" in error_of("inspect", tmp_path / "nothing")
     assert "3 paths" in error_of("extract", family, family, tmp_path / "out")
     extract_submodel(family, "small", tmp_path / "model")
-    assert "knows no budgets" in error_of("extract", tmp_path / "model", tmp_path / "out", "-b", "small")
+    assert "has no budgets" in error_of("extract", tmp_path / "model", tmp_path / "out", "-b", "small")
 
 
 # --- generate --------------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ def test_generate_prints_what_transformers_generates(tmp_path, family, budget):
 
 def test_generate_says_what_is_missing(tmp_path, family):
     extract_submodel(family, "uneven", tmp_path / "model")
-    assert "no family" in error_of_generate("-m", tmp_path / "model", "-b", "small")
+    assert "not a family" in error_of_generate("-m", tmp_path / "model", "-b", "small")
     assert "full, uneven, small" in error_of_generate("-m", family)
     assert "--max-new-tokens" in error_of_generate("-m", family, "-b", "small", "-n", 0)
     assert "--temperature" in error_of_generate("-m", family, "-b", "small", "-t", -1)

@@ -34,6 +34,7 @@ LONG = "train_short.steps=3000"  # of the stage that is cancelled; it goes on an
 LOSS = "loss, nats/token"  # as its column is called in the table of results
 CANCEL_SECONDS = 10
 MINUTES = 60.0  # waits are long: the smoke profile takes two where both cores are free, ten where they are shared
+pytestmark = [pytest.mark.browser, pytest.mark.server]
 slow = [pytest.mark.slow, pytest.mark.timeout(20 * 60)]
 needs_browser = pytest.mark.skipif(not pages.CHROMIUM.exists(), reason=f"no {pages.CHROMIUM} (.ci/run installs it)")
 

@@ -1,8 +1,6 @@
 """`python -m tasks.commands.check`: says that params.yaml is valid, or in one line what to change."""
 
-import os
-import subprocess
-import sys
+import runpy
 
 import pytest
 
@@ -25,10 +23,13 @@ def test_a_missing_table_is_refused_whatever_budgets_are_counted_in(values, tmp_
         check_parameters()
 
 
-def test_the_process_ends_with_one_line_and_a_status(values, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_command_ends_with_one_line_and_a_status(values, tmp_path, monkeypatch, capsys):
+    """As `python -m tasks.commands.check`, but in this process, which has imported torch already."""
     put("budgets", "small", "9B")(values)
     write(values, tmp_path, monkeypatch)
-    command, variables = [sys.executable, "-m", "tasks.commands.check"], {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("error: params.yaml: budgets.small: got '9B'; allowed: up to the parent's own")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tasks.commands.check", run_name="__main__")
+    text = ended.value.code  # Python prints it to stderr and ends with status 1
+    assert text.startswith("error: params.yaml: budgets.small: got '9B'; allowed: up to the parent's own")
+    assert "\n" not in text and capsys.readouterr() == ("", "")

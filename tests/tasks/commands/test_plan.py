@@ -15,6 +15,7 @@ from flows.cli.app import app
 from tasks.commands import plan, plan_stages
 from tasks.commands.plan_stages import Hardware
 from tasks.parents import gguf
+from tasks.settings import local_checks
 from tasks.settings.load import read
 from tasks.settings.local_checks import INSTALL_PACKAGE
 from tasks.settings.profiles import parameters, profile_names
@@ -100,6 +101,7 @@ def test_known_counts_of_every_parent_with_a_name():
 @pytest.fixture
 def smollm2(monkeypatch):
     """As if SmolLM2's package were installed, which the tests do without."""
+    monkeypatch.setattr(local_checks, "find_package_file", lambda path: Path("model.gguf"))
     monkeypatch.setattr(gguf, "read_config", lambda path: SMOLLM2)
 
 

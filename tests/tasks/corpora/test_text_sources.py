@@ -190,7 +190,7 @@ def test_a_wrong_section_says_where_to_change_it(sources, values, message):
 def test_an_empty_split_is_refused(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["one document"])
     section = {"kind": "files", "path": str(tmp_path / "a.jsonl"), "held_out": 0.001}
-    with pytest.raises(ValueError, match=r"sources\.mine: no document fell into held_out"):
+    with pytest.raises(ValueError, match=r"sources\.mine: got no document in held_out"):
         prepare(configure({"mine": section}), None, tmp_path / "data", seed=0)
     assert not (tmp_path / "data").exists()
 

@@ -112,7 +112,9 @@ def test_only_the_measurement_is_confined_to_its_threads(monkeypatch):
         "step",
         lambda self, ids=None: (seen.append(torch.get_num_threads()), step(self, ids)),
     )
-    latency_and_memory.latency(LatencyOptions(new_tokens=1, repeats=1, threads=before + 1), "model", None, torch.zeros(1, 1))
+    latency_and_memory.latency(
+        LatencyOptions(new_tokens=1, repeats=1, threads=before + 1), "model", None, torch.zeros(1, 1)
+    )
     assert seen == [before + 1] * 4 + [before] * 6
 
 

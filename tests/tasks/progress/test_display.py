@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.progress import display
 from tasks.progress.display import Recorder, followed
 from tasks.progress.metrics_file import drop_cut_off_line, read_rows
 from tasks.reporting import tables
@@ -39,7 +40,7 @@ def lines_of(capsys) -> list[str]:
 # --- lines -----------------------------------------------------------------------------------------------------------
 
 
-def test_lines_come_at_once_then_every_few_seconds_and_at_the_end(run, capsys):
+def test_lines_come_at_once_then_every_ten_seconds_and_at_the_end(run, capsys):
     clock = Clock()
     with Recorder("train_short", stage(steps=12), run, clock=clock) as recorder:
         assert capsys.readouterr().out == ""
@@ -53,9 +54,9 @@ def test_lines_come_at_once_then_every_few_seconds_and_at_the_end(run, capsys):
             clock.now += 2
             recorder.show(row(step))
         lines = lines_of(capsys)
-        assert [int(re.search(r"step (\d+)", line)[1]) for line in lines] == [4, 7, 10]
+        assert [int(re.search(r"step (\d+)", line)[1]) for line in lines] == [6, 11]
         assert lines[0].startswith(
-            "train_short: step 4/12, 160/480 tokens, 20 tokens/s, 16 s left, soft, loss/KL full 2.000"
+            "train_short: step 6/12, 240/480 tokens, 20 tokens/s, 12 s left, soft, loss/KL full 2.000"
         )
     (last,) = lines_of(capsys)
     assert last.startswith("train_short: step 12/12, 480/480 tokens, 20 tokens/s, 0 s left")
@@ -165,8 +166,9 @@ def test_a_narrow_terminal_is_kept_to(run):
     assert terminal.frames[-2].startswith("soft, loss/KL full 2.000/0.500, medium") and "100%" in terminal.frames[-1]
 
 
-def test_rows_of_another_process_move_the_bar_here(run, capsys):
+def test_rows_of_another_process_move_the_bar_here(run, capsys, monkeypatch):
     """What a killed run left is not shown again; a line that is still being written waits for its end."""
+    monkeypatch.setattr(display, "FOLLOW_SECONDS", 0.1)
     with Recorder("train_short", stage(steps=8), run, display=False) as recorder:
         recorder.show(row(1))
         recorder.show(row(2))
@@ -175,12 +177,12 @@ def test_rows_of_another_process_move_the_bar_here(run, capsys):
         with Recorder("train_short", stage(steps=8), run, display=False) as recorder:
             for step in range(3, 8):
                 recorder.show(row(step, loss=float(step)))
-                time.sleep(0.3)
+                time.sleep(0.06)
         line = json.dumps(row(8, loss=8.0) | {"tokens_per_second": 100.0, "seconds_left": 0.0}) + "\n"
         for part in (line[:40], line[40:]):
             with open(run, "a") as file:
                 file.write(part)
-            time.sleep(0.8)
+            time.sleep(0.25)
     assert lines_of(capsys) == []
     assert "loss/KL full 3.000" in terminal.frames[1]  # the first row of this process
     assert "100%" in terminal.frames[-1] and "320/320" in terminal.frames[-1]

@@ -42,7 +42,9 @@ def test_nothing_is_written_without_the_variable(tmp_path, monkeypatch):
 
 
 def test_lines_of_several_processes_do_not_mix(file):
-    code = "import sys; from tasks.progress import events\nfor i in range(300): events.note(event=sys.argv[1] * 50, i=i)"
+    code = (
+        "import sys; from tasks.progress import events\nfor i in range(300): events.note(event=sys.argv[1] * 50, i=i)"
+    )
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     writers = [subprocess.Popen([sys.executable, "-c", code, name], env=variables) for name in "ab"]
     assert [writer.wait() for writer in writers] == [0, 0]

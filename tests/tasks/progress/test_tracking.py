@@ -78,9 +78,7 @@ def test_bad_values_are_refused(values, words):
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
 def test_a_missing_package_is_named_before_any_work(run, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)  # Python's own way of saying that it is not there
-    words = (
-        rf"tracking\.{package}: got 'here'; allowed: null, because the package {package} is not installed .*\.\[tr"
-    )
+    words = rf"tracking\.{package}: got 'here'; allowed: null, because the package {package} is not installed .*\.\[tr"
     values = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"tracking": {package: "here"}}
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(yaml.safe_dump(values))

@@ -375,6 +375,7 @@ def test_a_picture_is_the_same_when_drawn_again(inside):
     assert "gradient_" in first and first == again
 
 
+@pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_on_a_phone(made, scheme):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright")

@@ -1,10 +1,8 @@
 """How stages end: with a text, no traceback, and a status that tells whether trying again may help."""
 
 import errno
-import importlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +12,9 @@ import pytest
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import TokenData
 from elastic_core.io.storage import StorageError, StorageUnavailable
-from tasks.runtime.exit_status import errors_as_text
-from tasks.runtime.launch import StageError, StageInterrupted
+from tasks.runtime.exit_status import StageError, StageInterrupted, errors_as_text
+from tests.support.committed_params import write
+from tests.support.stages import run_stage
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -62,23 +61,17 @@ STAGES = ("prepare_data", "parent", "rank", "train_short", "train_extended", "ex
 
 @pytest.mark.parametrize("parameters", ["missing", "wrong", "right"])
 @pytest.mark.parametrize("name", STAGES)
-def test_a_stage_without_its_parameters_or_inputs_says_so(tmp_path, monkeypatch, capsys, name, parameters):
+def test_a_stage_without_its_parameters_or_inputs_says_so(values, tmp_path, monkeypatch, capsys, name, parameters):
     if parameters == "right" and name == "prepare_data":
         pytest.skip("it needs nothing else")
-    module = importlib.import_module(f"tasks.{'train' if name.startswith('train') else name}")
-    monkeypatch.setattr(sys, "argv", [name, "small"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    if name == "evaluate":
-        monkeypatch.setattr(module, "quiet", lambda: None)
-        for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            monkeypatch.setenv(variable, "1")
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(variable, "1")  # which evaluate sets
     if parameters != "missing":
-        shutil.copy(ROOT / "params.yaml", tmp_path)
-    if parameters == "wrong":
-        (tmp_path / "params.yaml").write_text((tmp_path / "params.yaml").read_text() + "sead: 1\n")
+        write(values | ({"sead": 1} if parameters == "wrong" else {}), tmp_path, monkeypatch)
     with pytest.raises(SystemExit) as caught:
-        module.main(name) if name.startswith("train") else module.main()
+        run_stage(name, *(["small"] if name in ("extract", "evaluate") else []))
     words = {
         "missing": "params.yaml: does not exist; run from the top directory of a checkout",
         "wrong": "params.yaml.sead: unknown parameter; did you mean 'seed'",
@@ -88,9 +81,11 @@ def test_a_stage_without_its_parameters_or_inputs_says_so(tmp_path, monkeypatch,
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_process_ends_with_the_status(tmp_path):
-    code = (
-        "from tasks import endings, launch\nwith endings.errors_as_text():\n    raise launch.StageInterrupted('lost')"
-    )
+def test_a_process_ends_with_the_status():
+    code = """
+from tasks.runtime.exit_status import StageInterrupted, errors_as_text
+with errors_as_text():
+    raise StageInterrupted("lost")
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (os.EX_TEMPFAIL, "error: lost\n")

@@ -18,13 +18,16 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from elastic_core.config import ConfigError
+from elastic_core.config import ConfigError, load
 from elastic_core.io.storage import StorageError, StorageUnavailable
 from elastic_core.training.checkpoint import CheckpointError, CheckpointUnavailable
 from elastic_core.training.diagnosis import NonFiniteError
-from tasks.runtime.launch import Compute, StageError, StageInterrupted, _given_up, launch
+from tasks.runtime import ray_cluster
+from tasks.runtime.exit_status import StageError, StageInterrupted
+from tasks.runtime.launch import _given_up, launch
 from tasks.runtime.ray_cleanup import VARIABLE, nothing_left
 from tasks.runtime.run_lock import only_one
+from tasks.settings.sections import Compute
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -128,11 +131,13 @@ def other_server(answer: bytes = b""):
     ids=["dead", "dead client", "deaf", "other", "no address"],
 )
 def test_a_dead_address_is_reported_within_ten_seconds(monkeypatch, tmp_path, address, words):
+    assert ray_cluster.ANSWER_SECONDS < 10
+    monkeypatch.setattr(ray_cluster, "ANSWER_SECONDS", 2)
     monkeypatch.setenv("RAY_ADDRESS", address())
     start = time.monotonic()
     with pytest.raises(ConfigError, match="RAY_ADDRESS: " + words):
         launch(lambda *_: None, {}, Compute(workers=1, storage=str(tmp_path)), "test")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 2 + 2  # of which the second two are for a busy machine
 
 
 def test_an_address_does_not_matter_without_workers(monkeypatch, tmp_path):
@@ -148,8 +153,10 @@ from pathlib import Path
 
 import torch
 
-from elastic_core.diagnosis import NonFiniteError
-from tasks.launch import Compute, StageError, launch
+from elastic_core.training.diagnosis import NonFiniteError
+from tasks.runtime.exit_status import StageError
+from tasks.runtime.launch import launch
+from tasks.settings.sections import Compute
 
 
 def record(arguments, ranks):
@@ -157,27 +164,28 @@ def record(arguments, ranks):
     total = ranks.sum(torch.tensor(ranks.rank + 1.0))
     path = Path(arguments["out"]) / f"{ranks.rank}-{os.getpid()}"
     path.write_text(f"{ranks.world} {total.item()} {os.getcwd()}")
-    if arguments["fail"]:
-        raise NonFiniteError("the loss is nan")
+    raise NonFiniteError("the loss is nan")
 
 
 out, compute = Path(sys.argv[1]), Compute(workers=2, storage=sys.argv[1] + "/storage")
-launch(record, {"out": str(out / "good"), "fail": False}, compute, "good")
 try:
-    launch(record, {"out": str(out / "bad"), "fail": True}, compute, "bad")
+    launch(record, {"out": str(out / "found")}, compute, "fails")
 except StageError as error:
     print("StageError:", error)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_workers_attach_to_a_running_cluster(tmp_path):
-    """Two workers of a cluster that was there before, in the driver's directory; a final error is not tried again."""
+    """Two workers of a cluster that was there before, in the driver's directory; their final error is not tried again.
+
+    Work that ends well on workers is what test_kill.py compares.
+    """
     ray, port = [sys.executable, "-m", "ray.scripts.scripts"], free_port()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     start = [*ray, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-    for name in ("good", "bad"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "found").mkdir()
     # `ray stop` would end every cluster of this machine.
     with nothing_left():
         environment[VARIABLE] = os.environ[VARIABLE]
@@ -187,10 +195,9 @@ def test_workers_attach_to_a_running_cluster(tmp_path):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "StageError: the loss is nan\n" in done.stdout
-    for name in ("good", "bad"):
-        files = sorted((tmp_path / name).iterdir())
-        assert [path.name[0] for path in files] == ["0", "1"]  # once, by two processes
-        assert {path.read_text() for path in files} == {f"2 3.0 {ROOT}"}
+    files = sorted((tmp_path / "found").iterdir())
+    assert [path.name[0] for path in files] == ["0", "1"]  # once, by two processes
+    assert {path.read_text() for path in files} == {f"2 3.0 {ROOT}"}
 
 
 def test_two_runs_of_one_stage_at_once(tmp_path):
@@ -198,7 +205,7 @@ def test_two_runs_of_one_stage_at_once(tmp_path):
     code = f"""
 import time
 from pathlib import Path
-from tasks.launch import only_one
+from tasks.runtime.run_lock import only_one
 with only_one(Path({str(tmp_path)!r}), "train_short"):
     print("held", flush=True)
     time.sleep(60)
@@ -229,7 +236,5 @@ def test_wrong_settings_are_refused():
         ({"execution": {"shard_over": 0}}, "shard_over: got 0"),
         ({"workres": 1}, "workres: unknown parameter; did you mean 'workers'"),
     ]:
-        from elastic_core.config import load
-
         with pytest.raises(ConfigError, match=words):
             load(Compute, values, "params.yaml: compute")

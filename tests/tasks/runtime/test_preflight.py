@@ -9,39 +9,39 @@ from tests.support.runs import data  # noqa: F401 (a fixture)
 from tests.support.stages import check_parameters, run_stage
 
 PARENT_CANNOT = [
-        (
-            put("budgets", "small", "9B"),
-            r"budgets\.small: got '9B'; allowed: up to the parent's own 1\d\d,\d\d\d param",
-        ),
-        (put("budgets", "small", "1K"), r"budgets\.small: got 0\.00\d+ \(1,000 parameters\), which no combination of"),
-        (put("budgets", "small", "77.4060K"), r"budgets: got \[1\.0, 0\.7, '77\.4060K'\]; allowed: different targets"),
-        (
-            put("untrained", {"tiny": "20K"}),
-            r"untrained\.tiny: got '20K'; .* every trained share \(this is 0\.1\d+ of the pare",
-        ),
-        (
-            put("untrained", {"huge": "2GiB@1k"}),
-            r"untrained\.huge: got '2GiB@1k'; allowed: up to the parent's own \d.* M",
-        ),
-        (put("untrained", {"some": "200KiB"}), r"untrained\.some: got '200KiB'; allowed: bytes at a context in tokens"),
-        (
-            put("cost", {"metric": "memory", "table": MEMORY["table"]}),
-            r"cost\.context: got None; allowed: tokens, such as 131072, here or in a bu",
-        ),
-        (
-            lambda values: values.update(cost=MEMORY, budgets={**values["budgets"], "small": "1GiB"}),
-            r"budgets\.small: got '1GiB'; allowed: up to the parent's own \d.* MiB \(512 tokens × 2, weights bf16",
-        ),
-        (
-            lambda values: values.update(cost=MEMORY, budgets={**values["budgets"], "small": "20KiB"}),
-            r"budgets\.small: got '20KiB'; allowed: \d+\.\d+ KiB, with all choices at their cheapest, to .* \(512 t",
-        ),
-        (put("budgets", "small", 0.02), r"budgets\.small: got 0\.02 .*allowed: 0\.\d+ to 1\.0, nearest"),
-        (put("choices", "hidden_size", [40, 32]), r"choices\.hidden_size: got \[40, 32\]; .*own 48"),
-        (put("choices", "hidden_size", [48, 32, 40]), r"choices\.hidden_size: .*largest first"),
-        (put("choices", "mamba_num_heads", [4, 3]), r"choices\.mamba_num_heads: got \[4, 3\]; .*in multiples of 2"),
-        (put("choices", "num_attention_heads", [4, 1]), r"choices\.num_attention_heads: .*in multiples of 2"),
-        (put("choices", "depth", [7, 6]), r"choices\.depth: got \[7, 6\]; .*own 6"),
+    (
+        put("budgets", "small", "9B"),
+        r"budgets\.small: got '9B'; allowed: up to the parent's own 1\d\d,\d\d\d param",
+    ),
+    (put("budgets", "small", "1K"), r"budgets\.small: got 0\.00\d+ \(1,000 parameters\), which no combination of"),
+    (put("budgets", "small", "77.4060K"), r"budgets: got \[1\.0, 0\.7, '77\.4060K'\]; allowed: different targets"),
+    (
+        put("untrained", {"tiny": "20K"}),
+        r"untrained\.tiny: got '20K'; .* every trained share \(this is 0\.1\d+ of the pare",
+    ),
+    (
+        put("untrained", {"huge": "2GiB@1k"}),
+        r"untrained\.huge: got '2GiB@1k'; allowed: up to the parent's own \d.* M",
+    ),
+    (put("untrained", {"some": "200KiB"}), r"untrained\.some: got '200KiB'; allowed: bytes at a context in tokens"),
+    (
+        put("cost", {"metric": "memory", "table": MEMORY["table"]}),
+        r"cost\.context: got None; allowed: tokens, such as 131072, here or in a bu",
+    ),
+    (
+        lambda values: values.update(cost=MEMORY, budgets={**values["budgets"], "small": "1GiB"}),
+        r"budgets\.small: got '1GiB'; allowed: up to the parent's own \d.* MiB \(512 tokens × 2, weights bf16",
+    ),
+    (
+        lambda values: values.update(cost=MEMORY, budgets={**values["budgets"], "small": "20KiB"}),
+        r"budgets\.small: got '20KiB'; allowed: \d+\.\d+ KiB, with all choices at their cheapest, to .* \(512 t",
+    ),
+    (put("budgets", "small", 0.02), r"budgets\.small: got 0\.02 .*allowed: 0\.\d+ to 1\.0, nearest"),
+    (put("choices", "hidden_size", [40, 32]), r"choices\.hidden_size: got \[40, 32\]; .*own 48"),
+    (put("choices", "hidden_size", [48, 32, 40]), r"choices\.hidden_size: .*largest first"),
+    (put("choices", "mamba_num_heads", [4, 3]), r"choices\.mamba_num_heads: got \[4, 3\]; .*in multiples of 2"),
+    (put("choices", "num_attention_heads", [4, 1]), r"choices\.num_attention_heads: .*in multiples of 2"),
+    (put("choices", "depth", [7, 6]), r"choices\.depth: got \[7, 6\]; .*own 6"),
 ]
 
 

@@ -12,7 +12,7 @@ from tests.soak.processes import environment, left_after, living, marked
 ROOT = Path(__file__).resolve().parents[3]
 CODE = """
 import subprocess, sys, time
-from tasks.leftovers import nothing_left
+from tasks.runtime.ray_cleanup import nothing_left
 with nothing_left():
     subprocess.Popen(["sh", "-c", "trap '' TERM; setsid sleep 600 & sleep 600"])
     subprocess.Popen(["sleep", "600"], start_new_session=True)

@@ -72,7 +72,10 @@ def section(name, changes):
         (put("untrained", {"0.55": 0.55}), r"untrained: got '0\.55'; allowed: names of letters, digits and _"),
         (put("untrained", {"small": 0.55}), r"untrained: got 'small'; allowed: names that are not in budgets"),
         (put("untrained", {"a": 0.55, "b": 0.55}), r"untrained: got \[0\.55, 0\.55\]; allowed: different targets"),
-        (put("untrained", {"tiny": 0.45}), r"untrained\.tiny: got 0\.45; allowed: .* 0\.45 and 1\.0 that differs from every"),
+        (
+            put("untrained", {"tiny": 0.45}),
+            r"untrained\.tiny: got 0\.45; allowed: .* 0\.45 and 1\.0 that differs from every",
+        ),
         (put("untrained", {"other": 0.7}), r"untrained\.other: got 0\.7; allowed: .*differs from every trained share"),
         (put("untrained", {"tiny": 0.3}), r"untrained\.tiny: got 0\.3; allowed: a share between the trained 0\.45"),
         (put("untrained", ["tiny"]), r"untrained: expected "),
@@ -135,7 +138,10 @@ def section(name, changes):
             put("train_short", "budget_shares", {"tiny": 1.0}),
             r"train_short\.budget_shares: got 'tiny'; allowed: full, medium",
         ),
-        (put("budgets", "tiny", 0.4), r"train_short\.budget_shares: got {'full': .*; allowed: .* budget, also for tiny"),
+        (
+            put("budgets", "tiny", 0.4),
+            r"train_short\.budget_shares: got {'full': .*; allowed: .* budget, also for tiny",
+        ),
         (
             put("train_extended", "loss_by_budget", {"tiny": {}}),
             r"train_extended\.loss_by_budget: got 'tiny'; allowed: full",
@@ -202,5 +208,3 @@ def test_a_file_that_is_missing_or_no_yaml(tmp_path, monkeypatch):
     Path("params.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"^params\.yaml: expected a section with keys, got None"):
         settings_file.load()
-
-

@@ -86,7 +86,9 @@ def test_plots_are_drawn_by_the_page_of_the_checkout(root):
     page = root / ".dvc" / "plots" / "page.html"
     page.parent.mkdir()
     page.write_text("as set-up writes it")
-    assert f"[plots]\nhtml_template = {page}\n" in (prepare_workspace("tiny", root) / ".dvc" / "config.local").read_text()
+    assert (
+        f"[plots]\nhtml_template = {page}\n" in (prepare_workspace("tiny", root) / ".dvc" / "config.local").read_text()
+    )
 
 
 def test_results_survive_and_sources_follow(root):

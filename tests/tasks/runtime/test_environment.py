@@ -1,0 +1,28 @@
+"""OpenMP reads the variables that a stage sets before it imports torch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tasks.runtime.environment import DEFAULTS
+
+SHOW = "from tasks.runtime import environment; environment.set_defaults(); import torch"
+
+
+@pytest.mark.parametrize(
+    "chosen, expected", [({}, DEFAULTS["GOMP_SPINCOUNT"]), ({"GOMP_SPINCOUNT": "77"}, "77")], ids=["default", "chosen"]
+)
+def test_threads_wait_as_the_caller_has_chosen_and_else_by_the_default(chosen, expected):
+    others = {name: value for name, value in os.environ.items() if name not in DEFAULTS}
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW],
+        env=others | chosen | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch's OpenMP is not GNU's")
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
