@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.report import FAIL, not_measured, table, write
 
-# Each is a module of this package with a function `rows(quick: bool) -> Iterator[Row]`.
+# Each is a module of benchmarks/sections with a function `rows(quick: bool) -> Iterator[Row]`.
 SECTIONS = ("steps", "scan", "losses", "ranking", "extraction", "serving", "preparation", "checkpoints", "start_up")
 ON_A_GPU = (
     "kernels of mamba_ssm and causal_conv1d = torch, with gradients",
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for section in arguments.sections or SECTIONS:
-        for row in importlib.import_module(f"benchmarks.{section}").rows(arguments.quick):
+        for row in importlib.import_module(f"benchmarks.sections.{section}").rows(arguments.quick):
             print(f"{row.check}: {row.what}: {row.result} ({row.bound}) {row.status}", file=sys.stderr, flush=True)
             rows.append(row)
     if not arguments.sections:

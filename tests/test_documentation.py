@@ -34,10 +34,10 @@ from tasks.settings.load import read
 from tasks.settings.profiles import _merge, profile_names
 from tasks.settings.schema import Params
 from tests.support import documentation
-from tests.support.command_line import call, error_of
 from tests.support.committed_params import COMMITTED, ROOT
 from tests.support.documentation import OWN, PACKAGES, PAGES, README, blocks_of, commands, name_of, spans, split_page
-from tests.support.parents import random_elastic
+from tests.support.models.parents import random_elastic
+from tests.support.pipeline.command_line import call, error_of
 
 OTHERS = [ROOT / "benchmarks/NOTES.md", *sorted((ROOT / "benchmarks/results").glob("*.md"))]  # only links are tried
 LANGUAGES = {"bash", "python", "yaml", "text"}

@@ -142,11 +142,11 @@ def test_no_import_is_for_types_only():
             assert not quoted and "TYPE_CHECKING" not in path.read_text(), name_of(path)
 
 
-@pytest.mark.parametrize("package", [*ROOMS, "tests/support"])
+@pytest.mark.parametrize("package", [*ROOMS, "tests", "benchmarks"])
 def test_no_room_is_too_long_to_be_read(package):
     for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
         held = [path for path in folder.glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
-        assert len(held) <= (LARGEST_ROOM if package != "tests/support" else 30), folder
+        assert len(held) <= LARGEST_ROOM, folder
 
 
 def test_no_test_imports_another():

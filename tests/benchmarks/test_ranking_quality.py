@@ -17,8 +17,8 @@ from elastic_core.model import architectures
 from elastic_core.search.choices import Choices
 from elastic_core.search.space import ElasticSpace
 from tasks.settings.load import load
-from tests.support.parents import CONFIGS, random_config, random_elastic, random_llama_config, save_random_parent
-from tests.support.real_parents import ROOT
+from tests.support.models.parents import CONFIGS, random_config, random_elastic, random_llama_config, save_random_parent
+from tests.support.models.real_parents import ROOT
 
 
 @pytest.mark.parametrize("seed", range(3))

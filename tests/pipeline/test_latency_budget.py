@@ -25,13 +25,13 @@ from tasks.parents.config import new_config as model_config
 from tasks.parents.targets import metric_of_family
 from tasks.reporting import columns, predictions
 from tasks.settings import load as settings_file
-from tests.support.budgeted_family import CHOICES, CONFIG, RANKING, train_family
-from tests.support.command_line import CONFIG as SERVED
-from tests.support.command_line import MEMBERS, call, error_of
 from tests.support.committed_params import COMMITTED, ROOT, load
-from tests.support.latencies import make_table
-from tests.support.parents import random_elastic
-from tests.support.stages import check_parameters, run_stage
+from tests.support.models.budgeted_family import CHOICES, CONFIG, RANKING, train_family
+from tests.support.models.parents import random_elastic
+from tests.support.oracles.latencies import make_table
+from tests.support.pipeline.command_line import CONFIG as SERVED
+from tests.support.pipeline.command_line import MEMBERS, call, error_of
+from tests.support.pipeline.stages import check_parameters, run_stage
 
 POINTS = {
     name: tuple(sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}))

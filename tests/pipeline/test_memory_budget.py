@@ -15,8 +15,8 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.model.architectures.nemotron_h import layers_of
 from elastic_core.search.selection import path_between
 from tasks.evaluation import latency_and_memory
-from tests.support.budgeted_family import CONFIG, train_family
-from tests.support.parents import random_ids
+from tests.support.models.budgeted_family import CONFIG, train_family
+from tests.support.models.parents import random_ids
 
 FULL = num_parameters(CONFIG)
 SHARE = 0.62  # of the parent, in every metric

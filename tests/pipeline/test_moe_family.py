@@ -27,11 +27,11 @@ from elastic_core.training.stage import Loss, Routing
 from tasks.commands.inspect import inspect_checkpoint
 from tasks.settings.load import read
 from tasks.settings.profiles import parameters
-from tests.support.flop_counter import counted
-from tests.support.memory_cases import CASES
-from tests.support.moe import SEEDS, load
-from tests.support.moe_family import CHOICES, CONFIG, VALUES
-from tests.support.parents import random_elastic, random_ids, random_moe_config, random_submodel, relative_error
+from tests.support.models.moe import SEEDS, load
+from tests.support.models.moe_family import CHOICES, CONFIG, VALUES
+from tests.support.models.parents import random_elastic, random_ids, random_moe_config, random_submodel, relative_error
+from tests.support.oracles.flop_counter import counted
+from tests.support.oracles.memory_cases import CASES
 from tests.support.runs import TEXT, make_stage
 
 LATENT_IN_GROUPS = NemotronHConfig(**VALUES, moe_latent_size=16, n_group=2, topk_group=1, norm_topk_prob=False)

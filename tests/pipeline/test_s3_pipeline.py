@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from elastic_core.io import storage
 from elastic_core.io.directory_transfer import download_directory, upload_directory
 from tasks import parent, prepare_data, rank
-from tests.support.corpora import texts, write_jsonl
+from tests.support.pipeline.corpora import texts, write_jsonl
+from tests.support.pipeline.stages import run_stage
+from tests.support.pipeline.tiny_pipeline import write_params
 from tests.support.s3_server import SECRET
-from tests.support.stages import run_stage
-from tests.support.tiny_pipeline import write_params
 
 pytest.importorskip("ray")
 

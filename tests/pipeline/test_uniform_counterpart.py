@@ -17,10 +17,10 @@ from elastic_core.search.selection import Member
 from elastic_core.search.uniform import uniform_counterpart
 from tasks import evaluate, extract
 from tasks.reporting import findings
-from tests.support.command_line import CONFIG, MEMBERS
-from tests.support.parents import random_elastic
-from tests.support.stages import run_stage
-from tests.support.tiny_pipeline import write_params
+from tests.support.models.parents import random_elastic
+from tests.support.pipeline.command_line import CONFIG, MEMBERS
+from tests.support.pipeline.stages import run_stage
+from tests.support.pipeline.tiny_pipeline import write_params
 
 
 def test_the_report_says_what_heterogeneous_widths_gain(tmp_path, monkeypatch):

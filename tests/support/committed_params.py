@@ -8,8 +8,8 @@ import yaml
 
 from tasks.settings import load as settings
 from tasks.settings.profiles import parameters
-from tests.support.parents import save_random_parent
-from tests.support.routed_family import CONFIG
+from tests.support.models.parents import save_random_parent
+from tests.support.models.routed_family import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
 

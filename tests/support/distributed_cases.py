@@ -26,8 +26,8 @@ from elastic_core.training.loop import train, train_step
 from elastic_core.training.run import Run, named_parameters, save
 from elastic_core.training.stage import Loss, Routing
 from tasks.runtime import launch
-from tests.support.parents import random_elastic, random_llama_config
-from tests.support.routed_family import CONFIG
+from tests.support.models.parents import random_elastic, random_llama_config
+from tests.support.models.routed_family import CONFIG
 from tests.support.runs import BUDGETS, MEMBERS, TEXT, make_router, make_stage
 
 # FFN and attention widths differ by layer; layer 3 is gone in one budget, layers 3 and 4 in another.

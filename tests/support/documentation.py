@@ -21,8 +21,8 @@ from tasks.settings import replaced
 from tasks.settings.local_checks import INSTALL_PACKAGE
 from tasks.settings.profiles import profile_names
 from tasks.settings.schema import Params
-from tests.support.command_line import call
 from tests.support.committed_params import ROOT
+from tests.support.pipeline.command_line import call
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -162,7 +162,7 @@ def check_make(words: list[str], complete: bool) -> None:
         if variable == "TESTS":
             check_tests(value.split())
         if variable == "SECTIONS":
-            assert set(value.split()) <= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+            assert set(value.split()) <= {path.stem for path in (ROOT / "benchmarks" / "sections").glob("*.py")}
 
 
 def check_python(words: list[str], complete: bool) -> None:

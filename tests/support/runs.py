@@ -14,8 +14,8 @@ from elastic_core.search.space import ElasticSpace
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Loss, Routing, Stage
-from tests.support.parents import random_elastic
-from tests.support.routed_family import CONFIG, RANKING, SIZES
+from tests.support.models.parents import random_elastic
+from tests.support.models.routed_family import CONFIG, RANKING, SIZES
 
 FINE = {**SIZES, "hidden_size": tuple(range(16, 7, -1)), "intermediate_size": tuple(range(24, 7, -2))}
 

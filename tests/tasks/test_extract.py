@@ -10,8 +10,8 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.selection import Member
 from tasks import extract
-from tests.support.parents import random_elastic
-from tests.support.routed_family import CONFIG
+from tests.support.models.parents import random_elastic
+from tests.support.models.routed_family import CONFIG
 
 
 def test_budgets_that_were_not_trained_are_found(tmp_path, monkeypatch):

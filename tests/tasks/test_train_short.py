@@ -10,8 +10,8 @@ from elastic_core.search.choices import Choices
 from elastic_core.search.importance import Ranking
 from elastic_core.search.space import ElasticSpace
 from tasks import train_short
-from tests.support.parents import random_elastic
-from tests.support.routed_family import CONFIG, RANKING
+from tests.support.models.parents import random_elastic
+from tests.support.models.routed_family import CONFIG, RANKING
 
 
 def test_budgets_are_checked_with_the_real_order_of_the_layers(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from elastic_core.cost.budgets import Budget, Cost, parse
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
 from elastic_core.cost.targets import family_metric, metric_of, shares
-from tests.support.routed_family import CONFIG
+from tests.support.models.routed_family import CONFIG
 
 FULL = num_parameters(CONFIG)
 MEMORY = Memory(4096, 2)

@@ -18,9 +18,9 @@ from elastic_core.model.dims import layer_of
 from elastic_core.model.submodel import full_submodel
 from elastic_core.search.choices import Choices
 from elastic_core.search.space import ElasticSpace
-from tests.support.gradients import check_gradient
-from tests.support.latencies import CONTEXTS, REST, make_table, points_of, seconds_of
-from tests.support.parents import CONFIGS, random_config, random_moe_config, random_submodel
+from tests.support.models.parents import CONFIGS, random_config, random_moe_config, random_submodel
+from tests.support.oracles.gradients import check_gradient
+from tests.support.oracles.latencies import CONTEXTS, REST, make_table, points_of, seconds_of
 
 
 def by_hand(config, submodel, context):

@@ -17,8 +17,14 @@ from elastic_core.model.architectures.nemotron_h import layers_of
 from elastic_core.search.choices import Choices
 from elastic_core.search.space import ElasticSpace
 from tasks.evaluation import latency_and_memory
-from tests.support.gradients import check_gradient
-from tests.support.parents import random_config, random_ids, random_llama_config, random_submodel, save_random_parent
+from tests.support.models.parents import (
+    random_config,
+    random_ids,
+    random_llama_config,
+    random_submodel,
+    save_random_parent,
+)
+from tests.support.oracles.gradients import check_gradient
 
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 WHOLE = {"weights": "float32", "cache": "float32", "state": "float32", "conv_state": "float32"}

@@ -8,7 +8,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from elastic_core import Submodel
 from elastic_core.cost.metrics import PARAMETERS, expected_cost, num_parameters
-from tests.support.parents import random_config, random_submodel
+from tests.support.models.parents import random_config, random_submodel
 
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 REAL = {  # name: hidden, FFN, query heads, Mamba heads, published count, pattern

@@ -14,8 +14,8 @@ from elastic_core.model.submodel import Submodel
 from elastic_core.search.choices import Choices
 from elastic_core.search.selection import Member, path_between, select_family
 from elastic_core.search.space import ElasticSpace
-from tests.support.parents import random_elastic
-from tests.support.routed_family import CONFIG, RANKING, SIZES, make_router
+from tests.support.models.parents import random_elastic
+from tests.support.models.routed_family import CONFIG, RANKING, SIZES, make_router
 
 FULL = num_parameters(CONFIG)
 FINE = {**SIZES, "hidden_size": tuple(range(16, 7, -1)), "intermediate_size": tuple(range(24, 7, -1))}

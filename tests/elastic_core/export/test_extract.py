@@ -14,7 +14,7 @@ from elastic_core.cost.metrics import num_parameters
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io import tensor_files
 from elastic_core.model import hf
-from tests.support.parents import (
+from tests.support.models.parents import (
     CONFIGS,
     random_config,
     random_ids,

@@ -11,7 +11,7 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.export.nested import NestedModel, nested_chain, part_of_cache
 from elastic_core.model import architectures, hf
 from elastic_core.search.selection import Member
-from tests.support.parents import (
+from tests.support.models.parents import (
     CONFIGS,
     random_config,
     random_ids,

@@ -18,7 +18,7 @@ from elastic_core.io.tensor_files import Entry, read_header, write
 from elastic_core.model import hf
 from elastic_core.model.architectures.nemotron_h import disk_name
 from elastic_core.model.dims import kept_rows, narrow
-from tests.support.parents import random_config, random_elastic, random_submodel
+from tests.support.models.parents import random_config, random_elastic, random_submodel
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"b.x": (7,), "a.long": (301, 5), "c": (1, 900), "a.deep": (64, 1, 4), "none": (0, 3), 'é"': (2, 3)}

@@ -9,8 +9,8 @@ import torch
 from elastic_core.model import architectures, dims
 from elastic_core.model.architectures import parameter_layout
 from elastic_core.model.dims import Concat, Fixed, Product, Units, elastic_units, kept_rows, narrow, permute
-from tests.support.index_sets import in_groups, index_sets
-from tests.support.parents import CONFIGS, random_config, random_elastic, random_ids, random_submodel
+from tests.support.models.parents import CONFIGS, random_config, random_elastic, random_ids, random_submodel
+from tests.support.oracles.index_sets import in_groups, index_sets
 
 
 def random_dim(rng: random.Random, depth: int = 0):

@@ -7,8 +7,7 @@ from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 
 from elastic_core import ElasticModel, Submodel, extract
 from elastic_core.model.submodel import full_sizes
-from tests.support.index_sets import in_groups, index_sets
-from tests.support.parents import (
+from tests.support.models.parents import (
     random_config,
     random_elastic,
     random_ids,
@@ -17,6 +16,7 @@ from tests.support.parents import (
     relative_error,
     save_random_parent,
 )
+from tests.support.oracles.index_sets import in_groups, index_sets
 
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 

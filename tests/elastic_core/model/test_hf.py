@@ -12,8 +12,8 @@ from elastic_core import ElasticModel
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.model import hf
 from elastic_core.model.architectures.nemotron_h import pattern
-from tests.support.parents import random_ids, randomise, relative_error
-from tests.support.real_parents import NANO_12B
+from tests.support.models.parents import random_ids, randomise, relative_error
+from tests.support.models.real_parents import NANO_12B
 
 SMALL = NANO_12B | {
     "hybrid_override_pattern": "M-*M", "num_hidden_layers": 4, "vocab_size": 97, "hidden_size": 48, "head_dim": 12,

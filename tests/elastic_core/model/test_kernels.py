@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from elastic_core.model.ops import kernels
-from tests.support.parents import random_elastic, random_ids, relative_error
+from tests.support.models.parents import random_elastic, random_ids, relative_error
 
 GPU, CPU, BFLOAT16 = torch.device("cuda", 0), torch.device("cpu"), torch.bfloat16
 FINDERS = (kernels._causal_conv1d, kernels._mamba_scan, kernels._mamba_norm)

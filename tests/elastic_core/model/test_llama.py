@@ -17,9 +17,7 @@ from elastic_core.model import architectures, hf
 from elastic_core.model.submodel import full_sizes
 from elastic_core.search.choices import Choices
 from elastic_core.search.space import ElasticSpace
-from tests.support.calibration import AGGREGATE, batches_of
-from tests.support.index_sets import in_groups
-from tests.support.parents import (
+from tests.support.models.parents import (
     random_elastic,
     random_ids,
     random_llama_config,
@@ -28,6 +26,8 @@ from tests.support.parents import (
     relative_error,
     save_random_parent,
 )
+from tests.support.oracles.calibration import AGGREGATE, batches_of
+from tests.support.oracles.index_sets import in_groups
 
 PER_LAYER = ("intermediate_size", "num_attention_heads")
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

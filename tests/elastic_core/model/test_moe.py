@@ -31,8 +31,8 @@ from elastic_core.search.choices import Choices
 from elastic_core.search.selection import Member
 from elastic_core.search.space import ElasticSpace
 from tasks.evaluation.text_scores import count_parameters
-from tests.support.moe import SEEDS, load
-from tests.support.parents import (
+from tests.support.models.moe import SEEDS, load
+from tests.support.models.parents import (
     random_elastic,
     random_ids,
     random_moe_config,

@@ -8,7 +8,7 @@ from elastic_core.model.ops.activation import relu_squared
 from elastic_core.model.ops.conv import causal_conv
 from elastic_core.model.ops.norm import group_rms_norm, rms_norm, rms_norm_naive
 from elastic_core.model.ops.ssd import ssd, ssd_naive
-from tests.support.parents import relative_error
+from tests.support.models.parents import relative_error
 
 SHAPES = [  # batch, length, heads, channels, groups, state size, chunk size
     (1, 1, 1, 1, 1, 1, 1),

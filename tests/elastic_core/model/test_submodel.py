@@ -9,8 +9,8 @@ from transformers import NemotronHConfig
 
 from elastic_core import Submodel
 from elastic_core.model.submodel import full_sizes, full_submodel
-from tests.support.index_sets import index_sets
-from tests.support.parents import random_config, random_submodel
+from tests.support.models.parents import random_config, random_submodel
+from tests.support.oracles.index_sets import index_sets
 
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 CONFIG = NemotronHConfig(

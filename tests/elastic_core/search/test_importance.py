@@ -13,9 +13,7 @@ from elastic_core.model.dims import elastic_units
 from elastic_core.search import depth_ranking
 from elastic_core.search.depth_ranking import LogitError, rank_layers
 from elastic_core.search.importance import Ranking, score_mamba
-from tests.support.calibration import AGGREGATE, batches_of
-from tests.support.index_sets import in_groups
-from tests.support.parents import (
+from tests.support.models.parents import (
     CONFIGS,
     random_config,
     random_elastic,
@@ -24,6 +22,8 @@ from tests.support.parents import (
     relative_error,
     save_random_parent,
 )
+from tests.support.oracles.calibration import AGGREGATE, batches_of
+from tests.support.oracles.index_sets import in_groups
 
 PAPERS = {"measure": "projection", "aggregation": "l1"}  # eqs. 2 to 4 as the paper has them
 

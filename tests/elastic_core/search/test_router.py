@@ -10,7 +10,7 @@ from elastic_core.cost.metrics import num_parameters
 from elastic_core.search.router import Router, anneal, noise_generator
 from elastic_core.search.selection import path_between, select_family
 from elastic_core.training.losses import resource_loss
-from tests.support.routed_family import CONFIG, PER_LAYER, TARGETS, make_router, make_space
+from tests.support.models.routed_family import CONFIG, PER_LAYER, TARGETS, make_router, make_space
 
 
 @pytest.fixture(params=[(), PER_LAYER], ids=["homogeneous", "heterogeneous"])

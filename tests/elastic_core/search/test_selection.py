@@ -12,7 +12,7 @@ from elastic_core.cost.metrics import exact_cost, num_parameters
 from elastic_core.search.choices import Choices
 from elastic_core.search.selection import LARGEST_GRID, check_reachable, select, select_family
 from elastic_core.search.space import ElasticSpace
-from tests.support.routed_family import CONFIG, PER_LAYER, RANKING, SIZES, make_router, make_space
+from tests.support.models.routed_family import CONFIG, PER_LAYER, RANKING, SIZES, make_router, make_space
 
 FULL = num_parameters(CONFIG)
 LARGE = NemotronHConfig(**CONFIG.to_dict() | {"layers_block_type": NemotronHConfig._pattern_to_list("M-*-M-M-")})

@@ -10,7 +10,7 @@ from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
 from elastic_core.model.axes import PER_LAYER
 from elastic_core.search.uniform import uniform_counterpart
-from tests.support.parents import CONFIGS, random_submodel
+from tests.support.models.parents import CONFIGS, random_submodel
 
 
 @pytest.mark.parametrize("metric", [PARAMETERS, Memory(64)], ids=["parameters", "memory"])

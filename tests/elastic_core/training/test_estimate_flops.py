@@ -7,8 +7,8 @@ from elastic_core.model.ops.flops import scan_flops
 from elastic_core.model.ops.ssd import CHUNK_ON_GPU, ssd
 from elastic_core.training.estimate.flops import pass_flops
 from elastic_core.training.losses import distillation_loss
-from tests.support.flop_counter import counted
-from tests.support.parents import CONFIGS, random_elastic, random_ids, random_submodel
+from tests.support.models.parents import CONFIGS, random_elastic, random_ids, random_submodel
+from tests.support.oracles.flop_counter import counted
 
 
 @pytest.mark.parametrize("seed", range(6))

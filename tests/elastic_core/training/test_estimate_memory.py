@@ -19,8 +19,8 @@ from elastic_core.training.estimate.step_memory import (
 from tasks.parents.config import new_config
 from tasks.settings.load import read
 from tasks.settings.profiles import parameters
-from tests.support.memory_cases import CASES
-from tests.support.parents import random_config
+from tests.support.models.parents import random_config
+from tests.support.oracles.memory_cases import CASES
 
 CHECKPOINTED = Execution(activation_checkpointing=True)
 CONFIG = gpu.TINY.config()

@@ -25,8 +25,8 @@ from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.loop import NonFiniteError, train
 from elastic_core.training.run import Run, resume
 from elastic_core.training.stage import Loss, Routing, assign_budgets
-from tests.support.parents import random_elastic, random_llama_config, relative_error
-from tests.support.routed_family import CONFIG
+from tests.support.models.parents import random_elastic, random_llama_config, relative_error
+from tests.support.models.routed_family import CONFIG
 from tests.support.runs import (
     BUDGETS,
     FULL,

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
 from elastic_core.training.losses import IGNORED, distillation_loss, resource_loss
-from tests.support.parents import relative_error
+from tests.support.models.parents import relative_error
 
 CASES = [  # CE weight, KL weight, temperature
     (1.0, 0.0, 1.0),

@@ -18,8 +18,8 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.search.selection import Member
 from flows.cli.app import app
 from tasks.commands import find_family
-from tests.support.command_line import CONFIG, MEMBERS, WORDS, call, error_of
-from tests.support.parents import random_config, random_elastic, random_submodel
+from tests.support.models.parents import random_config, random_elastic, random_submodel
+from tests.support.pipeline.command_line import CONFIG, MEMBERS, WORDS, call, error_of
 
 ROOT = Path(__file__).resolve().parents[3]
 

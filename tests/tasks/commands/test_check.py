@@ -5,7 +5,7 @@ import runpy
 import pytest
 
 from tests.support.committed_params import ROOT, put, write
-from tests.support.stages import check_parameters
+from tests.support.pipeline.stages import check_parameters
 
 
 def test_the_committed_parameters_are_valid(monkeypatch, capsys):

@@ -4,8 +4,8 @@ from transformers import LlamaConfig
 
 from elastic_core.cost.metrics import num_parameters
 from tasks.commands.inspect import inspect_checkpoint
-from tests.support.command_line import call
-from tests.support.parents import save_random_parent
+from tests.support.models.parents import save_random_parent
+from tests.support.pipeline.command_line import call
 
 
 def test_a_llama_is_inspected(tmp_path):

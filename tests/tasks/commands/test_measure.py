@@ -19,10 +19,10 @@ from tasks.commands import measure as command
 from tasks.commands.layer_times import Decoder, MeasureSetting, Models
 from tasks.commands.measure import grids, measure, samples, thin_out
 from tasks.settings.profiles import parameters
-from tests.support.command_line import call, error_of
-from tests.support.moe_family import CHOICES as MOE_CHOICES
-from tests.support.moe_family import CONFIG as MOE
-from tests.support.parents import CONFIGS, random_config, random_llama_config
+from tests.support.models.moe_family import CHOICES as MOE_CHOICES
+from tests.support.models.moe_family import CONFIG as MOE
+from tests.support.models.parents import CONFIGS, random_config, random_llama_config
+from tests.support.pipeline.command_line import call, error_of
 
 QUICK = {"rounds": 1, "steps": 1}
 

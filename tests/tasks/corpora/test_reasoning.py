@@ -15,7 +15,7 @@ from elastic_core.data.loader import PackedSequences, TokenData
 from tasks.corpora.reasoning import Chains, Evaluation, Recall, write_evaluation
 from tasks.corpora.tokenizer import END_OF_TEXT
 from tasks.prepare_data import PrepareData, prepare
-from tests.support.tiny_reasoner import tiny_model
+from tests.support.models.tiny_reasoner import tiny_model
 
 CHAINS = Chains(documents=4000, max_steps=8, direct_share=0.2)
 RECALL = Recall(documents=2000, max_pairs=12)

@@ -19,7 +19,7 @@ from tasks.corpora.text_sources import Bible, Files, Sympy
 from tasks.corpora.tokenizer import END_OF_TEXT, train_tokenizer
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.prepare_data import prepare
-from tests.support.corpora import configure, texts, write_jsonl
+from tests.support.pipeline.corpora import configure, texts, write_jsonl
 
 
 def by_split(pairs):

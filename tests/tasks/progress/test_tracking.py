@@ -17,8 +17,8 @@ from tasks.progress.display import Recorder
 from tasks.progress.tracking import Tracking, scalars
 from tasks.settings.load import load
 from tasks.settings.sections import is_installed
-from tests.support.metric_rows import NAN, row, stage
-from tests.support.stages import check_parameters
+from tests.support.pipeline.metric_rows import NAN, row, stage
+from tests.support.pipeline.stages import check_parameters
 
 ROOT = Path(__file__).resolve().parents[3]
 KEY = "train_short-0123456789abcdef"

@@ -20,10 +20,10 @@ from elastic_core.search.selection import Member
 from tasks import train_short as stage
 from tasks.evaluation import latency_and_memory
 from tasks.reporting import columns, predictions
-from tests.support.command_line import CONFIG, MEMBERS, call, error_of
-from tests.support.parents import random_elastic, random_ids
-from tests.support.routed_family import CONFIG as ROUTED
-from tests.support.routed_family import RANKING, SIZES
+from tests.support.models.parents import random_elastic, random_ids
+from tests.support.models.routed_family import CONFIG as ROUTED
+from tests.support.models.routed_family import RANKING, SIZES
+from tests.support.pipeline.command_line import CONFIG, MEMBERS, call, error_of
 
 METRIC = Memory(700, 2, weights="fp8", cache="fp8", chunk=1)
 TARGETS = {"full": 1.0, "uneven": 0.5, "small": 0.3}

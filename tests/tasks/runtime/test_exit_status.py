@@ -14,7 +14,7 @@ from elastic_core.data.loader import TokenData
 from elastic_core.io.storage import StorageError, StorageUnavailable
 from tasks.runtime.exit_status import StageError, StageInterrupted, errors_as_text
 from tests.support.committed_params import write
-from tests.support.stages import run_stage
+from tests.support.pipeline.stages import run_stage
 
 ROOT = Path(__file__).resolve().parents[3]
 

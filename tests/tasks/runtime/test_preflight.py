@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.committed_params import MEMORY, load, parent_directory, put, use_parent, write
+from tests.support.pipeline.stages import check_parameters, run_stage
 from tests.support.runs import data  # noqa: F401 (a fixture)
-from tests.support.stages import check_parameters, run_stage
 
 PARENT_CANNOT = [
     (

@@ -18,8 +18,8 @@ from elastic_core.search.space import ElasticSpace
 from tasks.settings.load import load, read
 from tasks.settings.profiles import parameters
 from tests.support.committed_params import profile_values
-from tests.support.real_parents import ROOT, SMOLLM2
-from tests.support.stages import check_parameters
+from tests.support.models.real_parents import ROOT, SMOLLM2
+from tests.support.pipeline.stages import check_parameters
 
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))
 PARENTS = {  # profile → the parent that it is made for, in profiles/parents

@@ -29,12 +29,12 @@ from tasks.corpora.text_sources import Files
 from tasks.prepare_data import prepare
 from tasks.settings import remote_checks
 from tasks.settings.load import load
-from tests.support.corpora import NO_TASKS, configure, texts, write_jsonl
-from tests.support.parents import random_elastic, save_random_parent
+from tests.support.models.parents import random_elastic, save_random_parent
+from tests.support.models.routed_family import CONFIG
+from tests.support.pipeline.corpora import NO_TASKS, configure, texts, write_jsonl
+from tests.support.pipeline.stages import check_parameters, run_stage
 from tests.support.places import files_below
-from tests.support.routed_family import CONFIG
 from tests.support.s3_server import SECRET
-from tests.support.stages import check_parameters, run_stage
 
 ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20

@@ -9,8 +9,8 @@ from elastic_core.training.distributed.ranks import Ranks
 from tasks.settings.sections import Compute
 from tasks.training import family
 from tasks.training.job import Job
-from tests.support.parents import random_elastic
-from tests.support.routed_family import CONFIG
+from tests.support.models.parents import random_elastic
+from tests.support.models.routed_family import CONFIG
 from tests.support.runs import MEMBERS, make_stage
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # config.json as Nemotron-Nano-12B-v2 came with its own code, before transformers had the family.
 NANO_12B = {

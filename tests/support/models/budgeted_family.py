@@ -11,7 +11,7 @@ from elastic_core.search.space import ElasticSpace
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Routing
-from tests.support.parents import random_elastic
+from tests.support.models.parents import random_elastic
 from tests.support.runs import make_stage
 
 CONFIG = NemotronHConfig(

@@ -17,7 +17,7 @@ from tasks.parents.config import new_config
 from tasks.settings.load import load
 
 MOST = 0.02
-PARAMETERS = Path(__file__).resolve().parents[1] / "params.yaml"
+PARAMETERS = Path(__file__).resolve().parents[2] / "params.yaml"
 INTERVALS = 3
 
 

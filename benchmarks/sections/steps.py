@@ -28,7 +28,7 @@ from elastic_core.training.losses import distillation_loss, resource_loss
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Loss, Routing, Stage
 
-PARAMS = Path(__file__).resolve().parents[1] / "params.yaml"
+PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
 ALONE, MASKED, SOFT, TRANSFORMERS = 1.05, 0.55, 1.10, 0.6
 HALF = Submodel(88, None, 256, 6, 24, 4)  # of the default parent's FLOPs
 # Wide enough for matrix products to be most of a pass: where a budget's cost is its FLOPs.

@@ -1,6 +1,6 @@
 """Calibration batches, and importance aggregated by hand."""
 
-from tests.support.parents import random_ids
+from tests.support.models.parents import random_ids
 
 AGGREGATE = {  # over samples (B·L, units)
     "l1": lambda a: a.abs().sum(0),
