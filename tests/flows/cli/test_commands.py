@@ -182,7 +182,7 @@ def test_extract_replaces_nothing_unasked(tmp_path, family):
     assert "exists" in error_of("extract", tmp_path / "model", "-b", "small")
     call("extract", family, tmp_path / "model", "-b", "full", "--force")
     assert numbers_in(tmp_path / "model") == numbers_in(family)
-    assert "holds it" in error_of("extract", family, family, "-b", "small", "--force")
+    assert "contains it" in error_of("extract", family, family, "-b", "small", "--force")
 
 
 @pytest.mark.parametrize(
