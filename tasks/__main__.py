@@ -37,7 +37,7 @@ def main() -> None:
             find_stage(name).main(*arguments)
         status = 0
     except SystemExit as ended:
-        status = int(ended.code is not None) if not isinstance(ended.code, int) else ended.code
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
         raise
     finally:
         events.note(event="end", stage=os.environ.get("DVC_STAGE", title), status=status)

@@ -1,9 +1,9 @@
 """Finds the trained family that a command works on: in a given directory, or from the last run."""
 
-import json
 from pathlib import Path
 
 from elastic_core.errors import UserError
+from elastic_core.io.json_files import read_json
 from tasks.settings.profiles import ROOT
 
 FAMILY = Path("artifacts/train_extended/model")  # inside a workspace; stage train_extended writes it
@@ -38,7 +38,7 @@ def workspaces(root: Path = ROOT) -> list[Path]:
 def budget_names(family: Path) -> list[str]:
     """Names of a family's budgets; an empty list for a directory that is no family."""
     file = family / "elastic.json"
-    return list(json.loads(file.read_text())["budgets"]) if file.is_file() else []
+    return list(read_json(file)["budgets"]) if file.is_file() else []
 
 
 def _is_model(directory: Path) -> bool:

@@ -1,7 +1,6 @@
 """`elastic generate`: prints how a member of a family, or an extracted model, continues a prompt."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator
 from importlib import resources
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from elastic_core import extract
 from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
+from elastic_core.io.json_files import read_json
 from elastic_core.model.architectures.nemotron_h import MODELING_FILE
 from tasks.commands.extract import find_budget
 from tasks.settings.local_checks import TOKENIZERS
@@ -85,7 +85,7 @@ def _has_our_code(directory: Path) -> bool:
 
     Other code is never run, because it could do anything.
     """
-    if "auto_map" not in json.loads((directory / "config.json").read_text()):
+    if "auto_map" not in read_json(directory / "config.json"):
         return False
     ours = resources.files("elastic_core.export").joinpath(MODELING_FILE + ".txt").read_text()
     file = directory / MODELING_FILE

@@ -34,10 +34,7 @@ def check_parent(path: str | None, key: str) -> None:
     URLs are not checked here. `key` is the parameter's name in error messages.
     """
     if is_package(path):
-        try:
-            find_package_file(path)
-        except ConfigError as error:
-            raise ConfigError(f"{key.removesuffix('parent.path')}{error}") from None
+        find_package_file(path, key)
     elif path is not None and not storage.is_url(path):
         has_config = (Path(path) / "config.json").is_file()
         require(has_config, key, path, "a Hugging Face directory with a config.json, or null")
@@ -63,9 +60,10 @@ def is_package(path: str | Path | None) -> bool:
     return str(path).startswith(PACKAGE)
 
 
-def find_package_file(path: str) -> Path:
+def find_package_file(path: str, key: str = "parent.path") -> Path:
     """The GGUF file in the Python package that `path` names, written as ``package:NAME``.
 
+    `key` is the parameter's name in error messages.
     Raises ConfigError if that package or the package `gguf`, which reads the file, is not installed.
     """
     module = path.removeprefix(PACKAGE).replace("-", "_")
@@ -74,7 +72,7 @@ def find_package_file(path: str) -> Path:
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if len(files) != 1:
         found = "has no file, or several, ending in .gguf" if spec else "is not installed"
-        raise ConfigError(f"parent.path: got {path!r}, which {found}; for SmolLM2: {INSTALL_PACKAGE}")
+        raise ConfigError(f"{key}: got {path!r}, which {found}; for SmolLM2: {INSTALL_PACKAGE}")
     if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(f"parent.path: got {path!r}, but the package gguf is not installed: {INSTALL_PACKAGE}")
+        raise ConfigError(f"{key}: got {path!r}, but the package gguf is not installed: {INSTALL_PACKAGE}")
     return files[0]

@@ -101,7 +101,7 @@ def test_known_counts_of_every_parent_with_a_name():
 @pytest.fixture
 def smollm2(monkeypatch):
     """As if SmolLM2's package were installed, which the tests do without."""
-    monkeypatch.setattr(local_checks, "find_package_file", lambda path: Path("model.gguf"))
+    monkeypatch.setattr(local_checks, "find_package_file", lambda path, key: Path("model.gguf"))
     monkeypatch.setattr(gguf, "read_config", lambda path: SMOLLM2)
 
 
