@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
@@ -105,6 +105,7 @@ def may_succeed_later(task, task_run, state: State) -> bool:
 def run_stage(stage: str, workspace: Path, force: bool = False) -> State:
     """Bring one stage of dvc.yaml, or every item of a foreach group, up to date."""
     live = Live(workspace, get_run_logger().info)
+    force = force and runtime.task_run.run_count == 1  # another try goes on from the checkpoints of the first
     try:
         ran = reproduce(stage, workspace, force, get_run_logger().info, watch=live.watch)
     except StageFailed:

@@ -15,6 +15,7 @@ from flows.process.terminal import draw
 from tasks.progress.events import VARIABLE
 from tasks.progress.metrics_file import NewRows
 
+ALWAYS = "fingerprint"  # the stage that runs always, because only it can see whether inputs outside have changed
 BUSY_SECONDS = 5.0  # between looks at a stage that another DVC process holds
 
 
@@ -82,7 +83,9 @@ def reproduce(
     terminal: bool = False,
     watch: Callable[[dict], None] = lambda event: None,
 ) -> list[str]:
-    """Bring one stage of dvc.yaml, or every item of a foreach group, up to date (None: all); the names that ran.
+    """Bring one stage of dvc.yaml, or every item of a foreach group, up to date (None: all).
+
+    Returns the names of the stages that ran, without the one that runs always.
 
     `log` is given each line of output, or, with `terminal`, only what is said here: the output is drawn on this
     process's terminal. `watch` is given every event of the stages, and an empty one about once a second. As long as
@@ -94,7 +97,7 @@ def reproduce(
         outcome = Outcome([])
         status, lines = _try(stage, workspace, force, log, terminal, watch, waiting, outcome)
         if status == 0:
-            return outcome.ran
+            return [name for name in outcome.ran if name != ALWAYS]
         if status != BUSY:
             raise _failure(stage, workspace, status, outcome, lines)
         if not waiting:

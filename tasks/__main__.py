@@ -15,6 +15,7 @@ from types import ModuleType
 from elastic_core.errors import UserError
 from tasks.progress import events
 from tasks.progress.durations import duration
+from tasks.runs import old_runs
 from tasks.runtime import environment, stop_with_dvc
 from tasks.runtime.exit_status import errors_as_text
 from tasks.runtime.quiet import silence_libraries
@@ -34,7 +35,9 @@ def main() -> None:
         print(f"{title} …", flush=True)
     try:
         with errors_as_text():
-            find_stage(name).main(*arguments)
+            stage = find_stage(name)
+            old_runs.remove_finished()
+            stage.main(*arguments)
         status = 0
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

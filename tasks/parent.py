@@ -5,6 +5,7 @@ It is imported from a directory, a URL or a pip package (`parent.path`), or trai
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,13 +29,15 @@ from elastic_core.training.run import Run
 from tasks.parents import gguf
 from tasks.parents.config import new_config, read_parent_config
 from tasks.parents.tokenizer import load_tokenizer
+from tasks.runs import provenance
+from tasks.runs.job import LOCAL, Job, started
 from tasks.runtime.preflight import check_family
 from tasks.settings import remote_checks
 from tasks.settings.load import FILE, load
 from tasks.settings.local_checks import is_package
 from tasks.settings.schema import Params
-from tasks.training.family import run_to_end
-from tasks.training.job import LOCAL, Job, make_job, run_stage
+from tasks.training.family import run_to_end, training_record
+from tasks.training.start import run_stage
 
 DATA, OUT = Path("artifacts/data"), Path("artifacts/parent")
 METRICS = Path("artifacts/parent_metrics.jsonl")
@@ -46,11 +49,13 @@ def main() -> None:
     check_family(settings, FILE)
     check_stages(settings, data)
     if settings.parent.path is not None:
-        import_parent(settings.parent.path, data)
-        write_text(METRICS, "")
+        begin = time.monotonic()
+        with started("parent") as job:
+            import_parent(settings.parent.path, data)
+            write_text(METRICS, "")
+            provenance.write_record(provenance.end(job.record, time.monotonic() - begin, provenance.describe_device()))
     else:
-        job = make_job(settings, "parent", vars(settings.parent), [])
-        run_stage(work, settings, job, settings.parent.training)
+        run_stage(work, settings, "parent", settings.parent.training)
 
 
 def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
@@ -131,6 +136,9 @@ def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:
     )
     run_to_end(run, settings, job, METRICS)
     model_files.save_pretrained(model, OUT, ranks, tokenizer_from=DATA / "tokenizer")
+    with ranks.first_only() as is_first:
+        if is_first:
+            provenance.write_record(training_record(run, job))
 
 
 def work(arguments: dict, ranks: Ranks) -> None:

@@ -1,12 +1,18 @@
 """Stage `rank`: score the parent's units and layers on calibration data, and sort its weights by importance."""
 
+import time
 from pathlib import Path
 
 from elastic_core import ElasticModel, rank, sort_
 from elastic_core.data.loader import PackedSequences, TokenData
+from elastic_core.io import storage
+from elastic_core.search.ranking_state import RankingState
 from elastic_core.training.distributed.ranks import Ranks
 from tasks.progress.bars import progress_bar
+from tasks.runs import provenance
+from tasks.runs.job import started
 from tasks.runtime.launch import launch
+from tasks.settings import remote_checks
 from tasks.settings.load import load
 
 PARENT, DATA, OUT = Path("artifacts/parent"), Path("artifacts/data"), Path("artifacts/rank")
@@ -14,7 +20,9 @@ PARENT, DATA, OUT = Path("artifacts/parent"), Path("artifacts/data"), Path("arti
 
 def main() -> None:
     settings = load()
-    launch(work, {"settings": settings}, settings.compute, "rank")
+    remote_checks.check(settings, "compute")
+    with started("rank", settings) as job:
+        launch(work, {"settings": settings, "job": job}, settings.compute, f"rank-{job.key}")
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
@@ -23,8 +31,8 @@ def work(arguments: dict, ranks: Ranks) -> None:
     Every worker holds the whole model and scores its own sequences of every batch. The scores are summed over workers,
     so all of them get the same ranking. The first worker sorts and writes the model.
     """
-    settings = arguments["settings"]
-    section = settings.rank
+    settings, job, begin = arguments["settings"], arguments["job"], time.monotonic()
+    section, location = settings.rank, job.checkpoints(settings)
     model = ElasticModel.from_pretrained(PARENT).to(ranks.device)
     sequences = PackedSequences(TokenData(DATA), section.mixture, section.sequence_length, settings.seed + 1)
     part = ranks.part(section.batch_size, "rank.batch_size")
@@ -48,6 +56,7 @@ def work(arguments: dict, ranks: Ranks) -> None:
         min_depth=min(settings.choices.depth or (len(model.model.layers),)),
         progress=progress,
         reduce=ranks.sum,
+        state=make_state(location, ranks),
     )
     for bar in bars.values():
         bar.close()
@@ -56,4 +65,20 @@ def work(arguments: dict, ranks: Ranks) -> None:
             sort_(model, ranking)
             ranking.save(OUT / "ranking.json")
             model.save_pretrained(OUT / "model", tokenizer_from=PARENT)
+            device = provenance.describe_device(ranks.device, ranks.world)
+            provenance.write_record(provenance.end(job.record, time.monotonic() - begin, device))
             print(f"layers, most important first: {' '.join(map(str, ranking.depth))}")
+
+
+def make_state(location: str, ranks: Ranks) -> RankingState:
+    """What an earlier run of the stage had finished, in files of the directory or URL `location`."""
+
+    def load(name: str) -> bytes | None:
+        path = storage.join(location, name)
+        return ranks.from_first(lambda: storage.read_bytes(path) if storage.exists(path) else None)
+
+    def save(name: str, data: bytes) -> None:
+        if ranks.rank == 0:
+            storage.write_bytes(storage.join(location, name), data)
+
+    return RankingState(load, save, ranks.rank == 0)

@@ -7,25 +7,25 @@ from pathlib import Path
 
 from elastic_core.cost.metrics import read_metric
 from elastic_core.export import elastic_checkpoint
+from elastic_core.io.provenance_file import read_provenance
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.selection import Member
 from elastic_core.training.distributed import model_files
 from elastic_core.training.distributed.ranks import Ranks
 from tasks.settings.load import load
 from tasks.training.family import make_run, run_to_end, save_family
-from tasks.training.job import make_job, run_stage
+from tasks.training.start import run_stage
 
-RANK, SHORT = Path("artifacts/rank"), Path("artifacts/train_short/model")
+SHORT = Path("artifacts/train_short/model")
 
 
 def main() -> None:
     settings = load()
-    job = make_job(settings, "train_extended", {"stage": settings.train_extended}, [SHORT, RANK])
-    run_stage(work, settings, job, settings.train_extended)
+    run_stage(work, settings, "train_extended", settings.train_extended)
 
 
 def work(arguments: dict, ranks: Ranks) -> None:
-    """The stage's work on one worker: load, train, save. The settings are those of the job's key."""
+    """The stage's work on one worker: load, train, save. The settings are those of the job."""
     settings, job = arguments["settings"], arguments["job"]
     stage, content = settings.train_extended, elastic_checkpoint.read(SHORT)
     model = model_files.from_pretrained(SHORT, ranks, settings.compute.execution, stage.precision)
@@ -36,4 +36,5 @@ def work(arguments: dict, ranks: Ranks) -> None:
     family = {"members": members, "metric": read_metric(content["cost"])}
     run = make_run(settings, job, stage, settings.seed + 3, model, budgets, ranks, **family)
     run_to_end(run, settings, job, job.out / "metrics.jsonl")
-    save_family(run, job, SHORT, [Submodel(**values) for values in content["path"]])
+    path = [Submodel(**values) for values in content["path"]]
+    save_family(run, job, SHORT, path, read_provenance(SHORT))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from elastic_core.cost.metrics import PARAMETERS
 from elastic_core.model import hf
 from elastic_core.search.importance import Ranking
 from elastic_core.search.router import Router
@@ -17,36 +16,21 @@ from elastic_core.search.space import ElasticSpace
 from elastic_core.training.distributed import model_files
 from elastic_core.training.distributed.ranks import Ranks
 from tasks.parents.targets import metric_of_family, resolve
+from tasks.runs import provenance
 from tasks.settings.load import load
 from tasks.settings.schema import Params
 from tasks.training.family import make_run, run_to_end, save_family
-from tasks.training.job import Job, make_job, run_stage
+from tasks.training.start import run_stage
 
 RANK = Path("artifacts/rank")
 
 
 def main() -> None:
     settings = load()
-    run_stage(work, settings, make_short_job(settings), settings.train_short)
-
-
-def make_short_job(settings: Params) -> Job:
-    """The stage's job. Raises ConfigError if the budgets cannot be reached.
-
-    Earlier checks of the budgets had to guess which layers a smaller depth drops. Now stage `rank` has decided it.
-    """
+    # Earlier checks of the budgets had to guess which layers a smaller depth drops. Now stage `rank` has decided it.
     space = make_space(settings, hf.read_config(RANK / "model"))
-    targets = resolve(settings, space.config)
-    check_reachable(space, targets)
-    configuration = {
-        "stage": settings.train_short,
-        "routing": settings.routing,
-        "budgets": targets,
-        "choices": settings.choices,
-    }
-    if space.metric != PARAMETERS:  # The default is not part of the key, so that keys of older runs stay the same.
-        configuration["cost"] = space.metric
-    return make_job(settings, "train_short", configuration, [RANK])
+    check_reachable(space, resolve(settings, space.config))
+    run_stage(work, settings, "train_short", settings.train_short)
 
 
 def make_space(settings: Params, config) -> ElasticSpace:
@@ -58,7 +42,7 @@ def make_space(settings: Params, config) -> ElasticSpace:
 def work(arguments: dict, ranks: Ranks) -> None:
     """The stage's work on one worker: load, train, save.
 
-    The settings are those of the job's key. They are passed in, because params.yaml may have changed since the start.
+    The settings are those of the job. They are passed in, because params.yaml may have changed since the start.
     """
     settings, job = arguments["settings"], arguments["job"]
     stage, source = settings.train_short, RANK / "model"
@@ -68,4 +52,5 @@ def work(arguments: dict, ranks: Ranks) -> None:
     router = Router(space, tuple(budgets.values()))
     run = make_run(settings, job, stage, settings.seed + 2, model, budgets, ranks, router=router)
     run_to_end(run, settings, job, job.out / "metrics.jsonl")
-    save_family(run, job, source, path_between(router, run.indices))
+    earlier = provenance.read_records("prepare_data", "parent", "rank")
+    save_family(run, job, source, path_between(router, run.indices), earlier)

@@ -14,8 +14,29 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {
     "elastic_core": ("errors", "config", "io", "data", "model", "cost", "search", "training", "export"),
     "tasks": (
-        *("corpora", "settings", "parents", "progress", "runtime", "training", "evaluation", "reporting", "commands"),
-        *("prepare_data", "parent", "rank", "train_short", "train_extended", "extract", "evaluate", "report"),
+        *(
+            "corpora",
+            "settings",
+            "parents",
+            "progress",
+            "runs",
+            "runtime",
+            "training",
+            "evaluation",
+            "reporting",
+            "commands",
+        ),
+        *(
+            "fingerprint",
+            "prepare_data",
+            "parent",
+            "rank",
+            "train_short",
+            "train_extended",
+            "extract",
+            "evaluate",
+            "report",
+        ),
         "__main__",
     ),
     "flows": ("process", "stages", "live", "compare", "publish", "elastic", "dashboard", "cli"),
@@ -49,6 +70,7 @@ OPTIONAL = {
     "yaml",
 }
 RAY = {"tasks/runtime/launch.py", "tasks/runtime/ray_cluster.py"}
+DVC = {"flows/process/dvc_repro.py", "tasks/runs/dvc.py"}  # to run stages, and in a stage
 
 
 def imports(path: Path) -> set[str]:
@@ -175,7 +197,7 @@ def test_the_core_needs_little(path):
 
 @pytest.mark.parametrize("path", files("tasks"), ids=name_of)
 def test_stages_do_not_know_their_orchestration(path):
-    known = {"flows", "prefect", "dvc", "ray"} - ({"ray"} if name_of(path) in RAY else set())
+    known = {"flows", "prefect"} | {name for name, users in (("dvc", DVC), ("ray", RAY)) if name_of(path) not in users}
     assert not tops(path) & known
 
 
@@ -193,10 +215,9 @@ def test_optional_packages_are_imported_in_one_file_each():
         for path in files(package):
             for name in tops(path) & OPTIONAL:
                 users.setdefault(name, set()).add(name_of(path))
-    assert {name: paths for name, paths in users.items() if len(paths) > 1} == {"ray": RAY}
+    assert {name: paths for name, paths in users.items() if len(paths) > 1} == {"dvc": DVC, "ray": RAY}
     assert users["lm_eval"] == {"tasks/evaluation/lm_eval_tasks.py"}
     assert users["altair"] == {"tasks/reporting/charts.py"}
-    assert users["dvc"] == {"flows/process/dvc_repro.py"}
     assert users["mamba_ssm"] == users["causal_conv1d"] == {"elastic_core/model/ops/kernels.py"}
     assert users["tensorboard"] == users["wandb"] == {"tasks/progress/tracking.py"}
 
@@ -216,7 +237,7 @@ def test_stages_are_named_alike_everywhere():
     for stage in stages:
         name = stage.removesuffix("_parent").removesuffix("_untrained")  # the same stage, of other models
         assert (ROOT / "tasks" / f"{name}.py").is_file(), stage
-        assert name in sections or name == "report", stage  # the report has no parameters
+        assert name in sections or name in ("fingerprint", "report"), stage  # these two have no parameters
     at_the_top = {path.stem for path in (ROOT / "tasks").glob("*.py")} - {"__init__", "__main__"}
     assert at_the_top == {stage.removesuffix("_parent").removesuffix("_untrained") for stage in stages}
 

@@ -9,6 +9,7 @@ One manifest, and two arrays for every source (`prose`, `code`, ...) and split (
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,15 +68,28 @@ class Manifest:
         (Path(directory) / "manifest.json").write_text(text + "\n", encoding="utf-8")
 
 
-class SplitWriter:
-    """Appends documents to the two files of one split. It keeps no tokens in memory."""
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """How much of a split was written: the number of tokens and offsets, and the size of the text in bytes."""
 
-    def __init__(self, directory: str | Path, source: str, split: str, dtype: np.dtype):
-        stem = f"{source}.{split}"
-        self._tokens = _ArrayWriter(Path(directory) / f"{stem}.tokens.npy", dtype)
-        self._offsets = _ArrayWriter(Path(directory) / f"{stem}.offsets.npy", np.dtype(np.int64))
-        self._offsets.append([0])
-        self._num_bytes = 0
+    num_tokens: int = 0
+    num_offsets: int = 0
+    num_bytes: int = 0
+
+
+class SplitWriter:
+    """Appends documents to the two files of one split. It keeps no tokens in memory.
+
+    `written`: how much an earlier writer had written (see `flush`). What its files hold beyond that is dropped.
+    """
+
+    def __init__(self, directory: str | Path, source: str, split: str, dtype: np.dtype, written: Written | None = None):
+        stem, start = f"{source}.{split}", written or Written()
+        self._tokens = _ArrayWriter(Path(directory) / f"{stem}.tokens.npy", dtype, start.num_tokens)
+        self._offsets = _ArrayWriter(Path(directory) / f"{stem}.offsets.npy", np.dtype(np.int64), start.num_offsets)
+        self._num_bytes = start.num_bytes
+        if written is None:
+            self._offsets.append([0])
 
     def append(self, documents: Sequence[Sequence[int] | np.ndarray], num_bytes: int) -> None:
         """Append documents, each the token ids with eos; `num_bytes` is the size of all their texts in UTF-8."""
@@ -84,6 +98,12 @@ class SplitWriter:
         for ids in documents:
             self._tokens.append(ids)
         self._num_bytes += num_bytes
+
+    def flush(self) -> Written:
+        """Write everything to the disk, and return how much that is."""
+        self._tokens.flush()
+        self._offsets.flush()
+        return Written(self._tokens.size, self._offsets.size, self._num_bytes)
 
     def close(self) -> Split:
         """Finish and close the files. They must not be read before."""
@@ -97,18 +117,25 @@ class _ArrayWriter:
     """Appends values to a one-dimensional .npy file.
 
     The header holds the length, so `close` writes it again. numpy pads the header for lengths of any number of digits.
+    With `size` above 0, the first `size` values of an existing file are kept.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype):
-        self.path, self.size = path, 0
+    def __init__(self, path: Path, dtype: np.dtype, size: int = 0):
+        self.path, self.size = path, size
         self._dtype = dtype
-        self._file = path.open("wb")
+        self._file = path.open("r+b" if size else "wb")
         self._write_header()
+        self._file.truncate(self._file.tell() + size * dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
 
     def append(self, values) -> None:
         array = np.asarray(values, dtype=self._dtype)
         self._file.write(array.tobytes())
         self.size += len(array)
+
+    def flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.seek(0)

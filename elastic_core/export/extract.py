@@ -18,6 +18,7 @@ from torch import Tensor
 from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io.atomic import whole_directory
+from elastic_core.io.provenance_file import copy_provenance
 from elastic_core.io.tensor_files import Entry, Stored
 from elastic_core.io.tokenizer_files import copy_tokenizer
 from elastic_core.model import architectures, hf
@@ -68,6 +69,7 @@ def extract(
             file = architectures.of(config).MODELING_FILE
             (partial / file).write_text(resources.files("elastic_core.export").joinpath(file + ".txt").read_text())
         copy_tokenizer(elastic_directory, partial)
+        copy_provenance(elastic_directory, partial)
     return submodel
 
 

@@ -32,8 +32,13 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 @contextmanager
-def whole_directory(directory: str | os.PathLike, marker: str | None = "config.json") -> Iterator[Path]:
+def whole_directory(
+    directory: str | os.PathLike, marker: str | None = "config.json", work: Path | None = None
+) -> Iterator[Path]:
     """Yield a temporary directory to fill; rename it to `directory` at the end.
+
+    The temporary directory is beside `directory`, and it is empty. With `work`, it is that directory, on the same disk.
+    It keeps its files if the block raises or the process is killed, so that the work can go on.
 
     An existing directory is replaced if it is empty or holds the file `marker`; for any other, UserError is raised.
     `marker` None replaces any directory. The existing directory is renamed first and deleted last. If an earlier
@@ -42,14 +47,16 @@ def whole_directory(directory: str | os.PathLike, marker: str | None = "config.j
     final = Path(directory)
     partial, earlier = (final.with_name(f".{final.name}.{kind}") for kind in ("partial", "earlier"))
     _remove_leftovers(final, partial, earlier)
+    filled = partial if work is None else work
     if marker is not None and final.exists() and not (final / marker).is_file() and not _is_empty(final):
         raise UserError(f"{final}: exists and has no {marker}; name another directory, or remove it")
-    partial.mkdir(parents=True)
+    filled.mkdir(parents=True, exist_ok=work is not None)
     try:
-        yield partial
+        yield filled
         if final.exists():
             os.replace(final, earlier)
-        os.replace(partial, final)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(filled, final)
     finally:
         _remove_leftovers(final, partial, earlier)
 

@@ -35,6 +35,7 @@ _CREDENTIAL_CODES = {
 }
 _DENIED_CODES = {"403", "AccessDenied", "AllAccessDisabled", "Forbidden"}
 _ABSENT_CODES = {"404", "NoSuchKey", "NotFound"}
+_EXISTS_CODES = {"ConditionalRequestConflict", "PreconditionFailed"}  # of a request that must not overwrite
 _BUSY_CODES = {"RequestLimitExceeded", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException"}
 _BUSY_STATUSES = {429, 500, 502, 503, 504}
 
@@ -45,6 +46,10 @@ class StorageError(UserError):
 
 class StorageUnavailable(StorageError):
     """A server did not answer, or was too busy, after all retries. The same request may succeed later."""
+
+
+class AlreadyExists(StorageError):
+    """A file that was to be created exists."""
 
 
 def is_url(location: Location) -> bool:
@@ -132,6 +137,8 @@ def storage_errors(location: Location, action: str) -> Iterator[None]:
         yield
     except _library_errors(location) as error:
         kind = StorageUnavailable if _is_temporary(location, error) else StorageError
+        if isinstance(error, FileExistsError) or _server_code(error) in _EXISTS_CODES:
+            kind = AlreadyExists
         raise kind(f"{location}: cannot {action} it: {_reason(error)}") from None
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from elastic_core.io.atomic import whole_file
 from elastic_core.io.filesystem import (
     S3_SCHEMES,
+    AlreadyExists,
     Location,
     StorageError,
     StorageUnavailable,
@@ -32,8 +33,10 @@ __all__ = [
     "StorageError",
     "StorageUnavailable",
     "check_access",
+    "create_bytes",
     "download",
     "exists",
+    "fixed_part",
     "glob",
     "is_url",
     "join",
@@ -41,6 +44,7 @@ __all__ = [
     "open_binary",
     "read_bytes",
     "remove",
+    "states",
     "upload",
     "versions",
     "write_bytes",
@@ -99,6 +103,41 @@ def list_names(location: Location) -> list[str]:
     return sorted(name for name in names if name and "/" not in name)
 
 
+def fixed_part(location: Location) -> str:
+    """The directory before the first wildcard of a pattern ("": the working directory). A plain location as it is."""
+    pattern = os.fspath(location)
+    return pattern if _WILDCARD.search(pattern) is None else _WILDCARD.split(pattern)[0].rpartition("/")[0]
+
+
+def states(location: Location) -> dict[str, tuple[int, str | None]]:
+    """The files that match a pattern, or that are below `location`: name → (size in bytes, version).
+
+    Names are relative to the part before the first wildcard. The version of a file at a URL is what the server tells:
+    its ETag, generation or time of the last change. It is None for local files, and if the server tells none.
+    """
+    pattern, root = os.fspath(location), fixed_part(location)
+    if not is_url(location):
+        paths = glob(pattern) if root != pattern else {}
+        if root == pattern:
+            below = Path(pattern).rglob("*") if Path(pattern).is_dir() else [Path(pattern)]
+            paths = {str(path): path.stat().st_size for path in below if path.is_file()}
+        return {os.path.relpath(path, root or "."): (size, None) for path, size in sorted(paths.items())}
+    with storage_errors(location, "list"):
+        filesystem, path = open_filesystem(location)
+        found = filesystem.glob(path, detail=True) if root != pattern else _files(filesystem, path)
+        start = filesystem._strip_protocol(root).rstrip("/") + "/"
+    return {
+        name.removeprefix(start): (entry["size"], _version(entry))
+        for name, entry in sorted(found.items())
+        if entry["type"] == "file"
+    }
+
+
+def _version(entry: dict) -> str | None:
+    fields = ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "mtime", "created")
+    return next((f"{field} {entry[field]}" for field in fields if entry.get(field)), None)
+
+
 def versions(location: Location) -> dict[str, tuple]:
     """Every file below `location` by its relative name, with a tuple that changes if the file changes."""
     with storage_errors(location, "list"):
@@ -121,10 +160,33 @@ def read_bytes(location: Location) -> bytes:
 
 
 def write_bytes(location: Location, data: bytes) -> None:
-    """Write a small file and replace an existing one. On S3 it appears complete or not at all."""
+    """Write a small file and replace an existing one. It appears complete or not at all."""
     with storage_errors(location, "write"):
+        if not is_url(location):
+            with whole_file(location) as partial:
+                partial.write_bytes(data)
+            return
         filesystem, path = open_filesystem(location)
         filesystem.pipe_file(path, data)
+
+
+def create_bytes(location: Location, data: bytes) -> bool:
+    """Write a small file unless it exists. Returns whether it was written.
+
+    On S3 this is one conditional request. A server that ignores the condition overwrites the file.
+    """
+    try:
+        with storage_errors(location, "write"):
+            filesystem, path = open_filesystem(location)
+            if is_url(location):
+                filesystem.pipe_file(path, data, mode="create")
+            else:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "xb") as file:
+                    file.write(data)
+    except AlreadyExists:
+        return False
+    return True
 
 
 def remove(location: Location) -> None:

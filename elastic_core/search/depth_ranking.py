@@ -10,6 +10,7 @@ from elastic_core.errors import UserError
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
 from elastic_core.search.ranking_methods import DEPTH_METHODS
+from elastic_core.search.ranking_state import RankingState
 
 Progress = Callable[[str, int, int], None] | None
 Reduce = Callable[[Tensor], Tensor]
@@ -25,6 +26,7 @@ def rank_layers(
     min_depth: int = 1,
     progress: Progress = None,
     reduce: Reduce = lambda sums: sums,
+    state: RankingState | None = None,
 ) -> tuple[tuple[int, ...], dict[int, float]]:
     """Rank the layers: (layers from the most to the least important, score of each layer).
 
@@ -34,6 +36,7 @@ def rank_layers(
       it never removes have no score.
     - `progress(what, done, total)` is called as work proceeds.
     - `reduce` returns the sum of a tensor over all processes, when each process holds other sequences of every batch.
+    - `state`: what an earlier call with the same arguments had finished when it was stopped.
 
     The final hidden states of the full model stay in memory for as many batches as fit in HELD_BYTES. Logits are never
     stored. Raises UserError for a `min_depth` outside 1 to the number of layers.
@@ -41,7 +44,7 @@ def rank_layers(
     num_layers = len(model.model.layers)
     if not 1 <= min_depth <= num_layers:
         raise UserError(f"min_depth: got {min_depth}; allowed: 1 to {num_layers}, the parent's layers")
-    return METHODS[method](model, batches, min_depth, progress, reduce)
+    return METHODS[method](model, batches, min_depth, progress, reduce, state or RankingState())
 
 
 class LogitError:
@@ -52,8 +55,9 @@ class LogitError:
     V·D. `denominator` is Σ M_full², over all processes.
     """
 
-    def __init__(self, model: ElasticModel, batches: list[Tensor], reduce: Reduce):
+    def __init__(self, model: ElasticModel, batches: list[Tensor], reduce: Reduce, state: RankingState | None = None):
         self.model, self.batches, self.sliced, self.reduce = model, batches, model.slice(), reduce
+        self.state = state or RankingState()
         head = model.head(self.sliced).double()
         self.gram = head.T @ head  # (D, D)
         self._held: dict[int, Tensor] = {}
@@ -85,10 +89,12 @@ class LogitError:
 
 
 def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[int, float]:
-    """For each candidate layer: the error of one batch when this layer is removed from `kept`, over all processes.
+    """For each candidate layer: the error of one batch when this layer is removed from `kept`, over all processes."""
+    return error.state.once(lambda: _compute_sweep(error, batch, kept, candidates))
 
-    The layers before a candidate are computed once for all candidates.
-    """
+
+def _compute_sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[int, float]:
+    """The layers before a candidate are computed once for all candidates."""
     x, full = error.model.model.embed(error.batches[batch], error.sliced), error.full(batch)
     errors = {}
     for position, layer in enumerate(kept):
@@ -130,9 +136,9 @@ def _least_important(error: LogitError, kept: list[int]) -> tuple[int, float]:
     return winner, totals[winner] / error.denominator
 
 
-def _iterative_nmse(model, batches, min_depth, progress, reduce):
+def _iterative_nmse(model, batches, min_depth, progress, reduce, state):
     """Remove the least important layer, score the remaining layers again without it, and so on (eq. 5)."""
-    error, kept = LogitError(model, _pieces(batches), reduce), list(range(len(model.model.layers)))
+    error, kept = LogitError(model, _pieces(batches), reduce, state), list(range(len(model.model.layers)))
     removed, scores, rounds = [], {}, len(kept) - min_depth
     for done in range(rounds):
         layer, scores[layer] = _least_important(error, kept)
@@ -143,9 +149,9 @@ def _iterative_nmse(model, batches, min_depth, progress, reduce):
     return tuple(kept + removed[::-1]), scores
 
 
-def _one_shot_nmse(model, batches, min_depth, progress, reduce):
+def _one_shot_nmse(model, batches, min_depth, progress, reduce, state):
     """Score every layer once, by the nMSE of the full model without this layer."""
-    error, layers = LogitError(model, batches, reduce), list(range(len(model.model.layers)))
+    error, layers = LogitError(model, batches, reduce, state), list(range(len(model.model.layers)))
     totals = dict.fromkeys(layers, 0.0)
     for batch in range(len(batches)):
         for layer, value in _sweep(error, batch, layers, set(layers)).items():
@@ -155,20 +161,24 @@ def _one_shot_nmse(model, batches, min_depth, progress, reduce):
     return _by_score({layer: total / error.denominator for layer, total in totals.items()})
 
 
-def _one_shot_perplexity(model, batches, min_depth, progress, reduce):
+def _one_shot_perplexity(model, batches, min_depth, progress, reduce, state):
     """Score every layer once, by the cross-entropy (nats per token) of the full model without this layer."""
     layers, scores = list(range(len(model.model.layers))), {}
     for layer in layers:
-        sliced = model.slice()
-        sliced.kept_layers = tuple(i for i in layers if i != layer)
-        total = sum(_next_token_loss(model, ids, sliced) for ids in batches)
-        total, tokens = reduce(
-            torch.tensor([total, sum(ids[:, 1:].numel() for ids in batches)], dtype=torch.float64)
-        ).tolist()
-        scores[layer] = total / tokens
+        scores |= state.once(lambda layer=layer: {layer: _loss_without(model, batches, layer, reduce)})
         if progress:
             progress("depth", layer + 1, len(layers))
     return _by_score(scores)
+
+
+def _loss_without(model: ElasticModel, batches: list[Tensor], layer: int, reduce: Reduce) -> float:
+    """The cross-entropy of the model without a layer, in nats per token, over all processes."""
+    sliced = model.slice()
+    sliced.kept_layers = tuple(i for i in range(len(model.model.layers)) if i != layer)
+    total = sum(_next_token_loss(model, ids, sliced) for ids in batches)
+    sums = [total, sum(ids[:, 1:].numel() for ids in batches)]
+    total, tokens = reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
+    return total / tokens
 
 
 def _next_token_loss(model: ElasticModel, input_ids: Tensor, sliced) -> float:

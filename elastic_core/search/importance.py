@@ -23,6 +23,7 @@ from elastic_core.model.dims import Units, elastic_units, permute
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.search.depth_ranking import rank_layers
 from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS, MEASURES
+from elastic_core.search.ranking_state import RankingState
 
 # How activations are combined over batch and positions: a function of each activation, and one of (sum, count).
 AGGREGATE = {
@@ -81,6 +82,7 @@ def rank(
     min_depth: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    state: RankingState | None = None,
 ) -> Ranking:
     """Rank the units of every axis and the layers of `model` on `batches` of token ids, each (B, L) int64, L ≥ 2.
 
@@ -95,6 +97,7 @@ def rank(
     - `progress(what, done, total)` is called as work proceeds.
     - `reduce` returns the sum of a tensor over all processes, when each process holds other sequences of every batch.
       All processes then get the same ranking.
+    - `state`: what an earlier call with the same arguments had finished when it was stopped (None: nothing is kept).
 
     Raises UserError for an unknown name, a `min_depth` that is out of range, or batches of another type or shape.
     """
@@ -107,11 +110,14 @@ def rank(
     batches = list(batches)
     if not batches or any(ids.dim() != 2 or ids.dtype != torch.int64 or ids.shape[1] < 2 for ids in batches):
         raise UserError("batches: expected one or more int64 tensors (B, L) of token ids with L ≥ 2")
+    state = state or RankingState()
     training = model.training
     model.eval()
     with torch.no_grad():
-        scores = score_widths(model, batches, measure, aggregation, progress, reduce)
-        depth, depth_scores = rank_layers(model, batches[:depth_batches], depth_method, min_depth, progress, reduce)
+        scores = score_widths(model, batches, measure, aggregation, progress, reduce, state)
+        depth, depth_scores = rank_layers(
+            model, batches[:depth_batches], depth_method, min_depth, progress, reduce, state
+        )
     model.train(training)
     units = elastic_units(model.layout)
     orders = {key: order_units(units[key], score) for key, score in scores.items()}
@@ -125,6 +131,7 @@ def score_widths(
     aggregation: str = AGGREGATIONS[0],
     progress: Callable[[str, int, int], None] | None = None,
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
+    state: RankingState | None = None,
 ) -> dict[str, Tensor]:
     """The importance of every unit of every axis but depth, float64, by unit key (see `Ranking.scores`).
 
@@ -135,8 +142,9 @@ def score_widths(
     """
     transform, finish = AGGREGATE[aggregation]
     units = elastic_units(model.layout)
-    totals: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    state = state or RankingState()
+    finished, totals, counts = state.load_widths()
+    totals = {key: total.to(batches[0].device) for key, total in totals.items()}
 
     def observe(key: str, activation: Tensor, writes: Tensor | None, owners: Tensor | None) -> None:
         """Add one report of the model to `totals` and `counts` (see `Slice`)."""
@@ -163,25 +171,33 @@ def score_widths(
         counts[key] = counts.get(key, 0) + count
 
     sliced = model.slice(observe=observe)
-    for done, input_ids in enumerate(batches, 1):
+    for done, input_ids in enumerate(batches[finished:], finished + 1):
         model.hidden_states(input_ids, sliced)
+        if state.save is not None:
+            state.save_widths(done, *_over_all_processes(totals, counts, reduce))
         if progress:
             progress("widths", done, len(batches))
-    # One message for all scores. This works because unit keys come in the same order in all processes.
-    everything = reduce(
-        torch.cat(
-            [*(total.flatten() for total in totals.values()), torch.tensor(list(counts.values())).to(totals["hidden"])]
-        )
-    )
-    *sums, numbers = everything.cpu().split([*(total.numel() for total in totals.values()), len(counts)])
-    scores = {
-        key: finish(flat.view_as(totals[key]), number) for key, flat, number in zip(totals, sums, numbers, strict=True)
-    }
+    sums, numbers = _over_all_processes(totals, counts, reduce)
+    scores = {key: finish(total, numbers[key]) for key, total in sums.items()}
     for key in [key for key in scores if key.startswith("mamba.")]:
         layer = key.removeprefix("mamba.")
         heads, channels = score_mamba(scores.pop(key))
         scores |= {f"mamba_heads.{layer}": heads, f"mamba_channels.{layer}": channels}
     return scores
+
+
+def _over_all_processes(
+    totals: dict[str, Tensor], counts: dict[str, int], reduce: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The sums and counts over all processes, in CPU memory, by one message.
+
+    One message works because unit keys come in the same order in all processes.
+    """
+    numbers = torch.tensor(list(counts.values())).to(totals["hidden"])
+    everything = reduce(torch.cat([*(total.flatten() for total in totals.values()), numbers]))
+    *sums, numbers = everything.cpu().split([*(total.numel() for total in totals.values()), len(counts)])
+    sums = {key: flat.view_as(totals[key]) for key, flat in zip(totals, sums, strict=True)}
+    return sums, dict(zip(counts, numbers.tolist(), strict=True))
 
 
 def mamba_sizes(units: dict[str, Units], key: str) -> list[int]:

@@ -8,9 +8,12 @@ where all is up to date, BUSY where another DVC process holds a stage or a file 
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from tasks.runs import from_the_start
 
 BUSY = 73  # EX_CANTCREAT of sysexits.h
 
@@ -23,10 +26,12 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", nargs="?", help="a stage, or a foreach group; default: all stages")
-    parser.add_argument("--force", action="store_true", help="run stages also where nothing has changed")
+    parser.add_argument("--force", action="store_true", help="run stages from the start, also if nothing has changed")
     parser.add_argument("--events", type=Path, help="the file that is told what ran")
     arguments = parser.parse_args()
     logging.getLogger("dvc").setLevel(logging.WARNING)
+    if arguments.force:
+        os.environ[from_the_start.VARIABLE] = "1"
     single = arguments.stage is not None
     try:
         ran = Repo().reproduce(targets=arguments.stage, single_item=single, force=arguments.force)

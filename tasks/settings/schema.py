@@ -16,6 +16,7 @@ from tasks.settings.budgets import check_spellings
 from tasks.settings.sections import Compute, Evaluate, Extract, Parent, PrepareData, Rank, Tracking
 
 STAGES = (
+    "fingerprint",
     "prepare_data",
     "parent",
     "rank",

@@ -18,8 +18,10 @@ from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Routing, Stage
 from tasks.progress.display import Recorder
+from tasks.progress.metrics_file import read_rows
+from tasks.runs import provenance
+from tasks.runs.job import Job
 from tasks.settings.schema import Params
-from tasks.training.job import Job
 
 DATA, RANK = Path("artifacts/data"), Path("artifacts/rank")
 
@@ -83,13 +85,22 @@ def run_to_end(run: Run, settings: Params, job: Job, metrics: Path) -> None:
                 recorder.finish(metrics)
 
 
-def save_family(run: Run, job: Job, tokenizer_from: Path, path: list[Submodel]) -> None:
-    """Write the elastic checkpoint to `job.out`, and a summary of the members' sizes.
+def training_record(run: Run, job: Job) -> dict:
+    """The record of a training stage that has ended (tasks/runtime/provenance.py). Call it on rank 0."""
+    seconds = sum(row["seconds"] for row in read_rows(job.metrics))
+    device = provenance.describe_device(run.ranks.device, run.ranks.world)
+    return provenance.end(job.record, seconds, device, tokens=run.stage.num_tokens(), steps=run.stage.steps)
 
-    `tokenizer_from`: the directory of the tokenizer. `path`: nested submodels between the members, largest first.
+
+def save_family(run: Run, job: Job, source: Path, path: list[Submodel], earlier: list[dict]) -> None:
+    """Write the elastic checkpoint to `job.out`, with its provenance, and a summary of the members' sizes.
+
+    - `source`: the directory that training began with, which has the tokenizer.
+    - `path`: nested submodels between the members, largest first.
+    - `earlier`: the records of the stages before this one.
     """
     config, target = run.model.config, job.out / "model"
-    model_files.save_pretrained(run.model, target, run.ranks, tokenizer_from=tokenizer_from)
+    model_files.save_pretrained(run.model, target, run.ranks, tokenizer_from=source)
     full, summary = run.parent_cost, {}
     for budget, member in run.members.items():
         cost = exact_cost(run.metric, config, member.submodel)
@@ -105,4 +116,5 @@ def save_family(run: Run, job: Job, tokenizer_from: Path, path: list[Submodel]) 
     with run.ranks.first_only() as is_first:
         if is_first:
             elastic_checkpoint.write(target, config, run.members, path, run.metric)
+            provenance.write(target, [*earlier, training_record(run, job)])
             write_text(job.out / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -62,7 +62,7 @@ def second_run_is_refused(stage: Stage) -> list[str]:
     )
     stage.process.send_signal(signal.SIGCONT)
     last = second.stderr.strip().splitlines()[-1] if second.stderr.strip() else ""
-    expected = f"error: {spaces.STAGE} already runs with these parameters and inputs (process {stage.process.pid}, "
+    expected = f"error: {spaces.STAGE} already runs with these parameters and inputs (process {stage.process.pid} of "
     problems = [] if second.returncode == 1 else [f"the second run ended with {second.returncode}"]
     if not last.startswith(expected) or "Traceback" in second.stderr:
         problems.append(f"the second run said: {second.stderr[-300:]!r}")

@@ -13,6 +13,7 @@ from elastic_core.model.dims import elastic_units
 from elastic_core.search import depth_ranking
 from elastic_core.search.depth_ranking import LogitError, rank_layers
 from elastic_core.search.importance import Ranking, score_mamba
+from elastic_core.search.ranking_state import RankingState
 from tests.support.models.parents import (
     CONFIGS,
     random_config,
@@ -363,6 +364,43 @@ def test_one_shot_rankings(seed):
         ]
         assert abs(scores[layer] / (sum(losses).item() / (3 * 2 * 10)) - 1) < 1e-9
     assert order == tuple(sorted(scores, key=lambda layer: -scores[layer]))
+
+
+class Stopped(BaseException):
+    """As a kill: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("method", ["iterative_nmse", "one_shot_nmse", "one_shot_perplexity"])
+def test_a_stopped_ranking_goes_on(method):
+    """Stopped at every moment at which something was saved, it ends at the same bits, and computes nothing twice."""
+    model, kept, saves = deep(1), {}, 0
+    batches = batches_of(model.config, 1)
+    options = {"depth_method": method, "min_depth": 3}
+    whole, calls = count_layer_calls(model, lambda: rank(model, batches, **options))
+
+    def save(name, data):
+        nonlocal saves
+        saves += 1
+        kept[name] = data
+        raise Stopped
+
+    def resume():
+        while True:
+            try:
+                return rank(model, batches, **options, state=RankingState(kept.get, save))
+            except Stopped:
+                continue
+
+    ranking, more_calls = count_layer_calls(model, resume)
+    assert saves >= len(batches) + 3
+    assert ranking.depth == whole.depth and ranking.depth_scores == whole.depth_scores
+    assert all(torch.equal(ranking.scores[key], score) for key, score in whole.scores.items())
+    again, last_calls = count_layer_calls(model, lambda: rank(model, batches, **options, state=RankingState(kept.get)))
+    assert again.depth == whole.depth
+    if method == "one_shot_perplexity":
+        assert last_calls == 0 and more_calls == calls
+    else:  # the full model's hidden states are not kept
+        assert last_calls < calls / 2
 
 
 def test_progress_is_told():

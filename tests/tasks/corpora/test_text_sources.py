@@ -15,6 +15,7 @@ from elastic_core.config import ConfigError
 from elastic_core.data.loader import TokenData, check_tokenizer
 from tasks import prepare_data
 from tasks.corpora import encoding
+from tasks.corpora.preparation import Preparation
 from tasks.corpora.text_sources import Bible, Files, Sympy
 from tasks.corpora.tokenizer import END_OF_TEXT, train_tokenizer
 from tasks.parents.tokenizer import load_tokenizer
@@ -231,7 +232,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
         source = Files(path=str(path), held_out=0.2)
         (tmp_path / f"out{copies}").mkdir()
         tracemalloc.start()
-        prepare_data._tokenise({"mine": source}, tokenizer, tmp_path / f"out{copies}", seed=0, threads=2)
+        prepare_data._tokenise({"mine": source}, tokenizer, Preparation(tmp_path / f"out{copies}"), seed=0, threads=2)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         sizes.append(path.stat().st_size)

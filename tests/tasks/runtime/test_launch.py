@@ -26,7 +26,6 @@ from tasks.runtime import ray_cluster
 from tasks.runtime.exit_status import StageError, StageInterrupted
 from tasks.runtime.launch import _given_up, launch
 from tasks.runtime.ray_cleanup import VARIABLE, nothing_left
-from tasks.runtime.run_lock import only_one
 from tasks.settings.sections import Compute
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -198,31 +197,6 @@ def test_workers_attach_to_a_running_cluster(tmp_path):
     files = sorted((tmp_path / "found").iterdir())
     assert [path.name[0] for path in files] == ["0", "1"]  # once, by two processes
     assert {path.read_text() for path in files} == {f"2 3.0 {ROOT}"}
-
-
-def test_two_runs_of_one_stage_at_once(tmp_path):
-    """The second is told which process it would have disturbed; a dead one disturbs nobody."""
-    code = f"""
-import time
-from pathlib import Path
-from tasks.runtime.run_lock import only_one
-with only_one(Path({str(tmp_path)!r}), "train_short"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-    first = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert first.stdout.readline() == "held\n"
-        with (
-            pytest.raises(ConfigError, match=rf"^train_short already runs .*\(process {first.pid}, which holds"),
-            only_one(tmp_path, "train_short"),
-        ):
-            pytest.fail("held twice")
-    finally:
-        first.kill()
-        first.wait()
-    with only_one(tmp_path, "train_short"):
-        pass
 
 
 def test_wrong_settings_are_refused():

@@ -1,0 +1,74 @@
+"""Fingerprints of files that are inputs of a run: they change when the files change, and are cheap to take.
+
+- A local file of up to SMALL_BYTES: the digest of its content. It is kept, and the file is read again only if its size,
+  times or inode have changed.
+- A larger local file: its size and the time of its last change.
+- A file at a URL: its size and the version that the server tells (see `storage.states`), or, if it tells none, the
+  digest of its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from elastic_core.io import storage
+from elastic_core.io.atomic import write_text
+from elastic_core.io.digests import file_digest
+
+SMALL_BYTES = 64 << 20
+
+
+def fingerprint(location: storage.Location, cache: DigestCache, only: set[str] | None = None) -> dict:
+    """The fingerprint of the files that match a pattern or are below a location: {"files", "bytes", "sha256"}.
+
+    `only`: the names of files that count (None: all). Raises StorageError for a location that cannot be read.
+    """
+    found = storage.states(location)
+    names = [name for name in found if only is None or name in only]
+    digest = hashlib.sha256()
+    for name in names:
+        size, version = found[name]
+        if version is None:
+            version = _read_state(_path(location, name), size, cache)
+        digest.update(json.dumps([name, size, version]).encode())
+    return {"files": len(names), "bytes": sum(found[name][0] for name in names), "sha256": digest.hexdigest()}
+
+
+def _path(location: storage.Location, name: str) -> str:
+    return storage.join(storage.fixed_part(location), name) if name != "." else os.fspath(location)
+
+
+def _read_state(path: str, size: int, cache: DigestCache) -> str:
+    """A text that changes when a file changes of which no version is known."""
+    if storage.is_url(path):
+        with storage.open_binary(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    stat = os.stat(path)
+    return f"changed {stat.st_mtime_ns}" if size > SMALL_BYTES else cache.digest(Path(path), stat)
+
+
+class DigestCache:
+    """Digests of local files, kept in a JSON file: path → [size, times, inode, digest]."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path, self.changed = Path(path), False
+        try:
+            self.entries = json.loads(self.path.read_text())
+        except (OSError, ValueError):  # it does not exist yet or is truncated: start a new one
+            self.entries = {}
+
+    def digest(self, path: Path, stat: os.stat_result) -> str:
+        """The SHA-256 digest of a file with this `stat`."""
+        name = str(path.absolute())
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        if self.entries.get(name, ())[:-1] != state:
+            self.entries[name], self.changed = [*state, file_digest(path)], True
+        return self.entries[name][-1]
+
+    def save(self) -> None:
+        """Write the file if a digest has changed. Files that are gone are left out."""
+        if self.changed:
+            write_text(self.path, json.dumps({name: e for name, e in self.entries.items() if os.path.exists(name)}))

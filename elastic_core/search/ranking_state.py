@@ -1,0 +1,66 @@
+"""What a ranking that was stopped has finished: sums over batches for the widths, and scores of layers for the depth.
+
+A ranking that is started again with the same model, batches and options takes these over and computes the rest. With
+one process, the result has the same bits as without a stop. Several processes add their sums in another order.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+WIDTHS, DEPTH = "widths.pt", "depth.json"
+
+
+@dataclass
+class RankingState:
+    """Where a ranking keeps what it has finished. The default keeps nothing.
+
+    - `load(name)`: the bytes that were saved under a name, or None. The same on all processes.
+    - `save(name, data)`: saves bytes, and replaces earlier ones at one moment. Called on all processes.
+    - `is_first`: whether this is the first of all processes.
+    """
+
+    load: Callable[[str], bytes | None] = lambda name: None
+    save: Callable[[str, bytes], None] | None = None
+    is_first: bool = True
+    _journal: list[dict[int, float]] | None = field(default=None, init=False)
+    _place: int = field(default=0, init=False)
+
+    def load_widths(self) -> tuple[int, dict[str, Tensor], dict[str, int]]:
+        """(number of finished batches, sums, counts). All of the sums are with the first process."""
+        data = self.load(WIDTHS)
+        if data is None:
+            return 0, {}, {}
+        done, totals, counts = torch.load(io.BytesIO(data), weights_only=True)
+        if not self.is_first:
+            totals, counts = {key: torch.zeros_like(total) for key, total in totals.items()}, dict.fromkeys(counts, 0)
+        return done, totals, counts
+
+    def save_widths(self, done: int, totals: dict[str, Tensor], counts: dict[str, int]) -> None:
+        """Save the sums of all processes over the first `done` batches."""
+        if self.save is not None:
+            buffer = io.BytesIO()
+            torch.save((done, totals, counts), buffer)
+            self.save(WIDTHS, buffer.getvalue())
+
+    def once(self, compute: Callable[[], dict[int, float]]) -> dict[int, float]:
+        """The scores (layer → score) that `compute` returns; from the state, if they were computed before the stop.
+
+        The calls have to come in the same order every time.
+        """
+        if self._journal is None:
+            data = self.load(DEPTH)
+            entries = [] if data is None else json.loads(data)
+            self._journal = [{int(layer): score for layer, score in entry.items()} for entry in entries]
+        if self._place == len(self._journal):
+            self._journal.append(compute())
+            if self.save is not None:
+                self.save(DEPTH, json.dumps(self._journal).encode())
+        self._place += 1
+        return dict(self._journal[self._place - 1])

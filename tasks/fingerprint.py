@@ -1,0 +1,106 @@
+"""Stage `fingerprint`: note the state of everything outside the checkout that decides results.
+
+DVC runs this stage every time, because only it can see whether these inputs have changed. It is quick: see
+elastic_core/io/fingerprints.py. A later stage runs again if the file that it depends on has changed:
+
+- ``corpora.json``: the files of each source in section `prepare_data`
+- ``parent.json``: the files of the parent at `parent.path`; ``tokenizer.json``: those of its tokenizer alone
+- ``benchmarks.json``: the task files of section `evaluate.benchmarks`, and the data files that they name
+- ``libraries.json``: the versions of the libraries that dvc.yaml lists
+"""
+
+import json
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from elastic_core.io import storage
+from elastic_core.io.atomic import write_text
+from elastic_core.io.fingerprints import DigestCache, fingerprint
+from elastic_core.io.tokenizer_files import TOKENIZER_FILES
+from tasks.evaluation.task_files import data_files
+from tasks.settings.load import load
+from tasks.settings.local_checks import PACKAGE, is_package
+from tasks.settings.schema import Params
+
+OUT = Path("artifacts/inputs")
+LIBRARIES = OUT / "libraries.json"
+CACHE = Path("checkpoints/digests.json")
+
+
+def main() -> None:
+    settings, cache = load(), DigestCache(CACHE)
+    for name, read in (("corpora", corpora), ("parent", parent), ("tokenizer", tokenizer), ("benchmarks", benchmarks)):
+        write(OUT / f"{name}.json", lambda read=read: read(settings, cache))
+    write(LIBRARIES, libraries)
+    cache.save()
+
+
+def write(path: Path, read: Callable[[], dict]) -> None:
+    """Write fingerprints. If a server does not answer, the file of the last time stays, where there is one."""
+    try:
+        content = read()
+    except storage.StorageUnavailable as error:
+        if not path.is_file():
+            raise
+        print(f"{path}: is taken as unchanged, because its inputs cannot be seen: {error}")
+        return
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def corpora(settings: Params, cache: DigestCache) -> dict:
+    """Source → fingerprint of its files. Sources from packages have none: their versions are in libraries.json."""
+    sources = settings.prepare_data.parsed_sources()
+    return {name: fingerprint(source.path, cache) for name, source in sources.items() if hasattr(source, "path")}
+
+
+def parent(settings: Params, cache: DigestCache) -> dict:
+    """The fingerprint of the parent's directory, or its package's version. Empty for a parent that is trained here."""
+    return _parent(settings, cache, only=None)
+
+
+def tokenizer(settings: Params, cache: DigestCache) -> dict:
+    """The same for the files of the parent's tokenizer: other weights do not change the data."""
+    return _parent(settings, cache, only={"config.json", *TOKENIZER_FILES})
+
+
+def _parent(settings: Params, cache: DigestCache, only: set[str] | None) -> dict:
+    path = settings.parent.path
+    if path is None:
+        return {}
+    if is_package(path):
+        return {"package": path, "version": metadata.version(path.removeprefix(PACKAGE))}
+    return {"path": path, **fingerprint(path, cache, only)}
+
+
+def benchmarks(settings: Params, cache: DigestCache) -> dict:
+    """The fingerprints of the task files, and of the data files that they name. Empty for lm-eval's own tasks."""
+    section = settings.evaluate.benchmarks
+    if section is None or section.include is None:
+        return {}
+    data = data_files(Path(section.include), Path(section.data_root))
+    return {
+        "tasks": fingerprint(section.include, cache),
+        "data": {str(path): fingerprint(path, cache) for path in data},
+    }
+
+
+def libraries() -> dict:
+    """Library → version, for all libraries that stages of dvc.yaml list (None: not installed)."""
+    stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"].values()
+    listed = {name for stage in stages for name in _listed(stage.get("do", stage))}
+    return {name: _version(name) for name in sorted(listed)}
+
+
+def _listed(stage: dict) -> list[str]:
+    files = [entry for entry in stage.get("params", ()) if isinstance(entry, dict)]
+    return [name for entry in files for name in entry.get(str(LIBRARIES), ())]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

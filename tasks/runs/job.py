@@ -1,0 +1,132 @@
+"""The job of a stage that takes long: its key, the places of its files, and what an earlier run has left there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from elastic_core.config import ConfigError
+from elastic_core.errors import UserError
+from elastic_core.io import storage
+from elastic_core.io.atomic import write_text
+from elastic_core.io.json_files import read_json
+from tasks.runs import from_the_start, lock, provenance
+from tasks.runs.key import Inputs, read_inputs
+from tasks.settings.schema import Params
+
+# Files that only this machine needs: metrics and progress of unfinished runs.
+LOCAL = Path("checkpoints")
+RUN = "run.json"  # what a run is, in its directory
+CONTINUE = "ELASTIC_CONTINUE"  # names an old run that a stage goes on from, though its code or inputs have changed
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a stage.
+
+    `key` is a digest of everything that decides the result (run_key.py). A stage that is started again with the same
+    key resumes its run; any change gives another key, and so a new run. `record` is the run's provenance so far.
+    `shown_by_launcher`: the process that launches the workers shows their progress.
+    """
+
+    name: str
+    key: str
+    record: dict = field(default_factory=dict)
+    shown_by_launcher: bool = False
+
+    @property
+    def directory(self) -> Path:
+        """The directory of the run's metrics and progress, on this machine."""
+        return LOCAL / f"{self.name}-{self.key}"
+
+    @property
+    def metrics(self) -> Path:
+        """The metrics of the run so far, one row per step."""
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def out(self) -> Path:
+        """The directory of the stage's output."""
+        return Path("artifacts") / self.name
+
+    def checkpoints(self, settings: Params) -> str:
+        """The directory or URL of the run's checkpoints.
+
+        It is not an output of DVC, because DVC deletes a stage's outputs before it runs the stage again.
+        """
+        continued = self.record.get("continues")
+        return continued["checkpoints"] if continued else storage.join(settings.compute.storage, self.directory.name)
+
+
+@contextlib.contextmanager
+def started(name: str, settings: Params | None = None) -> Iterator[Job]:
+    """The job of the stage `name`, held by this process for the length of the block.
+
+    With `settings`, the run has checkpoints in `settings.compute.storage`. The checkpoints of an earlier run with the
+    same key stay, unless the stage was forced (from_the_start.py). An old run with another key is taken over where
+    ELASTIC_CONTINUE names it. Raises ConfigError if another process holds the run.
+    """
+    inputs = read_inputs(name)
+    job = Job(name, inputs.key)
+    location = str(job.directory) if settings is None else job.checkpoints(settings)
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one does this for all
+        yield job
+        return
+    with lock.only_one(location, name):
+        if from_the_start.is_wanted():
+            remove_files(location)
+            remove_files(str(job.directory))
+        else:
+            _take_over(job, inputs)
+        yield dataclasses.replace(job, record=_begin(job, inputs, location))
+
+
+def _begin(job: Job, inputs: Inputs, location: str) -> dict:
+    """Write down what the run is, if it has not begun before; the run's provenance so far."""
+    path = job.directory / RUN
+    if not path.is_file():
+        content = {"checkpoints": location, **provenance.begin(job.name, job.key, inputs)}
+        write_text(path, json.dumps(content, indent=1) + "\n")
+    record = read_json(path)
+    return {name: value for name, value in record.items() if name != "checkpoints"}
+
+
+def _take_over(job: Job, inputs: Inputs) -> None:
+    """Make the run that ELASTIC_CONTINUE names this job's own, if it is a run of this stage; write down that it was.
+
+    Raises UserError if there is no such run, and ConfigError if another process holds it.
+    """
+    old = os.environ.get(CONTINUE, "")
+    if not old.startswith(f"{job.name}-") or (job.directory / RUN).is_file() or old == job.directory.name:
+        return
+    path = LOCAL / old / RUN
+    if not path.is_file():
+        names = ", ".join(sorted(path.parent.name for path in LOCAL.glob(f"{job.name}-*/{RUN}"))) or "none"
+        raise UserError(f"{CONTINUE}: got {old!r}; allowed: a run of this stage that has not ended ({names})")
+    record = read_json(path)
+    if (holder := lock.holder_of(record["checkpoints"])) is not None:
+        raise ConfigError(f"{CONTINUE}: got {old!r}, which {holder} works on; stop it first")
+    changed = Inputs(record["parameters"], record["libraries"], record["files"]).differences(inputs)
+    checkpoints = record["checkpoints"]
+    if checkpoints == str(LOCAL / old):
+        checkpoints = str(job.directory)
+    remove_files(str(job.directory))
+    shutil.copytree(LOCAL / old, job.directory, dirs_exist_ok=True)
+    content = {**record, **provenance.begin(job.name, job.key, inputs), "checkpoints": checkpoints}
+    content |= {"continues": {"run": old, "checkpoints": checkpoints, "changed": changed}, "started": record["started"]}
+    write_text(job.directory / RUN, json.dumps(content, indent=1) + "\n")
+    shutil.rmtree(LOCAL / old)
+    print(f"{job.name}: goes on from {old}, though this has changed: {'; '.join(changed)}")
+
+
+def remove_files(location: str) -> None:
+    """Remove all files of a run but its lock."""
+    for name in storage.list_names(location):
+        if not name.startswith(lock.PREFIX):
+            storage.remove(storage.join(location, name))

@@ -1,0 +1,212 @@
+"""One process at a time works on a run, also if processes on several machines share nothing but its storage.
+
+The process holds a lease: a file ``lease-00000001.json`` at the location. The number grows with every holder, and the
+highest number holds. Taking a lease creates the next number, which only one process can do. The holder rewrites its
+file every HEARTBEAT_SECONDS.
+
+A holder on this machine is dead when its process has ended. A holder on another machine is dead when its file has not
+changed for EXPIRE_SECONDS of the observer's own clock, so the clocks of machines need not agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from elastic_core.config import ConfigError
+from elastic_core.io import storage
+
+HEARTBEAT_SECONDS = 10.0
+EXPIRE_SECONDS = 60.0
+LOOK_SECONDS = 1.0  # between two looks at the lease of another machine
+PREFIX, SUFFIX = "lease-", ".json"
+
+
+@contextmanager
+def only_one(location: storage.Location, what: str) -> Iterator[None]:
+    """Hold the run at `location` for this process. `what` names the run in messages.
+
+    Raises ConfigError if another process holds it. If another process takes the run over, because this one gave no sign
+    of life, this process ends.
+    """
+
+    def end(holder: str) -> None:
+        print(f"error: {what}: {holder} has taken over {location}; this process ends", file=sys.stderr, flush=True)
+        os._exit(os.EX_TEMPFAIL)
+
+    def wait(holder: str) -> None:
+        print(f"{what}: {location} is held by {holder}; waiting for a sign of life", flush=True)
+
+    try:
+        lease = take(location, wait)
+    except Held as error:
+        raise ConfigError(
+            f"{what} already runs with these parameters and inputs ({error.holder}, which holds {location}); wait for "
+            "it, or stop it"
+        ) from None
+    with kept(lease, end):
+        yield
+
+
+class Held(Exception):
+    """Another process holds the lease. `holder` says which: its process and machine."""
+
+    def __init__(self, location: storage.Location, holder: str):
+        super().__init__(f"{location} is held by {holder}")
+        self.holder = holder
+
+
+@contextmanager
+def kept(lease: Lease, on_lost: Callable[[str], None]) -> Iterator[None]:
+    """Give signs of life for the length of the block, and release the lease at its end.
+
+    `on_lost(holder)` is called in another thread if another process has taken the lease.
+    """
+    ended = threading.Event()
+    heart = threading.Thread(target=_beat, args=(lease, ended, on_lost), name="lease", daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        heart.join()
+        with suppress(storage.StorageError):
+            for number in _numbers(lease.location):
+                if number <= lease.number:
+                    storage.remove(_file(lease.location, number))
+
+
+def holder_of(location: storage.Location) -> str | None:
+    """Who holds the lease: a process and its machine. None if nobody does, or a process of this machine that ended.
+
+    A holder on another machine may be dead.
+    """
+    newest = _read_newest(location)
+    if newest is None or _has_ended(newest[1]):
+        return None
+    return _describe(newest[1])
+
+
+class Lease:
+    """A lease that this process holds."""
+
+    def __init__(self, location: storage.Location, number: int):
+        self.location, self.number, self.beats = location, number, 0
+        self.owner = {
+            "id": secrets.token_hex(8),
+            "process": os.getpid(),
+            "started": psutil.Process().create_time(),
+            "host": socket.gethostname(),
+            "machine": _machine(),
+        }
+
+    def content(self) -> bytes:
+        return json.dumps({**self.owner, "beats": self.beats}).encode()
+
+    def create(self) -> bool:
+        """Create the file, unless another process has created it. Returns whether the lease is held now."""
+        storage.create_bytes(_file(self.location, self.number), self.content())
+        # The answer to a request may be lost, and some servers overwrite: what is stored decides.
+        return self.is_stored()
+
+    def is_stored(self) -> bool:
+        """Whether the newest lease is this one."""
+        newest = _read_newest(self.location)
+        return newest is not None and newest[1].get("id") == self.owner["id"]
+
+
+def take(location: storage.Location, on_wait: Callable[[str], None] = lambda holder: None) -> Lease:
+    """The lease of a directory or URL. A dead holder's lease is taken over.
+
+    Raises Held: at once for a holder on this machine, after HEARTBEAT_SECONDS for one on another machine. Before it
+    waits for a sign of life, it calls `on_wait(holder)`.
+    """
+    seen, since = None, time.monotonic()
+    while True:
+        newest = _read_newest(location)
+        if newest is None or _has_ended(newest[1]) or (seen == newest and time.monotonic() - since >= EXPIRE_SECONDS):
+            lease = Lease(location, 1 if newest is None else newest[0] + 1)
+            if lease.create():
+                return lease
+            seen = None
+            continue
+        content = newest[1]
+        if content.get("machine") == _machine() or (seen is not None and seen != newest):
+            raise Held(location, _describe(content))
+        if seen is None:
+            on_wait(_describe(content))
+            seen, since = newest, time.monotonic()
+        time.sleep(LOOK_SECONDS)
+
+
+def _beat(lease: Lease, ended: threading.Event, on_lost: Callable[[str], None]) -> None:
+    """Give signs of life until `ended` is set or the lease is lost."""
+    while not ended.wait(HEARTBEAT_SECONDS):
+        lease.beats += 1
+        with suppress(storage.StorageError, OSError):  # the server is away: nobody else can take the lease either
+            if not lease.is_stored():
+                newest = _read_newest(lease.location)
+                on_lost("nobody" if newest is None else _describe(newest[1]))
+                return
+            storage.write_bytes(_file(lease.location, lease.number), lease.content())
+
+
+def _read_newest(location: storage.Location) -> tuple[int, dict] | None:
+    """(number, content) of the lease with the highest number. The content is empty while it is being written."""
+    numbers = _numbers(location)
+    if not numbers:
+        return None
+    try:
+        return numbers[-1], json.loads(storage.read_bytes(_file(location, numbers[-1])))
+    except (storage.StorageError, OSError) as error:
+        if isinstance(error, storage.StorageUnavailable):
+            raise
+        return _read_newest(location) if _numbers(location) != numbers else (numbers[-1], {})
+    except ValueError:
+        return numbers[-1], {}
+
+
+def _numbers(location: storage.Location) -> list[int]:
+    """The numbers of all leases at a location, in order."""
+    names = (name for name in storage.list_names(location) if name.startswith(PREFIX) and name.endswith(SUFFIX))
+    digits = (name.removeprefix(PREFIX).removesuffix(SUFFIX) for name in names)
+    return sorted(int(number) for number in digits if number.isdigit())
+
+
+def _file(location: storage.Location, number: int) -> str:
+    return storage.join(location, f"{PREFIX}{number:08d}{SUFFIX}")
+
+
+def _has_ended(content: dict) -> bool:
+    """Whether the holder was a process of this machine that has ended."""
+    if content.get("machine") != _machine():
+        return False
+    try:
+        return psutil.Process(content["process"]).create_time() != content["started"]
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _machine() -> str:
+    """What tells this machine from others: its boot, and within it the container (a process number means one in it)."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
+
+
+def _describe(content: dict) -> str:
+    if not content:
+        return "a process that has just begun"
+    return f"process {content['process']} of {content['host']}"

@@ -1,0 +1,83 @@
+"""Runs of stages whose checkpoints are still there: which they are, and which of them nobody needs any more.
+
+A run's checkpoints are needed until DVC has the stage's outputs. After that they would only take space, and a stage
+that is forced would resume from them and train nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_core.io import storage
+from elastic_core.io.json_files import read_json
+from tasks.runs import lock
+from tasks.runs.job import LOCAL, RUN, remove_files
+from tasks.runs.key import committed_inputs
+
+
+@dataclass(frozen=True)
+class OldRun:
+    """A run that has left files. `checkpoints`: the directory or URL of its checkpoints, besides `directory`."""
+
+    stage: str
+    key: str
+    directory: Path
+    checkpoints: str
+
+    @property
+    def last_used(self) -> float:
+        """When it last wrote to its directory on this machine, in seconds since 1970."""
+        return max(path.stat().st_mtime for path in [self.directory, *self.directory.rglob("*")])
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all its files."""
+        places = {str(self.directory), self.checkpoints}
+        return sum(size for place in places for size, _ in storage.states(place).values())
+
+    @property
+    def holder(self) -> str | None:
+        """Which process works on it."""
+        return lock.holder_of(self.checkpoints)
+
+    def remove(self) -> None:
+        """Remove its files."""
+        remove_files(self.checkpoints)
+        shutil.rmtree(self.directory)
+
+
+def find_runs(workspace: Path = Path()) -> list[OldRun]:
+    """The runs that were started in a workspace and have left files."""
+    found = []
+    for path in sorted((workspace / LOCAL).glob(f"*/{RUN}")):
+        record = read_json(path)
+        checkpoints = record["checkpoints"]
+        if not storage.is_url(checkpoints):
+            checkpoints = str(workspace / checkpoints)
+        found.append(OldRun(record["stage"], record["key"], path.parent, checkpoints))
+    return found
+
+
+def remove_finished() -> list[OldRun]:
+    """Remove the runs in the working directory whose outputs DVC has, and older runs of the same stages.
+
+    A run that began or went on after the finished one is kept, and so is one that a process works on.
+    """
+    runs, removed = find_runs(), []
+    for stage in sorted({run.stage for run in runs}):
+        committed = committed_inputs(stage)
+        finished = [run for run in runs if run.stage == stage and committed is not None and run.key == committed.key]
+        for last in finished:
+            for run in runs:
+                if run.stage == stage and run.last_used <= last.last_used and run.holder is None:
+                    run.remove()
+                    removed.append(run)
+    return removed
+
+
+def age(run: OldRun) -> float:
+    """Seconds since the run last wrote to its directory."""
+    return time.time() - run.last_used
