@@ -2,7 +2,7 @@
 
 import typer
 
-from flows.cli import family, plan, run
+from flows.cli import clean, family, plan, run
 
 app = typer.Typer(
     name="elastic",
@@ -24,6 +24,7 @@ app.command()(run.up)
 app.command(cls=family.LikeCp)(family.extract)
 app.command()(family.generate)
 app.command()(family.inspect)
+app.command()(clean.clean)
 
 
 def main() -> None:

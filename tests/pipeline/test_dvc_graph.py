@@ -67,12 +67,10 @@ def is_in(path: Path, places: list[str] | tuple[str, ...]) -> bool:
 
 def code_of(stage: str) -> set[Path]:
     """The files that decide the result of `python -m tasks STAGE`."""
-    seen, todo = set(), {ROOT / "tasks" / f"{stage}.py"}
+    seen, todo = {SECTIONS}, {ROOT / "tasks" / f"{stage}.py"}  # of SECTIONS, a stage uses its section's default values
     while todo:
         path = todo.pop()
         seen.add(path)
-        if path == SECTIONS:  # a stage uses the default values of its own section only
-            continue
         todo |= {other for other in imported(path) - seen if not is_in(other, NO_RESULT)}
     return seen
 

@@ -1,0 +1,145 @@
+"""What has changed runs again, and from the start: code, inputs, --force; what was interrupted goes on."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("dvc")
+pytest.importorskip("ray")
+
+from tests.support.flows_fixture.driver import copy_checkout
+from tests.support.pipeline.tiny_pipeline import write_params
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+# Stages that can go on from what an earlier start has left, and a statement of their work.
+TRAINING = ("elastic_core/training/loop.py", "    stage, modules = run.stage, trained_modules(run)\n")
+WORK = {
+    "prepare_data": ("tasks/corpora/encoding.py", "        split, texts = batch\n"),
+    "parent": TRAINING,
+    "rank": ("elastic_core/search/depth_ranking.py", "        return ((hidden @ self.gram) * hidden).sum()\n"),
+    "train_short": TRAINING,
+    "train_extended": TRAINING,
+}
+
+
+class Checkout:
+    """A checkout with a tiny pipeline; `dvc` runs DVC in it."""
+
+    def __init__(self, directory: Path):
+        self.directory = copy_checkout(ROOT, directory)
+
+    def dvc(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables}
+        command = [sys.executable, "-m", "dvc", *arguments]
+        return subprocess.run(command, cwd=self.directory, env=environment, capture_output=True, text=True)
+
+    def record(self, stage: str) -> dict:
+        """The provenance of a stage's newest result."""
+        written = self.directory / "artifacts" / "provenance" / f"{stage}.json"
+        if not written.is_file():
+            records = json.loads((self.directory / "artifacts" / stage / "model" / "provenance.json").read_text())
+            return next(record for record in records if record["stage"] == stage)
+        return json.loads(written.read_text())
+
+    def change(self, stage: str, new: str) -> Callable[[], int]:
+        """Put `new` before a statement of the stage's work; returns what restores the file."""
+        name, statement = WORK[stage]
+        path, text = self.directory / name, (self.directory / name).read_text()
+        assert text.count(statement) == 1
+        indent = " " * (len(statement) - len(statement.lstrip()))
+        path.write_text(text.replace(statement, f"{indent}{new}\n{statement}"))
+        return lambda: path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """All stages until train_extended have run."""
+    directory = tmp_path_factory.mktemp("stale")
+    checkout = Checkout(directory / "checkout")
+    place = directory / "place"
+    (place / "corpus").mkdir(parents=True)
+    for number in range(2):
+        write_corpus(place / "corpus" / f"{number}.jsonl", number)
+    short = {"steps": 6, "checkpoint_every": 2, "warmup_steps": 2}
+    write_params(checkout.directory, place, train_short=short, train_extended=short, extract={"destination": None})
+    checkout.place = place
+    done = checkout.dvc("repro", "train_extended")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return checkout
+
+
+def write_corpus(path: Path, seed: int) -> None:
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    rows = [{"text": " ".join(words[(i * j + seed) % 10] for j in range(3, 60))} for i in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_nothing_runs_again_and_no_checkpoint_is_left_without_a_change(checkout):
+    done = checkout.dvc("repro", "train_extended")
+    assert done.returncode == 0 and done.stdout.count("Running stage") == 1  # the fingerprints
+    left = [path.name for path in (checkout.directory / "checkpoints").iterdir()]
+    assert left == ["digests.json"]
+
+
+@pytest.mark.parametrize("stage", WORK)
+def test_changed_code_runs_and_does_not_only_give_the_old_result(checkout, stage):
+    restore = checkout.change(stage, 'raise RuntimeError("the changed code ran")')
+    try:
+        done = checkout.dvc("repro", "--single-item", stage)
+        assert done.returncode != 0 and "the changed code ran" in done.stdout + done.stderr
+    finally:
+        restore()
+    assert checkout.dvc("checkout", "--force", stage).returncode == 0
+
+
+def test_force_trains_from_the_start(checkout):
+    before = checkout.record("train_short")
+    assert checkout.dvc("repro", "--single-item", "--force", "train_short").returncode == 0
+    after = checkout.record("train_short")
+    assert after["key"] == before["key"] and after["started"] > before["started"]
+    rows = (checkout.directory / "artifacts/train_short/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+
+
+def test_changed_inputs_are_seen(checkout):
+    """An edited file, another file, a removed one: the data is prepared anew."""
+    corpus, seen = checkout.place / "corpus", [checkout.record("prepare_data")["fingerprints"]["corpora"]["mine"]]
+
+    def prepared() -> dict:
+        done = checkout.dvc("repro", "prepare_data")
+        assert done.returncode == 0, done.stderr
+        return checkout.record("prepare_data")["fingerprints"]["corpora"]["mine"]
+
+    write_corpus(corpus / "0.jsonl", 7)
+    seen.append(prepared())
+    write_corpus(corpus / "2.jsonl", 2)
+    seen.append(prepared())
+    assert [entry["files"] for entry in seen] == [2, 2, 3] and len({entry["sha256"] for entry in seen}) == 3
+    (corpus / "2.jsonl").unlink()
+    write_corpus(corpus / "0.jsonl", 0)
+    assert prepared() == seen[0]
+
+
+def test_an_old_run_goes_on_under_new_code_where_that_is_asked_for(checkout):
+    """And only then; it is on record."""
+    restore = checkout.change("train_extended", "if run.step == 4: raise SystemExit(9)")
+    try:
+        assert checkout.dvc("repro", "--single-item", "train_extended").returncode != 0
+    finally:
+        restore()
+    (old,) = {path.parent.name for path in (checkout.place / "checkpoints").glob("train_extended-*/step-*")}
+    checkout.change("train_extended", "# another comment")
+    wrong = checkout.dvc("repro", "--single-item", "train_extended", ELASTIC_CONTINUE="train_extended-nothing")
+    assert "allowed: a run of this stage that has not ended (" in wrong.stderr and old in wrong.stderr
+    done = checkout.dvc("repro", "--single-item", "train_extended", ELASTIC_CONTINUE=old)
+    assert done.returncode == 0, done.stderr
+    record = checkout.record("train_extended")
+    assert record["continues"]["run"] == old and record["continues"]["changed"] == ["elastic_core/training"]
+    assert not (checkout.directory / "checkpoints" / old).exists()
