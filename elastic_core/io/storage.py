@@ -76,10 +76,15 @@ def glob(pattern: str) -> dict[str, int]:
     """The files that match `pattern`, sorted, with their sizes in bytes.
 
     Wildcards are ``*``, ``?``, ``[…]``, and ``**`` for directories of any depth.
+    Raises StorageError for a link to a file that does not exist.
     """
     if not is_url(pattern):
-        paths = sorted(path for path in map(Path, local_glob.glob(pattern, recursive=True)) if path.is_file())
-        return {str(path): path.stat().st_size for path in paths}
+        with storage_errors(pattern, "list"):
+            paths = sorted(map(Path, local_glob.glob(pattern, recursive=True)))
+            for path in paths:
+                if path.is_symlink() and not path.exists():
+                    raise StorageError(f"{path}: a link to {os.readlink(path)}, which does not exist; remove the link")
+            return {str(path): path.stat().st_size for path in paths if path.is_file()}
     with storage_errors(pattern, "list"):
         filesystem, path = open_filesystem(pattern)
         found = filesystem.glob(path, detail=True)

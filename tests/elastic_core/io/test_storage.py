@@ -103,6 +103,15 @@ def test_glob_finds_files_with_their_sizes(place):
     assert storage.glob(storage.join(place, "none", "*")) == {}
 
 
+def test_glob_names_a_link_to_nothing(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a")
+    (tmp_path / "good.txt").symlink_to("a.txt")
+    assert list(storage.glob(str(tmp_path / "*.txt"))) == [str(tmp_path / "a.txt"), str(tmp_path / "good.txt")]
+    (tmp_path / "round.txt").symlink_to("round.txt")
+    with pytest.raises(storage.StorageError, match=r"round\.txt: a link to round\.txt, which does not exist; remove"):
+        storage.glob(str(tmp_path / "*.txt"))
+
+
 def test_access_is_granted(place):
     storage.check_access(storage.join(place, "*.jsonl"), writing=False)
     storage.check_access(place, writing=True)
