@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,9 +46,15 @@ def main() -> None:
         tokens = sum(entry.num_tokens for source in manifest.sources.values() for entry in source.splits.values())
         record = provenance.end(job.record, time.monotonic() - begin, provenance.describe_device(), tokens=tokens)
         provenance.write_record(record)
+    print_summary(manifest)
+
+
+def print_summary(manifest: Manifest) -> None:
+    """Print a line per source: its tokens, and the rows that were skipped."""
     for name, source in manifest.sources.items():
         sizes = ", ".join(f"{entry.num_tokens:,} {split}" for split, entry in source.splits.items())
-        print(f"{name}: {sizes} tokens")
+        skipped = ", ".join(f"{number:,} {reason}" for reason, number in source.skipped_rows.items())
+        print(f"{name}: {sizes} tokens" + (f"; skipped rows without text: {skipped}" if skipped else ""))
 
 
 def prepare(
@@ -120,7 +127,8 @@ def _tokenise_source(
     """Write the token files of one source, or what an earlier call has not written of them."""
     begun = progress.begun.get(name, Begun())
     writers = {split: SplitWriter(progress.directory, name, split, dtype, begun.written.get(split)) for split in SPLITS}
-    documents = Documents(source.texts(seed), begun.num_documents)
+    skipped = Counter()  # texts begins at the first document again, so that this counts all rows
+    documents = Documents(source.texts(seed, skipped), begun.num_documents)
     with progress_bar(name, source.expected_characters(), "char", scaled=True) as bar:
         bar.update(begun.num_characters)
         while not documents.ended:
@@ -133,4 +141,4 @@ def _tokenise_source(
     for split, entry in splits.items():
         if entry.num_documents == 0:
             raise UserError(f"prepare_data.sources.{name}: got no document in {split}; {ADVICE_IF_EMPTY[split]}")
-    return progress.with_finished(name, SourceEntry(source.whole_documents, splits))
+    return progress.with_finished(name, SourceEntry(source.whole_documents, splits, dict(skipped)))

@@ -35,10 +35,14 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One source. With `whole_documents`, a training sequence holds complete documents only, never a part of one."""
+    """One source. With `whole_documents`, a training sequence holds complete documents only, never a part of one.
+
+    `skipped_rows` is the number of rows of its files that hold no text, by reason: "null" or "empty".
+    """
 
     whole_documents: bool
     splits: dict[str, Split]
+    skipped_rows: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,8 +84,8 @@ class Chains:
         require(0 <= self.direct_share < 1, "direct_share", self.direct_share, "0 or more and less than 1")
         _check_weights("step_weights", self.step_weights, self.max_steps)
 
-    def texts(self, seed: int) -> Iterator[tuple[str, str]]:
-        """Yield (split, chain). The same seed gives the same chains."""
+    def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[tuple[str, str]]:
+        """Yield (split, chain). The same seed gives the same chains. `skipped` has no effect."""
         rng = random.Random(f"chains {seed}")
         lengths = rng.choices(range(1, self.max_steps + 1), self.step_weights, k=self.documents)
         for steps in lengths:
@@ -121,8 +121,8 @@ class Recall:
         require(self.max_queries > 0, "max_queries", self.max_queries, "1 or more")
         _check_weights("pair_weights", self.pair_weights, self.max_pairs - 1)
 
-    def texts(self, seed: int) -> Iterator[tuple[str, str]]:
-        """Yield (split, pairs and queries). The same seed gives the same documents."""
+    def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[tuple[str, str]]:
+        """Yield (split, pairs and queries). The same seed gives the same documents. `skipped` has no effect."""
         rng = random.Random(f"recall {seed}")
         lengths = rng.choices(range(2, self.max_pairs + 1), self.pair_weights, k=self.documents)
         for num_pairs in lengths:

@@ -1,23 +1,25 @@
 """Sources of running text: two corpora from pip packages, and the user's own files.
 
 Each kind of source is a dataclass that describes a section `prepare_data.sources.<name>` of params.yaml. Its method
-`texts` yields (split, text) pairs one by one, so a corpus may be larger than the memory.
+`texts` yields (split, text) pairs one by one, so a corpus may be larger than the memory. It counts rows without text in
+`skipped`.
 """
 
 import ast
-import codecs
 import hashlib
 import importlib.util
-import json
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import ClassVar
 
 from elastic_core.config import require
 from elastic_core.errors import UserError
 from elastic_core.io import storage
+from tasks.corpora.text_files import check_format, is_compressed, read_rows
 
 Document = tuple[str, str]  # (split, text)
 
@@ -25,9 +27,7 @@ _FIRST_HELD_OUT_BOOK = 58  # Hebrews; the epistles and Revelation after it are 3
 _HELD_OUT_SUBPACKAGES = ("geometry", "ntheory")  # 3.9 % of sympy's sources
 _SKIPPED_FOLDERS = {"tests", "benchmarks", "_antlr"}  # the last holds generated tables
 _HELD_OUT_PART = 20  # held-out text is limited to max_characters / 20
-_TEXT_FILE_DOCUMENT = 16_384  # characters
-_PARQUET_BLOCK = 1 << 16  # bytes; small, because larger blocks would also fetch columns that are not needed
-_LONGEST_READ = 1 << 20  # bytes; limits memory for a text file without line ends
+_CHARACTERS_PER_COMPRESSED_BYTE = 3  # of common text, roughly
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Bible:
     def check(self) -> None:
         _check_max_characters(self.max_characters)
 
-    def texts(self, seed: int) -> Iterator[Document]:
-        """Yield (split, chapter) in the order of the book. `seed` has no effect.
+    def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[Document]:
+        """Yield (split, chapter) in the order of the book. `seed` and `skipped` have no effect.
 
         Raises UserError if the package is not installed.
         """
@@ -69,10 +69,10 @@ class Sympy:
     def check(self) -> None:
         _check_max_characters(self.max_characters)
 
-    def texts(self, seed: int) -> Iterator[Document]:
+    def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[Document]:
         """Yield (split, source file), ordered by a hash of the path, so that any first part is a random sample.
 
-        `seed` has no effect. Raises UserError if the package is not installed.
+        `seed` and `skipped` have no effect. Raises UserError if the package is not installed.
         """
         return _limit_characters(_read_sympy(), self.max_characters)
 
@@ -83,11 +83,16 @@ class Sympy:
 
 @dataclass(frozen=True)
 class Files:
-    """Kind `files`: the user's own text, in UTF-8.
+    """Kind `files`: the user's own text.
 
-    In a `.jsonl` file every line is a document, in a `.parquet` file every row; the field `text_field` holds the text.
-    A `.txt` file is split at line ends into documents of about 16,384 characters. Files at a URL are streamed; they are
-    never downloaded completely.
+    In a `.jsonl` file every line is a document, in a `.parquet` file every row, in a `.json` file every object of its
+    array, or every line if it has no array. The field `text_field` holds the text; `meta.text` is a field of a nested
+    object. A `.txt` file is split at line ends into documents of about 16,384 characters. All but parquet may be
+    compressed (.gz, .zst). Files at a URL are streamed; they are never downloaded completely.
+
+    Text is UTF-8, or what its byte-order mark says. The mark is left out. The line end "\\r\\n" becomes "\\n"
+    everywhere, also inside JSON strings; in a `.txt` file so does "\\r". Rows whose text is null, empty or white space
+    are skipped and counted.
     """
 
     path: str  # a glob: "corpus/**/*.jsonl", relative to the working directory, or "s3://bucket/corpus/*.jsonl"
@@ -95,6 +100,7 @@ class Files:
     text_field: str = "text"
     held_out: float = 0.02  # share of the documents; a hash of the text selects them, so duplicates share a split
     max_characters: int | None = None  # of training text; held-out text is limited to a twentieth of it
+    strict: bool = False  # refuse the first row without text, instead of skipping all of them
 
     whole_documents: ClassVar[bool] = False  # packing may split a document
 
@@ -102,41 +108,69 @@ class Files:
         _check_max_characters(self.max_characters)
         require(0 < self.held_out < 1, "held_out", self.held_out, "more than 0 and less than 1")
 
-    def texts(self, seed: int) -> Iterator[Document]:
+    def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[Document]:
         """Yield (split, text), file by file in the order of their names. `seed` has no effect.
 
+        `skipped` counts the rows without text by reason, "null" or "empty".
         Raises UserError, which names the file and the line or row and says what is wrong. Raises StorageError for a
         URL that cannot be read.
         """
-        return _limit_characters(self._read(), self.max_characters)
+        return _limit_characters(self._read(Counter() if skipped is None else skipped), self.max_characters)
 
     def expected_characters(self) -> int:
         """Estimate how many characters `texts` yields in all. Progress bars need the number."""
-        return _characters_within_limit(sum(self._paths().values()), self.max_characters)
+        sizes = self.paths().items()
+        total = sum(size * (_CHARACTERS_PER_COMPRESSED_BYTE if is_compressed(path) else 1) for path, size in sizes)
+        return _characters_within_limit(total, self.max_characters)
 
-    def _paths(self) -> dict[str, int]:
-        """File → size in bytes, in the order of the names."""
+    def paths(self) -> dict[str, int]:
+        """The files that `path` matches, in the order of their names: name → size in bytes. No file is opened.
+
+        Raises UserError if there is none, and for a file of a format that cannot be read, without permission to read it
+        or behind a broken link.
+        """
         paths = storage.glob(self.path)
         if not paths:
-            base = "" if storage.is_url(self.path) else f" (relative to {Path.cwd()})"
-            raise UserError(f"path {self.path!r}: no file matches it{base}")
+            raise UserError(f"path {self.path!r}: {self._why_nothing_matches()}")
         for path in paths:
-            suffix = PurePosixPath(path).suffix
-            if suffix not in _READERS:
-                raise UserError(f"{path}: cannot read {suffix or 'this'!r} files; allowed: {', '.join(_READERS)}")
+            check_format(path)
+            if not storage.is_url(path) and not os.access(path, os.R_OK):
+                raise UserError(f"{path}: no permission to read it")
         return paths
 
-    def _read(self) -> Iterator[Document]:
+    def _why_nothing_matches(self) -> str:
+        is_url = storage.is_url(self.path)
+        if bool(storage.list_names(self.path)) if is_url else Path(self.path).is_dir():
+            return f"a directory; name its files, such as {storage.join(self.path, '**', '*.jsonl')!r}"
+        return "no file matches it" + ("" if is_url else f" (relative to {Path.cwd()})")
+
+    def _read(self, skipped: Counter) -> Iterator[Document]:
         limit, found = int(self.held_out * 2**64), False
-        for path in self._paths():
-            for text in _READERS[PurePosixPath(path).suffix](path, self.text_field):
-                if not text.strip():
+        for path in self.paths():
+            for place, value in read_rows(path, self.text_field):
+                if value is None or (isinstance(value, str) and (not value or value.isspace())):
+                    reason = "null" if value is None else "empty"
+                    if self.strict:
+                        raise UserError(f"{place}: the text is {reason}; `strict: false` skips and counts such rows")
+                    skipped[reason] += 1
                     continue
                 found = True
-                digest = hashlib.sha256(text.encode()).digest()
+                text, digest = self._checked(value, place)
                 yield ("held_out" if int.from_bytes(digest[:8], "big") < limit else "train"), text
         if not found:
             raise UserError(f"path {self.path!r}: the files hold no text")
+
+    def _checked(self, value, place: str) -> tuple[str, bytes]:
+        """The text with its line ends unified, and the SHA-256 of its UTF-8 encoding."""
+        if not isinstance(value, str):
+            raise UserError(f"{place}: {self.text_field!r} must be text, got {type(value).__name__}")
+        text = value.replace("\r\n", "\n") if "\r" in value else value  # looking for one character is much faster
+        try:
+            return text, hashlib.sha256(text.encode()).digest()
+        except UnicodeEncodeError:  # JSON can contain half of a surrogate pair, which UTF-8 cannot encode
+            raise UserError(
+                f"{place}: {self.text_field!r} holds a lone surrogate, which is not valid Unicode"
+            ) from None
 
 
 def _check_max_characters(value: int | None) -> None:
@@ -194,81 +228,3 @@ def _read_sympy() -> Iterator[Document]:
         text = (root / name).read_text(encoding="utf-8")
         if text.strip():
             yield ("held_out" if name.parts[0] in _HELD_OUT_SUBPACKAGES else "train"), text
-
-
-def _read_txt(path: str, text_field: str) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    line, parts, size = 1, [], 0
-    with storage.open_binary(path) as file:
-        while True:
-            raw = file.readline(_LONGEST_READ)
-            try:
-                parts.append(decoder.decode(raw, final=not raw))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {line}: not valid UTF-8 ({error.reason})") from None
-            size += len(parts[-1])
-            line += raw.endswith(b"\n")
-            if size >= _TEXT_FILE_DOCUMENT or not raw:
-                yield "".join(parts)
-                parts, size = [], 0
-            if not raw:
-                return
-
-
-def _read_jsonl(path: str, text_field: str) -> Iterator[str]:
-    with storage.open_binary(path) as file:
-        for number, raw in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                record = json.loads(raw.decode("utf-8")) if raw.strip() else {text_field: ""}
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: expected an object, got {type(record).__name__}")
-            if text_field not in record:
-                raise UserError(f"{where}: no field {text_field!r} (fields: {_quoted_names(record)}); set text_field")
-            yield _as_text(record[text_field], where, text_field)
-
-
-def _read_parquet(path: str, text_field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with storage.open_binary(path, _PARQUET_BLOCK) as file:
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{path}: not a readable parquet file ({error})") from None
-        if text_field not in table.schema_arrow.names:
-            raise UserError(
-                f"{path}: no column {text_field!r} (columns: {_quoted_names(table.schema_arrow.names)}); set text_field"
-            )
-        row = 0
-        for batch in table.iter_batches(batch_size=256, columns=[text_field]):
-            for value in batch.column(0):
-                row += 1
-                where = f"{path}, row {row}"
-                try:
-                    text = value.as_py()
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{where}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
-                yield _as_text(text, where, text_field)
-
-
-_READERS = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _as_text(value, where: str, text_field: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {text_field!r} must be text, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can contain half of a surrogate pair, which UTF-8 cannot encode
-        raise UserError(f"{where}: {text_field!r} holds a lone surrogate, which is not valid Unicode") from None
-    return value
-
-
-def _quoted_names(names) -> str:
-    return ", ".join(map(repr, names)) or "none"

@@ -7,6 +7,7 @@ from tasks.corpora import preparation
 from tasks.corpora.encoding import Encoder
 from tasks.prepare_data import prepare
 from tasks.settings.sections import PrepareData
+from tests.support.pipeline.corpora import configure, texts, write_jsonl
 from tests.support.places import files_below
 
 SECTION = PrepareData(
@@ -57,3 +58,22 @@ def test_a_stopped_preparation_goes_on(tmp_path, monkeypatch, parts):
     assert sum(map(len, encoded)) - len(encoded[parts]) == 1000  # every document once, but for the part that was lost
     assert files_below(tmp_path / "data") == files_below(tmp_path / "whole")
     assert not (tmp_path / "work").exists()
+
+
+def test_rows_that_were_skipped_before_a_stop_are_counted(tmp_path, monkeypatch):
+    rows = [None if i % 10 == 0 else text for i, text in enumerate(texts(300))]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    section = configure({"mine": {"kind": "files", "path": str(tmp_path / "a.jsonl"), "held_out": 0.1}})
+    parts, encode = [], Encoder.encoded
+
+    def stopping(self, documents):
+        parts.append(1)
+        if len(parts) == 6:
+            raise Stopped
+        return encode(self, documents)
+
+    monkeypatch.setattr(Encoder, "encoded", stopping)
+    with pytest.raises(Stopped):
+        prepare(section, None, tmp_path / "data", seed=0, work=tmp_path / "work")
+    manifest = prepare(section, None, tmp_path / "data", seed=0, work=tmp_path / "work")
+    assert len(parts) > 12 and manifest.sources["mine"].skipped_rows == {"null": 30}

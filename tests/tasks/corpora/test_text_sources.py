@@ -79,8 +79,9 @@ def test_a_text_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: not valid JSON"),
         ("a.jsonl", b'{"text": "x"}\n\n{"body": "x"}\n', r"a\.jsonl, line 3: no field 'text' \(fields: 'body'\)"),
+        ("a.jsonl", b'{"text": "x"}\n\xef\xbb\xbf{}\n', r"line 2: not valid JSON \(byte-order mark at column 1\)"),
         ("a.jsonl", b'{"text": 7}\n', r"a\.jsonl, line 1: 'text' must be text, got int"),
-        ("a.jsonl", b'{"text": null}\n', r"a\.jsonl, line 1: 'text' must be text, got NoneType"),
+        ("a.jsonl", b'{"text": null}\n', "the files hold no text"),
         ("a.jsonl", b'["x"]\n', r"a\.jsonl, line 1: expected an object, got list"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl, line 2: not valid UTF-8"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: 'text' holds a lone surrogate"),
@@ -89,6 +90,8 @@ def test_a_text_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
         ("a.txt", b"fine\ncut \xc3", r"a\.txt, line 2: not valid UTF-8"),
         ("a.txt", b" \n", "the files hold no text"),
         ("a.parquet", b"PAR1", r"a\.parquet: not a readable parquet file"),
+        ("a.json", b" \n", r"a\.json: empty; a \.json file holds an array of objects, or an object per line"),
+        ("a.json", b'{\n "text": "x"\n}', r"a\.json, line 1: not valid JSON .*; a \.json file holds an array"),
         ("a.pdf", b"", r"a\.pdf: cannot read '\.pdf' files; allowed: \.txt"),
     ],
 )
@@ -98,11 +101,9 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):
         list(Files(path=str(tmp_path / "*")).texts(seed=0))
 
 
-def test_bad_parquet_rows_and_missing_files_are_named(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet, row 2: 'text' must be text"):
-        list(Files(path=str(tmp_path / "a.parquet")).texts(seed=0))
-    with pytest.raises(ValueError, match=r"no column 'body' \(columns: 'text'\)"):
+def test_missing_columns_and_missing_files_are_named(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x", "y"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: no field 'body' \(fields: 'text'\)"):
         list(Files(path=str(tmp_path / "a.parquet"), text_field="body").texts(seed=0))
     with pytest.raises(ValueError, match="no file matches"):
         list(Files(path=str(tmp_path / "*.jsonl")).texts(seed=0))

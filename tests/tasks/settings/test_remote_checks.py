@@ -87,7 +87,7 @@ def requested(calls, size):
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"s3://test/\w+/a\.jsonl, line 2: not valid JSON"),
         ("a.txt", b"fine\nnot \xe4 fine\n", r"s3://test/\w+/a\.txt, line 2: not valid UTF-8"),
         ("a.parquet", b"PAR1", r"s3://test/\w+/a\.parquet: not a readable parquet file"),
-        ("a.pdf", b"", r"s3://test/\w+/a\.pdf: cannot read '\.pdf' files; allowed: \.txt, \.jsonl, \.parquet"),
+        ("a.pdf", b"", r"s3://test/\w+/a\.pdf: cannot read '\.pdf' files; allowed: \.txt, \.jsonl, \.json \("),
         (None, b"", r"path 's3://test/\w+/\*': no file matches it"),
     ],
 )
