@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from elastic_core.data.loader import TokenData
 from elastic_core.io.atomic import write_text
+from elastic_core.io.provenance_file import read_provenance
 from tasks.evaluation import latency_and_memory, lm_eval_tasks
 from tasks.evaluation.text_scores import count_parameters, first_tokens, held_out_scores
 from tasks.progress.bars import progress_bar
@@ -65,4 +66,5 @@ def evaluate(section: Evaluate, data: TokenData, directory: Path, parent) -> dic
         "tasks": lm_eval_tasks.reasoning_scores(section, data, model),
         "benchmarks": lm_eval_tasks.benchmark_scores(section.benchmarks, data, model),
         "environment": latency_and_memory.environment(),
+        "provenance": read_provenance(directory),
     }

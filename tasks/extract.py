@@ -21,6 +21,7 @@ from elastic_core.io.directory_transfer import upload_directory
 from elastic_core.model import hf
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.uniform import uniform_counterpart
+from tasks.runs import provenance
 from tasks.settings import remote_checks
 from tasks.settings.load import FILE, load
 from tasks.settings.schema import Params
@@ -40,6 +41,8 @@ def main(budget: str) -> None:
     for version, source in SOURCES.items():
         out = OUT / budget / version
         extract(source, submodel, out, section.heterogeneous, getattr(torch, section.dtype))
+        if version == "zero_shot":
+            provenance.write(out, provenance.read_records("prepare_data", "parent", "rank"))
         if section.destination is not None:
             copy = storage.join(section.destination, budget, version)
             upload_directory(out, copy)

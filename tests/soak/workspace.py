@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAGE = "train_short"
 OUT = Path("artifacts") / STAGE
 TIMES = ("memory_bytes", "seconds", "tokens_per_second", "seconds_left")  # of a row of metrics: differ in every run
-FIRST = ("prepare_data", "parent", "rank", STAGE)
+FIRST = ("fingerprint", "prepare_data", "parent", "rank", STAGE)
 FIRST_RUN = f"from tasks import {', '.join(FIRST)}\nfor stage in ({', '.join(FIRST)}): stage.main()"
 # The stage's work on several ranks without Ray, so that what Ray does is compared with something else.
 RANKS = """
@@ -24,27 +24,29 @@ import os, sys, traceback
 import torch.distributed as dist
 from elastic_core.training.distributed.ranks import Ranks
 from tasks import train_short
+from tasks.runs.job import started
 from tasks.settings import load
 
-def work(rank, world):
+def work(rank, world, settings, job):
     dist.init_process_group("gloo", init_method="file://" + os.path.abspath("group"), rank=rank, world_size=world)
-    settings = load.load()
-    train_short.work({"settings": settings, "job": train_short.make_short_job(settings)}, Ranks.current())
+    train_short.work({"settings": settings, "job": job}, Ranks.current())
     dist.destroy_process_group()
 
-children = []
-for rank in range(world := int(sys.argv[1])):
-    children.append(os.fork())
-    if children[-1] == 0:
-        failed = True
-        try:
-            work(rank, world)
-            failed = False
-        finally:
-            if failed:
-                traceback.print_exc()
-            os._exit(failed)
-sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+settings, children = load.load(), []
+with started("train_short", settings) as job:
+    for rank in range(world := int(sys.argv[1])):
+        children.append(os.fork())
+        if children[-1] == 0:
+            failed = True
+            try:
+                work(rank, world, settings, job)
+                failed = False
+            finally:
+                if failed:
+                    traceback.print_exc()
+                os._exit(failed)
+    failed = any([os.waitpid(child, 0)[1] for child in children])
+sys.exit(failed)
 """
 
 
@@ -122,7 +124,7 @@ def outcome(workspace: Path) -> dict:
     """What the stage has left: the digest of every file, and the rows of metrics without times."""
     left = {}
     for path in sorted((workspace / OUT).rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name != "provenance.json":  # says when the run began
             left[str(path.relative_to(workspace / OUT))] = hashlib.sha256(path.read_bytes()).hexdigest()
     rows = []
     if "metrics.jsonl" in left:
