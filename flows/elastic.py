@@ -13,18 +13,21 @@ from typing import Annotated, Literal
 from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.states import Completed
-from pydantic import BaseModel, Field
+from prefect.states import Completed, Failed
+from pydantic import AfterValidator, BaseModel, Field
 
 from elastic_core.errors import UserError
 from flows import publish
 from flows.live import Live
 from flows.process.output import follow
+from flows.records import summary
 from flows.stages import StageFailed, StageInterrupted, reproduce, select, stage_names
+from tasks.settings import budgets as spellings
 from tasks.settings import profiles as workspaces
 
 ROOT = Path(__file__).resolve().parents[1]
 RETRIES, RETRY_SECONDS = 3, 30  # of a stage that lost a server or a worker
+# The dashboard deploys this file again when a profile or a stage is added (flows/dashboard/deployments.py).
 Profile = Literal[tuple(workspaces.profile_names(ROOT))]
 STAGES = stage_names(ROOT)
 Stage = Literal[tuple(STAGES)]
@@ -35,10 +38,14 @@ class BudgetForm(BaseModel):
     """A member of the family."""
 
     name: str = Field(pattern=r"^[A-Za-z_]\w*$", description="Of its models and its row in the results.")
-    share: float = Field(gt=0, le=1, description="Of the parent, as `cost` counts; 1 is the parent itself.")
+    budget: Annotated[str, AfterValidator(spellings.check_text)] = Field(
+        pattern=f"^({spellings.PATTERN})$",
+        description="A share of the parent as 0.43 (1 is the parent itself), a count of parameters as 9B, memory as "
+        "16GiB@128k×8 (context × sequences), or time as 35ms/token or 1200tokens/s.",
+    )
 
 
-@flow(name="elastic")
+@flow(name="elastic", flow_run_name=publish.profile_and_time)
 def elastic(
     profile: Profile = "default",
     from_stage: Stage = STAGES[0],
@@ -47,7 +54,7 @@ def elastic(
     budgets: list[BudgetForm] = [],  # noqa: B006
     overrides: list[Override] = [],  # noqa: B006
     force: bool = False,
-) -> None:
+) -> State:
     """One parent in, one elastic checkpoint and its submodels out, evaluated and reported.
 
     *Run*, *Quick run* starts the default profile; *Custom run* asks for a profile, stages, budgets and parameters.
@@ -58,26 +65,48 @@ def elastic(
         from_stage: The first stage to run; what comes before it is taken as it is.
         until_stage: The last stage to run. Results are published when it is the last of all.
         only_stages: If any are chosen, no others run.
-        budgets: The family, where it shall not be the profile's own.
+        budgets: The family, where it shall not be the profile's own. A budget is written as in params.yaml.
         overrides: Single parameters, one an item, as `section.key=value`: `train_short.learning_rate=1e-3`. A run with
             budgets or overrides has a workspace of its own; stages that they do not touch come from the cache.
         force: Run every chosen stage, also those that DVC finds unchanged.
     """
-    # Stages are called, not submitted: a cancellation interrupts a silent stage only in the main thread.
-    shares = {budget.name: budget.share for budget in budgets}
-    if len(shares) < len(budgets):
-        raise UserError(f"budgets: a name is there twice: {', '.join(budget.name for budget in budgets)}")
-    workspace = workspaces.prepare_workspace(profile, ROOT, shares, overrides)
+    try:
+        workspace = prepare(profile, budgets, overrides)
+        return Completed(message=run_stages(profile, workspace, from_stage, until_stage, only_stages, force))
+    except StageFailed as error:  # the stage's task has logged all of it
+        return Failed(message=error.reason, data=error)
+    except (UserError, TimeoutError) as error:
+        get_run_logger().error(error)
+        return Failed(message=str(error), data=error)
+
+
+def prepare(profile: str, budgets: list[BudgetForm], overrides: list[str]) -> Path:
+    """The workspace of the run. Raises UserError where the form's values do not fit together."""
+    family = {member.name: spellings.number_or_text(member.budget) for member in budgets}
+    if len(family) < len(budgets):
+        raise UserError(f"budgets: a name is there twice: {', '.join(member.name for member in budgets)}")
+    return workspaces.prepare_workspace(profile, ROOT, family, overrides)
+
+
+def run_stages(profile: str, workspace: Path, first: str, last: str, only: list[str], force: bool) -> str:
+    """Run the chosen stages, publish the results after the last of all; the run's result in one line."""
     names = stage_names(workspace)
-    chosen = select(names, from_stage, until_stage, only_stages)
+    chosen = select(names, first, last, only)
     check_parameters(workspace)
     limits = time_limits(workspace)
     for stage in chosen:
-        run_stage.with_options(name=stage, task_run_name=stage, timeout_seconds=limits.get(stage))(
-            stage, workspace, force
-        )
-    if chosen[-1] == names[-1]:
-        publish.results(profile, workspace, ROOT)
+        named = run_stage.with_options(name=stage, task_run_name=stage, timeout_seconds=limits.get(stage))
+        try:
+            named(
+                stage, workspace, force
+            )  # not submitted: a cancellation interrupts a silent stage in this thread only
+        except TimeoutError as error:
+            hours = f"{limits[stage] / 3600:g} hours"
+            raise TimeoutError(f"stage {stage}: stopped after {hours} (time_limits in params.yaml)") from error
+    if chosen[-1] != names[-1]:
+        return f"up to date: {', '.join(chosen)}"
+    publish.results(profile, workspace, ROOT)
+    return summary(workspace)
 
 
 @task(name="check_parameters", task_run_name="check_parameters", cache_policy=NO_CACHE)

@@ -26,6 +26,9 @@ class Live:
         """Take in an event of the stage; an empty one, about once a second, brings the artifacts up to date."""
         if event.get("event") == "training":
             self._begin(event)
+        elif event.get("event") == "resumed":
+            step, total = event["step"], self.training["num_steps"]
+            self.log(f"{event['name']}: going on from its checkpoint of step {step:,} of {total:,}")
         elif self.training is not None and time.monotonic() - self.refreshed_at >= REFRESH_SECONDS:
             self.refresh()
 
@@ -54,11 +57,6 @@ class Live:
         self.progress_id = create_progress_artifact(progress, key=f"{key}-progress", description=description)
         self.table_id = create_table_artifact(self._table(), key=f"{key}-losses", description=self._caption())
         self.refresh()
-        if self.last is not None:
-            done, total = self.last["step"], training["num_steps"]
-            self.log(
-                f"{training['name']}: came to step {done:,} of {total:,} before; going on from its newest checkpoint"
-            )
 
     def _progress(self) -> tuple[float, str]:
         """Percent done, and the sentence beside it."""

@@ -1,15 +1,11 @@
-"""What a finished run leaves: artifacts in the UI, and a directory of its own, reports/runs/NAME.
+"""What a finished run of the flow shows in the UI: artifacts, a name, and its result in one line.
 
-The directory keeps the report, the results, parameters and provenance, for links and for comparisons
-(flows/compare.py). The workspace itself holds the files of the latest run only.
+flows/records.py keeps the run's files, which the artifacts link to.
 """
 
-import datetime
 import json
 import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,19 +13,29 @@ from prefect import runtime
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
 from elastic_core.errors import UserError
-from elastic_core.io.atomic import whole_directory
-from flows.compare import NAMED, RECORD, changes, read_record, records
+from flows.differences import changes
+from flows.records import NAMED, PAGE, REPORT, RESULTS, keep, new_name, read_record, records
 
-RESULTS, REPORT, PAGE = Path("reports/results.json"), Path("reports/report.md"), Path("reports/report.html")
-KEPT = (RESULTS, PAGE, Path("reports/metrics.json"), Path("params.yaml"), Path("dvc.lock"))
-MODELS = Path("artifacts/models")
 FILES_URL = "ELASTIC_FILES_URL"  # where the dashboard serves reports/runs; in the environment of its runs
+MADE_UP = re.compile(r"[a-z]+-[a-z]+")  # the names that Prefect and its form give to runs, such as onyx-spaniel
+
+
+def run_name(of_ours: str) -> str:
+    """The name of the present run: `of_ours` in place of a name that Prefect made up, else the user's."""
+    given = runtime.flow_run.name
+    return of_ours if not given or MADE_UP.fullmatch(given) else given
+
+
+def profile_and_time() -> str:
+    """The name of a run of the flow `elastic`, such as `smoke 2026-11-29 21:43`."""
+    return run_name(new_name(runtime.flow_run.parameters["profile"]))
 
 
 def results(profile: str, workspace: Path, root: Path) -> None:
     """Keep the run's results in a directory of its own, and show them in the UI."""
     table, report = read_results(workspace), (workspace / REPORT).read_text()
-    directory = keep(profile, workspace, root)
+    started_with = json.loads(json.dumps(runtime.flow_run.parameters, default=_plain))
+    directory = keep(runtime.flow_run.name, profile, workspace, root, started_with, runtime.flow_run.id)
     create_table_artifact(key="results", table=table, description=f"Results of profile `{profile}` ({RESULTS})")
     create_markdown_artifact(key="report", markdown=report, description=f"Report of profile `{profile}`")
     create_markdown_artifact(key="run", markdown=describe(directory), description="Where all of it is, and came from")
@@ -59,51 +65,8 @@ def read_results(workspace: Path) -> list[dict]:
     return rows
 
 
-def keep(profile: str, workspace: Path, root: Path) -> Path:
-    """Copy a run's results and write its record to reports/runs/NAME, whole or not at all; that directory."""
-    directory = directory_of(runtime.flow_run.name, runtime.flow_run.id, root / NAMED)
-    with whole_directory(directory, marker=RECORD) as partial:  # replaces that of an earlier attempt of this run
-        for path in KEPT:
-            if (workspace / path).is_file():
-                shutil.copy2(workspace / path, partial / path.name)
-        if (workspace / MODELS).is_dir():
-            (partial / "models").symlink_to(workspace / MODELS)
-        record = {
-            "name": runtime.flow_run.name,
-            "id": runtime.flow_run.id,
-            "profile": profile,
-            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "parameters": {name: value for name, value in runtime.flow_run.parameters.items() if value},
-            "commit": commit(root),
-            "workspace": str(workspace),
-            "models": [str(path.parent) for path in sorted((workspace / MODELS).glob("*/*/config.json"))],
-        }
-        (partial / RECORD).write_text(json.dumps(record, indent=1, default=_plain) + "\n")
-    return directory
-
-
-def directory_of(name: str, run: str, where: Path) -> Path:
-    """A run's directory: its name (any text), and a part of its id where another run has that name."""
-    safe = re.sub(r"[^\w.-]+", "-", name).strip("-.") or run
-    directory = where / safe
-    taken = (directory / RECORD).is_file() and read_record(directory).get("id") != run
-    return where / f"{safe}-{run[:8]}" if taken else directory
-
-
 def _plain(value):
     return value.model_dump()  # of the flow's parameters only the budgets are no plain values
-
-
-def commit(root: Path) -> str:
-    """The checkout's commit, and whether files differ from it."""
-
-    def git(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head.returncode != 0:
-        return "no commit yet"
-    return head.stdout.strip() + (" with changes that are not committed" if git("status", "--porcelain").stdout else "")
 
 
 def address(directory: Path) -> str | None:

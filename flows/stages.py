@@ -20,11 +20,15 @@ BUSY_SECONDS = 5.0  # between looks at a stage that another DVC process holds
 
 
 class StageFailed(RuntimeError):
-    """A stage ended with an error; `summary` says which, the message carries its last lines too."""
+    """A stage ended with an error; `summary` says which.
 
-    def __init__(self, summary: str, lines: Sequence[str] = ()):
+    The message has the stage's last lines too. `reason` is short: the stage and its very last line.
+    """
+
+    def __init__(self, summary: str, lines: Sequence[str] = (), stage: str = "stage"):
         super().__init__("; its last lines:\n".join([summary, "\n".join(lines)]) if lines else summary)
         self.summary = summary
+        self.reason = f"{stage}: {lines[-1].removeprefix('error: ')}" if lines else summary
 
 
 class StageInterrupted(StageFailed):
@@ -136,4 +140,4 @@ def _failure(stage: str | None, workspace: Path, status: int, outcome: Outcome, 
     name = f"stage {outcome.ran[-1] if outcome.ran and not stage else stage!r}" if stage or outcome.ran else "DVC"
     known = outcome.status if outcome.status not in (None, 0) else status
     kind = StageInterrupted if outcome.status == os.EX_TEMPFAIL else StageFailed
-    return kind(f"{name} ended with exit status {known} in {workspace}", lines)
+    return kind(f"{name} ended with exit status {known} in {workspace}", lines, name.replace("'", ""))

@@ -39,7 +39,9 @@ ROOMS = {
         ),
         "__main__",
     ),
-    "flows": ("process", "stages", "live", "compare", "publish", "elastic", "dashboard", "cli"),
+    "flows": (
+        *("process", "stages", "records", "differences", "live", "publish", "compare", "elastic", "dashboard", "cli"),
+    ),
 }
 LARGEST_ROOM = 12
 CORE = {"torch", "transformers", "numpy", "safetensors", "tokenizers"}

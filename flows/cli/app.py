@@ -13,13 +13,15 @@ app = typer.Typer(
     help="""One pretrained language model in, one elastic checkpoint out, with a nested model for every budget.
 
     `plan` tells what training takes, `measure` times the layers on the device that is to serve, `run` trains a family,
-    `inspect` shows its members, `generate` tries one, `extract` writes one as a directory for serving, `up` starts the
-    dashboard. Where no directory is named, the commands take the family of the last run.
+    `compare` shows what differs between two runs, `inspect` shows a family's members, `generate` tries one, `extract`
+    writes one as a directory for serving, `up` starts the dashboard. Where no directory is named, the commands take the
+    family of the last run.
     """,
 )
 app.command()(run.run)
 app.command()(plan.plan)
 app.command()(plan.measure)
+app.command()(run.compare)
 app.command()(run.up)
 app.command(cls=family.LikeCp)(family.extract)
 app.command()(family.generate)

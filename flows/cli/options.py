@@ -36,6 +36,13 @@ def complete_stage(incomplete: str) -> list[str]:
     return [name for name in stage_names(ROOT) if name.startswith(incomplete)]
 
 
+def complete_run(incomplete: str) -> list[str]:
+    from flows.records import records
+    from tasks.settings.profiles import ROOT
+
+    return [name for name in records(ROOT) if name.startswith(incomplete)]
+
+
 def complete_budget(incomplete: str) -> list[str]:
     from tasks.commands import find_family
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from elastic_core.errors import UserError
 from flows.process.output import follow
+from flows.records import NAMED, keep, kept_already, new_name
 from flows.stages import reproduce, select, stage_names
 from tasks.settings import profiles
+from tasks.settings.budgets import number_or_text
 
 BUDGET_FORMS = "NAME=BUDGET, such as small=0.4, small=9B, small=16GiB@128k or small=35ms/token"
 
@@ -38,6 +40,7 @@ def run_pipeline(
     """
     if not (root / "dvc.yaml").is_file():
         raise UserError(f"{root}: no checkout (no dvc.yaml); install from one, with `pip install --editable`")
+    overrides = list(overrides)
     names = stage_names(root)
     chosen = select(names, selection.first, selection.last, selection.only)
     workspace = profiles.prepare_workspace(profile, root, budgets, overrides)
@@ -52,7 +55,32 @@ def run_pipeline(
         log("nothing has changed: all stages are up to date")
     if names[-1] in chosen:
         log(results(workspace))
+        log(record(profile, workspace, root, selection, budgets or {}, overrides, force))
     return workspace
+
+
+def record(
+    profile: str,
+    workspace: Path,
+    root: Path,
+    selection: Selection,
+    budgets: Mapping[str, float | str],
+    overrides: Sequence[str],
+    force: bool,
+) -> str:
+    """Keep the run as runs of the dashboard are kept, unless the newest run of the workspace is the same; a line."""
+    directory = kept_already(workspace, root)
+    if directory is None:
+        started_with = {  # named as the parameters of the flow
+            "from_stage": selection.first,
+            "until_stage": selection.last,
+            "only_stages": list(selection.only),
+            "budgets": [{"name": name, "budget": str(budget)} for name, budget in budgets.items()],
+            "overrides": overrides,
+            "force": force,
+        }
+        directory = keep(new_name(profile), profile, workspace, root, started_with)
+    return f"run: {directory.name} (in {NAMED}; two runs are compared by `elastic compare`)"
 
 
 def read_budgets(texts: Iterable[str]) -> dict[str, float | str]:
@@ -62,10 +90,7 @@ def read_budgets(texts: Iterable[str]) -> dict[str, float | str]:
         name, _, budget = text.partition("=")
         if not budget[:1].isdigit() and not budget.startswith("."):
             raise UserError(f"--budget: got {text!r}; allowed: {BUDGET_FORMS}")
-        try:
-            budgets[name] = float(budget)
-        except ValueError:
-            budgets[name] = budget
+        budgets[name] = number_or_text(budget)
     return budgets
 
 

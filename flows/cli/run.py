@@ -1,11 +1,11 @@
-"""`elastic run` and `elastic up`: the pipeline, in this terminal or from a browser."""
+"""`elastic run`, `compare` and `up`: the pipeline, in this terminal or from a browser, and its finished runs."""
 
 from typing import Annotated
 
 import typer
 
 from flows.cli.errors import clear_errors, say
-from flows.cli.options import Settings, complete_profile, stage_option
+from flows.cli.options import Settings, complete_profile, complete_run, stage_option
 
 
 def run(
@@ -49,6 +49,35 @@ def run(
 
         chosen = Selection(first, last, only or ())
         run_pipeline(profile, chosen, read_budgets(budgets or ()), settings or (), force, say)
+
+
+def compare(
+    before: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN", help="A finished run.", autocompletion=complete_run, show_default="the one before the other"
+        ),
+    ] = None,
+    after: Annotated[
+        str | None,
+        typer.Argument(metavar="RUN", help="Another one.", autocompletion=complete_run, show_default="the last one"),
+    ] = None,
+) -> None:
+    """Show what differs between two finished runs: parameters and results.
+
+    Runs of `elastic run` and of the dashboard are in `reports/runs/`. A run's name may be written as that directory's.
+
+    - `elastic compare`: the last two
+    - `elastic compare smoke-2026-11-29-21-43`: from that run to the last one
+    """
+    with clear_errors("stopped"):
+        from flows.differences import as_text, changes, count
+        from flows.records import NAMED, choose, records
+        from tasks.settings.profiles import ROOT
+
+        first, second = choose(records(ROOT), before, after)
+        rows = changes(ROOT / NAMED / first, ROOT / NAMED / second)
+        say(f"{first} → {second}: {count(rows)}\n\n{as_text(rows)}")
 
 
 def up() -> None:

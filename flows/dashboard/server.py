@@ -7,7 +7,6 @@ crashed at the next start; otherwise it would keep the deployment's only slot.
 
 import contextlib
 import fcntl
-import inspect
 import os
 import shutil
 import signal
@@ -19,14 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.compare import NAMED
-from flows.dashboard import pages
+from flows.dashboard import deployments, pages
 from flows.process import guard
 from flows.publish import FILES_URL
+from flows.records import NAMED
 
 ROOT = Path(__file__).resolve().parents[2]
-POOL = "local"
-DEPLOYMENTS = {"flows/elastic.py:elastic": "full", "flows/compare.py:compare": "runs"}
 START_SECONDS = 120  # for the server to answer
 STOP_SECONDS = 60  # for processes of a killed dashboard to end; its guards need a quarter of it
 # The worker needs the longest grace: in that time a run ends its own stage within guard.GRACE_SECONDS.
@@ -166,14 +163,26 @@ def serve(address: Address, lock: int) -> None:
         print(f"Starting the server (its log: {log}) …", flush=True)
         wait_until_healthy(server, log)
         pages.correct(address.pages, address.url)
-        deploy(variables(address))
-        worker_command = [*prefect, "worker", "start", "--pool", POOL, "--type", "process", "--name", "dashboard"]
+        deployments.create(variables(address))
+        worker_command = [
+            *prefect,
+            "worker",
+            "start",
+            "--pool",
+            deployments.POOL,
+            "--type",
+            "process",
+            "--name",
+            "dashboard",
+        ]
         with (
             guard.guarded(files_command(address), stdout=output, stderr=output, **options),
             guard.guarded(worker_command, WORKER_GRACE_SECONDS, **options) as worker,
         ):
             print(greeting(address), flush=True)
+            forms = deployments.Forms(variables(address))
             while server.poll() is None and worker.poll() is None:
+                forms.keep_current()
                 time.sleep(0.2)
             ended = f"the server ended, see {log}" if server.poll() is not None else "the worker ended"
             sys.exit(f"{ended}; stopping everything. Start again: runs that were cut off will be marked as crashed")
@@ -205,41 +214,6 @@ def wait_until_healthy(server: subprocess.Popen, log: Path) -> None:
                 tail = "".join(log.read_text().splitlines(keepends=True)[-20:])
                 sys.exit(f"the server did not start; the end of {log}:\n{tail}")
             time.sleep(0.2)
-
-
-def deploy(environment: dict[str, str]) -> None:
-    """Create the work pool and the deployments. One run at a time; others wait."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.flows import Flow
-
-    with get_client(sync_client=True) as client:
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"), overwrite=True)
-        mark_dead_runs(client)
-    for entrypoint, name in DEPLOYMENTS.items():
-        flow = Flow.from_source(source=str(ROOT), entrypoint=entrypoint)
-        options = {"work_pool_name": POOL, "concurrency_limit": 1, "job_variables": {"env": environment}}
-        flow.to_deployment(name=name, description=description(flow), **options).apply()
-
-
-def description(flow) -> str:
-    """The flow's docstring for the UI: without the parameters, which the form explains, and one line per paragraph."""
-    paragraphs = inspect.getdoc(flow.fn).partition("\n\nArgs:")[0].split("\n\n")
-    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-
-
-def mark_dead_runs(client) -> None:
-    """Mark runs as ended that look alive although no worker has been started yet."""
-    from prefect.client.schemas import filters
-    from prefect.client.schemas.objects import StateType
-    from prefect.states import Cancelled, Crashed
-
-    alive = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
-    state = filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=alive))
-    for run in client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(state=state)):
-        kind = Cancelled if run.state_type == StateType.CANCELLING else Crashed
-        print(f"Run {run.name!r} was cut off; marking it as {kind.__name__.lower()}", flush=True)
-        client.set_flow_run_state(run.id, kind(message="The dashboard or its worker ended during this run"), force=True)
 
 
 def greeting(address: Address) -> str:

@@ -45,6 +45,7 @@ class Recorder:
     ):
         self.name, self.stage, self.metrics, self.tracking = name, stage, Path(metrics), tracking or Tracking()
         self.speed = Speed(clock)
+        self.has_begun = False
         self.display = Display(name, stage, clock) if display else None
 
     def __enter__(self):
@@ -68,6 +69,9 @@ class Recorder:
     def show(self, row: dict) -> None:
         """Write and show the row of one step."""
         row = plain(row)
+        if not self.has_begun and row["step"] > 1:
+            events.note(event="resumed", name=self.name, step=row["step"] - 1)
+        self.has_begun = True
         rate = self.speed.update(row["tokens"], row["mode"])
         left = None if rate is None else (self.stage.num_tokens() - row["tokens"]) / rate
         row |= {"tokens_per_second": rate, "seconds_left": left}

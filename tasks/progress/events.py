@@ -2,7 +2,9 @@
 
 - ``{"event": "begin", "stage": NAME}`` and ``{"event": "end", "stage": NAME, "status": EXIT_STATUS}``: a stage;
 - ``{"event": "training", "name": …, "num_tokens": …, "num_steps": …, "path": …}``: training begins, its rows are in a
-  file of metrics (metrics_file.py).
+  file of metrics (metrics_file.py);
+- ``{"event": "resumed", "name": …, "step": …}``: training went on from the checkpoint of that step, and not from the
+  start. It comes with the first row.
 
 Without the variable nothing is written. This module needs the standard library only.
 """

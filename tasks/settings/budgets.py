@@ -7,6 +7,27 @@ from collections.abc import Mapping
 from elastic_core.config import require
 from elastic_core.cost.budgets import Cost, Spelling, family_setting, parse
 
+# The notation of `elastic_core.cost.budgets` as a pattern for forms, which cannot call `parse`.
+_SERVING = r"( ?@ ?\d+[kKmM]?)?( ?[×xX] ?\d+)?"
+PATTERN = (
+    r"0?\.\d+|1(\.0*)?|\d{4,}|[\d.]+(e\d+)? ?[KMBTkmbt]"  # shares, counts of parameters
+    rf"|[\d.]+ ?[KMGTkmgt][iI]?[Bb]{_SERVING}|[\d.]+ ?(m?s/token|tokens/s){_SERVING}"  # memory, time
+)
+
+
+def check_text(text: str) -> str:
+    """The text of a budget from a form or a command line, unchanged. Raises ConfigError where it is no budget."""
+    parse(text)
+    return text
+
+
+def number_or_text(text: str) -> Spelling:
+    """The text of a budget as params.yaml reads it: a share or a count is a number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
 
 def check_spellings(cost: Cost, budgets: Mapping[str, Spelling], untrained: Mapping[str, Spelling]) -> None:
     """Check the names and spellings of all budgets. Check their order too if all are shares of the parent.

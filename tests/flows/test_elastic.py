@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ pytest.importorskip("dvc")
 
 from prefect.exceptions import ParameterTypeError
 
-from flows import compare, elastic, publish, stages
+from flows import elastic, publish, records, stages
 from flows.dashboard import pages
 from flows.process import output
 from flows.process.guard import guarded
@@ -37,7 +38,13 @@ def make_checkout(path: Path) -> Path:
         shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("cache", "tmp", "__pycache__"))
     for name in ("prefect.toml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, path / name)
-    for name in ("progress/metrics_file", "progress/events", "progress/durations", "settings/profiles"):
+    for name in (
+        "progress/metrics_file",
+        "progress/events",
+        "progress/durations",
+        "settings/profiles",
+        "settings/budgets",
+    ):
         target = path / "tasks" / f"{name}.py"
         target.parent.mkdir(exist_ok=True)
         (target.parent / "__init__.py").touch()
@@ -231,7 +238,7 @@ def test_a_busy_stage_is_waited_for(pipeline, caplog, monkeypatch):
 def test_a_stage_that_takes_too_long_is_stopped(pipeline, mark, monkeypatch, caplog):
     monkeypatch.setenv(MARK, mark)
     set_params(pipeline, seconds=600, time_limits={"train": 8 / 3600})
-    with pytest.raises(TimeoutError):
+    with pytest.raises(TimeoutError, match=r"stage train: stopped after 0\.00222222 hours \(time_limits in params"):
         elastic.elastic()
     assert not marked(mark) and runs_of(caplog, "train") == 1
 
@@ -242,14 +249,51 @@ def test_wrong_parameters_stop_the_flow_before_any_stage(pipeline, caplog):
     with pytest.raises(ParameterTypeError, match="overrides"):
         elastic.elastic(overrides=["steps 5"])
     with pytest.raises(ParameterTypeError, match="budgets"):
-        elastic.elastic(budgets=[{"name": "twice", "share": 2}])
+        elastic.elastic(budgets=[{"name": "twice", "budget": "2"}])
+    with pytest.raises(ParameterTypeError, match=r"allowed: a fraction as .*, a count as 9B, memory as"):
+        elastic.elastic(budgets=[{"name": "dots", "budget": "1.2.3 B"}])
     with pytest.raises(ValueError, match="a name is there twice: half, half"):
-        elastic.elastic(budgets=[{"name": "half", "share": 0.5}, {"name": "half", "share": 0.6}])
+        elastic.elastic(budgets=[{"name": "half", "budget": "0.5"}, {"name": "half", "budget": "9B"}])
     with pytest.raises(ValueError, match=r"nothing is left from report until prepare_data"):
         elastic.elastic(from_stage="report", until_stage="prepare_data")
     with pytest.raises(ValueError, match=r"(?s)parameters are not valid.*train.seconds: expected an integer"):
         elastic.elastic(overrides=["train.seconds=soon"])
     assert " begins" not in caplog.text
+
+
+def test_a_run_is_named_and_its_state_has_the_result_or_the_reason(pipeline, dashboard, caplog):
+    def last_run() -> dict:
+        return dashboard.post("flow_runs/filter", sort="EXPECTED_START_TIME_DESC", limit=1)[0]
+
+    elastic.elastic()
+    run = last_run()
+    assert re.fullmatch(r"default \d{4}-\d\d-\d\d \d\d:\d\d", run["name"])
+    assert run["state"]["message"] == "small 0.43: held-out loss 3.52, KL 0.20; parent 1.00: held-out loss 3.40"
+    kept = pipeline / records.NAMED / re.sub("[ :]", "-", run["name"])
+    assert json.loads((kept / records.RECORD).read_text())["name"] == run["name"]
+    with pytest.raises(stages.StageFailed):
+        elastic.elastic(overrides=["train.fail=1"])
+    assert last_run()["state"]["message"] == "stage train: train was told to fail"
+    assert last_run()["state"]["type"] == "FAILED"
+    with pytest.raises(ValueError):
+        elastic.elastic(from_stage="report", until_stage="prepare_data")
+    assert "nothing is left from report until prepare_data" in last_run()["state"]["message"]
+    elastic.elastic(until_stage="prepare_data")
+    assert last_run()["state"]["message"] == "up to date: prepare_data"
+
+
+def test_a_users_name_is_kept():
+    assert publish.MADE_UP.fullmatch("onyx-spaniel")
+    assert not any(map(publish.MADE_UP.fullmatch, ("larger lr", "Larger-lr", "lr-2e-3", "baseline")))
+
+
+@pytest.mark.parametrize("resumed_at", [None, 4])
+def test_only_a_run_that_goes_on_says_so(pipeline, caplog, resumed_at):
+    set_params(pipeline, seconds=0, resumed_at=resumed_at)
+    elastic.run_stage("prepare_data", pipeline)
+    elastic.run_stage("train", pipeline)
+    found = [record.message for record in caplog.records if "going on from" in record.message]
+    assert found == ([] if resumed_at is None else ["train: going on from its checkpoint of step 4 of 10"])
 
 
 def test_only_the_stages_that_were_asked_for_run(pipeline, caplog):
@@ -270,58 +314,10 @@ def test_results_need_the_same_keys_in_every_row(tmp_path):
     (tmp_path / "reports").mkdir()
     with pytest.raises(FileNotFoundError, match=r"results\.json is not there"):
         publish.read_results(tmp_path)
-    (tmp_path / publish.REPORT).write_text("")
-    (tmp_path / publish.RESULTS).write_text('[{"a": 1}, {"b": 2}]')
+    (tmp_path / records.REPORT).write_text("")
+    (tmp_path / records.RESULTS).write_text('[{"a": 1}, {"b": 2}]')
     with pytest.raises(ValueError, match="the same keys"):
         publish.read_results(tmp_path)
-
-
-# --- comparing runs --------------------------------------------------------------------------------------------------
-
-
-def write_run(root: Path, name: str, finished: str, results: list[dict], **parameters) -> Path:
-    directory = root / compare.NAMED / name
-    directory.mkdir(parents=True)
-    record = {"name": name, "profile": "default", "commit": "abc", "finished": finished}
-    (directory / compare.RECORD).write_text(json.dumps(record))
-    (directory / "params.yaml").write_text(json.dumps(parameters))
-    (directory / "results.json").write_text(json.dumps(results))
-    return directory
-
-
-def test_what_differs_between_two_runs(tmp_path):
-    row = {"budget": "small", "model": "after stage 2", "loss": 2.0, "gap": None}
-    a = write_run(tmp_path, "a", "2026-01-01", [row], seed=0, train={"steps": 10, "loss": {"kl": 1.0}})
-    b = write_run(tmp_path, "b", "2026-01-02", [{**row, "loss": 1.5}], seed=0, train={"steps": 20, "new": [1]})
-    assert compare.changes(a, b) == [
-        {"what": "parameter", "name": "train.steps", "before": 10, "after": 20, "change": "+10"},
-        {"what": "parameter", "name": "train.loss.kl", "before": 1.0, "after": "–", "change": "–"},
-        {"what": "parameter", "name": "train.new", "before": "–", "after": "[1]", "change": "–"},
-        {"what": "result", "name": "small after stage 2: loss", "before": 2.0, "after": 1.5, "change": "-0.5"},
-    ]
-    assert [row["name"] for row in compare.changes(a, a)] == ["nothing differs"]
-
-
-def test_which_runs_are_compared(tmp_path):
-    for name, finished in (("first", "2026-01-01"), ("third", "2026-01-03"), ("second", "2026-01-02")):
-        write_run(tmp_path, name, finished, [])
-    names = compare.records(tmp_path)
-    assert names == ["first", "second", "third"]
-    assert compare.choose(names, None, None) == ("second", "third")
-    assert compare.choose(names, "third", None) == ("third", "second")
-    assert compare.choose(names, None, "second") == ("first", "second")
-    with pytest.raises(ValueError, match="run: got 'fourth'; allowed: first, second, third"):
-        compare.choose(names, "fourth", None)
-    with pytest.raises(ValueError, match="takes two finished runs"):
-        compare.choose(names[:1], None, None)
-
-
-def test_a_run_of_any_name_has_a_directory_of_its_own(tmp_path):
-    assert publish.directory_of("../../my run", "1234567890", tmp_path) == tmp_path / "my-run"
-    assert publish.directory_of("..", "1234567890", tmp_path) == tmp_path / "1234567890"
-    write_run(tmp_path, "mine", "2026-01-01", [])
-    of_another = tmp_path / compare.NAMED
-    assert publish.directory_of("mine", "1234567890", of_another) == of_another / "mine-12345678"
 
 
 # --- the dashboard, from outside -------------------------------------------------------------------------------------
@@ -352,6 +348,23 @@ def test_pages_are_corrected_once(tmp_path):
     assert page.read_text().endswith("<title>Prefect</title></head></html>")
 
 
+def test_the_form_knows_a_profile_that_was_added(dashboard):
+    def profiles() -> list[str]:
+        deployment = dashboard.post("deployments/filter", deployments={"name": {"any_": ["full"]}})[0]
+        return deployment["parameter_openapi_schema"]["properties"]["profile"]["enum"]
+
+    assert profiles() == ["default", "failing"]
+    added = dashboard.checkout / "profiles/added.yaml"
+    added.write_text("train: {seconds: 1}\n")
+    wait_for(lambda: profiles() == ["default", "added", "failing"], 30, "the form to know the profile")
+    deployment = dashboard.post("deployments/filter", deployments={"name": {"any_": ["full"]}})[0]["id"]
+    address = f"{dashboard.url}/deployments/{deployment}/create_flow_run"
+    refused = httpx.post(address, json={"parameters": {"profile": "other"}}, timeout=20)
+    assert refused.status_code == 409 and "'other' is not one of ['default', 'added', 'failing']" in refused.text
+    added.unlink()
+    wait_for(lambda: profiles() == ["default", "failing"], 30, "the form to forget the profile")
+
+
 @pytest.mark.slow
 def test_a_run_by_command_line_shows_log_and_artifacts(dashboard):
     assert "already runs" in dashboard.refused()
@@ -366,7 +379,7 @@ def test_a_run_by_command_line_shows_log_and_artifacts(dashboard):
     wait_for(lambda: "train begins" in dashboard.logs(run["id"]), 10, "the log to arrive")
     found = dashboard.post("artifacts/filter", artifacts={"flow_run_id": {"any_": [run["id"]]}})
     artifacts = {artifact["key"]: artifact["data"] for artifact in found}
-    assert json.loads(artifacts["results"]) == json.loads((dashboard.checkout / publish.RESULTS).read_text())
+    assert json.loads(artifacts["results"]) == json.loads((dashboard.checkout / records.RESULTS).read_text())
     assert "All is well" in artifacts["report"]
     assert artifacts["train-progress"] == 100.0
     losses = {row["budget"]: row for row in json.loads(artifacts["train-losses"])}

@@ -4,6 +4,7 @@ import fcntl
 import functools
 import os
 import pty
+import re
 import select
 import signal
 import struct
@@ -18,6 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 import flows.cli.pipeline
+from flows import records
 from flows.cli.app import app
 from flows.stages import StageInterrupted
 
@@ -34,7 +36,7 @@ stages:
     cmd: python stage.py report
     deps: [data.txt]
     params: [report]
-    outs: [reports/report.md, reports/metrics.json]
+    outs: [reports/report.md, reports/metrics.json, reports/results.json]
 """
 STAGE = """\
 import json, os, pathlib, sys, time, yaml
@@ -56,6 +58,7 @@ pathlib.Path("reports").mkdir(exist_ok=True)
 row = {"parameters": 1234, "share": 1.0, "loss": 3.5, "kl_to_parent": 0.0, "latency_ratio": 1.0}
 row |= {"weight_mib": 3.0, "cache_mib": 1.0}
 if name == "report":
+    pathlib.Path("reports/results.json").write_text(json.dumps([{"model": "small", "loss": params.get("loss", 3.6)}]))
     pathlib.Path("reports/metrics.json").write_text(json.dumps({"parent": row, "small": row | {"loss": 3.6}}))
 text = name
 pathlib.Path({"data": "data.txt", "report": "reports/report.md"}[name]).write_text(text)
@@ -138,7 +141,7 @@ def read_terminal(end, until, seconds=30):
 def test_run_brings_everything_up_to_date_and_shows_the_table(checkout, run):
     out, _ = run()
     assert "params.yaml is valid" in out and "data sees no terminal" in out
-    table = out.splitlines()[-5:]
+    table = out.splitlines()[-6:]
     assert [line.split()[:2] for line in table[:3]] == [
         ["model", "parameters"],
         ["parent", "1,234"],
@@ -147,6 +150,36 @@ def test_run_brings_everything_up_to_date_and_shows_the_table(checkout, run):
     assert max(map(len, table[:3])) <= 100 and table[4] == f"report: {checkout}/reports/report.html"
     out, _ = run()
     assert "up to date" in out and "sees" not in out and "1,234" in out  # .ci/run looks for these words
+
+
+def test_runs_leave_a_record_and_two_are_compared(checkout, run, monkeypatch):
+    def compare(*arguments, status=0):
+        monkeypatch.setattr("tasks.settings.profiles.ROOT", checkout)
+        result = CliRunner().invoke(app, ["compare", *arguments])
+        assert result.exit_code == status, result.output
+        return result.stdout + result.stderr
+
+    assert "takes two finished runs" in compare(status=1)
+    out, _ = run()
+    first = re.search(r"^run: (default-\d{4}-\d\d-\d\d-\d\d-\d\d) \(in reports/runs;", out, re.MULTILINE)[1]
+    directory = checkout / records.NAMED / first
+    assert {path.name for path in directory.iterdir()} == {
+        *("results.json", "metrics.json", "params.yaml", "dvc.lock", "run.json"),
+    }
+    record = records.read_record(directory)
+    assert (record["profile"], record["parameters"], record["workspace"]) == ("default", {}, str(checkout))
+    assert f"run: {first} " in run()[0] and records.records(checkout) == [first]  # nothing has changed
+    run("--set", "report.loss=3.5")
+    second = next(name for name in records.records(checkout) if name != first)
+    assert records.read_record(checkout / records.NAMED / second)["parameters"] == {"overrides": ["report.loss=3.5"]}
+    told = compare(first, second).splitlines()
+    assert told[0] == f"{first} → {second}: 1 parameter and 1 result differ"
+    assert [line.split() for line in told[3:]] == [
+        ["parameter", "report.loss", "–", "3.5", "–"],
+        ["result", "small:", "loss", "3.6", "3.5", "-0.1"],
+    ]
+    assert compare(first.replace("-", " ", 1)).splitlines()[0] == told[0]
+    assert f"run: got 'nope'; allowed: {', '.join(records.records(checkout))}" in compare("nope", status=1)
 
 
 def test_run_of_some_stages_with_other_parameters(checkout, run):

@@ -215,6 +215,18 @@ def test_a_killed_run_goes_on_and_every_step_is_there_once(run, tmp_path):
     assert rows[3]["tokens_per_second"] > 0 and rows[-1]["seconds_left"] == 0
 
 
+def test_only_a_run_that_goes_on_from_a_checkpoint_tells_so(run, tmp_path, monkeypatch):
+    """A killed run without a checkpoint has rows, but starts from the beginning."""
+    monkeypatch.setenv("ELASTIC_EVENTS", str(tmp_path / "events"))
+    for first in (1, 1, 3):
+        with Recorder("s", stage(steps=4), run) as recorder:
+            for step in range(first, 5):
+                recorder.show(row(step))
+    events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["training", "training", "training", "resumed"]
+    assert events[-1] == {"event": "resumed", "name": "s", "step": 2}
+
+
 def test_a_run_that_was_at_its_end_already(run, tmp_path):
     with Recorder("s", stage(steps=1), run) as recorder:
         recorder.show(row(1))

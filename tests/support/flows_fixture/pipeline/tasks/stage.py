@@ -21,6 +21,8 @@ if name == "train":
     rows = Path("checkpoints/train/metrics.jsonl")
     rows.parent.mkdir(parents=True, exist_ok=True)
     events.note(event="training", name="train", num_tokens=2000, num_steps=10, path=str(rows))
+    if params.get("resumed_at"):
+        events.note(event="resumed", name="train", step=params["resumed_at"])
     with open(rows, "w") as file:
         for step in range(1, 11):
             budgets = {["full", "small"][step % 2]: {"loss": 10.0 - step, "kl": 1 / step, "budget_error": 0.01}}
@@ -37,6 +39,8 @@ if params.get("seconds"):
 if name == "report":
     Path("reports").mkdir(exist_ok=True)
     Path("reports/results.json").write_text(json.dumps([{"model": "small", "loss": 2}, {"model": "large", "loss": 1}]))
+    members = {"parent": {"share": 1.0, "loss": 3.4}, "small": {"share": 0.43, "loss": 3.52, "kl_to_parent": 0.2}}
+    Path("reports/metrics.json").write_text(json.dumps(members))
     Path("reports/report.md").write_text("# Report\n\nAll is well.\n")
     Path("reports/report.html").write_text("<p>All is well.</p>\n")
 else:
