@@ -3,6 +3,7 @@
 - tasks/evaluation/text_scores.py: loss, KL to the parent and bits per byte on held-out text
 - tasks/evaluation/lm_eval_tasks.py: reasoning tasks and benchmarks, run by lm-eval
 - tasks/evaluation/latency_and_memory.py: decode time and memory
+- tasks/evaluation/samples.py: continuations of a few prompts, to read
 """
 
 import json
@@ -17,6 +18,7 @@ from elastic_core.data.loader import TokenData
 from elastic_core.io.atomic import write_text
 from elastic_core.io.provenance_file import read_provenance
 from tasks.evaluation import latency_and_memory, lm_eval_tasks
+from tasks.evaluation.samples import samples
 from tasks.evaluation.text_scores import count_parameters, first_tokens, held_out_scores
 from tasks.progress.bars import progress_bar
 from tasks.settings.load import load
@@ -40,8 +42,18 @@ def main(budget: str) -> None:
     rows = {}
     with progress_bar(f"evaluate {budget}", len(directories), "model") as bar:
         for version, directory in directories.items():
-            rows[version] = evaluate(section, data, directory, parent) | {"submodel": submodel}
+            model = load_model(directory)
+            rows[version] = evaluate(section, data, model, parent) | {"submodel": submodel}
             bar.update()
+    # All versions have one shape and so one speed: it is measured once, with the last version.
+    speed = {
+        "latency": latency_and_memory.latency(
+            section.latency, model, parent, first_tokens(data, section.held_out[0], section.latency.prompt_tokens)
+        ),
+        "environment": latency_and_memory.environment(),
+    }
+    rows = {version: values | speed for version, values in rows.items()}
+    rows[version]["samples"] = samples(section, data, model)
     if (uniform := MODELS / budget / UNIFORM).is_dir():
         model = load_model(uniform)
         rows["zero_shot"]["uniform"] = count_parameters(model) | held_out_scores(section, data, model, parent)
@@ -53,18 +65,13 @@ def load_model(directory: Path):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=True).eval()
 
 
-def evaluate(section: Evaluate, data: TokenData, directory: Path, parent) -> dict:
-    """All scores of one model directory. `parent` is the model to compare with, or None for the parent itself."""
-    model, source = load_model(directory), section.held_out[0]
+def evaluate(section: Evaluate, data: TokenData, model, parent) -> dict:
+    """All scores of one model. `parent` is the model to compare with, or None for the parent itself."""
     return {
         **count_parameters(model),
         **held_out_scores(section, data, model, parent),
-        "memory": latency_and_memory.memory(model, first_tokens(data, source, section.cache_tokens)),
-        "latency": latency_and_memory.latency(
-            section.latency, model, parent, first_tokens(data, source, section.latency.prompt_tokens)
-        ),
+        "memory": latency_and_memory.memory(model, first_tokens(data, section.held_out[0], section.cache_tokens)),
         "tasks": lm_eval_tasks.reasoning_scores(section, data, model),
         "benchmarks": lm_eval_tasks.benchmark_scores(section.benchmarks, data, model),
-        "environment": latency_and_memory.environment(),
         "provenance": read_provenance(directory),
     }

@@ -1,7 +1,8 @@
 """Stage `report`: write the results of a run as a self-contained HTML file, as Markdown and as data files.
 
 In tasks/reporting: tables.py computes the numbers, columns.py has their names and units, figures.py and charts.py make
-the figures, findings.py the summary, page.py the HTML and markdown.py the Markdown.
+the figures, findings.py the summary, samples.py the sample generations, provenance.py says where all of it comes from,
+page.py writes the HTML and markdown.py the Markdown.
 """
 
 import json
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from elastic_core.io.atomic import write_text
 from tasks.parents import targets
-from tasks.reporting import columns, figures, findings, markdown, page, predictions, tables
+from tasks.reporting import columns, figures, findings, markdown, page, predictions, provenance, samples, tables
 from tasks.settings.load import load
 
 OUT = Path("reports")
@@ -22,10 +23,12 @@ def main() -> None:
     frame, described = tables.results(scores), columns.describe(settings, scores)
     comparable = targets.resolve_comparable(settings, config)
     frame = frame.assign(**predictions.columns(scores, config, metric, comparable))
-    rows, found = tables.rounded(frame, described, tables.chance(scores)), findings.find(frame)
+    rows = tables.rounded(frame, described, tables.chance(scores))
+    found = findings.find(frame, findings.targets(settings, scores, config, metric))
     pictures, note = figures.sections(settings, scores, frame), findings.note(settings, scores, metric)
-    write_text(OUT / "report.html", page.render(settings, scores, frame, described, pictures, found, note))
-    write_text(OUT / "report.md", markdown.render(rows, found, note, described, pictures))
+    rest = samples.prompts(scores), provenance.collect(settings, scores, config)
+    write_text(OUT / "report.html", page.render(settings, scores, frame, described, pictures, found, note, *rest))
+    write_text(OUT / "report.md", markdown.render(rows, found, note, described, pictures, *rest))
     write_text(OUT / "results.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     tasks = [name for name in described if f"{name}_error" in frame]
     write_text(OUT / "metrics.json", json.dumps(tables.metrics(frame, tasks), indent=1) + "\n")
@@ -34,7 +37,7 @@ def main() -> None:
 
 def write_plots(frame, scores: tables.Scores, config) -> None:
     """Write the CSV files of the plots that `dvc plots` shows."""
-    costs = ["ms_per_token", "latency_ratio", "weight_mib", "cache_mib"]
+    costs = ["latency_ratio", "latency_ratio_low", "latency_ratio_high", "weight_mib", "cache_mib"]
     plots = {
         "training": tables.training(),
         "results": frame[["budget", "model", "parameters", "loss", "kl_to_parent", *costs]],

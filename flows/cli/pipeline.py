@@ -106,7 +106,7 @@ def _check_parameters(workspace: Path, log: Callable[[str], None]) -> None:
 def results(workspace: Path) -> str:
     """A row per member of the family, in at most 100 columns, and where the report is."""
     members = json.loads((workspace / "reports" / "metrics.json").read_text())
-    rows = [("model", "parameters", "share", "held-out loss", "KL to parent", "time × parent", "memory, MiB")]
+    rows = [("model", "parameters", "share", "held-out loss", "KL to parent", "time × parent", "weights + cache, MiB")]
     for name, values in members.items():
         rows.append(
             (

@@ -96,13 +96,14 @@ def threads(number: int) -> Iterator[None]:
 
 
 def latency(section: LatencyOptions, model, parent, prompt: Tensor) -> dict:
-    """Median seconds of the model and of the parent, and the median of the ratios step by step.
+    """Seconds of the model and of the parent, and the ratios step by step: their median and quartiles.
 
     model, parent: transformers models. With `parent` None the model itself is the parent, and all ratios are 1.
     prompt: token ids (1, L).
 
     Model and parent alternate at every token, so a slow phase of the machine affects both equally. `prefill_…` is the
-    time to process the prompt, `per_token_…` the decode time per token. Times are in seconds.
+    time to process the prompt, `per_token_…` the decode time per token. Times are medians in seconds. The two numbers
+    of `…_ratio_quartiles` have the middle half of all ratios between them.
     """
     prefills, tokens = [], []  # (seconds of the model, seconds of the parent) of every step
     with threads(section.threads):
@@ -119,12 +120,22 @@ def latency(section: LatencyOptions, model, parent, prompt: Tensor) -> dict:
                 tokens += pairs[1:]
     result = {**vars(section), "prompt_tokens": prompt.shape[1]}
     for name, pairs in (("prefill", prefills), ("per_token", tokens)):
+        low, ratio, high = quartiles([seconds / parent_seconds for seconds, parent_seconds in pairs])
         result |= {
             f"{name}_seconds": statistics.median(seconds for seconds, _ in pairs),
             f"parent_{name}_seconds": statistics.median(parent_seconds for _, parent_seconds in pairs),
-            f"{name}_ratio": statistics.median(seconds / parent_seconds for seconds, parent_seconds in pairs),
+            f"{name}_ratio": ratio,
+            f"{name}_ratio_quartiles": [low, high],
         }
     return result
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile; of a single value, that value three times."""
+    if len(values) == 1:
+        values = values * 2  # `statistics.quantiles` needs two
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
 
 
 def environment() -> dict:

@@ -142,7 +142,7 @@ def loss_by_version(frame, budgets: list[str]):
 
 
 def loss_against_cost(frame, cost: str, title: str, budgets: list[str], form: str):
-    """Held-out loss against the column `cost`, with the Pareto front.
+    """Held-out loss against the column `cost`, with the Pareto front, and with the quartiles of costs that have them.
 
     Zero-shot slices are left out. Their loss is so high that all other points would be squeezed together.
     """
@@ -171,7 +171,12 @@ def loss_against_cost(frame, cost: str, title: str, budgets: list[str], form: st
             .mark_text(align="left", dx=8, dy=-7, fontSize=11)
             .encode(x=x, y=y, text="budget:N", color=budget_colour(theme, budgets, None))
         )
-        return alt.layer(front, points, names).properties(width=WIDTH, height=HEIGHT)
+        layers = [front, points, names]
+        if f"{cost}_low" in trained:
+            spread = alt.Chart(tables.finals(trained)).mark_rule(strokeWidth=1.6)
+            ends = {"x": alt.X(f"{cost}_low:Q", title=title), "x2": f"{cost}_high:Q"}
+            layers.insert(1, spread.encode(**ends, y=y, color=budget_colour(theme, budgets, None)))
+        return alt.layer(*layers).properties(width=WIDTH, height=HEIGHT)
 
     return draw
 

@@ -17,12 +17,17 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its name, its unit ("" if it has none), how it was measured, and the format of its numbers."""
+    """A column: its name, its unit ("" if it has none), how it was measured, and the format of its numbers.
+
+    `spread` names the columns of the lower and the upper quartile. `shown` False: only in results.json.
+    """
 
     name: str
     unit: str
     how: str
     form: str = ".4f"
+    spread: tuple[str, str] | None = None
+    shown: bool = True
 
     @property
     def title(self) -> str:
@@ -65,16 +70,16 @@ def _size(parent: dict) -> dict[str, Column]:
 def _memory(metric: Memory, parent: dict) -> dict[str, Column]:
     measured = parent["memory"]
     return {
-        "budget_mib": Column("memory budget", "MiB", f"The budget, for {metric.setting}.", ",.3f"),
+        "budget_mib": Column("serving memory budget", "MiB", f"The budget, for {metric.setting}.", ",.3f"),
         "serving_mib": Column(
-            "memory",
+            "serving memory, predicted",
             "MiB",
             f"Predicted for serving with {metric.setting}: the sum of weights, keys and values, states of the Mamba "
             "layers, and activations of the widest layer. The engine's own memory is not included.",
             ",.3f",
         ),
         "predicted_mib": Column(
-            "weights and cache, predicted",
+            "weights + cache, predicted",
             "MiB",
             f"The same prediction for {measured['cache_tokens']:,} tokens in {measured['element_type']}, without "
             "activations. Compare it with the measured weights and cache.",
@@ -101,9 +106,7 @@ def _time(metric: Timed, parent: dict) -> dict[str, Column]:
     device = metric.table.environment.get("device", "a CPU")
     how = f"Predicted by the same table (measured on {device}) after {parent['latency']['prompt_tokens']} tokens"
     return found | {
-        "predicted_ms": Column(
-            "time per token, predicted", "ms", f"{how}. Compare it with the measured time per token.", ".2f"
-        ),
+        "predicted_ms": Column("time per token, predicted", "ms", f"{how}.", ".2f", shown=False),
         "predicted_ratio": Column("time per token, predicted", "× parent", f"{how}, divided by the parent's.", ".2f"),
     }
 
@@ -137,36 +140,9 @@ def _text(settings, parent: dict) -> dict[str, Column]:
 
 
 def _cost(parent: dict) -> dict[str, Column]:
-    latency, memory, environment = parent["latency"], parent["memory"], parent["environment"]
-    device = f"{environment['device']}, {latency['threads']} thread{'s' * (latency['threads'] != 1)}"
-    ratio = (
-        "Decode time per token divided by the parent's, measured alternately in the same process: the median of the "
-        "ratios of all steps. Compare this between models and runs. Milliseconds depend on the load of the machine."
-    )
+    memory = parent["memory"]
     return {
-        "ms_per_token": Column(
-            "time per token",
-            "ms",
-            f"Decode time per token of one sequence: {latency['new_tokens']} tokens after a prompt of "
-            f"{latency['prompt_tokens']} tokens, greedy, with transformers' cache. The median of "
-            f"{latency['repeats'] * latency['new_tokens']} steps in {latency['repeats']} repeats; {device}, "
-            f"{memory['element_type']}.",
-            ".2f",
-        ),
-        "latency_ratio": Column("time per token", "× parent", ratio, ".2f"),
-        "prefill_ms": Column(
-            "prompt",
-            "ms",
-            f"The time to process the prompt of {latency['prompt_tokens']} tokens in one pass. The median of "
-            f"{latency['repeats']} repeats; {device}, {memory['element_type']}.",
-            ".2f",
-        ),
-        "prefill_ratio": Column(
-            "prompt",
-            "× parent",
-            "Divided by the parent's time in the same process: the median of the ratios of all repeats.",
-            ".2f",
-        ),
+        **_speed(parent),
         "weight_mib": Column(
             "weights",
             "MiB",
@@ -180,7 +156,52 @@ def _cost(parent: dict) -> dict[str, Column]:
             f"sequence of {memory['cache_tokens']:,} tokens.",
             ".3f",
         ),
+        "memory_mib": Column(
+            "weights + cache",
+            "MiB",
+            "The sum of both: measured, in the setting of this evaluation.",
+            ".3f",
+        ),
     }
+
+
+def _speed(parent: dict) -> dict[str, Column]:
+    """Ratios to the parent with their quartiles. Milliseconds depend on device and moment: only in results.json."""
+    latency, memory, environment = parent["latency"], parent["memory"], parent["environment"]
+    steps = latency["repeats"] * latency["new_tokens"]
+    device = f"{environment['device']}, {latency['threads']} thread{'s' * (latency['threads'] != 1)}"
+    setting = f"with transformers' cache; {device}, {memory['element_type']}"
+    shape = "Measured once per budget: all its versions have the same shape."
+    found = {}
+    for column, name, ratios, how in (
+        (
+            "latency_ratio",
+            "time per token",
+            f"{steps} steps",
+            f"Decode time per token of one sequence: {latency['new_tokens']} tokens after a prompt of "
+            f"{latency['prompt_tokens']} tokens, greedy, {setting}",
+        ),
+        (
+            "prefill_ratio",
+            "prompt",
+            f"{latency['repeats']} repeats",
+            f"The time to process the prompt of {latency['prompt_tokens']} tokens in one pass, {setting}",
+        ),
+    ):
+        text = (
+            f"{how}. Divided by the parent's time, measured alternately in the same process: the median of the ratios "
+            f"of {ratios}, and their quartiles. {shape}"
+        )
+        spread = (f"{column}_low", f"{column}_high")
+        found[column] = Column(name, "× parent", text, ".2f", spread)
+        for key, side in zip(spread, ("lower", "upper"), strict=True):
+            found[key] = Column(
+                name, f"× parent, {side} quartile", f"The {side} quartile of the ratios.", ".3f", shown=False
+            )
+    for key, name in (("ms_per_token", "time per token"), ("parent_ms_per_token", "the parent's time per token")):
+        how = f"Median in milliseconds on {device}, in the same minutes as the other of the two."
+        found[key] = Column(f"{name} on {environment['device']}", "ms", how, ".2f", shown=False)
+    return found
 
 
 def _tasks(settings, parent: dict) -> dict[str, Column]:

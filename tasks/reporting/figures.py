@@ -40,13 +40,14 @@ def _cost_figures(scores: tables.Scores, frame, budgets: list[str]) -> list[Figu
             "Loss against parameters", front, charts.loss_against_cost(frame, "parameters", "parameters", budgets, "~s")
         ),
         Figure(
-            "Loss against memory",
-            f"Memory is the weights and the cache of one sequence of {cache:,} tokens. {front}",
-            charts.loss_against_cost(frame, "memory_mib", "weights and cache, MiB", budgets, ".3~f"),
+            "Loss against weights + cache",
+            f"The measured bytes of the weights and of the cache of one sequence of {cache:,} tokens. {front}",
+            charts.loss_against_cost(frame, "memory_mib", "weights + cache, MiB", budgets, ".3~f"),
         ),
         Figure(
             "Loss against time per token",
-            f"Decode time per token divided by the parent's, measured alternately. {front}",
+            f"Decode time per token divided by the parent's, measured alternately, once per budget. Bars: quartiles of "
+            f"the ratios. {front}",
             charts.loss_against_cost(frame, "latency_ratio", "decode time per token, × parent", budgets, ".2~f"),
         ),
     ]

@@ -38,7 +38,7 @@ def read_scores(budgets: dict[str, float]) -> Scores:
 def results(scores: Scores) -> pd.DataFrame:
     """A row per budget and version, the parent first. The standard error of a task is in the column `<task>_error`.
 
-    Losses are in nats per token, times in milliseconds, memory in MiB.
+    Losses are in nats per token, times in milliseconds or divided by the parent's, memory in MiB.
     """
     parent = scores["parent"]["parent"]
     rows = []
@@ -69,14 +69,18 @@ def _text_and_cost(values: dict) -> dict:
     memory, latency = values["memory"], values["latency"]
     return {
         **{name: value for name, value in values.items() if name.startswith("bits_per_byte")},
+        **_ratios("latency_ratio", latency["per_token_ratio"], latency["per_token_ratio_quartiles"]),
+        **_ratios("prefill_ratio", latency["prefill_ratio"], latency["prefill_ratio_quartiles"]),
         "ms_per_token": 1000 * latency["per_token_seconds"],
-        "latency_ratio": latency["per_token_ratio"],
-        "prefill_ms": 1000 * latency["prefill_seconds"],
-        "prefill_ratio": latency["prefill_ratio"],
+        "parent_ms_per_token": 1000 * latency["parent_per_token_seconds"],
         "weight_mib": memory["weight_bytes"] / MIB,
         "cache_mib": memory["cache_bytes"] / MIB,
         "memory_mib": (memory["weight_bytes"] + memory["cache_bytes"]) / MIB,
     }
+
+
+def _ratios(name: str, ratio: float, quartiles: list[float]) -> dict:
+    return {name: ratio, f"{name}_low": quartiles[0], f"{name}_high": quartiles[1]}
 
 
 def _tasks(values: dict) -> dict:

@@ -107,7 +107,7 @@ def write_results(directory: Path, loss: float) -> None:
         "training": ["stage,tokens,budget,loss,kl,budget_error"]
         + [f"parent,{step}00,parent,{loss + 1 / step},," for step in range(1, 9)]
         + [f"train_short,{step}00,{name},{loss / step},0.1,0.0{step}" for name in BUDGETS for step in range(1, 9)],
-        "results": ["budget,model,parameters,loss,kl_to_parent,ms_per_token,weight_mib,cache_mib"]
+        "results": ["budget,model,parameters,loss,kl_to_parent,latency_ratio,weight_mib,cache_mib"]
         + [f"{name},after stage 2,{share * 1e6},{loss},0.1,{share},4.0,0.1" for name, share in BUDGETS.items()],
         "router": ["budget,axis,layer,kept"]
         + [f"{name},{axis},{layer},{share}" for name, share in BUDGETS.items() for axis in "ab" for layer in range(3)],

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from elastic_core import Submodel
 from elastic_core.cost.metrics import num_parameters
@@ -16,9 +18,10 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.search.selection import Member
 from elastic_core.search.uniform import uniform_counterpart
 from tasks import evaluate, extract
+from tasks.evaluation import samples
 from tasks.reporting import findings
 from tests.support.models.parents import random_elastic
-from tests.support.pipeline.command_line import CONFIG, MEMBERS
+from tests.support.pipeline.command_line import CONFIG, MEMBERS, WORDS
 from tests.support.pipeline.stages import run_stage
 from tests.support.pipeline.tiny_pipeline import write_params
 
@@ -56,6 +59,17 @@ def test_the_report_says_what_heterogeneous_widths_gain(tmp_path, monkeypatch):
             ]
         number = sum((labels != IGNORED_LABEL).sum() for _, labels in batches)
         assert found["loss"] == pytest.approx((sum(losses) / number).item(), rel=1e-5)
+    # All versions of a budget have one shape: one measurement serves them, and the last version's words are kept.
+    versions = scores["medium"].values()
+    assert len({json.dumps(values["latency"]) for values in versions}) == 1
+    assert [len(values.get("samples", [])) for values in versions] == [0, 0, 1]
+    (sample,) = scores["medium"]["extended"]["samples"]
+    assert sample["source"] == "mine" and len(sample["prompt"].split()) == samples.PROMPT_TOKENS
+    assert len(sample["expected"].split()) == samples.NEW_TOKENS >= len(sample["continuation"].split())
+    ids = torch.tensor([[WORDS.index(word) for word in sample["prompt"].split()]])
+    with torch.no_grad():
+        first = WORDS[model(ids, submodel)[0, -1].argmax()]
+    assert (sample["continuation"].split() or ["<end>"])[0] == first
     (text,) = findings.heterogeneous_gains(scores)
     gain = zero_shot["uniform"]["loss"] - zero_shot["loss"]
     assert f"{zero_shot['loss']:.4f}" in text and f"a {'gain' if gain > 0 else 'loss'} of {abs(gain):.4f}" in text
@@ -67,5 +81,7 @@ def write_held_out(directory: Path) -> None:
     manifest = Manifest(CONFIG.vocab_size, 0, 0, "no tokenizer", {})
     writer, rng = SplitWriter(directory, "mine", "held_out", manifest.dtype), np.random.default_rng(0)
     writer.append([rng.integers(1, CONFIG.vocab_size, 600).tolist()], num_bytes=1200)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<end>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory / "tokenizer")
     manifest.sources["mine"] = Source(False, {"held_out": writer.close()})
     manifest.write(directory)

@@ -86,12 +86,24 @@ def test_latency_compares_step_by_step(monkeypatch):
         "prefill_seconds": 7.0,  # of 8 and 6: the first repeat warms up
         "parent_prefill_seconds": 14.0,
         "prefill_ratio": 0.5,
+        "prefill_ratio_quartiles": [0.5, 0.5],
         "per_token_seconds": 6.5,  # of 1, 2, 3, 10, 20, 30
         "parent_per_token_seconds": 13.0,
         "per_token_ratio": 0.5,
+        "per_token_ratio_quartiles": [0.5, 0.5],
     }
     assert len(order) == 2 * 3 * 4 and [prompt for _, prompt in order[:8]] == [True] * 2 + [False] * 6
     assert [name for name, _ in order[:4]] == ["model", "parent", "parent", "model"]  # neither is always first
+
+
+def test_the_spread_is_the_middle_half_of_the_ratios(monkeypatch):
+    ratios = [1.0, 0.5, 0.7, 0.6, 0.8, 0.9]  # of a warm-up, and then of a prompt and five tokens
+    fake_seconds(monkeypatch, {"model": [1.0] * 6 + ratios, "parent": [1.0] * 12})
+    section = LatencyOptions(prompt_tokens=5, new_tokens=5, repeats=1)
+    found = latency_and_memory.latency(section, "model", "parent", torch.zeros(1, 5, dtype=torch.int64))
+    assert found["per_token_ratio"] == pytest.approx(0.7)
+    assert found["per_token_ratio_quartiles"] == pytest.approx([0.6, 0.8])
+    assert found["prefill_ratio_quartiles"] == [1.0, 1.0]  # a single repeat has no spread
 
 
 def test_the_parent_is_its_own_measure(monkeypatch, model):
@@ -115,7 +127,7 @@ def test_only_the_measurement_is_confined_to_its_threads(monkeypatch):
     latency_and_memory.latency(
         LatencyOptions(new_tokens=1, repeats=1, threads=before + 1), "model", None, torch.zeros(1, 1)
     )
-    assert seen == [before + 1] * 4 + [before] * 6
+    assert seen == [before + 1] * 4 + [before] * 4
 
 
 def test_the_environment_is_named():

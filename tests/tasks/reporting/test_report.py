@@ -6,6 +6,7 @@ import json
 import math
 import re
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,15 @@ CONFIG = {
     "n_groups": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "ssm_state_size": 4,
+    "conv_kernel": 4,
+    "use_conv_bias": True,
+    "use_bias": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
 }
 PARENT = {"hidden_size": 32, "kept_layers": [0, 1, 2, 3], "intermediate_size": 64, "mamba_num_heads": 8}
 PARENT |= {"mamba_head_dim": 10, "num_attention_heads": 4}
@@ -54,6 +64,7 @@ def evaluation(budget: str, loss: float) -> dict:
     latency = {"prompt_tokens": 16, "new_tokens": 4, "repeats": 3, "threads": 1}
     for name, seconds in (("prefill", 0.02), ("per_token", 0.004)):
         latency |= {f"{name}_seconds": seconds * ratio, f"parent_{name}_seconds": seconds, f"{name}_ratio": ratio}
+        latency[f"{name}_ratio_quartiles"] = [ratio - 0.02, ratio + 0.03]
     task = {"exact_match": 0.75, "standard_error": math.sqrt(0.75 * 0.25 / 12), "chance": 0.1, "items": 12}
     return {
         "num_parameters": count,
@@ -105,6 +116,8 @@ def workspace(tmp_path_factory):
     artifacts = directory / "artifacts"
     for budget, versions in LOSSES.items():
         rows = {version: evaluation(budget, loss) for version, loss in versions.items()}
+        sample = {"source": "prose", "prompt": "In the\nbeginning", "expected": " was", "continuation": f" <{budget}>"}
+        list(rows.values())[-1]["samples"] = [sample]
         if budget == "middle":  # the one whose widths differ between layers
             rows["zero_shot"]["uniform"] = {"num_parameters": 701, "loss": 4.25}
         write_json(artifacts / "evaluate" / f"{budget}.json", rows)
@@ -129,6 +142,10 @@ def workspace(tmp_path_factory):
     for name, rows in stages.items():
         (artifacts / name).parent.mkdir(parents=True, exist_ok=True)
         (artifacts / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = {"train": {"num_tokens": 1000, "num_documents": 7}, "held_out": {"num_tokens": 100, "num_documents": 1}}
+    write_json(artifacts / "data" / "manifest.json", {"sources": {"prose": {"splits": splits}}})
+    told = {"stage": "train_short", "commit": "0123abc", "clean": False, "seconds": 300.0}
+    write_json(artifacts / "provenance" / "train_short.json", told | {"device": {"name": "A Chip", "cores": "2 cores"}})
     values = copy.deepcopy(COMMITTED)
     values["budgets"] = {"full": 1.0, "small": 0.4}
     values["untrained"] = {"middle": 0.7}
@@ -169,8 +186,11 @@ def test_results(inside):
         "gap_closed": 0.75,  # 3 of the 4 nats between 6 and 2
         "bits_per_byte": 1.5,
         "ms_per_token": 2.0,
+        "parent_ms_per_token": 4.0,
         "latency_ratio": 0.5,
-        "prefill_ms": 10.0,
+        "latency_ratio_low": 0.48,
+        "latency_ratio_high": 0.53,
+        "prefill_ratio_high": 0.53,
         "weight_mib": 400 / 256,
         "cache_mib": 2.0,
         "memory_mib": 400 / 256 + 2,
@@ -269,15 +289,18 @@ def test_importance_of_many_units_is_a_mean(tmp_path, monkeypatch):
 def test_every_column_is_explained(inside):
     settings, frame = load(), tables.results(inside)
     described = columns.describe(settings, inside)
-    shown = set(frame.columns) - {"budget", "model", "memory_mib"}
-    assert {name for name in shown if not name.endswith("_error")} == set(described)
+    numbers = set(frame.columns) - {"budget", "model"}
+    assert {name for name in numbers if not name.endswith("_error")} == set(described)
     titles = [column.title for column in described.values()]
     assert len(set(titles)) == len(titles)
     for name, column in described.items():
         assert column.unit or name == "parameters", name
         assert column.how.endswith(".") and "{" not in column.how, name
     assert "12 items" in described["chains_3"].how and "0.250" in described["recall_4"].how
-    assert "12 steps in 3 repeats; a processor, 1 thread," in described["ms_per_token"].how
+    assert "12 steps" in described["latency_ratio"].how and "; a processor, 1 thread," in described["latency_ratio"].how
+    hidden = [column for column in described.values() if not column.shown]
+    assert all(column.unit == "ms" or "quartile" in column.unit for column in hidden) and len(hidden) == 6
+    assert all("a processor" in column.title for column in hidden if column.unit == "ms")
     rows = tables.rounded(frame, described, tables.chance(inside))
     assert all(list(row) == ["budget", "model", *titles] for row in rows)
     assert (
@@ -349,9 +372,12 @@ def test_the_page_stands_alone(made):
 def test_the_files(made):
     results, metrics = (json.loads((made / name).read_text()) for name in ("results.json", "metrics.json"))
     assert len(results) == 10 and metrics["small"]["latency_ratio"] == 0.5
+    assert results[-2]["time per token on a processor, ms"] == 2.0
     above = (made / "report.md").read_text().split("## Plots")[0]
     assert above.count("\n| ") == 11 and "data:" not in above and "Extracted, but not trained: middle" in above
-    assert "full: 100% of the parent's parameters, loss +0.100 nats/token" in above
+    target = "(target 100.0% of parameters; reached 100.0%)"
+    assert f"full: 100% of the parent's parameters {target}, loss +0.100 nats/token" in above
+    assert "0.50 × the parent's time per token (quartiles 0.48 to 0.53)" in above and "| 0.5 (0.48–0.53) |" in above
     gain = "middle: before training, 4.0000 nats/token with heterogeneous widths, 4.2500 with uniform widths"
     assert gain in above and "a gain of 0.2500" in above and "small: before training" not in above
     assert gain in (made / "report.html").read_text()
@@ -360,7 +386,7 @@ def test_the_files(made):
         for name in ("training", "results", "router", "importance")
     }
     assert header["training"].startswith("stage,tokens,budget,loss,kl,budget_error")
-    assert header["results"].startswith("budget,model,parameters,loss,kl_to_parent,ms_per_token")
+    assert header["results"].startswith("budget,model,parameters,loss,kl_to_parent,latency_ratio,latency_ratio_low")
     assert header["router"].startswith("budget,axis,layer,kept")
     assert header["importance"] == "axis,layer,rank,importance"
     assert not list(made.rglob("*.partial"))
@@ -373,6 +399,47 @@ def test_a_picture_is_the_same_when_drawn_again(inside):
         for name in ["What the router chose"] * 2
     )
     assert "gradient_" in first and first == again
+
+
+def test_times_of_different_moments_are_not_beside_each_other(made):
+    """Only results.json has milliseconds, with the device."""
+    for name in ("report.html", "report.md"):
+        assert not re.search(r"\bms\b|millisec", text_of(made / name)), name
+    assert "ms" not in (made / "plots" / "results.csv").read_text().splitlines()[0]
+
+
+def test_what_is_called_memory_is_told_apart(made):
+    """Without a budget in memory, no number is called memory."""
+    text = text_of(made / "report.html")
+    assert "weights + cache" in text and not re.search(r"\bmemory\b", text)
+
+
+def text_of(path: Path) -> str:
+    """The words of a page, without styles, data: URLs and the parameters at its end."""
+    text = path.read_text().split("<footer>")[0]
+    return re.sub(r"<style>.*?</style>|data:[\w/+;]+,[\w+/=]+|<[^>]+>", " ", text, flags=re.DOTALL)
+
+
+def test_samples_are_shown(made):
+    assert all(f"&lt;{budget}&gt;" in (made / "report.html").read_text() for budget in LOSSES)
+    lines = (made / "report.md").read_text().splitlines()
+    assert "**prose**: ` In the↵beginning `" in lines and "- small: `  <small> `" in lines
+
+
+def test_the_report_says_where_it_comes_from(made):
+    html, markdown = (made / "report.html").read_text(), (made / "report.md").read_text()
+    head, rows = "| stage | steps | tokens | time | device | commit |", markdown.splitlines()
+    assert "| prose | bible | 7 | 1,000 | 100 |" in rows and head in rows
+    assert "| parent | 2 | 200 | – | – | – |" in rows
+    assert "| train_short | 3 | 300 | 5 min | A Chip, 2 cores | 0123abc with changes |" in rows
+    for words in (
+        "trained here by stage parent: nemotron_h, layers M*-M, 1,000 parameters",
+        "full: 1.0, small: 0.4; not trained: middle: 0.7; counted in parameters",
+        "artifacts/train_extended/model",
+        "artifacts/models/small",
+        f"torch {version('torch')}",
+    ):
+        assert words in html and words in markdown, words
 
 
 @pytest.mark.browser
