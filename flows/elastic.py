@@ -7,6 +7,7 @@ artifacts too (flows/publish.py).
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ from prefect import flow, get_run_logger, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, Field
 
 from elastic_core.errors import UserError
 from flows import publish
@@ -31,18 +32,25 @@ RETRIES, RETRY_SECONDS = 3, 30  # of a stage that lost a server or a worker
 Profile = Literal[tuple(workspaces.profile_names(ROOT))]
 STAGES = stage_names(ROOT)
 Stage = Literal[tuple(STAGES)]
-Override = Annotated[str, Field(pattern=f"^{workspaces.OVERRIDE}$")]
 
 
-class BudgetForm(BaseModel):
-    """A member of the family."""
+def text_field(pattern: str, expected: str, check: Callable[[str], object]):
+    """A text in a form. `check` raises UserError for a wrong one, when the run starts.
 
-    name: str = Field(pattern=r"^[A-Za-z_]\w*$", description="Of its models and its row in the results.")
-    budget: Annotated[str, AfterValidator(spellings.check_text)] = Field(
-        pattern=f"^({spellings.PATTERN})$",
-        description="A share of the parent as 0.43 (1 is the parent itself), a count of parameters as 9B, memory as "
-        "16GiB@128k×8 (context × sequences), or time as 35ms/token or 1200tokens/s.",
-    )
+    The form itself knows only the pattern. It shows the message of JSON Schema, which for `pattern` is a regular
+    expression, but for `const` is its value: "'section.key=value' was expected".
+    """
+
+    def checked(text: str) -> str:
+        check(text)
+        return text
+
+    schema = {"if": {"not": {"pattern": f"^({pattern})$"}}, "then": {"const": expected}}
+    return Annotated[str, AfterValidator(checked), Field(json_schema_extra=schema)]
+
+
+Budget = text_field(spellings.MEMBER, spellings.MEMBER_FORMS, lambda text: spellings.read_family([text], "budgets"))
+Override = text_field(workspaces.OVERRIDE, workspaces.OVERRIDE_FORM, workspaces.read_override)
 
 
 @flow(name="elastic", flow_run_name=publish.profile_and_time)
@@ -51,7 +59,7 @@ def elastic(
     from_stage: Stage = STAGES[0],
     until_stage: Stage = STAGES[-1],
     only_stages: list[Stage] = [],  # noqa: B006 - never changed; a form shows it as an empty list
-    budgets: list[BudgetForm] = [],  # noqa: B006
+    budgets: list[Budget] = [],  # noqa: B006
     overrides: list[Override] = [],  # noqa: B006
     force: bool = False,
 ) -> State:
@@ -65,27 +73,22 @@ def elastic(
         from_stage: The first stage to run; what comes before it is taken as it is.
         until_stage: The last stage to run. Results are published when it is the last of all.
         only_stages: If any are chosen, no others run.
-        budgets: The family, where it shall not be the profile's own. A budget is written as in params.yaml.
+        budgets: The family, where it shall not be the profile's own: one member an item, as `NAME=BUDGET`. A budget is
+            a share of the parent (`small=0.43`; 1 is the parent itself), a count of parameters (`small=9B`), memory at
+            a context and a number of sequences (`small=16GiB@128k×8`) or time (`small=35ms/token`).
         overrides: Single parameters, one an item, as `section.key=value`: `train_short.learning_rate=1e-3`. A run with
             budgets or overrides has a workspace of its own; stages that they do not touch come from the cache.
         force: Run every chosen stage, also those that DVC finds unchanged.
     """
     try:
-        workspace = prepare(profile, budgets, overrides)
+        family = spellings.read_family(budgets, "budgets")
+        workspace = workspaces.prepare_workspace(profile, ROOT, family, overrides)
         return Completed(message=run_stages(profile, workspace, from_stage, until_stage, only_stages, force))
     except StageFailed as error:  # the stage's task has logged all of it
         return Failed(message=error.reason, data=error)
     except (UserError, TimeoutError) as error:
         get_run_logger().error(error)
         return Failed(message=str(error), data=error)
-
-
-def prepare(profile: str, budgets: list[BudgetForm], overrides: list[str]) -> Path:
-    """The workspace of the run. Raises UserError where the form's values do not fit together."""
-    family = {member.name: spellings.number_or_text(member.budget) for member in budgets}
-    if len(family) < len(budgets):
-        raise UserError(f"budgets: a name is there twice: {', '.join(member.name for member in budgets)}")
-    return workspaces.prepare_workspace(profile, ROOT, family, overrides)
 
 
 def run_stages(profile: str, workspace: Path, first: str, last: str, only: list[str], force: bool) -> str:

@@ -17,7 +17,8 @@ from flows.differences import changes
 from flows.records import NAMED, PAGE, REPORT, RESULTS, keep, new_name, read_record, records
 
 FILES_URL = "ELASTIC_FILES_URL"  # where the dashboard serves reports/runs; in the environment of its runs
-MADE_UP = re.compile(r"[a-z]+-[a-z]+")  # the names that Prefect and its form give to runs, such as onyx-spaniel
+# Names that users have not given: Prefect's, such as onyx-spaniel, and the form's date and time (dashboard/pages.js).
+MADE_UP = re.compile(r"[a-z]+-[a-z]+|\d{4}-\d\d-\d\d \d\d:\d\d")
 
 
 def run_name(of_ours: str) -> str:
@@ -34,8 +35,8 @@ def profile_and_time() -> str:
 def results(profile: str, workspace: Path, root: Path) -> None:
     """Keep the run's results in a directory of its own, and show them in the UI."""
     table, report = read_results(workspace), (workspace / REPORT).read_text()
-    started_with = json.loads(json.dumps(runtime.flow_run.parameters, default=_plain))
-    directory = keep(runtime.flow_run.name, profile, workspace, root, started_with, runtime.flow_run.id)
+    run = runtime.flow_run
+    directory = keep(run.name, profile, workspace, root, run.parameters, run.id)
     create_table_artifact(key="results", table=table, description=f"Results of profile `{profile}` ({RESULTS})")
     create_markdown_artifact(key="report", markdown=report, description=f"Report of profile `{profile}`")
     create_markdown_artifact(key="run", markdown=describe(directory), description="Where all of it is, and came from")
@@ -63,10 +64,6 @@ def read_results(workspace: Path) -> list[dict]:
         # The table's columns are those of its first row.
         raise UserError(f"{RESULTS}: expected a list of rows with the same keys in each, got the keys {keys}")
     return rows
-
-
-def _plain(value):
-    return value.model_dump()  # of the flow's parameters only the budgets are no plain values
 
 
 def address(directory: Path) -> str | None:

@@ -11,9 +11,6 @@ from flows.process.output import follow
 from flows.records import NAMED, keep, kept_already, new_name
 from flows.stages import reproduce, select, stage_names
 from tasks.settings import profiles
-from tasks.settings.budgets import number_or_text
-
-BUDGET_FORMS = "NAME=BUDGET, such as small=0.4, small=9B, small=16GiB@128k or small=35ms/token"
 
 
 @dataclass(frozen=True)
@@ -75,23 +72,12 @@ def record(
             "from_stage": selection.first,
             "until_stage": selection.last,
             "only_stages": list(selection.only),
-            "budgets": [{"name": name, "budget": str(budget)} for name, budget in budgets.items()],
+            "budgets": [f"{name}={budget}" for name, budget in budgets.items()],
             "overrides": overrides,
             "force": force,
         }
         directory = keep(new_name(profile), profile, workspace, root, started_with)
     return f"run: {directory.name} (in {NAMED}; two runs are compared by `elastic compare`)"
-
-
-def read_budgets(texts: Iterable[str]) -> dict[str, float | str]:
-    """``NAME=BUDGET`` per member. Raises UserError for another form; the values are checked with the parameters."""
-    budgets = {}
-    for text in texts:
-        name, _, budget = text.partition("=")
-        if not budget[:1].isdigit() and not budget.startswith("."):
-            raise UserError(f"--budget: got {text!r}; allowed: {BUDGET_FORMS}")
-        budgets[name] = number_or_text(budget)
-    return budgets
 
 
 def _check_parameters(workspace: Path, log: Callable[[str], None]) -> None:

@@ -45,10 +45,11 @@ def run(
     - `elastic run --set train_short.steps=900 --from train_short`: longer, from there on
     """
     with clear_errors("stopped; the same command goes on from the newest checkpoint"):
-        from flows.cli.pipeline import Selection, read_budgets, run_pipeline
+        from flows.cli.pipeline import Selection, run_pipeline
+        from tasks.settings.budgets import read_family
 
         chosen = Selection(first, last, only or ())
-        run_pipeline(profile, chosen, read_budgets(budgets or ()), settings or (), force, say)
+        run_pipeline(profile, chosen, read_family(budgets or (), "--budget"), settings or (), force, say)
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""The server's pages: which version is served, what the pages may call, and two corrections to them (pages.js).
+"""The server's pages: which version is served, what the pages may call, and four corrections to them (pages.js).
 
 The server puts its pages into a directory of ours; `prefect server start` alone would put them into its package.
 """

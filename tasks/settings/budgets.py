@@ -1,32 +1,42 @@
-"""Checks of the budgets in params.yaml that need no parent: their names, their spelling, and their order."""
+"""Budgets as forms and command lines give them; checks that need no parent: names, spelling, and order."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 from elastic_core.config import require
 from elastic_core.cost.budgets import Cost, Spelling, family_setting, parse
+from elastic_core.errors import UserError
 
-# The notation of `elastic_core.cost.budgets` as a pattern for forms, which cannot call `parse`.
+# The notation of `elastic_core.cost.budgets` as a pattern, for forms, which cannot call `parse`.
 _SERVING = r"( ?@ ?\d+[kKmM]?)?( ?[×xX] ?\d+)?"
 PATTERN = (
-    r"0?\.\d+|1(\.0*)?|\d{4,}|[\d.]+(e\d+)? ?[KMBTkmbt]"  # shares, counts of parameters
+    r"0?\.\d+|1(\.0*)?|\d{4,}|[\d.]+e[+-]?\d+|[\d.]+(e\d+)? ?[KMBTkmbt]"  # shares, counts of parameters
     rf"|[\d.]+ ?[KMGTkmgt][iI]?[Bb]{_SERVING}|[\d.]+ ?(m?s/token|tokens/s){_SERVING}"  # memory, time
 )
+MEMBER = rf"[A-Za-z_]\w*=({PATTERN})"
+MEMBER_FORMS = "NAME=BUDGET, such as small=0.4, small=9B, small=16GiB@128k or small=35ms/token"
 
 
-def check_text(text: str) -> str:
-    """The text of a budget from a form or a command line, unchanged. Raises ConfigError where it is no budget."""
-    parse(text)
-    return text
+def read_family(texts: Iterable[str], where: str) -> dict[str, Spelling]:
+    """``NAME=BUDGET`` per member, from a form or a command line, as section `budgets` would hold them.
 
-
-def number_or_text(text: str) -> Spelling:
-    """The text of a budget as params.yaml reads it: a share or a count is a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+    `where` is the start of error messages. Raises UserError for another form and for a name that is there twice.
+    """
+    family: dict[str, Spelling] = {}
+    for text in texts:
+        if not re.fullmatch(MEMBER, text):
+            raise UserError(f"{where}: got {text!r}; allowed: {MEMBER_FORMS}")
+        name, _, budget = text.partition("=")
+        if name in family:
+            raise UserError(f"{where}: got {name} twice; allowed: every name once")
+        parse(budget, f"{where} {name}")
+        try:
+            family[name] = float(budget)
+        except ValueError:
+            family[name] = budget
+    return family
 
 
 def check_spellings(cost: Cost, budgets: Mapping[str, Spelling], untrained: Mapping[str, Spelling]) -> None:

@@ -22,6 +22,7 @@ from ruamel.yaml import YAML, YAMLError
 from elastic_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+OVERRIDE_FORM = "section.key=value, such as train_short.learning_rate=1e-3"
 OVERRIDE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.+"  # the syntax of `dvc exp run -S`: train_short.steps=100
 
 
@@ -48,7 +49,7 @@ def prepare_workspace(
     """
     check_profile(profile, root)
     overrides = list(overrides)
-    changes = [_read_override(text) for text in overrides]
+    changes = [read_override(text) for text in overrides]
     if profile == "default" and not budgets and not changes:
         return root
     values = parameters(profile, root, budgets, overrides)
@@ -92,15 +93,15 @@ def parameters(
         _merge(values, yaml.load(root / "profiles" / f"{profile}.yaml") or {})
     if budgets:
         _replace_budgets(values, budgets)
-    for path, value in map(_read_override, overrides):
+    for path, value in map(read_override, overrides):
         _set_value(values, path, value)
     return values
 
 
-def _read_override(text: str) -> tuple[list[str], object]:
-    """The path of keys, and the value."""
+def read_override(text: str) -> tuple[list[str], object]:
+    """The path of keys, and the value. Raises UserError for another form and for a value that is not YAML."""
     if not re.fullmatch(OVERRIDE, text):
-        raise UserError(f"override: got {text!r}; allowed: section.key=value, such as train_short.learning_rate=1e-3")
+        raise UserError(f"override: got {text!r}; allowed: {OVERRIDE_FORM}")
     name, _, value = text.partition("=")
     try:
         return name.split("."), YAML(typ="safe").load(value)

@@ -8,12 +8,14 @@ import os
 import re
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Error as PlaywrightError
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, Request, Response, expect, sync_playwright
+from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = [  # without these a browser looks up its maker's hosts at every start
@@ -27,6 +29,7 @@ QUIET = [  # without these a browser looks up its maker's hosts at every start
 ]
 OUTSIDE = re.compile(r"^(https?|wss?)://(?!127\.0\.0\.1[:/])")
 NEW_NETWORK = 0x40000000  # CLONE_NEWNET of linux/sched.h
+CLICK_SECONDS = 10  # to wait for the answer to a click on Submit
 SECONDS = 60  # to wait for something in a page: cores may be busy
 
 # How many colours an image has; one that failed to load has none.
@@ -58,6 +61,12 @@ def network_without_outside() -> Iterator[bool]:
                 raise OSError(ctypes.get_errno(), "cannot return to the network of before")
 
 
+def is_new_run(message: Request | Response) -> bool:
+    """Whether a form asks for a run, or the server answers it."""
+    request = message.request if isinstance(message, Response) else message
+    return request.method == "POST" and request.url.endswith("/create_flow_run")
+
+
 class Ui:
     """One browser on the dashboard's pages."""
 
@@ -65,7 +74,11 @@ class Ui:
         self.context, self.address, self.screenshots = context, address, screenshots
         self.outside: list[str] = []  # what the pages asked of other hosts
         context.set_default_timeout(1000 * SECONDS)
+        self.waiting = 0  # runs that the form has asked for, without an answer yet
         context.on("request", lambda request: self._note(request.url))
+        context.on("request", lambda request: self._count(request, 1))
+        for end in ("requestfinished", "requestfailed"):
+            context.on(end, lambda request: self._count(request, -1))
         context.on("page", lambda page: page.on("websocket", lambda websocket: self._note(websocket.url)))
         context.route(OUTSIDE, lambda route: route.abort())
         self.page = context.new_page()
@@ -73,6 +86,9 @@ class Ui:
     def _note(self, url: str) -> None:
         if OUTSIDE.match(url):
             self.outside.append(url)
+
+    def _count(self, request: Request, change: int) -> None:
+        self.waiting += change * is_new_run(request)
 
     def shot(self, name: str, page: Page | None = None) -> None:
         """A picture of the page as it is."""
@@ -106,21 +122,26 @@ class Ui:
             fields.nth(before + i).fill(value)
 
     def submit(self) -> str:
-        """Send the form, and go to the run by its name in the deployment's page; the run's id."""
+        """Send the form, and open the page of the run that the server has made; the run's id.
+
+        A click may be lost while the form still takes in what was typed, and the server answers 5xx while SQLite is
+        busy. In both cases no run was made, and a person would click again, too.
+        """
         self.page.wait_for_timeout(500)  # the form takes in what was typed a little later
-        name = self.page.locator(".flow-run-name-input input").input_value()
-        run = self.page.get_by_role("link", name=name, exact=True).first
-        busy = self.page.get_by_text("Something went wrong trying to create a flow run").first
-        self.page.get_by_role("button", name="Submit").click()
-        run.or_(busy).first.wait_for()
-        while not run.is_visible():  # SQLite was busy, and nothing was made; a person would click again, too
-            self.page.wait_for_timeout(1000)
-            self.page.get_by_role("button", name="Submit").dispatch_event("click")  # it may be below the message
-            busy.wait_for(state="hidden")
-            run.or_(busy).first.wait_for()
-        run.click()
-        self.page.wait_for_url(re.compile("/runs/flow-run/"))
-        return re.search(r"flow-run/([0-9a-f-]+)", self.page.url)[1]
+        button = self.page.get_by_role("button", name="Submit")
+        deadline = time.monotonic() + SECONDS
+        answer = None
+        while answer is None or answer.status >= 500:
+            assert time.monotonic() < deadline, f"no run was made: {answer and answer.text()}; {self.text()[-500:]}"
+            with contextlib.suppress(PlaywrightTimeout):
+                with self.page.expect_response(is_new_run, timeout=1000 * CLICK_SECONDS) as answered:
+                    if self.waiting == 0:  # else the server takes its time: a second click would make a second run
+                        button.dispatch_event("click")  # the button may be below a message
+                answer = answered.value
+        assert answer.ok, answer.text()
+        run = answer.json()["id"]
+        self.open_run(run)
+        return run
 
     def open_run(self, run: str, tab: str = "Logs") -> None:
         """A run's page."""
