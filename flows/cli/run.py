@@ -37,7 +37,8 @@ def run(
 
     Stages with unchanged code, parameters and inputs are skipped. A run that was stopped, by Ctrl-C or a crash, goes on
     from its newest checkpoint when it is started again. The default profile runs in the checkout. Every other profile,
-    and every run with other budgets or parameters, has a directory of its own under `.runs/`.
+    and every run with other budgets or parameters, has a directory of its own under `.runs/`. Results of a run to the
+    last stage are kept in `reports/runs/`, for `elastic compare`.
 
     - `elastic run smoke`: everything, small, in two minutes
     - `elastic run --until rank`: data, parent and importance, no training

@@ -212,8 +212,8 @@ def check_prefect(words: list[str], complete: bool) -> None:
     if words[:2] != ["deployment", "run"]:
         return  # Prefect's own commands
     flow, name = words[2].split("/")
-    server = (ROOT / "flows/dashboard/server.py").read_text()
-    assert f'"flows/{flow}.py:{flow}": "{name}"' in server, words[2]
+    deployments = (ROOT / "flows/dashboard/deployments.py").read_text()
+    assert f'"flows/{flow}.py:{flow}": "{name}"' in deployments, words[2]
     tree = ast.parse((ROOT / "flows" / f"{flow}.py").read_text())
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == flow)
     for option, value in zip(words[3:], [*words[4:], ""], strict=True):
