@@ -43,7 +43,8 @@ def main(budget: str) -> None:
     with progress_bar(f"evaluate {budget}", len(directories), "model") as bar:
         for version, directory in directories.items():
             model = load_model(directory)
-            rows[version] = evaluate(section, data, model, parent) | {"submodel": submodel}
+            rows[version] = evaluate(section, data, model, parent)
+            rows[version] |= {"submodel": submodel, "provenance": read_provenance(directory)}
             bar.update()
     # All versions have one shape and so one speed: it is measured once, with the last version.
     speed = {
@@ -73,5 +74,4 @@ def evaluate(section: Evaluate, data: TokenData, model, parent) -> dict:
         "memory": latency_and_memory.memory(model, first_tokens(data, section.held_out[0], section.cache_tokens)),
         "tasks": lm_eval_tasks.reasoning_scores(section, data, model),
         "benchmarks": lm_eval_tasks.benchmark_scores(section.benchmarks, data, model),
-        "provenance": read_provenance(directory),
     }

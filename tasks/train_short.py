@@ -27,10 +27,17 @@ RANK = Path("artifacts/rank")
 
 def main() -> None:
     settings = load()
-    # Earlier checks of the budgets had to guess which layers a smaller depth drops. Now stage `rank` has decided it.
+    check_budgets(settings)
+    run_stage(work, settings, "train_short", settings.train_short)
+
+
+def check_budgets(settings: Params) -> None:
+    """Raise ConfigError if the budgets cannot be reached.
+
+    Earlier checks of the budgets had to guess which layers a smaller depth drops. Now stage `rank` has decided it.
+    """
     space = make_space(settings, hf.read_config(RANK / "model"))
     check_reachable(space, resolve(settings, space.config))
-    run_stage(work, settings, "train_short", settings.train_short)
 
 
 def make_space(settings: Params, config) -> ElasticSpace:

@@ -3,26 +3,19 @@
 import dataclasses
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from elastic_core import Submodel, extract
-from elastic_core.cost.budgets import Cost
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import exact_cost, num_parameters
 from elastic_core.export import elastic_checkpoint
-from elastic_core.search.choices import Choices
-from elastic_core.search.importance import Ranking
 from elastic_core.search.selection import Member
-from tasks import train_short as stage
 from tasks.evaluation import latency_and_memory
 from tasks.reporting import columns, predictions
 from tests.support.models.parents import random_elastic, random_ids
-from tests.support.models.routed_family import CONFIG as ROUTED
-from tests.support.models.routed_family import RANKING, SIZES
 from tests.support.pipeline.command_line import CONFIG, MEMBERS, call, error_of
 
 METRIC = Memory(700, 2, weights="fp8", cache="fp8", chunk=1)
@@ -104,22 +97,3 @@ def test_the_report_has_the_budget_the_prediction_and_what_was_counted(family, t
     described = columns._memory(METRIC, {"memory": scores["parent"]["extended"]["memory"]})
     assert set(described) == set(found) and all(METRIC.setting in described[name].how for name in list(described)[:2])
     assert "context 700, batch 2, weights fp8" in predictions.note(METRIC)
-
-
-def test_a_metric_changes_a_runs_key_and_the_default_does_not(tmp_path, monkeypatch):
-    random_elastic(0, ROUTED).save_pretrained(tmp_path / "model")
-    Ranking({}, {}, RANKING).save(tmp_path / "ranking.json")
-    monkeypatch.setattr(stage, "RANK", tmp_path)
-    monkeypatch.setattr(stage, "make_job", lambda settings, name, configuration, inputs: configuration)
-    shared = {"choices": Choices(**SIZES), "train_short": None, "routing": None, "seed": 0}
-
-    def configuration(cost, **budgets):
-        return stage.make_short_job(SimpleNamespace(**shared, cost=cost, budgets={"full": 1.0, **budgets}))
-
-    before = {"stage": None, "routing": None, "budgets": {"full": 1.0, "small": 0.5}, "choices": shared["choices"]}
-    assert configuration(Cost(), small=0.5) == before
-    metric = Memory(64, chunk=1)
-    assert configuration(Cost("memory", context=64, chunk=1), small=0.5) == {**before, "cost": metric}
-    spelled = f"{exact_cost(metric, ROUTED) / 2**11:.9f}KiB@64"
-    assert configuration(Cost("memory", chunk=1), small=spelled)["budgets"]["small"] == pytest.approx(0.5)
-    assert str(Memory(64)) != str(Memory(65)) != str(Memory(65, chunk=1))  # what a key is made of

@@ -58,6 +58,9 @@ LOSSES = {  # of the versions
 RATIOS = {"parent": 1.0, "full": 1.0, "middle": 0.9, "small": 0.5}
 
 
+RECORD = {"stage": "train_short", "commit": "0123abc", "clean": False, "seconds": 300.0, "device": "A Chip (2 cores)"}
+
+
 def evaluation(budget: str, loss: float) -> dict:
     """What tasks/evaluate.py writes of one directory."""
     count, ratio = PARAMETERS[budget], RATIOS[budget]
@@ -92,6 +95,7 @@ def evaluation(budget: str, loss: float) -> dict:
             "lm_eval": "0",
         },
         "submodel": SUBMODELS.get(budget),
+        "provenance": [] if budget == "parent" else [RECORD],
     }
 
 
@@ -144,8 +148,6 @@ def workspace(tmp_path_factory):
         (artifacts / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     splits = {"train": {"num_tokens": 1000, "num_documents": 7}, "held_out": {"num_tokens": 100, "num_documents": 1}}
     write_json(artifacts / "data" / "manifest.json", {"sources": {"prose": {"splits": splits}}})
-    told = {"stage": "train_short", "commit": "0123abc", "clean": False, "seconds": 300.0}
-    write_json(artifacts / "provenance" / "train_short.json", told | {"device": {"name": "A Chip", "cores": "2 cores"}})
     values = copy.deepcopy(COMMITTED)
     values["budgets"] = {"full": 1.0, "small": 0.4}
     values["untrained"] = {"middle": 0.7}
@@ -431,7 +433,7 @@ def test_the_report_says_where_it_comes_from(made):
     head, rows = "| stage | steps | tokens | time | device | commit |", markdown.splitlines()
     assert "| prose | bible | 7 | 1,000 | 100 |" in rows and head in rows
     assert "| parent | 2 | 200 | – | – | – |" in rows
-    assert "| train_short | 3 | 300 | 5 min | A Chip, 2 cores | 0123abc with changes |" in rows
+    assert "| train_short | 3 | 300 | 5 min | A Chip (2 cores) | 0123abc with changes |" in rows
     for words in (
         "trained here by stage parent: nemotron_h, layers M*-M, 1,000 parameters",
         "full: 1.0, small: 0.4; not trained: middle: 0.7; counted in parameters",

@@ -6,9 +6,9 @@ from transformers import PreTrainedTokenizerFast
 
 from elastic_core import ElasticModel
 from elastic_core.training.distributed.ranks import Ranks
+from tasks.runs.job import Job
 from tasks.settings.sections import Compute
 from tasks.training import family
-from tasks.training.job import Job
 from tests.support.models.parents import random_elastic
 from tests.support.models.routed_family import CONFIG
 from tests.support.runs import MEMBERS, make_stage

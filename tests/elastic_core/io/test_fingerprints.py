@@ -1,0 +1,77 @@
+"""Fingerprints change with the files and with nothing else; unchanged files are not read again."""
+
+import os
+import time
+
+import pytest
+
+from elastic_core.io import fingerprints, storage
+from elastic_core.io.fingerprints import DigestCache, fingerprint
+
+
+@pytest.fixture
+def place(place):
+    """A place with three files."""
+    for name in ("a.txt", "b.txt", "deep/c.txt"):
+        storage.write_bytes(storage.join(place, name), name.encode())
+    return place
+
+
+def take(place, tmp_path, pattern="*.txt", **options):
+    cache = DigestCache(tmp_path / "digests.json")
+    found = fingerprint(storage.join(place, pattern) if pattern else place, cache, **options)
+    cache.save()
+    return found
+
+
+def test_every_change_is_seen(place, tmp_path):
+    first = take(place, tmp_path)
+    assert (first["files"], first["bytes"]) == (2, 10) and take(place, tmp_path) == first
+    storage.write_bytes(storage.join(place, "a.txt"), b"A.txt")  # as long as before
+    edited = take(place, tmp_path)
+    storage.write_bytes(storage.join(place, "new.txt"), b"")
+    added = take(place, tmp_path)
+    assert len({entry["sha256"] for entry in (first, edited, added)}) == 3 and added["files"] == 3
+    storage.remove(storage.join(place, "new.txt"))
+    assert take(place, tmp_path) == edited
+    assert take(place, tmp_path, "**/*.txt")["files"] == 3
+
+
+def test_a_directory_and_some_of_its_files(place, tmp_path):
+    assert take(place, tmp_path, "")["files"] == 3
+    some = take(place, tmp_path, "", only={"a.txt"})
+    storage.write_bytes(storage.join(place, "b.txt"), b"other")
+    assert some["files"] == 1 and take(place, tmp_path, "", only={"a.txt"}) == some
+
+
+def test_the_place_itself_does_not_count(tmp_path, monkeypatch):
+    """Another checkout with the same files has the same fingerprint."""
+    found = []
+    for name in ("one", "two"):
+        (tmp_path / name / "corpus").mkdir(parents=True)
+        (tmp_path / name / "corpus" / "a.txt").write_text("text")
+        monkeypatch.chdir(tmp_path / name)
+        found += [take(os.getcwd(), tmp_path, "corpus/*.txt"), fingerprint("corpus/*.txt", DigestCache("cache"))]
+    assert found.count(found[0]) == 4
+
+
+def test_an_unchanged_file_is_not_read_again_and_a_large_one_never(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    first = take(str(tmp_path), tmp_path)
+    monkeypatch.setattr(fingerprints, "file_digest", lambda path: pytest.fail("was read"))
+    assert take(str(tmp_path), tmp_path) == first
+    monkeypatch.setattr(fingerprints, "SMALL_BYTES", 3)
+    large = take(str(tmp_path), tmp_path)
+    assert take(str(tmp_path), tmp_path) == large != first
+    os.utime(tmp_path / "a.txt", ns=(1, 1))
+    assert take(str(tmp_path), tmp_path) != large
+
+
+def test_ten_thousand_files_take_a_second(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for number in range(10_000):
+        (tmp_path / "corpus" / f"{number}.txt").write_bytes(b"text")
+    first = take(str(tmp_path / "corpus"), tmp_path)
+    begin = time.process_time()
+    assert take(str(tmp_path / "corpus"), tmp_path) == first
+    assert time.process_time() - begin < 2  # a no-op of DVC has five seconds
