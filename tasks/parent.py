@@ -3,7 +3,6 @@
 It is imported from a directory, a URL or a pip package (`parent.path`), or trained here from scratch (`parent.model`).
 """
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,9 +18,11 @@ from elastic_core.data.loader import PackedSequences, TokenData, check_tokenizer
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
-from elastic_core.io.directory_transfer import download_directory, local_files
+from elastic_core.io.directory_transfer import download_directory
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
-from elastic_core.model import architectures
+from elastic_core.model import architectures, hf
+from elastic_core.model.parent_files import check_logits, check_weights
+from elastic_core.model.weight_files import weight_file_names
 from elastic_core.search.selection import Member
 from elastic_core.training.distributed import model_files, placement
 from elastic_core.training.distributed.ranks import Ranks
@@ -41,6 +42,7 @@ from tasks.training.start import run_stage
 
 DATA, OUT = Path("artifacts/data"), Path("artifacts/parent")
 METRICS = Path("artifacts/parent_metrics.jsonl")
+TEST_TOKENS = 64  # of the text on which an imported parent has to compute different logits
 
 
 def main() -> None:
@@ -70,12 +72,20 @@ def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
 def import_parent(path: str, data: TokenData) -> None:
     """Copy the parent from a directory, URL or package, with its weights converted to float32.
 
-    Raises UserError if the parent's tokenizer is not the one that the data was made with.
+    Raises UserError if the parent's tokenizer is not the one that the data was made with, if weights or logits are not
+    finite, and if the logits do not depend on the text.
     """
     config = read_parent_config(path, None, 0)
     check_tokenizer(data, load_tokenizer(path), config.vocab_size, f"parent.path ({path})")
     with local_parent(path) as directory:
-        ElasticModel.from_pretrained(directory).save_pretrained(OUT, tokenizer_from=directory)
+        _, reader = ElasticModel.empty(directory)
+        if reader.has_tied_head:
+            print(f"parent: {hf.HEAD} equals the embeddings, and config.json ties them; one copy is kept")
+        check_weights(reader, list(architectures.shapes(config)))
+        model = ElasticModel.from_pretrained(directory)
+        num_tokens = min(TEST_TOKENS, config.vocab_size)
+        check_logits(model, torch.arange(num_tokens)[None], f"parent.path ({path})")
+        model.save_pretrained(OUT, tokenizer_from=directory)
 
 
 @contextmanager
@@ -101,10 +111,7 @@ def local_parent(path: str) -> Iterator[Path]:
 
 def download_parent(path: str, copy: Path) -> None:
     """Download configuration, tokenizer and weights of a model from a URL to the directory `copy`."""
-    with local_files(path, ("model.safetensors.index.json",)) as downloaded:
-        index, weights = downloaded / "model.safetensors.index.json", {"model.safetensors"}
-        if index.is_file():
-            weights = {index.name, *json.loads(index.read_text())["weight_map"].values()}
+    weights = weight_file_names(path)
     shutil.rmtree(copy, ignore_errors=True)
     download_directory(path, copy, only={"config.json", *TOKENIZER_FILES, *weights})
 

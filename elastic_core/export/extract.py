@@ -79,7 +79,8 @@ def _sliced_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dic
     They are sliced when they are read. With `pad`, the MLPs of all layers get the width of the widest one.
     """
     layout, disk_name = architectures.parameter_layout(config), architectures.of(config).disk_name
-    reader.check({name: tuple(dim.size for dim in dims) for name, dims in layout.items()})
+    reader.check(architectures.shapes(config))
+    reader.check_tied_head(next(iter(layout)))
     sizes = submodel.sizes(config)
     number = {layer: i for i, layer in enumerate(submodel.kept_layers)}
     final = sizes | (dict.fromkeys(keys_of(sizes, "ffn"), _widest(config, submodel)) if pad else {})

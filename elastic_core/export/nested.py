@@ -52,6 +52,8 @@ class NestedModel:
         self._models: dict[Submodel, PreTrainedModel] = {}
         self.weights: dict[str, Tensor] = {}  # by parameter name, with rows and columns in stored order
         reader = hf.TensorReader(directory)
+        reader.check(architectures.shapes(self.config))
+        reader.check_tied_head(next(iter(self.layout)))
         for name, dims in self.layout.items():
             tensor = reader.read(name)
             for axis, dim in enumerate(dims):

@@ -23,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elastic_core.errors import UserError
+from elastic_core.io.filesystem import Location
 from elastic_core.io.ordered_map import ordered_map
+from elastic_core.io.tensor_headers import read_raw_header
 
 BLOCK_BYTES = 1 << 21  # large enough for efficient writes, small enough for the cache of a CPU core
 WRITERS = 2  # threads: while one waits for the disk, the other computes the next block
@@ -62,7 +64,7 @@ class Rows(Protocol):
 class Stored:
     """The position of a tensor in a file."""
 
-    path: Path
+    path: Location
     entry: Entry
     offset: int  # of its first byte, from the start of the file
 
@@ -84,28 +86,26 @@ class Stored:
 
 
 def open_checked(path: Path):
-    """Open a safetensors file. Raises UserError with the path if the file is missing or damaged."""
+    """Open a safetensors file. Raises UserError with the path and the reason if the file is missing or damaged."""
     try:
         return safe_open(path, "pt")
     except (FileNotFoundError, SafetensorError) as error:
-        raise UserError(f"{path}: missing, truncated or not a safetensors file ({error}); copy it again") from error
+        read_raw_header(path)  # raises the exact reason
+        raise UserError(f"{path}: is not a safetensors file ({error}); copy it again") from error
 
 
-def read_header(path: Path) -> dict[str, Stored]:
-    """The position of every tensor of a file, by name.
+def read_header(path: Location) -> dict[str, Stored]:
+    """The position of every tensor of a file, by name. The file may be at a URL; only its header is read.
 
     Raises UserError for a missing or damaged file, and for an element type that is not floating point.
     """
-    with open_checked(path), open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")  # of the header, in bytes
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
+    header, first = read_raw_header(path)
     stored = {}
     for name, values in header.items():
         if values["dtype"] not in _DTYPES:
             raise UserError(f"{path}: {name} is stored as {values['dtype']}; allowed: {', '.join(_DTYPES)}")
         entry = Entry(_DTYPES[values["dtype"]], tuple(values["shape"]))
-        stored[name] = Stored(path, entry, 8 + size + values["data_offsets"][0])
+        stored[name] = Stored(path, entry, first + values["data_offsets"][0])
     return stored
 
 

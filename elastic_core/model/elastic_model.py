@@ -14,11 +14,10 @@ from elastic_core.io.tensor_files import Entry
 from elastic_core.io.tokenizer_files import copy_tokenizer
 from elastic_core.model import architectures, hf
 from elastic_core.model.dims import Layout
+from elastic_core.model.hf import HEAD
 from elastic_core.model.layers import Norm, add_parameters, part_of
 from elastic_core.model.slicing import Observer, Slice
 from elastic_core.model.submodel import Submodel, full_submodel
-
-HEAD = "lm_head.weight"
 
 
 class Trunk(nn.Module):
@@ -82,12 +81,14 @@ class ElasticModel(nn.Module):
             add_parameters(self.lm_head, part_of(self.layout, "lm_head"))
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike, dtype: torch.dtype = torch.float32) -> ElasticModel:
-        """Load a Hugging Face directory, tensor by tensor, as weights of `dtype`.
+    def from_pretrained(
+        cls, directory: str | os.PathLike, dtype: torch.dtype = torch.float32, config=None
+    ) -> ElasticModel:
+        """Load a Hugging Face directory, tensor by tensor, as weights of `dtype`. For `config` see `empty`.
 
         Raises UserError for an unknown architecture, unsupported layers, or tensors that do not match config.json.
         """
-        model, reader = cls.empty(directory)
+        model, reader = cls.empty(directory, config)
         model = model.to_empty(device="cpu")
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -96,16 +97,18 @@ class ElasticModel(nn.Module):
         return model
 
     @classmethod
-    def empty(cls, directory: str | os.PathLike) -> tuple[ElasticModel, hf.TensorReader]:
+    def empty(cls, directory: str | os.PathLike, config=None) -> tuple[ElasticModel, hf.TensorReader]:
         """The model of a directory on the meta device (without memory), and a reader of its tensors.
 
+        `config`: a configuration to use instead of the directory's, with the same sizes.
         The names and shapes of the tensors are checked. Raises UserError as `from_pretrained` does.
         """
-        config = hf.read_config(directory)
+        config = hf.read_config(directory) if config is None else config
         reader = hf.TensorReader(directory)
         with torch.device("meta"):
             model = cls(config)
-        reader.check({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+        reader.check(architectures.shapes(config))
+        reader.check_tied_head(f"model.{model.model.embeddings_name}")
         return model, reader
 
     def save_pretrained(self, directory: str | os.PathLike, tokenizer_from: str | os.PathLike | None = None) -> None:

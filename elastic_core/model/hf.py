@@ -1,28 +1,38 @@
 """Read and write configurations and tensors of Hugging Face directories. Names depend on the architecture."""
 
-import itertools
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from elastic_core.errors import UserError
-from elastic_core.io import tensor_files
+from elastic_core.io import storage, tensor_files
 from elastic_core.io.directory_transfer import local_files
+from elastic_core.io.filesystem import Location
 from elastic_core.io.json_files import read_json
 from elastic_core.io.tensor_files import Entry, Rows, Stored
+from elastic_core.io.tensor_headers import read_raw_header
 from elastic_core.model import architectures
 from elastic_core.model.axes import PER_LAYER
 from elastic_core.model.expert_files import StoredStack, is_stacked, matrix_name, place_in_stack
+from elastic_core.model.weight_files import weight_map
 
+HEAD = "lm_head.weight"
 SHARD_BYTES = 5 * 2**30  # of one safetensors file
+# Configuration values that have to be above 0, as far as an architecture has them: others are divided by them.
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "n_groups")
+BLOCK_BYTES = 1 << 24  # of two tensors that are compared
 
 
-def read_config(directory: str | os.PathLike) -> PreTrainedConfig:
+# The exceptions of transformers' configuration classes for values of a wrong type or size.
+CONFIG_ERRORS = (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
+def read_config(directory: Location) -> PreTrainedConfig:
     """Read the configuration of a directory or URL and check that this library supports it; else raise UserError."""
     with local_files(directory, ("config.json",)) as local:
         return _read_config(local, str(directory))
@@ -33,7 +43,13 @@ def _read_config(local: Path, directory: str) -> PreTrainedConfig:
     config_class, _ = architectures.find(values.get("model_type"), directory).MODELS[values["model_type"]]
     if any(isinstance(values.get(field), list) for field in PER_LAYER):
         raise UserError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it comes from")
-    return check_config(config_class.from_pretrained(local), directory)
+    try:
+        return check_config(config_class.from_pretrained(local), directory)
+    except UserError:
+        raise
+    except CONFIG_ERRORS as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{directory}/config.json: transformers does not accept it: {text}") from None
 
 
 def read_values(local: Path, directory: str) -> dict:
@@ -47,8 +63,17 @@ def read_values(local: Path, directory: str) -> dict:
     return read_json(path, f"{directory}/config.json")
 
 
+def _values_at(directory: Location) -> dict:
+    with local_files(directory, ("config.json",)) as local:
+        return read_values(local, str(directory))
+
+
 def check_config(config, where: str = "config"):
     """Return `config` if this library supports it. Otherwise raise UserError with the first problem."""
+    for name in SIZES:
+        size = getattr(config, name, None)
+        if size is not None and size < 1:
+            raise UserError(f"{where}: {name}={size}; allowed: 1 or more")
     for holds, problem in architectures.find(config.model_type, where).requirements(config):
         if not holds:
             raise UserError(f"{where}: {problem}")
@@ -59,26 +84,26 @@ class TensorReader:
     """Reads tensors of a directory's safetensors files by canonical name (the name of the parameter), when asked.
 
     `files[name]` is the position of a tensor: (file, name in the file). `stacks[name]` has the positions of all experts
-    of a stack that is stored as one matrix for each expert (expert_files.py).
+    of a stack that is stored as one matrix for each expert (expert_files.py). `all_files` has the names of all files.
+    A URL is possible too, for `check` and `stored`, which read only headers.
     Raises UserError for a directory without safetensors files, or of an unknown architecture.
     """
 
-    def __init__(self, directory: str | os.PathLike):
-        self.directory = Path(directory)
-        index = self.directory / "model.safetensors.index.json"
-        if index.is_file():
-            files = read_json(index)["weight_map"]
-        elif (self.directory / "model.safetensors").is_file():
-            with tensor_files.open_checked(self.directory / "model.safetensors") as file:
-                files = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise UserError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
-        model_type = read_values(self.directory, str(directory)).get("model_type")
-        canonical_name = architectures.find(model_type, str(directory)).canonical_name
-        named = ((canonical_name(name), (file, name)) for name, file in files.items())
-        self.files = {name: found for name, found in named if name is not None}
+    def __init__(self, directory: Location):
+        self.directory = directory
+        found = weight_map(directory)
+        self.all_files = sorted(set(found.values()))
+        self.config_values = _values_at(directory)
+        canonical_name = architectures.find(self.config_values.get("model_type"), str(directory)).canonical_name
+        named = ((canonical_name(name), (file, name)) for name, file in found.items())
+        self.files = {name: position for name, position in named if name is not None}
         self.stacks = self._take_stacks()
         self._headers: dict[str, dict[str, Stored]] = {}
+
+    @property
+    def has_tied_head(self) -> bool:
+        """Whether the files hold a head although the configuration says that it is the embeddings."""
+        return HEAD in self.files and self.config_values.get("tie_word_embeddings") is True
 
     def _take_stacks(self) -> dict[str, list[tuple[str, str]]]:
         """Move the matrices of experts out of `files`: name of the stack → positions in the order of the experts."""
@@ -96,11 +121,6 @@ class TensorReader:
     def __contains__(self, name: str) -> bool:
         return name in self.files or name in self.stacks
 
-    def all_files(self) -> list[str]:
-        """The names of all files with tensors, sorted."""
-        found = [*self.files.values(), *itertools.chain.from_iterable(self.stacks.values())]
-        return sorted({file for file, _ in found})
-
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """Read one tensor, memory-mapped, or only some rows of its first dimension. No other rows are read."""
         if name in self.stacks:
@@ -110,7 +130,7 @@ class TensorReader:
         return self._open(*self.files[name], rows)
 
     def _open(self, file: str, stored: str, rows: slice | None = None) -> Tensor:
-        with tensor_files.open_checked(self.directory / file) as handle:
+        with tensor_files.open_checked(Path(self.directory) / file) as handle:
             return handle.get_tensor(stored) if rows is None else handle.get_slice(stored)[rows]
 
     def stored(self, name: str) -> Stored | StoredStack:
@@ -124,15 +144,28 @@ class TensorReader:
 
     def _stored(self, file: str, stored: str) -> Stored:
         if file not in self._headers:
-            self._headers[file] = tensor_files.read_header(self.directory / file)
+            self._headers[file] = tensor_files.read_header(storage.join(self.directory, file))
         if stored not in self._headers[file]:
-            raise UserError(f"{self.directory / file}: does not hold {stored}, but the index says so; copy both again")
+            raise UserError(
+                f"{storage.join(self.directory, file)}: does not hold {stored}, but the index says so; copy both again"
+            )
         return self._headers[file][stored]
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise UserError unless the files hold exactly these tensors with these shapes."""
+        """Raise UserError unless the files hold exactly these tensors with these shapes. Reads only headers.
+
+        A head beside tied embeddings is accepted here (see `check_tied_head`).
+        """
         found = self.files.keys() | self.stacks.keys()
         missing, unknown = sorted(shapes.keys() - found), sorted(found - shapes.keys())
+        if unknown == [HEAD] and self.has_tied_head:
+            unknown = []
+        if missing == [HEAD] and not unknown:
+            raise UserError(
+                f"{self.directory}: no {HEAD}, and tie_word_embeddings is false: transformers draws a random head. "
+                "If the head is the embeddings, set tie_word_embeddings to true in config.json. Otherwise copy the "
+                "model again"
+            )
         if missing or unknown:
             raise UserError(
                 f"{self.directory}: tensors do not match config.json; "
@@ -142,6 +175,27 @@ class TensorReader:
             found = self.stored(name).entry.shape
             if found != tuple(shape):
                 raise UserError(f"{self.directory}: {name} has shape {found}; config.json says {tuple(shape)}")
+        for file in set(self.all_files) - self._headers.keys():  # no tensor of it is used, but a copy has to be whole
+            read_raw_header(storage.join(self.directory, file))
+
+    def check_tied_head(self, embeddings: str) -> None:
+        """Raise UserError if the files hold a head beside tied embeddings that differs from them.
+
+        transformers does not tie such a head, although the configuration says so. Memory holds some rows at a time.
+        """
+        if not self.has_tied_head:
+            return
+        head, tied = self.stored(HEAD).entry, self.stored(embeddings).entry
+        step = max(1, BLOCK_BYTES // max(1, tied.row_bytes))
+        if head.shape == tied.shape and all(
+            torch.equal(self.read(HEAD, rows), self.read(embeddings, rows).to(head.dtype))
+            for rows in (slice(start, start + step) for start in range(0, tied.shape[0], step))
+        ):
+            return
+        raise UserError(
+            f"{self.directory}: {HEAD} differs from {embeddings}, but tie_word_embeddings is true. transformers keeps "
+            f"both then: to do so, set tie_word_embeddings to false in config.json. To tie them, remove {HEAD}"
+        )
 
 
 def write_tensors(

@@ -32,7 +32,7 @@ def inspect_checkpoint(directory: Path) -> dict:
     }
     reader = hf.TensorReader(directory)
     reader.check(shapes)
-    files = reader.all_files()
+    files = reader.all_files
     is_elastic = (directory / elastic_checkpoint.FILE).is_file()
     return {
         "directory": str(directory),

@@ -56,7 +56,7 @@ ARCHITECTURES = {name: architecture for architecture in (nemotron_h, llama) for 
 
 def find(model_type: str | None, where: str) -> ModuleType:
     """The module of a model_type. Raises UserError for an unknown one; `where` starts the message."""
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UserError(f"{where}: model_type is {model_type!r}; allowed: {', '.join(map(repr, ARCHITECTURES))}")
     return ARCHITECTURES[model_type]
 
@@ -74,6 +74,11 @@ def units(config) -> dict[str, Units]:
 def parameter_layout(config) -> Layout:
     """The name and dimensions of every parameter, in file order."""
     return of(config).parameter_layout(config)
+
+
+def shapes(config) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every parameter."""
+    return {name: tuple(dim.size for dim in dims) for name, dims in parameter_layout(config).items()}
 
 
 def active_layout(config) -> Layout:

@@ -61,6 +61,7 @@ def requirements(config) -> list[tuple[bool, str]]:
             rope.get("partial_rotary_factor") in (None, 1),
             f"partial_rotary_factor={rope.get('partial_rotary_factor')}; allowed: 1, whole heads",
         ),
+        (config.hidden_act in ACT2FN, f"hidden_act={config.hidden_act!r}; allowed: {', '.join(sorted(ACT2FN))}"),
         (not sliding, "sliding_attention in layer_types; allowed: 'full_attention' in all layers"),
     ]
 

@@ -140,6 +140,7 @@ def test_refuses_incomplete_directories(parent, damage):
         weights.write_bytes(weights.read_bytes()[:-100])
     else:
         names = dict.fromkeys(load_file(weights), "gone.safetensors")
+        weights.unlink()
         (parent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     words = {
         "config": "no config.json",

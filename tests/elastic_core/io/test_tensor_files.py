@@ -149,8 +149,9 @@ def test_only_kept_rows_are_read(tmp_path, monkeypatch):
 def test_an_index_that_names_another_file_is_refused(tmp_path):
     random_elastic(1).save_pretrained(tmp_path / "parent")
     names = list(load_file(tmp_path / "parent" / "model.safetensors"))
+    (tmp_path / "parent" / "model.safetensors").rename(tmp_path / "parent" / "first.safetensors")
     save_file({"other": torch.zeros(1)}, tmp_path / "parent" / "other.safetensors")
-    index = {"weight_map": dict.fromkeys(names, "model.safetensors") | {names[0]: "other.safetensors"}}
+    index = {"weight_map": dict.fromkeys(names, "first.safetensors") | {names[0]: "other.safetensors"}}
     (tmp_path / "parent" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"other\.safetensors: does not hold"):
         extract(tmp_path / "parent", random_submodel(random_config(1), 1), tmp_path / "out")
