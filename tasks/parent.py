@@ -32,7 +32,7 @@ from tasks.parents.config import new_config, read_parent_config
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.runs import provenance
 from tasks.runs.job import LOCAL, Job, started
-from tasks.runtime.preflight import check_family
+from tasks.runtime.preflight import check_family, check_parent
 from tasks.settings import remote_checks
 from tasks.settings.load import FILE, load
 from tasks.settings.local_checks import is_package
@@ -49,6 +49,7 @@ def main() -> None:
     settings, data = load(), TokenData(DATA)
     remote_checks.check(settings, "parent")
     check_family(settings, FILE)
+    check_parent(settings, FILE)
     check_stages(settings, data)
     if settings.parent.path is not None:
         begin = time.monotonic()

@@ -24,7 +24,7 @@ from tasks.parents.tokenizer import load_tokenizer
 from tasks.progress.bars import progress_bar
 from tasks.runs import provenance
 from tasks.runs.job import started
-from tasks.runtime.preflight import check_family
+from tasks.runtime.preflight import check_family, check_parent
 from tasks.settings import load, remote_checks
 from tasks.settings.sections import PrepareData
 
@@ -39,6 +39,7 @@ def main() -> None:
     settings = load.load()
     remote_checks.check(settings, "prepare_data", "parent")
     check_family(settings, load.FILE)
+    check_parent(settings, load.FILE)
     begin = time.monotonic()
     with started("prepare_data") as job:
         work = job.directory / "data"

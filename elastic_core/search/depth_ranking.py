@@ -1,5 +1,6 @@
 """Depth ranking: score each layer by the normalized MSE of the logits when the layer is left out (eq. 5)."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ from elastic_core.search.ranking_state import RankingState
 Progress = Callable[[str, int, int], None] | None
 Reduce = Callable[[Tensor], Tensor]
 
+ADVICE = "check the weights of the model: they may be damaged or untrained"
 MIN_PIECES = 8  # The calibration data is split into at least 8 pieces: a candidate can be ruled out after each of them.
 HELD_BYTES = 1 << 30  # Final hidden states up to this size stay on the device. The others are computed again each time.
 
@@ -39,11 +41,14 @@ def rank_layers(
     - `state`: what an earlier call with the same arguments had finished when it was stopped.
 
     The final hidden states of the full model stay in memory for as many batches as fit in HELD_BYTES. Logits are never
-    stored. Raises UserError for a `min_depth` outside 1 to the number of layers.
+    stored. Raises UserError for a `min_depth` outside 1 to the number of layers, and for logits that are all zero or
+    not finite.
     """
     num_layers = len(model.model.layers)
     if not 1 <= min_depth <= num_layers:
         raise UserError(f"min_depth: got {min_depth}; allowed: 1 to {num_layers}, the parent's layers")
+    if not bool(model.head(model.slice()).any()):
+        raise UserError(f"rank: the head of the model is zero, so its layers cannot be ranked; {ADVICE}")
     return METHODS[method](model, batches, min_depth, progress, reduce, state or RankingState())
 
 
@@ -68,6 +73,9 @@ class LogitError:
             if held_bytes <= HELD_BYTES:
                 self._held[batch] = full
         self.denominator = reduce(total).item()
+        if not 0 < self.denominator < math.inf:
+            problem = "zero for every text" if self.denominator == 0 else "not finite"
+            raise UserError(f"rank: the model's logits are {problem}, so its layers cannot be ranked; {ADVICE}")
 
     def full(self, batch: int) -> Tensor:
         """The final hidden states (B, L, D) of the full model for batch number `batch`."""
@@ -166,6 +174,8 @@ def _one_shot_perplexity(model, batches, min_depth, progress, reduce, state):
     layers, scores = list(range(len(model.model.layers))), {}
     for layer in layers:
         scores |= state.once(lambda layer=layer: {layer: _loss_without(model, batches, layer, reduce)})
+        if not math.isfinite(scores[layer]):
+            raise UserError(f"rank: the loss without layer {layer} is not finite; {ADVICE}")
         if progress:
             progress("depth", layer + 1, len(layers))
     return _by_score(scores)

@@ -21,7 +21,7 @@ from elastic_core.errors import UserError
 from elastic_core.io.atomic import write_text
 from elastic_core.model.dims import Units, elastic_units, permute
 from elastic_core.model.elastic_model import ElasticModel
-from elastic_core.search.depth_ranking import rank_layers
+from elastic_core.search.depth_ranking import ADVICE, rank_layers
 from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS, MEASURES
 from elastic_core.search.ranking_state import RankingState
 
@@ -99,7 +99,8 @@ def rank(
       All processes then get the same ranking.
     - `state`: what an earlier call with the same arguments had finished when it was stopped (None: nothing is kept).
 
-    Raises UserError for an unknown name, a `min_depth` that is out of range, or batches of another type or shape.
+    Raises UserError for an unknown name, a `min_depth` that is out of range, batches of another type or shape, and for
+    a model whose activations or logits are all zero or not finite.
     """
     if measure not in MEASURES:
         raise UserError(f"measure: got {measure!r}; allowed: {', '.join(MEASURES)}")
@@ -115,6 +116,7 @@ def rank(
     model.eval()
     with torch.no_grad():
         scores = score_widths(model, batches, measure, aggregation, progress, reduce, state)
+        _check_scores(scores)
         depth, depth_scores = rank_layers(
             model, batches[:depth_batches], depth_method, min_depth, progress, reduce, state
         )
@@ -122,6 +124,15 @@ def rank(
     units = elastic_units(model.layout)
     orders = {key: order_units(units[key], score) for key, score in scores.items()}
     return Ranking(scores, orders, depth, depth_scores)
+
+
+def _check_scores(scores: dict[str, Tensor]) -> None:
+    """Raise UserError for scores that are not finite, or if no hidden channel has any activation."""
+    for key, score in scores.items():
+        if not bool(score.isfinite().all()):
+            raise UserError(f"rank: the scores of {key} are not finite; {ADVICE}")
+    if not bool(scores["hidden"].any()):
+        raise UserError(f"rank: all activations of the model are zero; {ADVICE}")
 
 
 def score_widths(

@@ -1,10 +1,11 @@
 """`python -m tasks.commands.check`: checks all of params.yaml in seconds, before stages run for hours.
 
-It runs the checks of tasks.settings first, then checks the URLs, then whether the parent can give the budgets.
+It runs the checks of tasks.settings first, then checks the URLs, whether the parent can give the budgets, and the
+parent's files.
 """
 
 from tasks.runtime.exit_status import errors_as_text
-from tasks.runtime.preflight import check_family
+from tasks.runtime.preflight import check_family, check_parent
 from tasks.settings import load, remote_checks
 
 
@@ -12,6 +13,7 @@ def main() -> None:
     settings = load.load()
     remote_checks.check(settings)
     check_family(settings, load.FILE)
+    check_parent(settings, load.FILE)
     print(f"{load.FILE} is valid")
 
 

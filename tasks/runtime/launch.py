@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from elastic_core.config import ConfigError
+from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.training.checkpoint import CheckpointError, CheckpointUnavailable
 from elastic_core.training.diagnosis import NonFiniteError
@@ -29,7 +30,7 @@ Work = Callable[[dict, Ranks], None]
 
 AGREE_SECONDS = 60  # that workers wait for each other to raise the same error
 # Errors that every rank raises: a new start of the workers would only repeat them.
-FINAL = (NonFiniteError, CheckpointError, ConfigError, storage.StorageError)
+FINAL = (NonFiniteError, CheckpointError, UserError)
 TEMPORARY = (CheckpointUnavailable, storage.StorageUnavailable)  # a later start of the stage may succeed
 
 

@@ -14,11 +14,13 @@ from elastic_core.cost.targets import shares
 from elastic_core.errors import UserError
 from elastic_core.io.storage import StorageError
 from elastic_core.model import architectures
+from elastic_core.model.parent_files import check_parent_files
 from elastic_core.search.selection import check_reachable
 from elastic_core.search.space import ElasticSpace
 from tasks.parents.config import read_parent_config
 from tasks.parents.targets import comparable_budgets, metric_of_family, resolve
 from tasks.settings.budgets import check_shares
+from tasks.settings.local_checks import is_package
 from tasks.settings.schema import Params
 
 
@@ -38,6 +40,22 @@ def check_family(params: Params, where: str) -> None:
         check_architecture(params, config)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def check_parent(params: Params, where: str) -> None:
+    """Check the files of an existing parent, without reading weights. Raises ConfigError and StorageError.
+
+    The values of the weights are checked when the stage `parent` imports them.
+    """
+    path = params.parent.path
+    if path is None or is_package(path):
+        return
+    try:
+        check_parent_files(path)
+    except StorageError:
+        raise
+    except UserError as error:
+        raise ConfigError(f"{where}: parent.path: {error}") from None
 
 
 def check_architecture(params: Params, config) -> None:

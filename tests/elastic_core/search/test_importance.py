@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from elastic_core import ElasticModel, Submodel, rank, sort_
+from elastic_core.errors import UserError
 from elastic_core.model.dims import elastic_units
 from elastic_core.search import depth_ranking
 from elastic_core.search.depth_ranking import LogitError, rank_layers
@@ -420,3 +421,21 @@ def test_units_stay_inside_their_groups():
         for kept in range(groups, len(order) + 1, groups):  # any prefix holds as many of every group
             chosen = order[in_groups(len(order), kept, groups)]
             assert (torch.bincount(chosen // (len(order) // groups), minlength=groups) == kept // groups).all()
+
+
+@pytest.mark.parametrize("depth_method", ["iterative_nmse", "one_shot_nmse", "one_shot_perplexity"])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda model: [p.zero_() for p in model.parameters()], "rank: all activations of the model are zero"),
+        (lambda model: model.lm_head.weight.zero_(), r"rank: the head of the model is zero"),
+        (lambda model: model.lm_head.weight.fill_(float("nan")), "rank: the .*(logits|loss).* not finite"),
+        (lambda model: model.model.final_norm.weight.fill_(float("inf")), r"rank: the scores of hidden are not finite"),
+    ],
+)  # fmt: skip
+def test_a_model_without_finite_or_different_logits_is_refused(depth_method, damage, message):
+    model = random_elastic(0)
+    with torch.no_grad():
+        damage(model)
+    with pytest.raises(UserError, match=message):
+        rank(model, [random_ids(model.config, 0)], depth_method=depth_method)

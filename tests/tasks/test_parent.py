@@ -1,0 +1,93 @@
+"""Stage parent: an imported parent that cannot be used is refused before it is written."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from elastic_core.data.loader import TokenData
+from elastic_core.errors import UserError
+from elastic_core.io.tokenizer_files import copy_tokenizer
+from tasks import parent
+from tasks.prepare_data import prepare
+from tests.support.committed_params import put, use_parent, write
+from tests.support.models.parents import random_ids, save_random_parent
+from tests.support.pipeline.corpora import configure, texts, write_jsonl
+from tests.support.pipeline.stages import check_parameters, run_stage
+
+SINGLE = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_jsonl(root / "a.jsonl", texts(300))
+    source = {"kind": "files", "path": str(root / "a.jsonl"), "held_out": 0.1}
+    prepare(configure({"mine": source}), None, root / "data", seed=0)
+    return TokenData(root / "data")
+
+
+@pytest.fixture
+def tied(data, tmp_path, monkeypatch):
+    """A tied Llama with the tokenizer of the data, in a working directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        intermediate_size=24, tie_word_embeddings=True, max_position_embeddings=64, eos_token_id=0, bos_token_id=0,
+    )  # fmt: skip
+    save_random_parent(tmp_path / "tied", 0, config)
+    copy_tokenizer(data.directory / "tokenizer", tmp_path / "tied")
+    return tmp_path / "tied"
+
+
+def change(directory, edit) -> None:
+    tensors = load_file(directory / SINGLE)
+    edit(tensors)
+    save_file(tensors, directory / SINGLE, {"format": "pt"})
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_a_second_copy_of_tied_embeddings_is_left_out_and_the_stage_says_so(data, tied, url, capsys):
+    location = f"file://{tied}" if url else str(tied)
+    parent.import_parent(location, data)
+    assert "lm_head" not in capsys.readouterr().out
+    expected = load_file(parent.OUT / SINGLE)
+    change(tied, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    parent.import_parent(location, data)
+    assert "parent: lm_head.weight equals the embeddings, and config.json ties them" in capsys.readouterr().out
+    found, ids = load_file(parent.OUT / SINGLE), random_ids(LlamaConfig(vocab_size=300), 0)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    models = [AutoModelForCausalLM.from_pretrained(directory) for directory in (tied, parent.OUT)]
+    assert torch.equal(*(model(ids).logits for model in models))
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda t: t["model.norm.weight"].fill_(float("nan")), r"1 of 20 tensors hold NaN .*: model\.norm\.weight"),
+        (lambda t: [tensor.zero_() for tensor in t.values()], "same for every token; 20 tensors are all zero"),
+        (lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}), r"lm_head\.weight differs"),
+    ],
+)  # fmt: skip
+def test_a_parent_with_unusable_weights_is_not_imported(data, tied, edit, message):
+    change(tied, edit)
+    with pytest.raises(UserError, match=message):
+        parent.import_parent(str(tied), data)
+    assert not parent.OUT.exists()
+
+
+def test_damaged_files_are_refused_by_the_check_and_by_the_first_stage(values, tied, monkeypatch):
+    use_parent(values, tied)
+    put("choices", "intermediate_size", [24, 20, 16, 12, 8])(values)
+    put("choices", "hidden_size", [16])(values)
+    put("budgets", {"full": 1.0, "medium": 0.912, "small": 0.824})(values)
+    put("extract", "heterogeneous", "pad")(values)
+    write(values, tied.parent, monkeypatch)
+    check_parameters()
+    (tied / SINGLE).write_bytes((tied / SINGLE).read_bytes()[:-1])
+    for refuse in (check_parameters, lambda: run_stage("prepare_data")):
+        with pytest.raises(SystemExit, match=r"^error: params\.yaml: parent\.path: .*model\.safetensors: is truncated"):
+            refuse()
+    assert not Path("artifacts").exists()
