@@ -37,6 +37,7 @@ from tasks.settings import remote_checks
 from tasks.settings.load import FILE, load
 from tasks.settings.local_checks import is_package
 from tasks.settings.schema import Params
+from tasks.settings.sections import Parent
 from tasks.training.family import run_to_end, training_record
 from tasks.training.start import run_stage
 
@@ -54,7 +55,7 @@ def main() -> None:
     if settings.parent.path is not None:
         begin = time.monotonic()
         with started("parent") as job:
-            import_parent(settings.parent.path, data)
+            import_parent(settings.parent, data)
             write_text(METRICS, "")
             provenance.write_record(provenance.end(job.record, time.monotonic() - begin, provenance.describe_device()))
     else:
@@ -70,22 +71,23 @@ def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
     return model
 
 
-def import_parent(path: str, data: TokenData) -> None:
+def import_parent(parent: Parent, data: TokenData) -> None:
     """Copy the parent from a directory, URL or package, with its weights converted to float32.
 
+    Its config.json has the `rope_scaling` of the section.
     Raises UserError if the parent's tokenizer is not the one that the data was made with, if weights or logits are not
     finite, and if the logits do not depend on the text.
     """
-    config = read_parent_config(path, None, 0)
-    check_tokenizer(data, load_tokenizer(path), config.vocab_size, f"parent.path ({path})")
-    with local_parent(path) as directory:
+    config, where = read_parent_config(parent, 0), f"parent.path ({parent.path})"
+    check_tokenizer(data, load_tokenizer(parent.path), config.vocab_size, where)
+    with local_parent(parent.path) as directory:
         _, reader = ElasticModel.empty(directory)
         if reader.has_tied_head:
             print(f"parent: {hf.HEAD} equals the embeddings, and config.json ties them; one copy is kept")
         check_weights(reader, list(architectures.shapes(config)))
-        model = ElasticModel.from_pretrained(directory)
+        model = ElasticModel.from_pretrained(directory, config=config)
         num_tokens = min(TEST_TOKENS, config.vocab_size)
-        check_logits(model, torch.arange(num_tokens)[None], f"parent.path ({path})")
+        check_logits(model, torch.arange(num_tokens)[None], where)
         model.save_pretrained(OUT, tokenizer_from=directory)
 
 

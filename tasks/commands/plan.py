@@ -97,12 +97,17 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict
 
 
 def read_parent(settings: Params, config: Path | None = None):
-    """The parent's configuration, and where it was read.
+    """The parent's configuration with `parent.rope_scaling`, and where it was read.
 
     It is read from `config` if given, else from the profile's parent. A profile may name a path that does not exist on
     this machine. In that case it is read from the directory of the same name in profiles/parents. Raises ConfigError if
     there is no such directory, and for a package that is not installed.
     """
+    found, source = _find_parent(settings, config)
+    return architectures.with_rope_scaling(found, settings.parent.rope_scaling), source
+
+
+def _find_parent(settings: Params, config: Path | None):
     if config is not None:
         directory = config.parent if config.name == "config.json" else config
         return hf.read_config(directory), str(config)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from transformers import NemotronHConfig, PreTrainedConfig
 
-from elastic_core.model import hf
+from elastic_core.model import architectures, hf
 from tasks.parents import gguf
 from tasks.settings.local_checks import is_package
-from tasks.settings.sections import ParentModel
+from tasks.settings.sections import Parent, ParentModel
 
 
-def read_parent_config(path: str | None, model: ParentModel | None, vocab_size: int) -> PreTrainedConfig:
-    """The configuration at `path`: a directory, a URL or a package. If `path` is None, the configuration of `model`.
+def read_parent_config(parent: Parent, vocab_size: int) -> PreTrainedConfig:
+    """The configuration of section `parent`: of a directory, URL or package, with its `rope_scaling`; or of `model`.
 
     `vocab_size` applies to `model` only. Raises UserError for an unknown or unsupported architecture, ConfigError for
     a package that is not installed, and StorageError for a URL that cannot be read.
     """
-    if path is None:
-        return new_config(model, vocab_size)
-    return gguf.read_config(path) if is_package(path) else hf.read_config(path)
+    if parent.path is None:
+        return new_config(parent.model, vocab_size)
+    config = gguf.read_config(parent.path) if is_package(parent.path) else hf.read_config(parent.path)
+    return architectures.with_rope_scaling(config, parent.rope_scaling)
 
 
 def new_config(model: ParentModel, vocab_size: int, **special_tokens: int) -> NemotronHConfig:

@@ -29,9 +29,8 @@ def check_family(params: Params, where: str) -> None:
 
     Stage train_short checks again, with the order in which depth really drops layers.
     """
-    parent = params.parent
     try:
-        config = read_parent_config(parent.path, parent.model, params.prepare_data.vocab_size)
+        config = read_parent_config(params.parent, params.prepare_data.vocab_size)
     except (ConfigError, StorageError):
         raise
     except UserError as error:
@@ -60,6 +59,7 @@ def check_parent(params: Params, where: str) -> None:
 
 def check_architecture(params: Params, config) -> None:
     """The same for a parent's configuration that has been read. Raises ConfigError."""
+    check_lengths(params, config)
     if architectures.of(config).MODELING_FILE is None and params.choices.heterogeneous:
         allowed = f"pad, as long as choices.heterogeneous is set for a parent of model_type {config.model_type}"
         require(params.extract.heterogeneous == "pad", "extract.heterogeneous", "remote_code", allowed)
@@ -68,6 +68,17 @@ def check_architecture(params: Params, config) -> None:
     untrained = shares(comparable_budgets(params), metric, config, "untrained")
     check_shares(params.budgets, params.untrained, targets, untrained)
     _check_choices(params, metric, config, targets)
+
+
+def check_lengths(params: Params, config) -> None:
+    """Refuse sequences that are longer than the parent's position embeddings. Raises ConfigError."""
+    longest = architectures.max_positions(config)
+    if longest is None:
+        return
+    for name in ("rank", "train_short", "train_extended", "evaluate"):
+        length = getattr(params, name).sequence_length
+        allowed = f"up to {longest:,}, the parent's max_position_embeddings; for longer texts set parent.rope_scaling"
+        require(length <= longest, f"{name}.sequence_length", length, allowed)
 
 
 def _check_choices(params: Params, metric: Metric, config, targets: Mapping[str, float]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from elastic_core.config import require
+from elastic_core.model.rope_scaling import check_rope_scaling
 from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS, MEASURES
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.stage import Stage
@@ -86,13 +87,21 @@ class ParentModel:
 
 @dataclass(frozen=True)
 class Parent:
-    """Section `parent`: a Hugging Face directory, its URL or a package. With `path` null, `model` is trained."""
+    """Section `parent`: a Hugging Face directory, its URL or a package. With `path` null, `model` is trained.
+
+    `rope_scaling` scales the rotary positions of an existing parent to longer texts, in the form of transformers.
+    """
 
     path: str | None = None
     model: ParentModel | None = None
     training: Stage | None = None
+    rope_scaling: dict[str, Any] | None = None
 
     def check(self) -> None:
+        if self.rope_scaling is not None:
+            allowed = "null without parent.path: a model that is trained here has no rotary positions"
+            require(self.path is not None, "rope_scaling", self.rope_scaling, allowed)
+            check_rope_scaling(self.rope_scaling)
         if self.path is None:
             for name in ("model", "training"):
                 require(getattr(self, name) is not None, name, None, "a section, because parent.path is null")

@@ -7,13 +7,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from elastic_core import ElasticModel
+from elastic_core.config import ConfigError, load
 from elastic_core.data.loader import TokenData
 from elastic_core.errors import UserError
 from elastic_core.io.tokenizer_files import copy_tokenizer
+from elastic_core.model import hf
 from tasks import parent
 from tasks.prepare_data import prepare
+from tasks.settings.sections import Parent
 from tests.support.committed_params import put, use_parent, write
-from tests.support.models.parents import random_ids, save_random_parent
+from tests.support.models.parents import random_ids, relative_error, save_random_parent
 from tests.support.pipeline.corpora import configure, texts, write_jsonl
 from tests.support.pipeline.stages import check_parameters, run_stage
 
@@ -51,11 +55,11 @@ def change(directory, edit) -> None:
 @pytest.mark.parametrize("url", [False, True])
 def test_a_second_copy_of_tied_embeddings_is_left_out_and_the_stage_says_so(data, tied, url, capsys):
     location = f"file://{tied}" if url else str(tied)
-    parent.import_parent(location, data)
+    parent.import_parent(Parent(location), data)
     assert "lm_head" not in capsys.readouterr().out
     expected = load_file(parent.OUT / SINGLE)
     change(tied, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
-    parent.import_parent(location, data)
+    parent.import_parent(Parent(location), data)
     assert "parent: lm_head.weight equals the embeddings, and config.json ties them" in capsys.readouterr().out
     found, ids = load_file(parent.OUT / SINGLE), random_ids(LlamaConfig(vocab_size=300), 0)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
@@ -74,20 +78,64 @@ def test_a_second_copy_of_tied_embeddings_is_left_out_and_the_stage_says_so(data
 def test_a_parent_with_unusable_weights_is_not_imported(data, tied, edit, message):
     change(tied, edit)
     with pytest.raises(UserError, match=message):
-        parent.import_parent(str(tied), data)
+        parent.import_parent(Parent(str(tied)), data)
     assert not parent.OUT.exists()
 
 
-def test_damaged_files_are_refused_by_the_check_and_by_the_first_stage(values, tied, monkeypatch):
+@pytest.fixture
+def tied_values(values, tied):
+    """Parameters with that parent."""
     use_parent(values, tied)
     put("choices", "intermediate_size", [24, 20, 16, 12, 8])(values)
     put("choices", "hidden_size", [16])(values)
     put("budgets", {"full": 1.0, "medium": 0.912, "small": 0.824})(values)
     put("extract", "heterogeneous", "pad")(values)
-    write(values, tied.parent, monkeypatch)
+    return values
+
+
+def test_damaged_files_are_refused_by_the_check_and_by_the_first_stage(tied_values, tied, monkeypatch):
+    write(tied_values, tied.parent, monkeypatch)
     check_parameters()
     (tied / SINGLE).write_bytes((tied / SINGLE).read_bytes()[:-1])
     for refuse in (check_parameters, lambda: run_stage("prepare_data")):
         with pytest.raises(SystemExit, match=r"^error: params\.yaml: parent\.path: .*model\.safetensors: is truncated"):
             refuse()
     assert not Path("artifacts").exists()
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize("section", ["rank", "train_short", "train_extended", "evaluate"])
+def test_sequences_beyond_the_parents_positions_are_refused_or_scaled(tied_values, tied, section, monkeypatch):
+    put(section, "sequence_length", 65)(tied_values)
+    write(tied_values, tied.parent, monkeypatch)
+    for refuse in (check_parameters, lambda: run_stage("prepare_data")):
+        with pytest.raises(
+            SystemExit, match=rf"params\.yaml: {section}\.sequence_length: got 65; allowed: up to 64, .*rope"
+        ):
+            refuse()
+    put("parent", "rope_scaling", YARN)(tied_values)
+    write(tied_values, tied.parent, monkeypatch)
+    check_parameters()
+
+
+def test_the_imported_parent_has_the_scaling(data, tied):
+    parent.import_parent(Parent(str(tied), rope_scaling=YARN), data)
+    config, ids = hf.read_config(parent.OUT), random_ids(LlamaConfig(vocab_size=300), 0, (1, 200))
+    assert config.max_position_embeddings == 256 and YARN.items() <= config.rope_parameters.items()
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(parent.OUT)(ids).logits
+        assert relative_error(ElasticModel.from_pretrained(parent.OUT)(ids), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "section, message",
+    [
+        ({"path": "x", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, r"here\.rope_scaling\.rope_type: got"),
+        ({"path": None, "rope_scaling": YARN}, r"here\.rope_scaling: got .*; allowed: null without parent\.path"),
+    ],
+)  # fmt: skip
+def test_scalings_that_are_not_possible(section, message):
+    with pytest.raises(ConfigError, match=message):
+        load(Parent, section, "here")

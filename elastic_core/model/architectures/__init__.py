@@ -7,6 +7,8 @@ Names and sizes
 - `MODELS`: model_type → (configuration class, causal language model class) of transformers.
 - `EMBEDDINGS`, `FINAL_NORM`: the names of these two modules in the trunk. `norm_eps(config)`.
 - `requirements(config)`: conditions on a parent, each as (holds, message if it does not hold).
+- `max_positions(config)`: the longest text for which position embeddings are made, or None. `scale_positions(config,
+  scaling)`: scale them to longer texts, in place.
 - `pattern(config)`: one character per layer, which names its kind.
 - `units(config)`: every unit key with its size and groups.
 - `parameter_layout(config)`: the table. It lists everything that files hold, including tensors that are not trained.
@@ -41,6 +43,8 @@ Experts need no further definitions: a stack (experts.i, rows, columns) in the t
 files (expert_files.py), and a token uses `config.num_experts_per_tok` of them.
 """
 
+import copy
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -107,6 +111,23 @@ def kept_state(config) -> dict[str, Layout]:
 def pattern(config) -> str:
     """One character per layer, which names its kind."""
     return of(config).pattern(config)
+
+
+def max_positions(config) -> int | None:
+    """The longest text for which position embeddings are made, in tokens. None: there are no position embeddings."""
+    return of(config).max_positions(config)
+
+
+def with_rope_scaling(config, scaling: Mapping | None):
+    """A copy of a configuration with scaled rotary positions and a larger max_position_embeddings. None: no change.
+
+    `scaling` is checked (rope_scaling.py). Raises UserError for an architecture without rotary positions.
+    """
+    if scaling is None:
+        return config
+    config = copy.deepcopy(config)
+    of(config).scale_positions(config, scaling)
+    return config
 
 
 def num_layers(config) -> int:

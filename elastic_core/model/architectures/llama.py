@@ -25,6 +25,7 @@ from elastic_core.model.dims import Fixed, Layout, Product, Units
 from elastic_core.model.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.model.ops.flops import Flops, attention_flops, norm_flops
 from elastic_core.model.ops.norm import rms_norm
+from elastic_core.model.rope_scaling import ROPE_TYPES, scaled_rope
 from elastic_core.model.slicing import Slice
 
 MODELS = {
@@ -35,7 +36,6 @@ MODELS = {
 EMBEDDINGS, FINAL_NORM = "embed_tokens", "norm"
 WIDE = ()
 MODELING_FILE, REMOTE_CLASSES = None, None  # a model with different widths in its layers must be padded
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # in other types, frequencies depend on the length of the text
 
 
 def norm_eps(config) -> float:
@@ -64,6 +64,18 @@ def requirements(config) -> list[tuple[bool, str]]:
         (config.hidden_act in ACT2FN, f"hidden_act={config.hidden_act!r}; allowed: {', '.join(sorted(ACT2FN))}"),
         (not sliding, "sliding_attention in layer_types; allowed: 'full_attention' in all layers"),
     ]
+
+
+def max_positions(config) -> int | None:
+    """The longest text for which the rotary positions are made, in tokens."""
+    return config.max_position_embeddings
+
+
+def scale_positions(config, scaling: Mapping) -> None:
+    """Scale the rotary positions of a configuration, in place (see rope_scaling.py)."""
+    config.rope_parameters, config.max_position_embeddings = scaled_rope(
+        config.rope_parameters, config.max_position_embeddings, scaling
+    )
 
 
 def pattern(config) -> str:

@@ -12,6 +12,7 @@ from transformers import Cache, NemotronHConfig, NemotronHForCausalLM
 
 import elastic_core.model.architectures.nemotron_h_ffn as ffn
 import elastic_core.model.architectures.nemotron_h_mamba as mamba
+from elastic_core.errors import UserError
 from elastic_core.model.dims import Fixed, Layout, Product, Units
 from elastic_core.model.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.model.ops import ssd
@@ -47,6 +48,16 @@ def requirements(config) -> list[tuple[bool, str]]:
 def norm_eps(config) -> float:
     """The epsilon of the norms."""
     return config.layer_norm_epsilon
+
+
+def max_positions(config) -> int | None:
+    """None: no layer has position embeddings, so no text is too long. max_position_embeddings has no effect."""
+    return None
+
+
+def scale_positions(config, scaling: Mapping) -> None:
+    """Raise UserError, because there are no rotary positions."""
+    raise UserError("rope_scaling: a nemotron_h has no rotary positions; remove it, longer texts need no scaling")
 
 
 def pattern(config) -> str:

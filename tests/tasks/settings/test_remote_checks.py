@@ -29,6 +29,7 @@ from tasks.corpora.text_sources import Files
 from tasks.prepare_data import prepare
 from tasks.settings import remote_checks
 from tasks.settings.load import load
+from tasks.settings.sections import Parent
 from tests.support.models.parents import random_elastic, save_random_parent
 from tests.support.models.routed_family import CONFIG
 from tests.support.pipeline.corpora import NO_TASKS, configure, texts, write_jsonl
@@ -162,9 +163,9 @@ def test_a_parent_from_s3_is_that_from_disk(s3, project, tmp_path, parent_direct
         assert len(list(local.iterdir())) == sum((parent_directory / name).exists() for name in TOKENIZER_FILES)
     prepare(settings.prepare_data, settings.parent.path, "artifacts/data", settings.seed)
     data = TokenData("artifacts/data")
-    parent.import_parent(settings.parent.path, data)
+    parent.import_parent(settings.parent, data)
     monkeypatch.setattr(parent, "OUT", tmp_path / "from_disk")
-    parent.import_parent(str(parent_directory), data)
+    parent.import_parent(Parent(str(parent_directory)), data)
     assert files_below(tmp_path / "artifacts" / "parent") == files_below(tmp_path / "from_disk")
     assert not list((tmp_path / "checkpoints").iterdir())
     assert not any("pytorch_model.bin" in str(arguments) for method, arguments in calls if method == "get_object")
