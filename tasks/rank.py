@@ -6,12 +6,14 @@ from pathlib import Path
 from elastic_core import ElasticModel, rank, sort_
 from elastic_core.data.loader import PackedSequences, TokenData
 from elastic_core.io import storage
+from elastic_core.model import hf
 from elastic_core.search.ranking_state import RankingState
 from elastic_core.training.distributed.ranks import Ranks
 from tasks.progress.bars import progress_bar
 from tasks.runs import provenance
 from tasks.runs.job import started
 from tasks.runtime.launch import launch
+from tasks.runtime.preflight import check_lengths
 from tasks.settings import remote_checks
 from tasks.settings.load import load
 
@@ -20,6 +22,7 @@ PARENT, DATA, OUT = Path("artifacts/parent"), Path("artifacts/data"), Path("arti
 
 def main() -> None:
     settings = load()
+    check_lengths(settings, hf.read_config(PARENT))
     remote_checks.check(settings, "compute")
     with started("rank", settings) as job:
         launch(work, {"settings": settings, "job": job}, settings.compute, f"rank-{job.key}")

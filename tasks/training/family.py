@@ -21,6 +21,7 @@ from tasks.progress.display import Recorder
 from tasks.progress.metrics_file import read_rows
 from tasks.runs import provenance
 from tasks.runs.job import Job
+from tasks.runtime.preflight import check_lengths
 from tasks.settings.schema import Params
 
 DATA, RANK = Path("artifacts/data"), Path("artifacts/rank")
@@ -42,8 +43,10 @@ def make_run(
     - `model`: placed on the workers. If the stage needs a frozen teacher, the sorted parent is loaded as the teacher.
     - `family`: `router`, or `members` and `metric` (see `Run`).
 
-    Raises UserError if the data was made with another tokenizer or is too short, and ConfigError, see `Run`.
+    Raises UserError if the data was made with another tokenizer or is too short, and ConfigError, see `Run` and
+    `check_lengths`.
     """
+    check_lengths(settings, model.config)
     data = TokenData(DATA)
     check_tokenizer(data, RANK / "model", model.config.vocab_size, "the parent")
     sequences = PackedSequences(data, stage.mixture, stage.sequence_length, seed)
