@@ -22,6 +22,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
+from elastic_core.export.padding import check_padding
 from elastic_core.export.view_model import empty_model, set_parameter, submodel_config
 from elastic_core.model import architectures, hf
 from elastic_core.model.dims import Dim, kept_rows, layer_index
@@ -81,8 +82,14 @@ class NestedModel:
         return self._models[submodel]
 
     def generate(self, input_ids: Tensor, budget: BudgetLike, **options) -> Tensor:
-        """transformers' `generate` with the model of a budget: input_ids (B, L) int64 → (B, L + new tokens)."""
-        return self.at(budget).generate(input_ids, **options)
+        """transformers' `generate` with the model of a budget: input_ids (B, L) int64 → (B, L + new tokens).
+
+        Rows of different lengths are padded on the left, and `attention_mask` (B, L) is 0 at padding. Raises UserError
+        for other padding (see `check_padding`), and for a budget as `submodel` does.
+        """
+        model = self.at(budget)
+        check_padding(self.config, input_ids, model.generation_config, options)
+        return model.generate(input_ids, **options)
 
     def submodel(self, budget: BudgetLike) -> Submodel:
         """The submodel that serves a budget. Raises UserError if there is none, or if it is not nested."""

@@ -36,6 +36,7 @@ Files
 Decoding with transformers (export/nested.py)
 
 - `can_cache(config, kept_layers)`: whether transformers can decode with a cache if only these layers are kept.
+- `pads_exactly(config)`: whether transformers computes left-padded rows as it computes each row alone.
 - `finish(model, device)`: add everything except parameters to a transformers model that was built without memory.
 - `copy_state(config, layer, state, within, cache, number)`: copy a part of a layer's cache to a smaller model's cache.
 
@@ -128,6 +129,11 @@ def with_rope_scaling(config, scaling: Mapping | None):
     config = copy.deepcopy(config)
     of(config).scale_positions(config, scaling)
     return config
+
+
+def pads_exactly(config) -> bool:
+    """Whether transformers computes left-padded rows as it computes each row alone."""
+    return of(config).pads_exactly(config)
 
 
 def num_layers(config) -> int:

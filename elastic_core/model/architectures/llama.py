@@ -213,6 +213,11 @@ def can_cache(config, kept_layers: Iterable[int]) -> bool:
     return True
 
 
+def pads_exactly(config) -> bool:
+    """Whether transformers computes left-padded rows as it computes each row alone: always."""
+    return True
+
+
 def config_changes(config, kept_layers: Sequence[int], widths: dict[str, int]) -> dict:
     """The values in a submodel's configuration that differ from the parent's."""
     changes = widths | {"head_dim": head_dim(config), "num_hidden_layers": len(kept_layers)}

@@ -198,6 +198,15 @@ def can_cache(config, kept_layers: Iterable[int]) -> bool:
     return "*" in (pattern(config)[i] for i in kept_layers)
 
 
+def pads_exactly(config) -> bool:
+    """Whether transformers computes left-padded rows as it computes each row alone.
+
+    It sets the inputs of Mamba layers to zero at padding. A bias after that is not zero, and the convolution mixes it
+    into the first tokens.
+    """
+    return not (config.use_bias and "M" in pattern(config))
+
+
 def config_changes(config, kept_layers: Sequence[int], widths: dict[str, int | list[int]]) -> dict:
     """The values in a submodel's configuration that differ from the parent's. A list has one entry per kept layer."""
     types = [config.layers_block_type[i] for i in kept_layers]

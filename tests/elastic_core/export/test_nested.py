@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from elastic_core import Submodel, extract
+from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.export.nested import NestedModel, nested_chain, part_of_cache
 from elastic_core.model import architectures, hf
@@ -81,7 +82,8 @@ def test_every_budget_computes_what_its_extracted_model_does(family):
         with torch.no_grad():
             logits, expected = model.at(name)(ids).logits, extracted[name](ids).logits
         assert relative_error(logits, expected) < 1e-5  # float32, rows in another order
-        assert torch.equal(model.generate(ids, name, **GREEDY), extracted[name].generate(ids, **GREEDY))
+        options = GREEDY | {"attention_mask": torch.ones_like(ids)}
+        assert torch.equal(model.generate(ids, name, **options), extracted[name].generate(ids, **options))
 
 
 def test_all_budgets_share_one_set_of_weights(family):
@@ -155,3 +157,54 @@ def test_budgets_that_are_not_nested_are_refused():
     wide = Submodel(intermediate_size=3)
     with pytest.raises(ValueError, match="is not nested in"):
         nested_chain(config, [wide.resolve(config), Submodel(hidden_size=5).resolve(config)])
+
+
+ROWS = (9, 5, 1, 2)  # lengths
+
+
+def padded(config, side: str) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Rows of ROWS tokens, the same rows padded with token 0, and their mask."""
+    rows = [random_ids(config, i, (1, length)).clamp(min=1) for i, length in enumerate(ROWS)]
+    ids, mask = torch.zeros(2, len(ROWS), max(ROWS), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        place = slice(max(ROWS) - row.shape[1], None) if side == "left" else slice(row.shape[1])
+        ids[i, place], mask[i, place] = row[0], 1
+    return rows, ids, mask
+
+
+def test_padded_rows_are_continued_as_each_row_alone_or_refused(family):
+    model, *_ = family
+    for name in ("full", "small"):
+        rows, ids, mask = padded(model.config, "left")
+        if not architectures.pads_exactly(model.config):
+            with pytest.raises(UserError, match=r"use_bias.*one row at a time"):
+                model.generate(ids, name, attention_mask=mask, **GREEDY)
+            with torch.no_grad():  # and rightly so: what transformers computes is another text
+                wrong, alone = (
+                    model.at(name)(ids, attention_mask=mask).logits[1, -5:],
+                    model.at(name)(rows[1]).logits[0],
+                )
+            assert relative_error(wrong, alone) > 5e-5  # rounding is below 1e-6
+            continue
+        for options in ({"attention_mask": mask}, {"pad_token_id": 0}):  # without a mask, transformers finds token 0
+            found = model.generate(ids, name, **options, **GREEDY)
+            for row, new in zip(rows, found[:, max(ROWS) :], strict=True):
+                assert torch.equal(new, model.generate(row, name, **GREEDY)[0, row.shape[1] :])
+
+
+def test_other_padding_is_refused(family):
+    model, *_ = family
+    _, ids, mask = padded(model.config, "right")
+    for options in ({"attention_mask": mask}, {"pad_token_id": 0}):
+        with pytest.raises(UserError, match=r"rows \[1, 2, 3\] end with padding .*pad on the left"):
+            model.generate(ids, "small", **options, **GREEDY)
+    mask = torch.ones_like(ids)
+    mask[:2, 3], mask[2, :4] = 0, 0
+    with pytest.raises(UserError, match=r"rows \[0, 1\] have padding inside the text"):
+        model.generate(ids, "small", attention_mask=mask, **GREEDY)
+    with pytest.raises(UserError, match=r"attention_mask: got shape \(4, 8\); allowed: \(4, 9\)"):
+        model.generate(ids, "small", attention_mask=mask[:, 1:], **GREEDY)
+    assert model.generate(ids, "small", attention_mask=torch.ones_like(ids), **GREEDY).shape == (4, 14)
+    assert model.generate(
+        ids, "small", pad_token_id=0, eos_token_id=[0, 1], do_sample=False, max_new_tokens=1
+    ).shape == (4, 10)
