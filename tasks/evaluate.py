@@ -21,7 +21,7 @@ from tasks.evaluation import latency_and_memory, lm_eval_tasks
 from tasks.evaluation.samples import samples
 from tasks.evaluation.text_scores import count_parameters, first_tokens, held_out_scores
 from tasks.progress.bars import progress_bar
-from tasks.settings.load import load
+from tasks.settings.load import FILE, load
 from tasks.settings.sections import Evaluate
 
 DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
@@ -36,6 +36,8 @@ def main(budget: str) -> None:
     if section.benchmarks is None or section.benchmarks.include is not None:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     transformers.utils.logging.disable_progress_bar()
+    if budget == "parent":  # the first of these stages; a bad benchmark should not wait for the other scores
+        lm_eval_tasks.check_benchmark_tasks(section.benchmarks, f"{FILE}: evaluate.benchmarks", download=True)
     parent = None if budget == "parent" else load_model(PARENT)
     directories = {"parent": PARENT} if budget == "parent" else {v: MODELS / budget / v for v in VERSIONS}
     submodel = None if budget == "parent" else json.loads((MODELS / budget / "submodel.json").read_text())

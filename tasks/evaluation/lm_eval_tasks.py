@@ -1,19 +1,32 @@
 """Runs lm-eval: the reasoning tasks that are made with the data, and the benchmarks that a profile names."""
 
 import contextlib
+import difflib
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from datasets.exceptions import DatasetsError
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from jinja2 import TemplateError
 from lm_eval import simple_evaluate
+from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
+from elastic_core.config import ConfigError
 from elastic_core.data.loader import TokenData
+from tasks.settings.benchmark_files import TaskFile, check_task_files
 from tasks.settings.sections import Benchmarks, Evaluate
 
 METRICS = ("acc_norm", "acc", "exact_match")  # a task shows the first of these that it has, else its first metric
+# What lm-eval and the code of a task file raise for a task that cannot be made.
+TASK_ERRORS = (
+    *(ImportError, LookupError, TypeError, ValueError, AttributeError, OSError, AssertionError, NotImplementedError),
+    *(ArithmeticError, RuntimeError, SyntaxError, NameError, DatasetsError, TemplateError),
+)
 RESAMPLES = 1000  # bootstrap, for the standard error of metrics without a formula
 
 
@@ -34,8 +47,8 @@ def reasoning_scores(section: Evaluate, data: TokenData, model) -> dict:
     """Task → exact match (0 to 1), its standard error, the exact match of guessing, and the number of items."""
     if not section.tasks:
         return {}
-    directory = data.directory / "lm_eval"
-    results = _evaluate(section.tasks, data, model, directory, section.task_batch_size, section.limit)
+    manager = _manager(data.directory / "lm_eval")
+    results = _evaluate(section.tasks, data, model, manager, section.task_batch_size, section.limit)
     scores = {}
     for task in section.tasks:
         value = float(results["results"][task]["exact_match,answer"])
@@ -53,22 +66,112 @@ def reasoning_scores(section: Evaluate, data: TokenData, model) -> dict:
 def benchmark_scores(section: Benchmarks | None, data: TokenData, model) -> dict:
     """Task → the shown metric, its value, its standard error, the number of items, and all metrics.
 
-    The standard error is None if lm-eval has none. Returns {} for `section` None.
+    A group with an aggregate metric has one entry. A tag, and a group without an aggregate metric, have one entry for
+    each of their tasks. The standard error is None if lm-eval has none. Returns {} for `section` None.
     """
     if section is None:
         return {}
-    include = None if section.include is None else Path(section.include)
+    manager = _manager(_include(section))
     results = _evaluate(
-        section.tasks, data, model, include, section.batch_size, section.limit, section.num_fewshot, section.data_root
+        section.tasks, data, model, manager, section.batch_size, section.limit, section.num_fewshot, section.data_root
     )
-    return {task: _summary(task, results) for task in section.tasks}
+    shown = [task for name in section.tasks for task in _shown(name, results, manager)]
+    return {task: _summary(task, results) for task in dict.fromkeys(shown)}
+
+
+def check_benchmark_tasks(
+    section: Benchmarks | None, where: str = "evaluate.benchmarks", download: bool = False
+) -> None:
+    """Raise ConfigError unless lm-eval can score the tasks. No model is needed.
+
+    It makes the tasks as for an evaluation: it reads their data and builds the prompt of the first item. Tasks of
+    lm-eval itself have their data on the hub, so without `download` only their names are checked.
+    `where` starts every message.
+    """
+    if section is None:
+        return
+    include = _include(section)
+    if include is not None:
+        leaves = check_task_files(include, section.tasks, Path(section.data_root), where)
+        for leaf in leaves:
+            _check_metrics(leaf)
+    manager = _manager(include)
+    for name in section.tasks:
+        if manager.task_index.get(name) is None:
+            similar = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"; similar names: {', '.join(similar)}" if similar else ""
+            raise ConfigError(f"{where}.tasks: got {name!r}, which lm-eval does not know{hint}")
+    if include is None and not download:
+        return
+    with contextlib.chdir(section.data_root), _quiet():
+        for name in section.tasks:
+            try:
+                manager.load([name])
+            except TASK_ERRORS as error:
+                file = manager.task_index[name].yaml_path or f"tag {name}"
+                text = " ".join(str(error).split())
+                raise ConfigError(f"{where}.tasks: {name} ({file}): {type(error).__name__}: {text}") from None
+
+
+def _check_metrics(leaf: TaskFile) -> None:
+    """Raise ConfigError for a metric or aggregation that lm-eval does not have."""
+    for metric in leaf.values.get("metric_list") or ():
+        if not isinstance(metric, dict) or "metric" not in metric:
+            raise ConfigError(f"{leaf.path}: metric_list: got {metric!r}; allowed: entries with a key `metric`")
+        # A metric computed by `process_results` or by a function has any name; hf_evaluate takes it from the hub.
+        is_named = type(metric["metric"]) is str and "process_results" not in leaf.values
+        if is_named and not metric.get("hf_evaluate") and metric["metric"] not in METRIC_REGISTRY:
+            raise ConfigError(
+                f"{leaf.path}: metric {metric['metric']!r} of task {leaf.name}; allowed: {_known(METRIC_REGISTRY)}"
+            )
+        how = metric.get("aggregation")
+        if type(how) is str and how not in AGGREGATION_REGISTRY:
+            raise ConfigError(
+                f"{leaf.path}: aggregation {how!r} of task {leaf.name}; allowed: {_known(AGGREGATION_REGISTRY)}"
+            )
+
+
+def _known(registry) -> str:
+    return ", ".join(sorted(registry.keys()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of datasets, and none of lm-eval's lines about defaults that it takes."""
+    logger, had_bars = logging.getLogger("lm_eval"), not are_progress_bars_disabled()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if had_bars:
+            enable_progress_bars()
+
+
+def _shown(name: str, results: dict, manager: TaskManager) -> Iterator[str]:
+    """The tasks and groups that are shown for a name of `tasks`: those that have metrics."""
+    if name in results["results"] and _metrics(results["results"][name]):
+        yield name
+    elif name in results["group_subtasks"]:
+        for part in results["group_subtasks"][name]:
+            yield from _shown(part, results, manager)
+    else:
+        yield from sorted(manager.task_index[name].tags)
+
+
+def _metrics(values: dict) -> dict[str, float]:
+    """The metrics in lm-eval's values of a task or group, by "metric,filter"."""
+    numbers = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
+    return {name: value for name, value in numbers.items() if "," in name and "_stderr," not in name}
 
 
 def _summary(task: str, results: dict) -> dict:
     """The scores of one task or group out of lm-eval's results."""
     values = results["results"][task]
     numbers = {name: float(value) for name, value in values.items() if isinstance(value, (int, float))}
-    metrics = {name: value for name, value in numbers.items() if "," in name and "_stderr," not in name}
+    metrics = _metrics(values)
     names = {name.partition(",")[0]: name for name in reversed(metrics)}  # if there are several filters, the first
     name = next((name for name in METRICS if name in names), next(reversed(names)))
     metric = names[name]
@@ -90,23 +193,28 @@ def _tasks_of_group(task: str, results: dict) -> Iterator[str]:
             yield from _tasks_of_group(part, results)
 
 
+def _include(section: Benchmarks) -> Path | None:
+    return None if section.include is None else Path(section.include)
+
+
+def _manager(include: Path | None) -> TaskManager:
+    """lm-eval's index of the tasks in a directory, or of its own tasks, which takes some seconds."""
+    return TaskManager(include_path=include and str(include.resolve()), include_defaults=include is None)
+
+
 def _evaluate(
     tasks: tuple[str, ...],
     data: TokenData,
     model,
-    include: Path | None,
+    manager: TaskManager,
     batch_size: int,
     limit: int | None,
     num_fewshot: int | None = None,
     data_root: str = ".",
 ) -> dict:
-    """lm-eval's results. `include`: a directory of task files, or None for lm-eval's own tasks.
-
-    `data_root`: relative paths in the task files start here.
-    """
+    """lm-eval's results. `data_root`: relative paths in the task files start here."""
     tokenizer = AutoTokenizer.from_pretrained(data.directory / "tokenizer")
     model = QuietHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
-    manager = TaskManager(include_path=include and str(include.resolve()), include_defaults=include is None)
     with contextlib.chdir(data_root):
         return simple_evaluate(
             model=model,

