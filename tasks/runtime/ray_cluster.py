@@ -3,6 +3,8 @@
 import contextlib
 import os
 import socket
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from tasks.runtime.ray_cleanup import nothing_left
 from tasks.settings.sections import Compute
 
 ANSWER_SECONDS = 8  # for a cluster to show that it is there
+SHORT = "/tmp"
+SOCKET_BYTES = 107 if sys.platform == "linux" else 103  # the longest path of a Unix socket
+SOCKET = "/ray/session_2026-01-01_00-00-00_123456_1234567/sockets/plasma_store"  # what Ray appends to its directory
 HTTP2_SETTINGS = 4  # the type of a frame, its fourth byte (RFC 9113)
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, HTTP2_SETTINGS, 0, 0, 0, 0, 0])
 ENVIRONMENT = {
@@ -41,7 +46,11 @@ def cluster(compute: Compute, address: str | None) -> Iterator[None]:
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cores}
     else:
         options["address"] = address
-    with nothing_left() if "num_cpus" in options else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if options["address"] == "local":
+            if (directory := stack.enter_context(short_directory())) is not None:
+                options["_temp_dir"] = directory
+            stack.enter_context(nothing_left())
         try:
             ray.init(**options)
         except (ConnectionError, ray.exceptions.AuthenticationError) as error:
@@ -53,6 +62,29 @@ def cluster(compute: Compute, address: str | None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def short_directory() -> Iterator[str | None]:
+    """A temporary directory for Ray's files where TMPDIR is too long for them; None where it is short enough.
+
+    Ray puts Unix sockets there, and the system limits the length of their paths. Raises ConfigError if there is no
+    other directory that is short enough.
+    """
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"  # as in Ray
+    given, most = os.environ.get(name, SHORT), SOCKET_BYTES - len(SOCKET)
+    if len(os.fsencode(os.path.abspath(given))) <= most:
+        yield None
+        return
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="ray-", dir=SHORT, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{name}: got {given!r}; allowed: a directory with a path of up to {most} bytes, because Ray puts sockets "
+            f"there; {SHORT} cannot be used instead ({error.strerror})"
+        ) from None
+    with directory as path:
+        yield path
 
 
 def has_token() -> bool:

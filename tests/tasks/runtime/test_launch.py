@@ -19,6 +19,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from elastic_core.config import ConfigError, load
+from elastic_core.errors import UserError
 from elastic_core.io.storage import StorageError, StorageUnavailable
 from elastic_core.training.checkpoint import CheckpointError, CheckpointUnavailable
 from elastic_core.training.diagnosis import NonFiniteError
@@ -54,6 +55,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     [
         (NonFiniteError("the loss is nan"), StageError, "^the loss is nan$"),
         (ConfigError("seed: got -1"), StageError, "^seed: got -1$"),
+        (UserError("rank: the head is zero"), StageError, "^rank: the head is zero$"),
         (CheckpointError("step 3 could not"), StageError, "^step 3 could not$"),
         (StorageError("s3://a: no such bucket"), StageError, "^s3://a: no such bucket$"),
         (FULL, StageError, r"^\[Errno 28\] No space left on device; make space and start again: "),
