@@ -15,6 +15,7 @@ import torch
 from elastic_core import config
 from elastic_core.data.packing import PackedDocuments, Windows, schedule
 from elastic_core.data.token_files import Manifest, Split
+from elastic_core.data.tokenizer import load_tokenizer
 from elastic_core.errors import UserError
 
 IGNORED_LABEL = -100  # torch's cross_entropy ignores positions with this label
@@ -178,9 +179,7 @@ def check_tokenizer(data: TokenData, tokenizer, vocab_size: int | None = None, o
             f"{vocab_size}; {advice}"
         )
     if isinstance(tokenizer, (str, Path)):
-        from transformers import AutoTokenizer  # imported here because the import is slow
-
-        owner, tokenizer = f"{owner} ({tokenizer})", AutoTokenizer.from_pretrained(tokenizer)
+        owner, tokenizer = f"{owner} ({tokenizer})", load_tokenizer(tokenizer)
     if tokenizer is not None and vocabulary_sha256(tokenizer) != manifest.tokenizer_sha256:
         raise UserError(
             f"{data.directory} was tokenised with another vocabulary ({manifest.vocab_size} tokens, sha256 "

@@ -59,11 +59,23 @@ def _active(config, submodel: Submodel | None = None) -> dict[str, int]:
 
 
 def read(directory: str | os.PathLike) -> dict:
-    """The content of ``elastic.json``. Raises UserError if the directory has none."""
+    """The content of ``elastic.json``. Raises UserError if the directory has none, or a damaged one."""
     file = Path(directory) / FILE
     if not file.is_file():
         raise UserError(f"{directory}: no {FILE}, so it has no budgets; give a Submodel, or another directory")
-    return read_json(file)
+    content = read_json(file)
+    try:
+        read_metric(content["cost"])
+        for entry in content["budgets"].values():
+            float(entry["target"]), Submodel(**entry["submodel"])
+        for values in content["path"]:
+            Submodel(**values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"{file}: does not hold the budgets of a family ({problem}); copy the family again") from None
+    return content
 
 
 def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel:

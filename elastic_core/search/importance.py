@@ -12,13 +12,13 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from elastic_core.errors import UserError
 from elastic_core.io.atomic import write_text
+from elastic_core.io.json_files import read_json
 from elastic_core.model.dims import Units, elastic_units, permute
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.search.depth_ranking import ADVICE, rank_layers
@@ -62,7 +62,7 @@ class Ranking:
     @classmethod
     def load(cls, path: str | os.PathLike) -> Ranking:
         """Read what `save` has written."""
-        content = json.loads(Path(path).read_text())
+        content = read_json(path)
         return cls(
             scores={key: torch.tensor(value, dtype=torch.float64) for key, value in content["scores"].items()},
             orders={key: torch.tensor(value) for key, value in content["orders"].items()},

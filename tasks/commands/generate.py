@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoModelForCausalLM, TextStreamer
 
 from elastic_core import extract
+from elastic_core.data.tokenizer import load_tokenizer
 from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io.json_files import read_json
@@ -39,7 +40,7 @@ def generate(
     with _quiet():
         with _plain_model(directory, budget) as plain:
             trust = {"trust_remote_code": _has_our_code(plain)}
-            tokenizer = AutoTokenizer.from_pretrained(plain, **trust)
+            tokenizer = load_tokenizer(plain, **trust)
             model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
         return _continue(model, tokenizer, prompt, max_new_tokens, temperature)
 

@@ -57,9 +57,7 @@ def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:
 
     A heterogeneous model is described as a submodel of the uniform model with its largest widths.
     """
-    values, _ = PreTrainedConfig.get_config_dict(
-        directory, local_files_only=True
-    )  # for a broken file, its OSError names the file
+    values = hf.read_values(directory, str(directory))
     widths = {field: values[field] for field in PER_LAYER if isinstance(values.get(field), list)}
     if not widths or values.get("model_type") not in architectures.ARCHITECTURES:
         return hf.read_config(directory), Submodel()

@@ -14,10 +14,10 @@ from lm_eval import simple_evaluate
 from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer
 
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import TokenData
+from elastic_core.data.tokenizer import load_tokenizer
 from tasks.settings.benchmark_files import TaskFile, check_task_files
 from tasks.settings.sections import Benchmarks, Evaluate
 
@@ -213,7 +213,7 @@ def _evaluate(
     data_root: str = ".",
 ) -> dict:
     """lm-eval's results. `data_root`: relative paths in the task files start here."""
-    tokenizer = AutoTokenizer.from_pretrained(data.directory / "tokenizer")
+    tokenizer = load_tokenizer(data.directory / "tokenizer")
     model = QuietHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
     with contextlib.chdir(data_root):
         return simple_evaluate(

@@ -3,8 +3,9 @@
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from elastic_core.data.tokenizer import load_tokenizer as load_local_tokenizer
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.directory_transfer import local_files
@@ -26,10 +27,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
     if not storage.is_url(source) and not Path(source).is_dir():
         raise UserError(f"tokenizer {str(source)!r}: no such directory; parent.path is a model's directory, or null")
     with local_files(source, ("config.json", *TOKENIZER_FILES)) as local:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"tokenizer {str(source)!r}: cannot be loaded ({error})") from None
+        tokenizer = load_local_tokenizer(local, source)
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {str(source)!r}: needs a fast tokenizer (tokenizer.json)")
     if tokenizer.eos_token_id is None:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from elastic_core import extract
 from elastic_core.cost.budgets import TOLERANCE
 from elastic_core.cost.metrics import num_parameters
+from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.export.elastic_checkpoint import find_submodel
 from elastic_core.model.submodel import Submodel
@@ -136,3 +137,22 @@ def test_extract_says_what_it_cannot_serve(elastic, tmp_path):
     with pytest.raises(ValueError, match=r"budget: got 'large'; allowed: one of full, medium, small"):
         extract(elastic[0], "large", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}", '{"cost": "parameters", "budgets": [], "path": []}'),
+        *(
+            '{"cost": 5, "budgets": {}, "path": []}',
+            '{"cost": "parameters", "budgets": {"a": {"target": 1}}, "path": []}',
+        ),
+        '{"cost": "parameters", "budgets": {"a": {"target": "x", "submodel": {}}}, "path": []}',
+        '{"cost": "parameters", "budgets": {"a": {"target": 1.0, "submodel": {"width": 3}}}, "path": []}',
+        '{"cost": "parameters", "budgets": {}, "path": [{"hidden_size": "x"}]}',
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, content):
+    (tmp_path / "elastic.json").write_text(content)
+    with pytest.raises(UserError, match=rf"{tmp_path}/elastic\.json: "):
+        elastic_checkpoint.read(tmp_path)
