@@ -21,14 +21,17 @@ NAMED = 3  # how many bad tensors a message names
 def check_parent_files(location: Location) -> None:
     """Raise UserError unless the files of a parent are whole and fit its config.json. Takes seconds, also for a URL.
 
-    It reads config.json, the other JSON files, the index and the header of every safetensors file, but no weights. So
-    it does not see what only the values show: see `check_weights`, and `TensorReader.check_tied_head`.
+    It reads config.json, the other JSON files, the index and the header of every safetensors file, but no weights (see
+    `check_weights`). One exception: where a local directory has a head beside tied embeddings, it compares the two.
     """
     config = hf.read_config(location)
     for name in storage.list_names(location):
         if name in TOKENIZER_FILES and name.endswith(".json"):
             read_json(storage.join(location, name))
-    hf.TensorReader(location).check(architectures.shapes(config))
+    reader, shapes = hf.TensorReader(location), architectures.shapes(config)
+    reader.check(shapes)
+    if not storage.is_url(location):
+        reader.check_tied_head(next(iter(shapes)))
 
 
 def check_weights(reader: hf.TensorReader, names: list[str]) -> None:

@@ -232,7 +232,7 @@ def test_another_head_beside_tied_embeddings_is_refused(tmp_path):
     head[-1, -1] += 0.5  # the last of all values
     save_file(tensors | {HEAD: head}, tmp_path / SINGLE, {"format": "pt"})
     expected = transformers_logits(tmp_path, ids)
-    for load in (ElasticModel.from_pretrained, lambda d: extract(d, Submodel(), tmp_path / "out")):
+    for load in (check_parent_files, ElasticModel.from_pretrained, lambda d: extract(d, Submodel(), tmp_path / "out")):
         with pytest.raises(UserError, match=r"lm_head\.weight differs .*set tie_word_embeddings to false"):
             load(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
