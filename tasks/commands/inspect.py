@@ -57,7 +57,8 @@ def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:
 
     A heterogeneous model is described as a submodel of the uniform model with its largest widths.
     """
-    values = hf.read_values(directory, str(directory))
+    hf.read_values(directory, str(directory))  # its errors name the file
+    values, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
     widths = {field: values[field] for field in PER_LAYER if isinstance(values.get(field), list)}
     if not widths or values.get("model_type") not in architectures.ARCHITECTURES:
         return hf.read_config(directory), Submodel()
