@@ -20,7 +20,7 @@ from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.fingerprints import DigestCache, fingerprint
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
-from tasks.evaluation.task_files import data_files
+from tasks.settings.benchmark_files import check_task_files, data_files
 from tasks.settings.load import load
 from tasks.settings.local_checks import PACKAGE, is_package
 from tasks.settings.schema import Params
@@ -80,10 +80,12 @@ def benchmarks(settings: Params, cache: DigestCache) -> dict:
     section = settings.evaluate.benchmarks
     if section is None or section.include is None:
         return {}
-    data = data_files(Path(section.include), Path(section.data_root))
+    include, root = Path(section.include), Path(section.data_root)
+    leaves = check_task_files(include, section.tasks, root, "evaluate.benchmarks")
+    names = sorted({name for leaf in leaves for name in data_files(leaf)})
     return {
         "tasks": fingerprint(section.include, cache),
-        "data": {str(path): fingerprint(path, cache) for path in data},
+        "data": {name: fingerprint(name if "://" in name else root / name, cache) for name in names},
     }
 
 

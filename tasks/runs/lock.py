@@ -192,7 +192,8 @@ def _has_ended(content: dict) -> bool:
     if content.get("machine") != _machine():
         return False
     try:
-        return psutil.Process(content["process"]).create_time() != content["started"]
+        process = psutil.Process(content["process"])
+        return process.create_time() != content["started"] or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
 

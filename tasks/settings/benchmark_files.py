@@ -119,18 +119,22 @@ def check_task_files(directory: Path, tasks: tuple[str, ...], data_root: Path, w
     return found
 
 
-def _check_data(leaf: TaskFile, data_root: Path) -> None:
+def data_files(leaf: TaskFile) -> list[str]:
+    """The data files that a task names: paths or patterns, relative to `evaluate.benchmarks.data_root`, or URLs."""
     options = leaf.values.get("dataset_kwargs")
     files = options.get("data_files") if isinstance(options, dict) else None
-    for split in files.values() if isinstance(files, dict) else [files]:
-        for name in _as_list(split):
-            is_pattern = any(character in name for character in "*?[")
-            if "://" in name or (any(data_root.glob(name)) if is_pattern else (data_root / name).is_file()):
-                continue
-            raise ConfigError(
-                f"{leaf.path}: the data file {name} of task {leaf.name} does not exist in {data_root.resolve()}; "
-                "data_files are relative to evaluate.benchmarks.data_root"
-            )
+    return [name for split in (files.values() if isinstance(files, dict) else [files]) for name in _as_list(split)]
+
+
+def _check_data(leaf: TaskFile, data_root: Path) -> None:
+    for name in data_files(leaf):
+        is_pattern = any(character in name for character in "*?[")
+        if "://" in name or (any(data_root.glob(name)) if is_pattern else (data_root / name).is_file()):
+            continue
+        raise ConfigError(
+            f"{leaf.path}: the data file {name} of task {leaf.name} does not exist in {data_root.resolve()}; "
+            "data_files are relative to evaluate.benchmarks.data_root"
+        )
 
 
 def _check_functions(path: Path) -> None:

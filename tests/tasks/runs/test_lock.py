@@ -1,5 +1,6 @@
 """One process at a time works on a run: leases on disk and on an S3 server, of this machine and of others."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -55,7 +56,7 @@ def test_a_second_run_is_told_who_holds_it_and_a_dead_one_disturbs_nobody(place,
     with pytest.raises(ConfigError, match=words), only_one(place, "train_short"):
         pytest.fail("held twice")
     first.kill()
-    first.wait()
+    os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is a zombie until it is waited for
     with only_one(place, "train_short"):
         assert lock.holder_of(place) is not None
     assert lock.holder_of(place) is None and storage.list_names(place) == []
