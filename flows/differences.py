@@ -1,17 +1,30 @@
-"""What differs between two finished runs, in parameters and in results. It needs no Prefect."""
+"""What differs between two finished runs, or between two model directories. It needs no Prefect."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from flows.records import read_record
 
+FIELDS = {"parameter": "parameters", "library": "libraries", "code or input": "files", "fingerprint": "fingerprints"}
 COLUMNS = ("what", "name", "before", "after", "change")
 
 
 def changes(before: Path, after: Path) -> list[dict]:
     """A row for everything that differs between two runs' directories, the same keys in each."""
+    return _compare({"run": _provenance, "parameter": _parameters, "result": _results}, before, after)
+
+
+def model_changes(before: dict, after: dict) -> list[dict]:
+    """The same for two model directories, from what `elastic inspect` describes: sizes, and where they come from."""
+    readers = {"size": _sizes, "stage": _stages}
+    readers |= {kind: _of_stages(field) for kind, field in FIELDS.items()}
+    return _compare(readers, before, after)
+
+
+def _compare(readers: dict[str, Callable[..., dict]], before, after) -> list[dict]:
     rows = []
-    for kind, read in (("run", _provenance), ("parameter", _parameters), ("result", _results)):
+    for kind, read in readers.items():
         old, new = read(before), read(after)
         for name in [*old, *(name for name in new if name not in old)]:
             if old.get(name) != new.get(name):
@@ -21,9 +34,9 @@ def changes(before: Path, after: Path) -> list[dict]:
 
 def count(rows: list[dict]) -> str:
     """How much differs, in words."""
-    numbers = {kind: sum(row["what"] == kind for row in rows) for kind in ("parameter", "result")}
+    numbers = {kind: sum(row["what"] == kind for row in rows) for kind in ("size", "parameter", "result")}
     parts = [f"{number} {kind}{'s' * (number != 1)}" for kind, number in numbers.items() if number]
-    return f"{' and '.join(parts)} differ" if parts else "no parameter and no result differs"
+    return f"{' and '.join(parts)} differ" if parts else "no size, parameter or result differs"
 
 
 def as_text(rows: list[dict]) -> str:
@@ -68,6 +81,30 @@ def _flat(values: dict, prefix: str = "") -> dict:
     for key, value in values.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
+
+
+def _sizes(description: dict) -> dict:
+    names = ("model_type", "parameters", "pattern", "bytes", "dtypes", "vocab_size", "context")
+    return {name: description[name] for name in names} | _flat(description["widths"])
+
+
+def _stages(description: dict) -> dict:
+    """Commit, device, time and tokens of each stage."""
+    names = ("key", "commit", "clean", "started", "seconds", "tokens", "device", "continues")
+    records = description["provenance"]
+    return {f"{record['stage']}.{name}": record[name] for record in records for name in names if name in record}
+
+
+def _of_stages(field: str) -> Callable[[dict], dict]:
+    """Reads one field of all stages' records."""
+
+    def read(description: dict) -> dict:
+        found = {}
+        for record in description["provenance"]:
+            found |= _flat(record[field], f"{record['stage']}: ")
+        return found
+
+    return read
 
 
 def _results(directory: Path) -> dict:

@@ -1,5 +1,7 @@
 """`elastic run`, `compare` and `up`: the pipeline, in this terminal or from a browser, and its finished runs."""
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,7 +33,18 @@ def run(
         ),
     ] = None,
     settings: Settings = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Run stages also where nothing has changed.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Run stages from the start, also where nothing has changed.")
+    ] = False,
+    old_run: Annotated[
+        str | None,
+        typer.Option(
+            "--continue",
+            metavar="RUN",
+            help="Go on from the checkpoints of this stopped run of a stage, though code or inputs have changed since "
+            "(`elastic clean` lists runs); this is put on record.",
+        ),
+    ] = None,
 ) -> None:
     """Run the pipeline in this terminal, from a parent to an evaluated family and its report.
 
@@ -47,9 +60,12 @@ def run(
     """
     with clear_errors("stopped; the same command goes on from the newest checkpoint"):
         from flows.cli.pipeline import Selection, run_pipeline
+        from tasks.runs.job import CONTINUE
         from tasks.settings.budgets import read_family
 
         chosen = Selection(first, last, only or ())
+        if old_run is not None:
+            os.environ[CONTINUE] = Path(old_run).name
         run_pipeline(profile, chosen, read_family(budgets or (), "--budget"), settings or (), force, say)
 
 
@@ -65,20 +81,28 @@ def compare(
         typer.Argument(metavar="RUN", help="Another one.", autocompletion=complete_run, show_default="the last one"),
     ] = None,
 ) -> None:
-    """Show what differs between two finished runs: parameters and results.
+    """Show what differs between two finished runs: parameters and results. Or between two model directories.
 
     Runs of `elastic run` and of the dashboard are in `reports/runs/`. A run's name may be written as that directory's.
+    Of model directories, it compares sizes, and what their provenance says: parameters, libraries, code and inputs.
 
     - `elastic compare`: the last two
     - `elastic compare smoke-2026-11-29-21-43`: from that run to the last one
+    - `elastic compare models/monday models/tuesday`: two exports
     """
     with clear_errors("stopped"):
-        from flows.differences import as_text, changes, count
+        from flows.differences import as_text, changes, count, model_changes
         from flows.records import NAMED, choose, records
         from tasks.settings.profiles import ROOT
 
-        first, second = choose(records(ROOT), before, after)
-        rows = changes(ROOT / NAMED / first, ROOT / NAMED / second)
+        if before and after and all((Path(name) / "config.json").is_file() for name in (before, after)):
+            from tasks.commands.inspect import inspect_checkpoint
+
+            first, second = before, after
+            rows = model_changes(*(inspect_checkpoint(Path(name)) for name in (before, after)))
+        else:
+            first, second = choose(records(ROOT), before, after)
+            rows = changes(ROOT / NAMED / first, ROOT / NAMED / second)
         say(f"{first} → {second}: {count(rows)}\n\n{as_text(rows)}")
 
 

@@ -4,6 +4,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from tasks.progress.durations import duration
+
 UNBOUND = 400  # columns, where nobody looks: a file's lines are not wrapped
 HEADINGS = {
     "hidden_size": "hidden",
@@ -30,6 +32,9 @@ def show(description: dict) -> None:
     console.print(facts(description))
     console.print()
     console.print(members(description))
+    if description["provenance"]:
+        console.print()
+        console.print(stages(description["provenance"]))
 
 
 def facts(description: dict) -> Table:
@@ -48,11 +53,32 @@ def facts(description: dict) -> Table:
     if (time := description["time"]) is not None:
         table.add_row("time", f"{digits(time['parent'])} ms/token for {time['setting']}, which budgets are shares of")
     table.add_row("disk", f"{size(description['bytes'])} in {weights}, {dtypes}, {tokenizer} tokenizer")
-    table.add_row("from", provenance(description["provenance"]))
+    table.add_row("written by", writer(description["written_by"]))
     return table
 
 
-def provenance(source: dict | None) -> str:
+def stages(records: list[dict]) -> Table:
+    """A row for each stage that the weights come from."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("stage", "run", "started (UTC)", "took"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("commit", no_wrap=True)
+    table.add_column("device", overflow="fold")
+    for record in records:
+        commit = (record["commit"] or "–")[:12] + ("" if record["clean"] else " with changes")
+        tokens = f"{record['tokens']:,}" if "tokens" in record else "–"
+        begun = record["started"][:16].replace("T", " ")
+        took = duration(record["seconds"])
+        table.add_row(record["stage"], record["key"], begun, took, tokens, commit, record["device"])
+        if "continues" in record:
+            table.add_row("", f"goes on from {record['continues']['run']}, although this has changed:")
+            for change in record["continues"]["changed"]:
+                table.add_row("", f"  {change}")
+    return table
+
+
+def writer(source: dict | None) -> str:
     if source is None:
         return "unknown (no dvc.lock around it names it)"
     seed = "" if source["seed"] is None else f", seed {source['seed']}"

@@ -11,6 +11,7 @@ from elastic_core.cost.latency import Timed, as_latency
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import exact_cost, num_active_parameters, num_parameters, read_metric
 from elastic_core.export import elastic_checkpoint
+from elastic_core.io.provenance_file import read_provenance
 from elastic_core.model import architectures, hf
 from elastic_core.model.axes import EXPERTS, PER_LAYER, WIDTHS
 from elastic_core.model.dims import layer_of
@@ -22,7 +23,8 @@ DROPPED = "·"  # in a pattern: a layer of the parent that the member does not h
 def inspect_checkpoint(directory: Path) -> dict:
     """Describe a model directory: its architecture, sizes, files, budgets and origin.
 
-    `bytes` is the size of all weight files. `memory`, `time` and `budgets` are None for a plain model.
+    `bytes` is the size of all weight files. `memory`, `time` and `budgets` are None for a plain model. `provenance` has
+    a record for each stage that the weights come from; `written_by` is what the workspace's dvc.lock says.
     Raises UserError if the tensors do not match config.json.
     """
     config, own = read_sizes(directory)
@@ -48,7 +50,8 @@ def inspect_checkpoint(directory: Path) -> dict:
         "memory": read_memory(directory, config) if is_elastic else None,
         "time": read_time(directory, config) if is_elastic else None,
         "budgets": read_budgets(directory, config) if is_elastic else None,
-        "provenance": find_provenance(directory),
+        "provenance": read_provenance(directory),
+        "written_by": find_writer(directory),
     }
 
 
@@ -127,7 +130,7 @@ def read_time(directory: Path, config) -> dict | None:
     return values | {"parent": exact_cost(as_latency(metric), config)}
 
 
-def find_provenance(directory: Path) -> dict | None:
+def find_writer(directory: Path) -> dict | None:
     """The stage and the seed that wrote the directory, read from the dvc.lock of its workspace. None without one."""
     directory = directory.resolve()
     for workspace in directory.parents:

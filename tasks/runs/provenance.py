@@ -103,4 +103,4 @@ def read_records(*stages: str) -> list[dict]:
 
 def write(directory: str | os.PathLike, records: list[dict]) -> None:
     """Write the records of a model directory."""
-    write_text(Path(directory) / FILE, json.dumps(records, indent=1) + "\n")
+    write_text(Path(directory) / FILE, json.dumps({"stages": records}, indent=1) + "\n")

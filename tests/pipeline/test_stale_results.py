@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("dvc")
 pytest.importorskip("ray")
 
+from elastic_core.io.provenance_file import read_provenance
 from tests.support.flows_fixture.driver import copy_checkout
 from tests.support.pipeline.tiny_pipeline import write_params
 
@@ -44,7 +45,7 @@ class Checkout:
         """The provenance of a stage's newest result."""
         written = self.directory / "artifacts" / "provenance" / f"{stage}.json"
         if not written.is_file():
-            records = json.loads((self.directory / "artifacts" / stage / "model" / "provenance.json").read_text())
+            records = read_provenance(self.directory / "artifacts" / stage / "model")
             return next(record for record in records if record["stage"] == stage)
         return json.loads(written.read_text())
 

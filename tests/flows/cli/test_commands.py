@@ -128,8 +128,8 @@ def test_inspect_counts_what_extracted_members_have(workspace, family, tmp_path)
     assert told["budgets"]["uneven"]["pattern"] == "M-*·-"
     assert told["budgets"]["uneven"]["widths"]["intermediate_size"] == [13, 4]
     assert told["budgets"]["small"]["widths"]["intermediate_size"] is None  # it has no such layers
-    assert told["provenance"]["stage"] == "train_extended" and told["provenance"]["md5"] == "abc.dir"
-    assert told["provenance"]["seed"] == 7
+    assert told["written_by"]["stage"] == "train_extended" and told["written_by"]["md5"] == "abc.dir"
+    assert told["written_by"]["seed"] == 7
 
 
 def test_inspect_shows_it_to_people(family):
