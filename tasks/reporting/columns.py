@@ -19,7 +19,8 @@ TASKS = {
 class Column:
     """A column: its name, its unit ("" if it has none), how it was measured, and the format of its numbers.
 
-    `spread` names the columns of the lower and the upper quartile. `shown` False: only in results.json.
+    `spread` names the columns of the lower and the upper quartile. `shown` False: only in results.json. `once`: all
+    versions of a budget share the number, so it stands in the row of the last one.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Column:
     form: str = ".4f"
     spread: tuple[str, str] | None = None
     shown: bool = True
+    once: bool = False
 
     @property
     def title(self) -> str:
@@ -171,7 +173,7 @@ def _speed(parent: dict) -> dict[str, Column]:
     steps = latency["repeats"] * latency["new_tokens"]
     device = f"{environment['device']}, {latency['threads']} thread{'s' * (latency['threads'] != 1)}"
     setting = f"with transformers' cache; {device}, {memory['element_type']}"
-    shape = "Measured once per budget: all its versions have the same shape."
+    shape = "Measured once per budget, with its last version: all its versions have the same shape."
     found = {}
     for column, name, ratios, how in (
         (
@@ -193,14 +195,13 @@ def _speed(parent: dict) -> dict[str, Column]:
             f"of {ratios}, and their quartiles. {shape}"
         )
         spread = (f"{column}_low", f"{column}_high")
-        found[column] = Column(name, "× parent", text, ".2f", spread)
+        found[column] = Column(name, "× parent", text, ".2f", spread, once=True)
         for key, side in zip(spread, ("lower", "upper"), strict=True):
-            found[key] = Column(
-                name, f"× parent, {side} quartile", f"The {side} quartile of the ratios.", ".3f", shown=False
-            )
+            unit, how = f"× parent, {side} quartile", f"The {side} quartile of the ratios."
+            found[key] = Column(name, unit, how, ".3f", shown=False, once=True)
     for key, name in (("ms_per_token", "time per token"), ("parent_ms_per_token", "the parent's time per token")):
         how = f"Median in milliseconds on {device}, in the same minutes as the other of the two."
-        found[key] = Column(f"{name} on {environment['device']}", "ms", how, ".2f", shown=False)
+        found[key] = Column(f"{name} on {environment['device']}", "ms", how, ".2f", shown=False, once=True)
     return found
 
 

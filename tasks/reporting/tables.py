@@ -118,6 +118,12 @@ def metrics(frame: pd.DataFrame, tasks: list[str]) -> dict[str, dict]:
     }
 
 
+def once_per_budget(frame: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """The results, in which numbers that all versions of a budget share stand in the row of the last version only."""
+    last = frame["model"].isin(["parent", LABELS[FINAL]])
+    return frame.assign(**{name: frame[name].where(last) for name in names})
+
+
 def rounded(frame: pd.DataFrame, described: dict, guesses: dict[str, float]) -> list[dict]:
     """The results as plain rows with the same keys, rounded to the digits of their columns. The last row is guessing.
 

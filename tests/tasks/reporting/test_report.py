@@ -375,6 +375,8 @@ def test_the_files(made):
     results, metrics = (json.loads((made / name).read_text()) for name in ("results.json", "metrics.json"))
     assert len(results) == 10 and metrics["small"]["latency_ratio"] == 0.5
     assert results[-2]["time per token on a processor, ms"] == 2.0
+    ratios = [row["time per token, × parent"] for row in results]
+    assert ratios == [1.0, None, 1.0, None, None, 0.9, None, None, 0.5, None]  # one number per shape
     above = (made / "report.md").read_text().split("## Plots")[0]
     assert above.count("\n| ") == 11 and "data:" not in above and "Extracted, but not trained: middle" in above
     target = "(target 100.0% of parameters; reached 100.0%)"
