@@ -6,7 +6,6 @@ are artifacts of the run (flows/live.py). At the end the results, the report and
 artifacts too (flows/publish.py).
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,15 +19,16 @@ from elastic_core.errors import UserError
 from flows import publish
 from flows.live import Live
 from flows.process.output import follow
-from flows.stages import StageFailed, StageInterrupted, reproduce, select, stage_names
+from flows.stages import StageFailed, StageInterrupted, check_command, reproduce, select, stage_names
+from tasks.settings import merging
 from tasks.settings import profiles as workspaces
 
 ROOT = Path(__file__).resolve().parents[1]
 RETRIES, RETRY_SECONDS = 3, 30  # of a stage that lost a server or a worker
-Profile = Literal[tuple(workspaces.profile_names(ROOT))]
+Profile = Literal[tuple(merging.profile_names(ROOT))]
 STAGES = stage_names(ROOT)
 Stage = Literal[tuple(STAGES)]
-Override = Annotated[str, Field(pattern=f"^{workspaces.OVERRIDE}$")]
+Override = Annotated[str, Field(pattern=f"^{merging.OVERRIDE}$")]
 
 
 class BudgetForm(BaseModel):
@@ -67,10 +67,10 @@ def elastic(
     shares = {budget.name: budget.share for budget in budgets}
     if len(shares) < len(budgets):
         raise UserError(f"budgets: a name is there twice: {', '.join(budget.name for budget in budgets)}")
-    workspace = workspaces.prepare_workspace(profile, ROOT, shares, overrides)
-    names = stage_names(workspace)
+    names = stage_names(ROOT)
     chosen = select(names, from_stage, until_stage, only_stages)
-    check_parameters(workspace)
+    check_parameters(profile, shares, overrides)
+    workspace = workspaces.prepare_workspace(profile, ROOT, shares, overrides)
     limits = time_limits(workspace)
     for stage in chosen:
         run_stage.with_options(name=stage, task_run_name=stage, timeout_seconds=limits.get(stage))(
@@ -81,11 +81,17 @@ def elastic(
 
 
 @task(name="check_parameters", task_run_name="check_parameters", cache_policy=NO_CACHE)
-def check_parameters(workspace: Path) -> None:
-    """Refuse wrong parameters now; their stage may come hours later."""
-    status, lines = follow([sys.executable, "-m", "tasks.commands.check"], workspace, get_run_logger().info)
+def check_parameters(profile: str, budgets: dict[str, float], overrides: list[str]) -> None:
+    """Refuse wrong parameters now, before there is a workspace; their stage may come hours later."""
+    log, lines = get_run_logger().info, []
+
+    def take(line: str) -> None:
+        lines.append(line)
+        log(line)
+
+    status, _ = follow(check_command(profile, budgets, overrides), ROOT, take)
     if status != 0:
-        raise UserError(f"the parameters are not valid ({workspace / 'params.yaml'}):\n" + "\n".join(lines))
+        raise UserError(f"the parameters of profile {profile} are not valid:\n" + "\n".join(lines))
 
 
 def time_limits(workspace: Path) -> dict[str, float]:

@@ -6,12 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_core.errors import UserError
 from flows.process.output import follow
-from flows.stages import reproduce, select, stage_names
+from flows.stages import WrongParameters, check_checkout, check_command, reproduce, select, stage_names
 from tasks.settings import profiles
-
-BUDGET_FORMS = "NAME=BUDGET, such as small=0.4, small=9B, small=16GiB@128k or small=35ms/token"
 
 
 @dataclass(frozen=True)
@@ -36,14 +33,14 @@ def run_pipeline(
 
     Raises UserError for what the caller can change, and StageFailed for a stage that ends with an error.
     """
-    if not (root / "dvc.yaml").is_file():
-        raise UserError(f"{root}: no checkout (no dvc.yaml); install from one, with `pip install --editable`")
+    check_checkout(root)
     names = stage_names(root)
     chosen = select(names, selection.first, selection.last, selection.only)
+    overrides = list(overrides)
+    _check_parameters(profile, root, budgets, overrides, log)
     workspace = profiles.prepare_workspace(profile, root, budgets, overrides)
     if workspace != root:
         log(f"workspace: {workspace}")
-    _check_parameters(workspace, log)
     # One DVC process for all stages starts once; one per stage would start nine times.
     todo: list[str | None] = [None] if chosen == names and not force else list(chosen)
     on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
@@ -55,26 +52,15 @@ def run_pipeline(
     return workspace
 
 
-def read_budgets(texts: Iterable[str]) -> dict[str, float | str]:
-    """``NAME=BUDGET`` per member. Raises UserError for another form; the values are checked with the parameters."""
-    budgets = {}
-    for text in texts:
-        name, _, budget = text.partition("=")
-        if not budget[:1].isdigit() and not budget.startswith("."):
-            raise UserError(f"--budget: got {text!r}; allowed: {BUDGET_FORMS}")
-        try:
-            budgets[name] = float(budget)
-        except ValueError:
-            budgets[name] = budget
-    return budgets
-
-
-def _check_parameters(workspace: Path, log: Callable[[str], None]) -> None:
-    """Check in the workspace, where relative paths of params.yaml start, and before a stage has cost hours."""
-    status, lines = follow([sys.executable, "-m", "tasks.commands.check"], workspace, lambda line: None)
+def _check_parameters(
+    profile: str, root: Path, budgets: Mapping[str, float | str] | None, overrides: Sequence[str], log
+) -> None:
+    """Check what the run would have as parameters, before it has a workspace and before a stage has cost hours."""
+    lines: list[str] = []
+    status, _ = follow(check_command(profile, budgets, overrides), root, lines.append)
     if status != 0:
-        text = "\n".join(lines).removeprefix("error: ")
-        raise UserError(text or f"tasks.commands.check ended with exit status {status}")
+        problems = [line.removeprefix("error: ") for line in lines]
+        raise WrongParameters("\n".join(problems) or f"tasks.commands.check ended with exit status {status}")
     log("\n".join(lines))
 
 

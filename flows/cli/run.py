@@ -45,7 +45,8 @@ def run(
     - `elastic run --set train_short.steps=900 --from train_short`: longer, from there on
     """
     with clear_errors("stopped; the same command goes on from the newest checkpoint"):
-        from flows.cli.pipeline import Selection, read_budgets, run_pipeline
+        from flows.cli.pipeline import Selection, run_pipeline
+        from tasks.settings.merging import read_budgets
 
         chosen = Selection(first, last, only or ())
         run_pipeline(profile, chosen, read_budgets(budgets or ()), settings or (), force, say)
@@ -58,6 +59,10 @@ def up() -> None:
     `elastic run`.
     """
     with clear_errors("stopped"):
+        from flows.stages import check_checkout
+        from tasks.settings.merging import ROOT
+
+        check_checkout(ROOT, "prefect.toml")
         from flows.dashboard import server
 
         server.main()

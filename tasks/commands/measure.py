@@ -35,7 +35,7 @@ from elastic_core.search.space import ElasticSpace
 from tasks.commands.layer_times import MeasureSetting, Models, timed_steps
 from tasks.commands.plan import read_parent
 from tasks.evaluation import latency_and_memory
-from tasks.settings.profiles import ROOT, parameters
+from tasks.settings.merging import ROOT, parameters
 from tasks.settings.sections import Evaluate, Parent, PrepareData
 
 DIGITS = 4  # significant digits of the seconds in the table

@@ -28,7 +28,7 @@ from tasks.parents.targets import metric_of_family, resolve
 from tasks.runtime.preflight import check_architecture
 from tasks.settings.load import read
 from tasks.settings.local_checks import check_parent, is_package
-from tasks.settings.profiles import ROOT, parameters
+from tasks.settings.merging import ROOT, parameters
 from tasks.settings.schema import Params
 
 TOLERANCE = 0.01  # a member may differ from its budget by this share of it

@@ -19,7 +19,7 @@ import yaml
 from flows.cli.app import app
 from tasks.settings import replaced
 from tasks.settings.local_checks import INSTALL_PACKAGE
-from tasks.settings.profiles import profile_names
+from tasks.settings.merging import profile_names
 from tasks.settings.schema import Params
 from tests.support.committed_params import ROOT
 from tests.support.pipeline.command_line import call

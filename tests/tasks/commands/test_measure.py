@@ -18,7 +18,7 @@ from tasks.commands import layer_times
 from tasks.commands import measure as command
 from tasks.commands.layer_times import Decoder, MeasureSetting, Models
 from tasks.commands.measure import grids, measure, samples, thin_out
-from tasks.settings.profiles import parameters
+from tasks.settings.merging import parameters
 from tests.support.models.moe_family import CHOICES as MOE_CHOICES
 from tests.support.models.moe_family import CONFIG as MOE
 from tests.support.models.parents import CONFIGS, random_config, random_llama_config

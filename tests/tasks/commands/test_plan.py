@@ -18,7 +18,7 @@ from tasks.parents import gguf
 from tasks.settings import local_checks
 from tasks.settings.load import read
 from tasks.settings.local_checks import INSTALL_PACKAGE
-from tasks.settings.profiles import parameters, profile_names
+from tasks.settings.merging import parameters, profile_names
 from tests.support.models.parents import random_config
 from tests.support.models.real_parents import NANO_12B, SMOLLM2
 from tests.support.pipeline.command_line import call, error_of

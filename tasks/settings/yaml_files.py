@@ -1,0 +1,59 @@
+"""Reads params.yaml and profiles. What cannot be read is named with its line and column."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from elastic_core.config import SECTION, ConfigError
+
+
+def read_mapping(path: Path, name: str, keep_comments: bool = False) -> Mapping:
+    """The content of a YAML file: sections with keys. An empty file is an empty mapping.
+
+    `name` is the file's name in error messages. With `keep_comments` the result can be changed and written again with
+    its comments. Raises ConfigError for a file that cannot be read, holds no YAML, or holds something else.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        raise ConfigError(f"{name}, line {line}, column {column}: not valid UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror})") from None
+    values = parse(text, name, keep_comments)
+    if values is None:
+        return YAML().map() if keep_comments else {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name}: got {type_name(values)}; allowed: {SECTION}, such as `seed: 0`")
+    return values
+
+
+def parse(text: str, name: str, keep_comments: bool = False):
+    """The value of a YAML text. Raises ConfigError, which starts with `name`, line and column."""
+    try:
+        return YAML(typ="rt" if keep_comments else "safe").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{name}{place}: not valid YAML: {_reason(error)}") from None
+    except (YAMLError, ValueError) as error:  # such as a control character, or the date 2026-13-01
+        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def type_name(value) -> str:
+    """The YAML name of a value's type, for error messages."""
+    return "a list" if isinstance(value, (list, tuple)) else repr(value)
+
+
+def _reason(error: MarkedYAMLError) -> str:
+    problem = " ".join(str(error.problem or error.context).split())
+    if "\\t" in problem or "tab" in problem:
+        return f"{problem}; indent with spaces"
+    if problem.startswith("found duplicate key"):
+        return f"{problem.split(' with value')[0]}; keep one of them"
+    return problem
