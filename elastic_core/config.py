@@ -8,6 +8,7 @@ line for each problem.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -94,7 +95,7 @@ def load_fields(problems: Problems, cls, values: Mapping, prefix: str) -> dict:
     Problems are added to `problems`, each with its key after `prefix`.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints, found = typing.get_type_hints(cls), {}
+    hints, found = _type_hints(cls), {}
     for key in values:
         if key not in fields:
             similar = difflib.get_close_matches(str(key), fields, n=1)
@@ -111,6 +112,9 @@ def load_fields(problems: Problems, cls, values: Mapping, prefix: str) -> dict:
         else:
             problems.add(f"{prefix}{name}: missing; it has no default and must be set")
     return found
+
+
+_type_hints = functools.cache(typing.get_type_hints)
 
 
 class _Unusable(Exception):
@@ -150,15 +154,29 @@ def _convert(problems: Problems, hint, value, where: str):
     if origin in (tuple, list):
         if not isinstance(value, (list, tuple)):
             _refuse(problems, where, value, "a list")
-        return tuple(_convert(problems, arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        items = [_attempt(problems, arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+        return tuple(_all_usable(items))
     if origin is dict:
         if not isinstance(value, Mapping):
             _refuse(problems, where, value, SECTION)
-        return {
-            _convert(problems, arguments[0], key, where): _convert(problems, arguments[1], item, f"{where}.{key}")
-            for key, item in value.items()
-        }
+        keys = [_attempt(problems, arguments[0], key, where) for key in value]
+        items = [_attempt(problems, arguments[1], item, f"{where}.{key}") for key, item in value.items()]
+        return dict(zip(_all_usable(keys), _all_usable(items), strict=True))
     return _convert_plain(problems, hint, value, where)
+
+
+def _attempt(problems: Problems, hint, value, where: str):
+    """Like `_convert`, but returns the class `_Unusable` instead of raising it."""
+    try:
+        return _convert(problems, hint, value, where)
+    except _Unusable:
+        return _Unusable
+
+
+def _all_usable(items: list) -> list:
+    if _Unusable in items:
+        raise _Unusable
+    return items
 
 
 def _convert_plain(problems: Problems, hint, value, where: str):

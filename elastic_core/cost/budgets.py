@@ -119,8 +119,8 @@ class Cost:
             return
         for name, value in self.given.items():
             known = self.metric in TIMED_METRICS and name in ("context", "batch")
-            require(known, name, value, f"nothing, as long as metric is {self.metric}")
-            require(value >= 1, name, value, "1 or more")
+            if require(known, name, value, f"nothing, as long as metric is {self.metric}"):
+                require(value >= 1, name, value, "1 or more")
         has_table = self.metric not in TIMED_METRICS or self.table is not None
         require(has_table, "table", None, f"a file that `elastic measure` writes, as long as metric is {self.metric}")
 

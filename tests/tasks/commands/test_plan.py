@@ -7,7 +7,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from elastic_core.config import ConfigError
+from elastic_core.config import ConfigError, require
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
 from elastic_core.model.submodel import Submodel
@@ -16,6 +16,7 @@ from tasks.commands import plan, plan_stages
 from tasks.commands.plan_stages import Hardware
 from tasks.parents import gguf
 from tasks.settings import local_checks
+from tasks.settings.cross_checks import CHECKS
 from tasks.settings.load import read
 from tasks.settings.local_checks import INSTALL_PACKAGE
 from tasks.settings.merging import parameters, profile_names
@@ -289,7 +290,8 @@ def test_changes_keep_the_tokens_of_a_step():
     for name in plan_stages.stages_of(settings):
         for change in plan_stages.possible_changes(name, settings):
             changed = plan_stages.override(settings, change)
-            changed.check()  # still valid
+            for check in CHECKS:  # still valid
+                check(changed, require)
             before, after = (plan_stages.stages_of(s)[name].num_tokens(1) for s in (settings, changed))
             assert before == after
 

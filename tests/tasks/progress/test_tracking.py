@@ -80,6 +80,7 @@ def test_a_missing_package_is_named_before_any_work(run, tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, package, None)  # Python's own way of saying that it is not there
     words = rf"tracking\.{package}: got 'here'; allowed: null, because the package {package} is not installed .*\.\[tr"
     values = yaml.safe_load((ROOT / "params.yaml").read_text()) | {"tracking": {package: "here"}}
+    values["cost"]["table"] = str(ROOT / values["cost"]["table"])
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(SystemExit, match=r"^error: params\.yaml: " + words):
