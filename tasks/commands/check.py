@@ -16,7 +16,7 @@ from tasks.runtime.exit_status import errors_as_text
 from tasks.settings import merging, remote_checks
 from tasks.settings.load import FILE, check_values, read_file
 from tasks.settings.local_checks import BEFORE_A_RUN
-from tasks.settings.profiles import workspace_of
+from tasks.settings.profiles import working_directory
 
 
 def main(arguments: Sequence[str] = (), root: Path = merging.ROOT) -> None:
@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] = (), root: Path = merging.ROOT) -> None:
         check(read_file(FILE))
         print(f"{FILE} is valid")
     else:
-        check_profile(given.profile or "default", merging.read_budgets(given.budget), given.set, root)
+        check_profile(
+            "default" if given.profile is None else given.profile, merging.read_budgets(given.budget), given.set, root
+        )
 
 
 def check_profile(
@@ -42,8 +44,7 @@ def check_profile(
     Raises UserError; a problem starts with the file, or the option, that has the parameter.
     """
     values = merging.parameters(profile, root, budgets, overrides)
-    workspace = workspace_of(profile, root, budgets, overrides)
-    with contextlib.chdir(workspace if workspace.is_dir() else root):
+    with contextlib.chdir(working_directory(profile, root, budgets, overrides)):
         try:
             check(values)
         except ConfigError as error:

@@ -105,6 +105,8 @@ def _check_sources(params, key: str, names: Iterable[str], require: Require) -> 
 
 
 def _check_shares(params, name: str, stage: Stage, require: Require) -> None:
+    if not params.budgets:  # a problem of its own
+        return
     for field_name in ("budget_shares", "loss_by_budget"):
         for key in getattr(stage, field_name):
             require(key in params.budgets, f"{name}.{field_name}", key, ", ".join(params.budgets))

@@ -77,8 +77,8 @@ def parameters(
     if budgets:
         _replace_budgets(values, budgets)
     for path, value in changes:
-        if path == ["prepare_data", "sources"]:
-            leave_out(values, {"prepare_data": {"sources": value}})
+        if path in (["prepare_data", "sources"], ["budgets"]):
+            leave_out(values, {path[0]: {path[1]: value} if path[1:] else value})
         _set_value(values, path, value)
     return values
 

@@ -64,6 +64,17 @@ def workspace_of(
     return root / RUNS / f"{profile}-{hashlib.sha256(description.encode()).hexdigest()[:8]}"
 
 
+def working_directory(
+    profile: str = "default",
+    root: Path = ROOT,
+    budgets: Mapping[str, float | str] | None = None,
+    overrides: Iterable[str] = (),
+) -> Path:
+    """Where relative paths of a run start: its workspace or, as long as there is none, the checkout."""
+    workspace = workspace_of(profile, root, budgets, overrides)
+    return workspace if workspace.is_dir() else root
+
+
 def _table(values, root: Path, files: list[str]) -> list[str]:
     """The table of latencies, if git ignores it: a dependency in dvc.yaml has to be in the workspace."""
     cost = values.get("cost")

@@ -40,7 +40,7 @@ def parse(text: str, name: str, keep_comments: bool = False):
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{name}{place}: not valid YAML: {_reason(error)}") from None
+        raise ConfigError(f"{name}{place}: not valid YAML: {_reason(error, text)}") from None
     except (YAMLError, ValueError) as error:  # such as a control character, or the date 2026-13-01
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -50,10 +50,13 @@ def type_name(value) -> str:
     return "a list" if isinstance(value, (list, tuple)) else repr(value)
 
 
-def _reason(error: MarkedYAMLError) -> str:
+def _reason(error: MarkedYAMLError, text: str) -> str:
     problem = " ".join(str(error.problem or error.context).split())
-    if "\\t" in problem or "tab" in problem:
-        return f"{problem}; indent with spaces"
+    lines = text.splitlines()
+    if error.problem_mark and error.problem_mark.line < len(lines):
+        line = lines[error.problem_mark.line]
+        if "\t" in line[: len(line) - len(line.lstrip())]:
+            return f"{problem}; indent with spaces, not with tabs"
     if problem.startswith("found duplicate key"):
         return f"{problem.split(' with value')[0]}; keep one of them"
     return problem
