@@ -68,7 +68,17 @@ def parameters(
     Raises UserError for an unknown profile, for a file that cannot be read, and for an override that cannot be parsed.
     Whether a parameter exists and allows the value is checked by `tasks.settings.load`.
     """
-    changes, own = [read_override(text) for text in overrides], read_profile(profile, root)
+    changes = [read_override(text) for text in overrides]
+    return merged(read_profile(profile, root), root, budgets, changes)
+
+
+def merged(
+    own: Mapping,
+    root: Path = ROOT,
+    budgets: Mapping[str, float | str] | None = None,
+    changes: Iterable[tuple[list[str], object]] = (),
+):
+    """The content of params.yaml with the content `own` of a profile, and `budgets` and `changes` (path, value)."""
     if not (root / "params.yaml").is_file():
         raise UserError(f"{root}: no params.yaml; run in a checkout")
     values = read_mapping(root / "params.yaml", "params.yaml", keep_comments=True)

@@ -196,8 +196,8 @@ def test_a_profile_with_other_sources_mixes_them_equally_and_evaluates_what_ther
     assert settings.evaluate.held_out == ("a", "b")  # running text
     assert settings.evaluate.tasks == ("recall_8", "recall_16")  # of the kind of source c
     assert merging.inherited("own", tmp_path) == [
-        "note: profiles/own.yaml replaces prepare_data.sources and takes over from params.yaml, which sets them for its "
-        "own sources: train_short.steps 800, train_short.learning_rate 0.002, train_extended.steps 900, "
+        "note: profiles/own.yaml replaces prepare_data.sources and takes over from params.yaml, which sets them for "
+        "its own sources: train_short.steps 800, train_short.learning_rate 0.002, train_extended.steps 900, "
         "train_extended.learning_rate 0.0015"
     ]
 
@@ -226,7 +226,9 @@ def test_a_profile_with_a_parent_does_not_inherit_what_is_made_for_the_default_p
         for name in names
     ]
     stage = "{sequence_length: 64, batch_size: 4, steps: 10, learning_rate: 1e-4}"
-    text = f"parent: {{path: /models/mine}}\ntrain_short: {stage}\ntrain_extended: {stage}\nchoices: {{depth: [9, 8]}}\n"
+    text = (
+        f"parent: {{path: /models/mine}}\ntrain_short: {stage}\ntrain_extended: {stage}\nchoices: {{depth: [9, 8]}}\n"
+    )
     settings = own_profile(tmp_path, text + SOURCES)
     assert settings.parent.model is settings.parent.training is None
     assert settings.choices.hidden_size is None and settings.choices.depth == (9, 8)
