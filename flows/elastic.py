@@ -91,7 +91,7 @@ def check_parameters(profile: str, budgets: dict[str, float], overrides: list[st
 
     status, _ = follow(check_command(profile, budgets, overrides), ROOT, take)
     if status != 0:
-        raise UserError(f"the parameters of profile {profile} are not valid:\n" + "\n".join(lines))
+        raise UserError(f"the parameters are not valid (profile {profile}):\n" + "\n".join(lines))
 
 
 def time_limits(workspace: Path) -> dict[str, float]:

@@ -48,7 +48,8 @@ def _check_benchmarks(problems: Problems, evaluate) -> None:
 
 def _check_table(problems: Problems, cost) -> None:
     allowed = "a file that `elastic measure` wrote: it is a dependency in dvc.yaml, whatever the metric is"
-    problems.require(cost.table is not None and Path(cost.table).is_file(), "cost.table", cost.table, allowed)
+    is_there = cost.table is not None and Path(locate(cost.table)).is_file()
+    problems.require(is_there, "cost.table", cost.table, allowed)
 
 
 def _check_corpora(problems: Problems, prepare_data) -> None:

@@ -51,7 +51,7 @@ class Params:
         equal = dict.fromkeys(self.prepare_data.sources, 1.0)
         names = ("rank", "train_short", "train_extended")
         changes = {name: _with_mixture(getattr(self, name), equal) for name in names}
-        parent, evaluate = self.parent, self.evaluate
+        parent, evaluate, cost = self.parent, self.evaluate, self.cost
         if parent.path is not None:
             parent = replace(parent, path=locate(parent.path))
         if parent.training is not None:
@@ -62,7 +62,9 @@ class Params:
             evaluate = replace(evaluate, tasks=tuple(self.prepare_data.practised_task_names()))
         if evaluate.benchmarks is not None:
             evaluate = replace(evaluate, benchmarks=evaluate.benchmarks.located())
-        return replace(self, **changes, parent=parent, evaluate=evaluate)
+        if cost.table is not None:
+            cost = replace(cost, table=locate(cost.table))
+        return replace(self, **changes, parent=parent, evaluate=evaluate, cost=cost)
 
 
 def _with_mixture(section: Rank | Stage, mixture: dict[str, float]) -> Rank | Stage:

@@ -258,3 +258,12 @@ def test_a_table_that_git_ignores_is_copied(root):
     (root / "artifacts" / "table.json").write_text("a table")
     copy = prepare_workspace("tiny", root, overrides=["cost.table=artifacts/table.json"])
     assert (copy / "artifacts" / "table.json").read_text() == "a table"
+
+
+def test_a_new_table_is_found_although_the_workspace_does_not_have_it_yet(tmp_path, monkeypatch):
+    settings = own_profile(tmp_path, "cost: {table: profiles/new.json}\n")
+    (tmp_path / "profiles" / "new.json").write_text("a table")
+    (tmp_path / ".runs" / "own").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / ".runs" / "own")
+    assert read(parameters("own", tmp_path)).cost.table == str(tmp_path / "profiles" / "new.json")
+    assert settings.cost.metric == "parameters"
