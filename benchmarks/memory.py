@@ -32,7 +32,7 @@ from tasks.commands.plan import read_parent
 from tasks.commands.plan_stages import stage_peak
 from tasks.parents.targets import metric_of_family, resolve
 from tasks.settings.load import read
-from tasks.settings.profiles import parameters
+from tasks.settings.merging import parameters
 from tasks.settings.schema import Params
 
 STAGES = ("train_short", "train_extended")

@@ -6,7 +6,6 @@ are artifacts of the run (flows/live.py). At the end the results, the report and
 artifacts too (flows/publish.py).
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,14 +21,15 @@ from flows import publish
 from flows.live import Live
 from flows.process.output import follow
 from flows.records import summary
-from flows.stages import StageFailed, StageInterrupted, reproduce, select, stage_names
+from flows.stages import StageFailed, StageInterrupted, check_command, reproduce, select, stage_names
 from tasks.settings import budgets as spellings
+from tasks.settings import merging
 from tasks.settings import profiles as workspaces
 
 ROOT = Path(__file__).resolve().parents[1]
 RETRIES, RETRY_SECONDS = 3, 30  # of a stage that lost a server or a worker
 # The dashboard deploys this file again when a profile or a stage is added (flows/dashboard/deployments.py).
-Profile = Literal[tuple(workspaces.profile_names(ROOT))]
+Profile = Literal[tuple(merging.profile_names(ROOT))]
 STAGES = stage_names(ROOT)
 Stage = Literal[tuple(STAGES)]
 
@@ -50,7 +50,7 @@ def text_field(pattern: str, expected: str, check: Callable[[str], object]):
 
 
 Budget = text_field(spellings.MEMBER, spellings.MEMBER_FORMS, lambda text: spellings.read_family([text], "budgets"))
-Override = text_field(workspaces.OVERRIDE, workspaces.OVERRIDE_FORM, workspaces.read_override)
+Override = text_field(merging.OVERRIDE, merging.OVERRIDE_FORM, merging.read_override)
 
 
 @flow(name="elastic", flow_run_name=publish.profile_and_time)
@@ -82,8 +82,10 @@ def elastic(
     """
     try:
         family = spellings.read_family(budgets, "budgets")
+        chosen = select(stage_names(ROOT), from_stage, until_stage, only_stages)
+        check_parameters(profile, family, overrides)
         workspace = workspaces.prepare_workspace(profile, ROOT, family, overrides)
-        return Completed(message=run_stages(profile, workspace, from_stage, until_stage, only_stages, force))
+        return Completed(message=run_stages(profile, workspace, chosen, force))
     except StageFailed as error:  # the stage's task has logged all of it
         return Failed(message=error.reason, data=error)
     except (UserError, TimeoutError) as error:
@@ -91,11 +93,9 @@ def elastic(
         return Failed(message=str(error), data=error)
 
 
-def run_stages(profile: str, workspace: Path, first: str, last: str, only: list[str], force: bool) -> str:
+def run_stages(profile: str, workspace: Path, chosen: list[str], force: bool) -> str:
     """Run the chosen stages, publish the results after the last of all; the run's result in one line."""
     names = stage_names(workspace)
-    chosen = select(names, first, last, only)
-    check_parameters(workspace)
     limits = time_limits(workspace)
     for stage in chosen:
         named = run_stage.with_options(name=stage, task_run_name=stage, timeout_seconds=limits.get(stage))
@@ -113,11 +113,17 @@ def run_stages(profile: str, workspace: Path, first: str, last: str, only: list[
 
 
 @task(name="check_parameters", task_run_name="check_parameters", cache_policy=NO_CACHE)
-def check_parameters(workspace: Path) -> None:
-    """Refuse wrong parameters now; their stage may come hours later."""
-    status, lines = follow([sys.executable, "-m", "tasks.commands.check"], workspace, get_run_logger().info)
+def check_parameters(profile: str, budgets: dict[str, float], overrides: list[str]) -> None:
+    """Refuse wrong parameters now, before there is a workspace; their stage may come hours later."""
+    log, lines = get_run_logger().info, []
+
+    def take(line: str) -> None:
+        lines.append(line)
+        log(line)
+
+    status, _ = follow(check_command(profile, budgets, overrides), ROOT, take)
     if status != 0:
-        raise UserError(f"the parameters are not valid ({workspace / 'params.yaml'}):\n" + "\n".join(lines))
+        raise UserError(f"the parameters are not valid (profile {profile}):\n" + "\n".join(lines))
 
 
 def time_limits(workspace: Path) -> dict[str, float]:

@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,31 @@ class StageFailed(RuntimeError):
 
 class StageInterrupted(StageFailed):
     """A stage ended for a reason that may be gone later: a server was away, a worker was lost."""
+
+
+class WrongParameters(UserError):
+    """The check of all parameters has found problems; the text has a line for each."""
+
+    @property
+    def problems(self) -> list[str]:
+        return str(self).split("\n")
+
+
+def check_checkout(root: Path, *needed: str) -> None:
+    """Raise UserError unless `root`, where this code is installed, is a checkout that has the files `needed`."""
+    missing = [name for name in ("dvc.yaml", "params.yaml", *needed) if not (root / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{root}: is no checkout (it has no {missing[0]}); clone the repository, run `make setup` in it, and use "
+            "its .venv/bin/elastic"
+        )
+
+
+def check_command(profile: str, budgets: Mapping[str, float | str] | None, overrides: Iterable[str]) -> list[str]:
+    """The command that checks all parameters of a run. It starts in the checkout and writes nothing."""
+    command = [sys.executable, "-m", "tasks.commands.check", profile]
+    command += [f"--set={text}" for text in overrides]
+    return command + [f"--budget={name}={budget}" for name, budget in (budgets or {}).items()]
 
 
 def stage_names(workspace: Path) -> list[str]:

@@ -20,7 +20,7 @@ from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.fingerprints import DigestCache, fingerprint
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
-from tasks.settings.benchmark_files import check_task_files, data_files
+from tasks.corpora.benchmark_files import check_task_files, data_files
 from tasks.settings.load import load
 from tasks.settings.local_checks import PACKAGE, is_package
 from tasks.settings.schema import Params
@@ -72,14 +72,14 @@ def _parent(settings: Params, cache: DigestCache, only: set[str] | None) -> dict
         return {}
     if is_package(path):
         return {"package": path, "version": metadata.version(path.removeprefix(PACKAGE))}
-    return {"path": path, **fingerprint(path, cache, only)}
+    return fingerprint(path, cache, only)
 
 
 def benchmarks(settings: Params, cache: DigestCache) -> dict:
     """The fingerprints of the task files, and of the data files that they name. Empty for lm-eval's own tasks."""
-    section = settings.evaluate.benchmarks
-    if section is None or section.include is None:
+    if settings.evaluate.benchmarks is None or settings.evaluate.benchmarks.include is None:
         return {}
+    section = settings.evaluate.benchmarks.located()
     include, root = Path(section.include), Path(section.data_root)
     leaves = check_task_files(include, section.tasks, root, "evaluate.benchmarks")
     names = sorted({name for leaf in leaves for name in data_files(leaf)})

@@ -31,7 +31,7 @@ from tasks.commands import find_family
 from tasks.parents.config import new_config
 from tasks.settings import replaced
 from tasks.settings.load import read
-from tasks.settings.profiles import _merge, profile_names
+from tasks.settings.merging import merge, profile_names
 from tasks.settings.schema import Params
 from tests.support import documentation
 from tests.support.committed_params import COMMITTED, ROOT
@@ -101,7 +101,7 @@ def test_every_yaml_block_is_valid(block):
         return  # of Kubernetes
     assert content.keys() <= {field.name for field in dataclasses.fields(Params)}
     values, new_sources = copy.deepcopy(COMMITTED), content.get("prepare_data", {}).pop("sources", {})
-    _merge(values, content)
+    merge(values, content)
     values["prepare_data"]["sources"] |= new_sources
     read(values, str(block))
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from elastic_core.config import ConfigError, require
+from elastic_core.config import ConfigError, Problems, Require, require
 from elastic_core.cost.element_types import ELEMENT_BYTES
 
 COUNTS = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -108,7 +108,7 @@ class Cost:
             name: value for name, value in vars(self).items() if name not in ("metric", "table") and value is not None
         }
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         """Raise ConfigError for a setting that the metric does not use, or that has an invalid value."""
         if self.metric == "memory":
             for name, value in self.given.items():
@@ -119,8 +119,8 @@ class Cost:
             return
         for name, value in self.given.items():
             known = self.metric in TIMED_METRICS and name in ("context", "batch")
-            require(known, name, value, f"nothing, as long as metric is {self.metric}")
-            require(value >= 1, name, value, "1 or more")
+            if require(known, name, value, f"nothing, as long as metric is {self.metric}"):
+                require(value >= 1, name, value, "1 or more")
         has_table = self.metric not in TIMED_METRICS or self.table is not None
         require(has_table, "table", None, f"a file that `elastic measure` writes, as long as metric is {self.metric}")
 
@@ -172,11 +172,12 @@ def family_setting(cost: Cost, budgets: Mapping[str, Spelling]) -> dict:
     """
     parsed = {name: parse(given, f"budgets.{name}") for name, given in budgets.items()}
     kinds, allowed = KINDS_OF_METRIC[cost.metric]
-    setting = cost.given
+    setting, problems = cost.given, Problems()
     for name, budget in parsed.items():
-        require(budget.kind in ("share", *kinds), f"budgets.{name}", budget.given, allowed)
+        problems.require(budget.kind in ("share", *kinds), f"budgets.{name}", budget.given, allowed)
         for field in ("context", "batch"):
             if (value := getattr(budget, field)) is not None:
                 agreed = f"the {field} of section cost and of the other budgets, {setting.get(field)}"
-                require(setting.setdefault(field, value) == value, f"budgets.{name}", budget.given, agreed)
+                problems.require(setting.setdefault(field, value) == value, f"budgets.{name}", budget.given, agreed)
+    problems.raise_all()
     return setting

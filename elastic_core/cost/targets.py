@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from elastic_core.config import ConfigError, require
+from elastic_core.config import ConfigError, Problems, require
 from elastic_core.cost.budgets import Budget, Cost, Spelling, family_setting, parse
 from elastic_core.cost.latency import TIMED, Throughput, Timed
 from elastic_core.cost.latency_table import REMEDY, Table
@@ -75,16 +75,21 @@ def shares(budgets: Mapping[str, Spelling], metric: Metric, config, where: str =
 
     Raises ConfigError for a budget above the parent's cost.
     """
-    found = {}
+    found, problems = {}, Problems()
     for name, given in budgets.items():
-        key = f"{where}.{name}"
-        budget = parse(given, key)
-        found[name] = budget.amount
-        if budget.kind != "share":
-            budget_metric, target, full = target_of(budget, metric, config, key)
-            setting = f" ({budget_metric.setting})" if budget_metric.setting else ""
-            limit = f"the parent's own {budget_metric.text(full)}"
-            allowed = f"{limit} or more" if isinstance(budget_metric, Throughput) else f"up to {limit}"
-            require(target <= full, key, given, f"{allowed}{setting}")
-            found[name] = target / full
+        with problems.collecting():
+            found[name] = _share(given, metric, config, f"{where}.{name}")
+    problems.raise_all()
     return found
+
+
+def _share(given: Spelling, metric: Metric, config, key: str) -> float:
+    budget = parse(given, key)
+    if budget.kind == "share":
+        return budget.amount
+    budget_metric, target, full = target_of(budget, metric, config, key)
+    setting = f" ({budget_metric.setting})" if budget_metric.setting else ""
+    limit = f"the parent's own {budget_metric.text(full)}"
+    allowed = f"{limit} or more" if isinstance(budget_metric, Throughput) else f"up to {limit}"
+    require(target <= full, key, given, f"{allowed}{setting}")
+    return target / full

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elastic_core.config import require
+from elastic_core.config import Require, require
 from elastic_core.model.axes import PER_LAYER
 
 
@@ -29,6 +29,6 @@ class Choices:
     depth: tuple[int, ...] | None = None
     heterogeneous: tuple[str, ...] = ()
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         for name in self.heterogeneous:
             require(name in PER_LAYER, "heterogeneous", name, ", ".join(PER_LAYER))

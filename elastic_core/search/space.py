@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic_core.config import ConfigError, require
+from elastic_core.config import ConfigError, Problems, require
 from elastic_core.cost.metrics import PARAMETERS, Metric, expected_cost
 from elastic_core.errors import UserError
 from elastic_core.model import architectures
@@ -58,8 +58,13 @@ class ElasticSpace:
         if sorted(self.depth_ranking) != list(range(num_layers)):
             raise UserError(f"depth_ranking: got {self.depth_ranking}; expected every layer 0..{num_layers - 1} once")
         self.units = architectures.units(config)
-        _check_expressible(config, choices, where)
-        self.slots = [slot for axis in AXES for slot in self._slots(axis, choices, where)]
+        self.slots, problems = [], Problems()
+        with problems.collecting():
+            _check_expressible(config, choices, where)
+        for axis in AXES:
+            with problems.collecting():
+                self.slots += self._slots(axis, choices, where)
+        problems.raise_all()
         self.keep = torch.zeros(len(self.slots[-1].sizes), num_layers)  # (depth choices, layers)
         for row, depth in zip(self.keep, self.slots[-1].sizes, strict=True):
             row[list(self.depth_ranking[:depth])] = 1

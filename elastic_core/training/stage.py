@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from elastic_core.config import require
+from elastic_core.config import Require, require
 
 # The fractional parts of its multiples 1, 2, 3, … are spread evenly over [0, 1).
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -24,7 +24,7 @@ class Loss:
     kl_weight: float = 1.0
     temperature: float = 1.0
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         require(self.ce_weight >= 0, "ce_weight", self.ce_weight, "0 or more")
         require(self.kl_weight >= 0, "kl_weight", self.kl_weight, "0 or more")
         require(self.ce_weight + self.kl_weight > 0, "kl_weight", self.kl_weight, "one weight above 0")
@@ -55,7 +55,7 @@ class Routing:
     dead_zone: float = 0.01
     settle_steps: int = 50
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         require(0 < self.share <= 1, "share", self.share, "above 0, up to 1")
         for name in ("temperatures", "scales"):
@@ -71,7 +71,7 @@ class Stage:
 
     - A step takes `batch_size` sequences of `sequence_length` tokens, in `microbatches` equal parts. Each microbatch
       trains one budget, in the proportions of `budget_shares` (empty: all budgets alike).
-    - `mixture`: the share of the sequences that comes from each data source.
+    - `mixture`: the share of the sequences that comes from each data source (in params.yaml, empty: equal shares).
     - `learning_rate` is the peak. It is reached linearly in `warmup_steps` steps. Then `schedule` lowers it to
       `final_learning_rate` times the peak.
     - `precision`: the type in which matrices are multiplied. The optimizer always updates float32 weights.
@@ -86,7 +86,7 @@ class Stage:
     batch_size: int
     steps: int
     learning_rate: float
-    mixture: dict[str, float]
+    mixture: dict[str, float] = field(default_factory=dict)
     budget_shares: dict[str, float] = field(default_factory=dict)
     microbatches: int = 1
     warmup_steps: int = 60
@@ -103,18 +103,14 @@ class Stage:
     keep_checkpoints: int = 2
     max_skipped_steps: int = 3
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         for name in (
             *("sequence_length", "batch_size", "steps", "microbatches"),
             *("checkpoint_every", "keep_checkpoints"),
         ):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        require(
-            self.batch_size % self.microbatches == 0,
-            "batch_size",
-            self.batch_size,
-            f"a multiple of microbatches ({self.microbatches})",
-        )
+        divides = self.microbatches < 1 or self.batch_size % self.microbatches == 0
+        require(divides, "batch_size", self.batch_size, f"a multiple of microbatches ({self.microbatches})")
         require(self.max_skipped_steps >= 0, "max_skipped_steps", self.max_skipped_steps, "0 or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
@@ -126,7 +122,6 @@ class Stage:
             shares = getattr(self, name)
             valid = all(share >= 0 for share in shares.values()) and (not shares or sum(shares.values()) > 0)
             require(valid, name, shares, "shares of 0 or more, not all 0")
-        require(bool(self.mixture), "mixture", self.mixture, "a share for at least one data source")
 
     def loss_of(self, budget: str) -> Loss:
         """The loss weights of a budget."""

@@ -2,7 +2,7 @@
 
 import typer
 
-from flows.cli import clean, family, plan, run
+from flows.cli import clean, family, init, plan, run
 
 app = typer.Typer(
     name="elastic",
@@ -12,12 +12,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""One pretrained language model in, one elastic checkpoint out, with a nested model for every budget.
 
-    `plan` tells what training takes, `measure` times the layers on the device that is to serve, `run` trains a family,
-    `compare` shows what differs between two runs, `inspect` shows a family's members, `generate` tries one, `extract`
+    `init` writes a profile for your parent and text, `plan` tells what training takes, `measure` times the layers on
+    the device that is to serve, `run` trains a family, `compare` shows what differs between two runs or exports,
+    `clean` shows and frees what runs have left, `inspect` shows a family's members, `generate` tries one, `extract`
     writes one as a directory for serving, `up` starts the dashboard. Where no directory is named, the commands take the
     family of the last run.
     """,
 )
+app.command()(init.init)
 app.command()(run.run)
 app.command()(plan.plan)
 app.command()(plan.measure)

@@ -33,7 +33,9 @@ def clear_errors(interrupted: str) -> Iterator[None]:
         fail(f"error: {error}{f': {error.stderr.strip()}' if error.stderr else ''}")
     except BrokenPipeError:  # the reader of our output has ended, which is no error; Typer ends quietly
         raise
-    except (UserError, OSError) as error:
+    except UserError as error:
+        fail(error.report())
+    except OSError as error:
         fail(f"error: {error}")
 
 

@@ -24,14 +24,14 @@ class Dtype(StrEnum):
 
 
 def complete_profile(incomplete: str) -> list[str]:
-    from tasks.settings.profiles import profile_names
+    from tasks.settings.merging import profile_names
 
     return [name for name in profile_names() if name.startswith(incomplete)]
 
 
 def complete_stage(incomplete: str) -> list[str]:
     from flows.stages import stage_names
-    from tasks.settings.profiles import ROOT
+    from tasks.settings.merging import ROOT
 
     return [name for name in stage_names(ROOT) if name.startswith(incomplete)]
 

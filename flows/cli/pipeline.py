@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from elastic_core.errors import UserError
 from flows.process.output import follow
 from flows.records import NAMED, keep, kept_already, new_name
-from flows.stages import reproduce, select, stage_names
+from flows.stages import WrongParameters, check_checkout, check_command, reproduce, select, stage_names
 from tasks.settings import profiles
 
 
@@ -35,15 +34,14 @@ def run_pipeline(
 
     Raises UserError for what the caller can change, and StageFailed for a stage that ends with an error.
     """
-    if not (root / "dvc.yaml").is_file():
-        raise UserError(f"{root}: no checkout (no dvc.yaml); install from one, with `pip install --editable`")
-    overrides = list(overrides)
+    check_checkout(root)
     names = stage_names(root)
     chosen = select(names, selection.first, selection.last, selection.only)
+    overrides = list(overrides)
+    _check_parameters(profile, root, budgets, overrides, log)
     workspace = profiles.prepare_workspace(profile, root, budgets, overrides)
     if workspace != root:
         log(f"workspace: {workspace}")
-    _check_parameters(workspace, log)
     # One DVC process for all stages starts once; one per stage would start nine times.
     todo: list[str | None] = [None] if chosen == names and not force else list(chosen)
     on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
@@ -80,12 +78,15 @@ def record(
     return f"run: {directory.name} (in {NAMED}; two runs are compared by `elastic compare`)"
 
 
-def _check_parameters(workspace: Path, log: Callable[[str], None]) -> None:
-    """Check in the workspace, where relative paths of params.yaml start, and before a stage has cost hours."""
-    status, lines = follow([sys.executable, "-m", "tasks.commands.check"], workspace, lambda line: None)
+def _check_parameters(
+    profile: str, root: Path, budgets: Mapping[str, float | str] | None, overrides: Sequence[str], log
+) -> None:
+    """Check what the run would have as parameters, before it has a workspace and before a stage has cost hours."""
+    lines: list[str] = []
+    status, _ = follow(check_command(profile, budgets, overrides), root, lines.append)
     if status != 0:
-        text = "\n".join(lines).removeprefix("error: ")
-        raise UserError(text or f"tasks.commands.check ended with exit status {status}")
+        problems = [line.removeprefix("error: ") for line in lines]
+        raise WrongParameters("\n".join(problems) or f"tasks.commands.check ended with exit status {status}")
     log("\n".join(lines))
 
 

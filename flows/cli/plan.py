@@ -63,7 +63,8 @@ def measure(
         str, typer.Argument(metavar="PROFILE", help="As `elastic run` takes it.", autocompletion=complete_profile)
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Where the table goes.", show_default="the profile's cost.table")
+        Path | None,
+        typer.Option("--out", "-o", help="Where the table goes.", show_default="profiles/measured/PROFILE.json"),
     ] = None,
     contexts: Annotated[
         list[int] | None,
@@ -82,6 +83,8 @@ def measure(
     """Measure how long layers take on this machine, at the sizes of a profile: the table for `cost: {metric: latency}`.
 
     It needs the parent's config.json only: transformers' modules with random weights decode random text with a cache.
+
+    The table is used by a profile that names it: `cost: {metric: latency, table: profiles/measured/latency.json}`.
 
     - `elastic measure latency`: a few minutes on a CPU
     - `elastic measure nemotron-nano-12b-v2 --context 4096 --batch 8 --out profiles/h100.json`

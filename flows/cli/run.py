@@ -113,6 +113,10 @@ def up() -> None:
     `elastic run`.
     """
     with clear_errors("stopped"):
+        from flows.stages import check_checkout
+        from tasks.settings.merging import ROOT
+
+        check_checkout(ROOT, "prefect.toml")
         from flows.dashboard import server
 
         server.main()

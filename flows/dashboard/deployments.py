@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from flows.process.output import follow
-from tasks.settings.profiles import profile_names
+from tasks.settings.merging import profile_names
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL = "local"

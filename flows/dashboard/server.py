@@ -8,7 +8,7 @@ crashed at the next start; otherwise it would keep the deployment's only slot.
 import contextlib
 import fcntl
 import os
-import shutil
+import shlex
 import signal
 import socket
 import subprocess
@@ -219,13 +219,11 @@ def wait_until_healthy(server: subprocess.Popen, log: Path) -> None:
 def greeting(address: Address) -> str:
     """What to do next."""
     prefect = Path(sys.executable).with_name("prefect")
-    if shutil.which("prefect") == str(prefect):
-        command = "prefect"
-    else:
-        command = str(prefect.relative_to(ROOT) if prefect.is_relative_to(ROOT) else prefect)
+    command = str(prefect.relative_to(ROOT) if prefect.is_relative_to(ROOT) else prefect)
     return (
         f"\nDashboard:  {address.url}\n"
-        f"Run the pipeline, in another terminal:  {command} deployment run elastic/full --watch\n"
+        "Run the pipeline, in another terminal (in this directory, because Prefect reads prefect.toml there):\n"
+        f"  cd {shlex.quote(str(ROOT))} && {shlex.quote(command)} deployment run elastic/full --watch\n"
         "Ctrl-C stops everything.\n"
     )
 

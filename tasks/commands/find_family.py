@@ -4,7 +4,7 @@ from pathlib import Path
 
 from elastic_core.errors import UserError
 from elastic_core.io.json_files import read_json
-from tasks.settings.profiles import ROOT
+from tasks.settings.merging import ROOT
 
 FAMILY = Path("artifacts/train_extended/model")  # inside a workspace; stage train_extended writes it
 
@@ -12,10 +12,11 @@ FAMILY = Path("artifacts/train_extended/model")  # inside a workspace; stage tra
 def find(directory: Path | None = None, root: Path = ROOT) -> Path:
     """The directory of a model: `directory` itself, or the trained family of the workspace `directory`.
 
-    With None, the trained family of the last run in any workspace below `root`. Raises UserError if there is none.
+    With None, the finished family of the last run in any workspace below `root`; a run that has not yet trained its
+    family does not count. Raises UserError if there is none.
     """
     if directory is None:
-        families = [family for workspace in workspaces(root) if _is_model(family := workspace / FAMILY)]
+        families = [family for workspace in workspaces(root) if _is_finished(family := workspace / FAMILY)]
         if not families:
             raise UserError(f"no run in {root} has trained a family yet; run `elastic run` first, or name a directory")
         # Compare times of directories, not of files: DVC may link files from its cache, and a link keeps the old time.
@@ -39,6 +40,11 @@ def budget_names(family: Path) -> list[str]:
     """Names of a family's budgets; an empty list for a directory that is no family."""
     file = family / "elastic.json"
     return list(read_json(file)["budgets"]) if file.is_file() else []
+
+
+def _is_finished(family: Path) -> bool:
+    """Whether a stage has written all of a family. The stage writes its budgets last, after all weights."""
+    return _is_model(family) and (family / "elastic.json").is_file()
 
 
 def _is_model(directory: Path) -> bool:

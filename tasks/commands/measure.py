@@ -11,21 +11,19 @@ In this module a *part* is a kind of layer, or the rest of a step (`REST`). A *p
 size per axis.
 """
 
+import contextlib
 import itertools
 import random
 import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 from elastic_core.config import ConfigError, require
-from elastic_core.config import load as load_section
-from elastic_core.cost.budgets import Cost, family_setting
-from elastic_core.cost.latency import TIMED
+from elastic_core.cost.budgets import family_setting
 from elastic_core.cost.latency_table import FORMAT, REST, Table, axes_of, shape_of
 from elastic_core.model import architectures
 from elastic_core.model.axes import FIELDS
@@ -35,9 +33,12 @@ from elastic_core.search.space import ElasticSpace
 from tasks.commands.layer_times import MeasureSetting, Models, timed_steps
 from tasks.commands.plan import read_parent
 from tasks.evaluation import latency_and_memory
-from tasks.settings.profiles import ROOT, parameters
-from tasks.settings.sections import Evaluate, Parent, PrepareData
+from tasks.settings.load import read
+from tasks.settings.local_checks import why_not_writable
+from tasks.settings.merging import ROOT, file_of, parameters
+from tasks.settings.profiles import working_directory
 
+MEASURED = Path("profiles/measured")  # in the checkout; not in git, but not ignored either, so workspaces get it
 DIGITS = 4  # significant digits of the seconds in the table
 
 
@@ -168,27 +169,24 @@ def measure_profile(name: str, overrides: Iterable[str] = (), out: Path | None =
     """Measure the layers of a profile's parent at the sizes in its choices, and write the table.
 
     name: the profile. overrides: ``section.key=value`` for its parameters.
-    out: the file to write; None writes the profile's `cost.table`.
+    out: the file to write; None writes profiles/measured/PROFILE.json, which belongs to this machine and not to git.
     changes: fields of `MeasureSetting`. A field that is missing or None has the profile's value: the contexts of its
         budgets and of its evaluation, the batch of its budgets (or 1), the threads of its evaluation. Contexts in
         `changes` are measured in addition.
 
-    Returns the table and its file. Only the sections that are needed here are read, so the profile's table may still
-    be missing. Raises ConfigError or UserError for what the user has to change.
+    Returns the table and its file. The profile's own table may still be missing. Raises ConfigError or UserError for
+    what the user has to change.
     """
-    values, where = parameters(name, overrides=overrides), f"profile {name}"
-    kinds = {"parent": Parent, "prepare_data": PrepareData, "choices": Choices, "cost": Cost}
-    kinds["evaluate"] = Evaluate
-    read = SimpleNamespace(**{k: load_section(kind, values.get(k) or {}, f"{where}: {k}") for k, kind in kinds.items()})
-    serving, evaluation = family_setting(read.cost, values["budgets"]), read.evaluate.latency
-    uses_own_table = out is None
-    if uses_own_table:
-        allowed = "a file, --out FILE, because the profile's cost.metric is neither latency nor throughput"
-        require(read.cost.metric in TIMED, "out", None, allowed)
-        out = ROOT / read.cost.table
-    config, source = read_parent(read)
-    if uses_own_table:
-        _check_same_parent(out, config)
+    values, where = parameters(name, overrides=overrides), file_of(name)
+    out = ROOT / MEASURED / f"{name}.json" if out is None else out.absolute()
+    reason = why_not_writable(out.parent)
+    require(
+        reason is None and not out.is_dir(), "out", str(out), f"a file that can be written; {reason or 'a directory'}"
+    )
+    with contextlib.chdir(working_directory(name, overrides=overrides)):  # as in a run
+        settings = read(values, where)
+        config, source = read_parent(settings)
+    serving, evaluation = family_setting(settings.cost, settings.budgets), settings.evaluate.latency
     device = changes.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     fields = {
         "contexts": tuple(sorted({evaluation.prompt_tokens, serving.get("context", evaluation.prompt_tokens)})),
@@ -201,22 +199,11 @@ def measure_profile(name: str, overrides: Iterable[str] = (), out: Path | None =
         changes["contexts"] = tuple(sorted({*fields["contexts"], *changes["contexts"]}))
     setting = MeasureSetting(**fields | {key: value for key, value in changes.items() if value is not None})
     try:
-        table = measure(config, read.choices, setting)
+        table = measure(config, settings.choices, setting)
     except ConfigError as error:
-        raise ConfigError(f"{where} ({source}): {error}") from None
+        raise ConfigError("\n".join(f"{where} ({source}): {problem}" for problem in error.problems)) from None
     table.save(out)
     return table, out
-
-
-def _check_same_parent(out: Path, config) -> None:
-    """Raise ConfigError if `out` holds the table of another parent, because another profile may need that table."""
-    if not out.is_file():
-        return
-    try:
-        Table.load(out).check(config)
-    except ConfigError:
-        allowed = "another file, by --out FILE and cost.table, because this one holds the table of another parent"
-        raise ConfigError(f"out: got {str(out)!r}; allowed: {allowed}") from None
 
 
 def describe(table: Table, path: Path) -> str:
@@ -230,4 +217,6 @@ def describe(table: Table, path: Path) -> str:
         lines.append(
             f"  {kind:5} {decode * 1e3:8.4f} ms a step, {prefill * 1e6:8.3f} µs a token of the prompt ({largest})"
         )
+    named = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    lines.append(f"To count budgets with it, set in a profile, or by --set:  cost: {{metric: latency, table: {named}}}")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ The plan has the sizes of the family, the memory of a worker, FLOPs and hours, a
 runs nothing.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,7 +29,8 @@ from tasks.parents.targets import metric_of_family, resolve
 from tasks.runtime.preflight import check_architecture
 from tasks.settings.load import read
 from tasks.settings.local_checks import check_parent, is_package
-from tasks.settings.profiles import ROOT, parameters
+from tasks.settings.merging import ROOT, file_of, parameters
+from tasks.settings.profiles import working_directory
 from tasks.settings.schema import Params
 
 TOLERANCE = 0.01  # a member may differ from its budget by this share of it
@@ -48,12 +50,12 @@ def plan_profile(
     """
     changes = [] if gpus is None else [f"compute.workers={gpus}", "compute.gpus_per_worker=1"]
     values = parameters(profile, overrides=[*overrides, *changes])
-    if values["cost"].get("table"):
-        values["cost"]["table"] = str(ROOT / values["cost"]["table"])  # whatever the working directory is
-    settings = read(values, f"profile {profile}")
-    if is_package(settings.parent.path):
-        check_parent(settings.parent.path, f"profile {profile}.parent.path")
-    return make_plan(settings, *read_parent(settings, config), hardware)
+    config = config and config.absolute()
+    with contextlib.chdir(working_directory(profile, overrides=overrides)):  # as in a run
+        settings = read(values, file_of(profile))
+        if is_package(settings.parent.path):
+            check_parent(settings.parent.path, f"{file_of(profile)}: parent.path")
+        return make_plan(settings, *read_parent(settings, config), hardware)
 
 
 def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict:

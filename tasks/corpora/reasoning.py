@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from elastic_core.config import require
+from elastic_core.config import Require, require
 
 _HELD_OUT_SHARE = 0.05
 _FEWEST_HELD_OUT_STEPS = 3  # shorter chains are all used for training, because there are too few of them
@@ -78,11 +78,11 @@ class Chains:
 
     whole_documents: ClassVar[bool] = True  # packing never splits a document
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         require(self.documents > 0, "documents", self.documents, "1 or more")
         require(self.max_steps > 0, "max_steps", self.max_steps, "1 or more")
         require(0 <= self.direct_share < 1, "direct_share", self.direct_share, "0 or more and less than 1")
-        _check_weights("step_weights", self.step_weights, self.max_steps)
+        _check_weights("step_weights", self.step_weights, self.max_steps, require)
 
     def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[tuple[str, str]]:
         """Yield (split, chain). The same seed gives the same chains. `skipped` has no effect."""
@@ -115,11 +115,11 @@ class Recall:
 
     whole_documents: ClassVar[bool] = True  # packing never splits a document
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         require(self.documents > 0, "documents", self.documents, "1 or more")
         require(2 <= self.max_pairs <= len(_KEYS), "max_pairs", self.max_pairs, f"2 to {len(_KEYS)}")
         require(self.max_queries > 0, "max_queries", self.max_queries, "1 or more")
-        _check_weights("pair_weights", self.pair_weights, self.max_pairs - 1)
+        _check_weights("pair_weights", self.pair_weights, self.max_pairs - 1, require)
 
     def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[tuple[str, str]]:
         """Yield (split, pairs and queries). The same seed gives the same documents. `skipped` has no effect."""
@@ -149,7 +149,7 @@ class Evaluation:
     recall: tuple[int, ...] = (4, 8, 16)
     items: int = 200  # per task; with 200 items an exact match of 0.5 has a standard error of 0.035
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         for name in ("chains", "chains_direct"):
             allowed = f"{_FEWEST_HELD_OUT_STEPS} steps or more: all shorter chains are in the training data"
             require(all(n >= _FEWEST_HELD_OUT_STEPS for n in getattr(self, name)), name, getattr(self, name), allowed)
@@ -245,8 +245,8 @@ def _write_task(
     (directory / f"{name}.yaml").write_text(text, encoding="utf-8")
 
 
-def _check_weights(key: str, weights: tuple[float, ...] | None, count: int) -> None:
-    fits = weights is None or (len(weights) == count and min(weights) >= 0 and sum(weights) > 0)
+def _check_weights(key: str, weights: tuple[float, ...] | None, count: int, require: Require) -> None:
+    fits = weights is None or (0 < len(weights) == count and min(weights) >= 0 and sum(weights) > 0)
     require(fits, key, weights, f"null, or {count} numbers of 0 or more, at least one above 0")
 
 

@@ -17,6 +17,6 @@ def parse_source(values, where: str) -> Source:
     `where` is the start of error messages. Raises ConfigError for an unknown kind and for a wrong value.
     """
     kind = values.get("kind") if isinstance(values, Mapping) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"{where}.kind: got {kind!r}; allowed: {', '.join(KINDS)}")
     return config.load(KINDS[kind], values, where)

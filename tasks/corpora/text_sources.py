@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from elastic_core.config import require
+from elastic_core.config import Require, require
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from tasks.corpora.text_files import check_format, is_compressed, read_rows
@@ -42,8 +42,8 @@ class Bible:
 
     whole_documents: ClassVar[bool] = False  # packing may split a document
 
-    def check(self) -> None:
-        _check_max_characters(self.max_characters)
+    def check(self, require: Require = require) -> None:
+        _check_max_characters(self.max_characters, require)
 
     def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[Document]:
         """Yield (split, chapter) in the order of the book. `seed` and `skipped` have no effect.
@@ -66,8 +66,8 @@ class Sympy:
 
     whole_documents: ClassVar[bool] = False  # packing may split a document
 
-    def check(self) -> None:
-        _check_max_characters(self.max_characters)
+    def check(self, require: Require = require) -> None:
+        _check_max_characters(self.max_characters, require)
 
     def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[Document]:
         """Yield (split, source file), ordered by a hash of the path, so that any first part is a random sample.
@@ -104,8 +104,8 @@ class Files:
 
     whole_documents: ClassVar[bool] = False  # packing may split a document
 
-    def check(self) -> None:
-        _check_max_characters(self.max_characters)
+    def check(self, require: Require = require) -> None:
+        _check_max_characters(self.max_characters, require)
         require(0 < self.held_out < 1, "held_out", self.held_out, "more than 0 and less than 1")
 
     def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[Document]:
@@ -173,7 +173,7 @@ class Files:
             ) from None
 
 
-def _check_max_characters(value: int | None) -> None:
+def _check_max_characters(value: int | None, require: Require) -> None:
     require(value is None or value > 0, "max_characters", value, "null, or 1 or more")
 
 

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import TokenData
 from elastic_core.data.tokenizer import load_tokenizer
-from tasks.settings.benchmark_files import TaskFile, check_task_files
+from tasks.corpora.benchmark_files import TaskFile, check_task_files
 from tasks.settings.sections import Benchmarks, Evaluate
 
 METRICS = ("acc_norm", "acc", "exact_match")  # a task shows the first of these that it has, else its first metric

@@ -31,7 +31,9 @@ def errors_as_text() -> Iterator[None]:
     except (StageInterrupted, StorageUnavailable) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(os.EX_TEMPFAIL)
-    except (StageError, UserError) as error:
+    except UserError as error:
+        sys.exit(error.report())
+    except StageError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         if isinstance(error, FileNotFoundError) and error.filename is not None:

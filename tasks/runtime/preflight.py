@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from elastic_core.config import ConfigError, require
+from elastic_core.config import ConfigError, Problems, require
 from elastic_core.cost.budgets import TOLERANCE
 from elastic_core.cost.latency import Timed
 from elastic_core.cost.memory import Memory
@@ -25,7 +25,7 @@ from tasks.settings.schema import Params
 
 
 def check_family(params: Params, where: str) -> None:
-    """Check budgets and choices against the parent's architecture. Raises ConfigError.
+    """Check budgets and choices against the parent's architecture. Raises ConfigError with all problems.
 
     Stage train_short checks again, with the order in which depth really drops layers.
     """
@@ -38,7 +38,7 @@ def check_family(params: Params, where: str) -> None:
     try:
         check_architecture(params, config)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError("\n".join(f"{where}: {problem}" for problem in error.problems)) from None
 
 
 def check_parent(params: Params, where: str) -> None:
@@ -59,15 +59,23 @@ def check_parent(params: Params, where: str) -> None:
 
 def check_architecture(params: Params, config) -> None:
     """The same for a parent's configuration that has been read. Raises ConfigError."""
-    check_lengths(params, config)
+    problems, metric, targets = Problems(), metric_of_family(params), None
+    with problems.collecting():
+        check_lengths(params, config)
     if architectures.of(config).MODELING_FILE is None and params.choices.heterogeneous:
         allowed = f"pad, as long as choices.heterogeneous is set for a parent of model_type {config.model_type}"
-        require(params.extract.heterogeneous == "pad", "extract.heterogeneous", "remote_code", allowed)
-    metric, targets = metric_of_family(params), resolve(params, config)
-    shares(params.untrained, metric, config, "untrained")
-    untrained = shares(comparable_budgets(params), metric, config, "untrained")
-    check_shares(params.budgets, params.untrained, targets, untrained)
-    _check_choices(params, metric, config, targets)
+        problems.require(params.extract.heterogeneous == "pad", "extract.heterogeneous", "remote_code", allowed)
+    with problems.collecting():
+        targets = resolve(params, config)
+    with problems.collecting():
+        shares(params.untrained, metric, config, "untrained")
+        untrained = shares(comparable_budgets(params), metric, config, "untrained")
+        if targets is not None:
+            check_shares(params.budgets, params.untrained, targets, untrained)
+    if targets is not None:
+        with problems.collecting():
+            _check_choices(params, metric, config, targets)
+    problems.raise_all()
 
 
 def check_lengths(params: Params, config) -> None:

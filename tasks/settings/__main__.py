@@ -1,6 +1,6 @@
 """`python -m tasks.settings` checks params.yaml without torch, in under a second.
 
-`python -m tasks.commands.check` also checks URLs, and whether the parent can give the budgets.
+`python -m tasks.commands.check` also checks corpora, URLs, and whether the parent can give the budgets.
 """
 
 import sys
@@ -12,5 +12,5 @@ if __name__ == "__main__":
     try:
         load()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error.report())
     print(f"{FILE} is valid")

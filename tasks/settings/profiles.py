@@ -10,25 +10,18 @@ share the checkout's DVC cache, so a stage that has run once with the same input
 import argparse
 import hashlib
 import json
-import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
 
 from elastic_core.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
-OVERRIDE_FORM = "section.key=value, such as train_short.learning_rate=1e-3"
-OVERRIDE = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*=.+"  # the syntax of `dvc exp run -S`: train_short.steps=100
-
-
-def profile_names(root: Path = ROOT) -> list[str]:
-    """Names of all profiles: `default`, then the files in profiles/ in alphabetical order."""
-    return ["default", *sorted(path.stem for path in (root / "profiles").glob("*.yaml") if path.stem != "default")]
+from elastic_core.io.atomic import whole_file
+from tasks.settings.merging import ROOT, check_profile, parameters, read_override
+from tasks.settings.paths import RUNS
 
 
 def prepare_workspace(
@@ -39,93 +32,55 @@ def prepare_workspace(
 ) -> Path:
     """Bring the workspace of `profile` up to date with the checkout's files, and return its directory.
 
-    budgets: name → budget; replaces the family. If the names differ from the profile's, the new members share the
-        training equally.
-    overrides: ``section.key=value`` with the value in YAML.
-
-    A run with `budgets` or `overrides` has its own directory; the same values always give the same directory. Raises
-    UserError for an unknown profile and for an override that cannot be parsed. Whether the parameter exists and allows
-    the value is checked later, by `tasks.settings.load`.
+    `budgets` and `overrides` are as in `merging.parameters`. A run with either has its own directory; the same values
+    always give the same directory. Raises UserError as that function does. Check the parameters first
+    (`tasks.commands.check`), because every workspace is a copy of the checkout.
     """
-    check_profile(profile, root)
     overrides = list(overrides)
-    changes = [read_override(text) for text in overrides]
-    if profile == "default" and not budgets and not changes:
+    workspace = workspace_of(profile, root, budgets, overrides)
+    if workspace == root:
         return root
     values = parameters(profile, root, budgets, overrides)
-    workspace = root / ".runs" / _directory_name(profile, budgets, changes)
-    _copy_sources(root, workspace, [name for name in _source_files(root) if (root / name).is_file()])
-    YAML().dump(values, workspace / "params.yaml")
+    files = [name for name in _source_files(root) if (root / name).is_file()]
+    _copy_sources(root, workspace, files + _table(values, root, files))
+    with whole_file(workspace / "params.yaml") as partial:
+        YAML().dump(values, partial)
     _configure_dvc(root, workspace)
     return workspace
 
 
-def _directory_name(
-    profile: str, budgets: Mapping[str, float | str] | None, changes: list[tuple[list[str], object]]
-) -> str:
-    if not budgets and not changes:
-        return profile
-    description = json.dumps([dict(budgets or {}), changes], sort_keys=True, default=str)
-    return f"{profile}-{hashlib.sha256(description.encode()).hexdigest()[:8]}"
-
-
-def check_profile(profile: str, root: Path = ROOT) -> None:
-    """Raise UserError for a profile that does not exist."""
-    names = profile_names(root)
-    if profile not in names:
-        raise UserError(f"profile: got {profile!r}; allowed: {', '.join(names)} (files in profiles/)")
-
-
-def parameters(
+def workspace_of(
     profile: str = "default",
     root: Path = ROOT,
     budgets: Mapping[str, float | str] | None = None,
     overrides: Iterable[str] = (),
-):
-    """The content of params.yaml with the values of a profile, of `budgets` and of `overrides`; comments are kept.
-
-    Raises UserError as `prepare_workspace` does.
-    """
+) -> Path:
+    """The directory in which a run works. Writes nothing. Raises UserError as `prepare_workspace` does."""
     check_profile(profile, root)
-    yaml = YAML()
-    values = yaml.load(root / "params.yaml")
-    if profile != "default":
-        _merge(values, yaml.load(root / "profiles" / f"{profile}.yaml") or {})
-    if budgets:
-        _replace_budgets(values, budgets)
-    for path, value in map(read_override, overrides):
-        _set_value(values, path, value)
-    return values
+    changes = [read_override(text) for text in overrides]
+    if not budgets and not changes:
+        return root if profile == "default" else root / RUNS / profile
+    description = json.dumps([dict(budgets or {}), changes], sort_keys=True, default=str)
+    return root / RUNS / f"{profile}-{hashlib.sha256(description.encode()).hexdigest()[:8]}"
 
 
-def read_override(text: str) -> tuple[list[str], object]:
-    """The path of keys, and the value. Raises UserError for another form and for a value that is not YAML."""
-    if not re.fullmatch(OVERRIDE, text):
-        raise UserError(f"override: got {text!r}; allowed: {OVERRIDE_FORM}")
-    name, _, value = text.partition("=")
-    try:
-        return name.split("."), YAML(typ="safe").load(value)
-    except YAMLError:
-        raise UserError(f"override: got {text!r}; the value is not valid YAML") from None
+def working_directory(
+    profile: str = "default",
+    root: Path = ROOT,
+    budgets: Mapping[str, float | str] | None = None,
+    overrides: Iterable[str] = (),
+) -> Path:
+    """Where relative paths of a run start: its workspace or, as long as there is none, the checkout."""
+    workspace = workspace_of(profile, root, budgets, overrides)
+    return workspace if workspace.is_dir() else root
 
 
-def _set_value(values, path: list[str], value) -> None:
-    """Set the value at a path of keys, in place; missing sections are created."""
-    for key in path[:-1]:
-        if not isinstance(values.get(key), dict):
-            values[key] = {}
-        values = values[key]
-    values[path[-1]] = value
-
-
-def _replace_budgets(values, budgets: Mapping[str, float | str]) -> None:
-    """Replace the family, and remove options of stages that name budgets which no longer exist."""
-    values["budgets"] = dict(budgets)
-    for section in filter(lambda section: isinstance(section, dict), values.values()):
-        if set(section.get("budget_shares", budgets)) != set(budgets):
-            del section["budget_shares"]
-        if not set(section.get("loss_by_budget", ())) <= set(budgets):
-            del section["loss_by_budget"]
+def _table(values, root: Path, files: list[str]) -> list[str]:
+    """The table of latencies, if git ignores it: a dependency in dvc.yaml has to be in the workspace."""
+    cost = values.get("cost")
+    table = cost.get("table") if isinstance(cost, Mapping) else None
+    is_inside = isinstance(table, str) and not Path(table).is_absolute() and ".." not in Path(table).parts
+    return [table] if is_inside and table not in files and (root / table).is_file() else []
 
 
 def _source_files(root: Path) -> list[str]:
@@ -162,20 +117,6 @@ def _configure_dvc(root: Path, workspace: Path) -> None:
     if page.is_file():
         lines += ["[plots]", f"html_template = {page}"]
     (workspace / ".dvc" / "config.local").write_text("\n".join(lines) + "\n")
-
-
-def _merge(values, overrides) -> None:
-    """Override nested values in place. Unknown keys are kept; `tasks.settings.load` refuses them later.
-
-    Some sections have keys that the user chooses, such as names of budgets and of sources. Merging them would mix two
-    lists of names, so these sections are replaced as a whole.
-    """
-    replaced = {"budgets", "untrained", "budget_shares", "mixture", "sources", "loss_by_budget", "path"}
-    for key, value in overrides.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict) and key not in replaced:
-            _merge(values[key], value)
-        else:
-            values[key] = value
 
 
 def main() -> None:

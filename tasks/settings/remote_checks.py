@@ -4,7 +4,7 @@ Reading params.yaml connects to no server. A stage that needs no server therefor
 stage that uses a remote location checks it here first, within seconds. `python -m tasks.commands.check` checks all.
 """
 
-from elastic_core.config import ConfigError
+from elastic_core.config import ConfigError, Problems
 from elastic_core.io import storage
 from tasks.settings.load import FILE
 from tasks.settings.local_checks import TOKENIZERS
@@ -23,14 +23,20 @@ def check(settings: Params, *sections: str, where: str = FILE) -> None:
         "extract": _check_destination,
         "compute": _check_checkpoints,
     }
+    problems = Problems()
     for section in sections or checks:
-        checks[section](settings, where)
+        with problems.collecting():
+            checks[section](settings, where)
+    problems.raise_all()
 
 
 def _check_corpora(settings: Params, where: str) -> None:
+    problems = Problems()
     for name, source in settings.prepare_data.sources.items():
         if storage.is_url(path := source.get("path")):
-            _check_access(path, f"{where}: prepare_data.sources.{name}.path", writing=False)
+            with problems.collecting():
+                _check_access(path, f"{where}: prepare_data.sources.{name}.path", writing=False)
+    problems.raise_all()
 
 
 def _check_parent(settings: Params, where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from elastic_core.config import ConfigError
+from elastic_core.config import Problems
 
 KEYS = {  # path of an old parameter → what the user has to do
     "report": "remove the section: the report's title is fixed",
@@ -16,17 +16,20 @@ KEYS = {  # path of an old parameter → what the user has to do
 VALUES = {("rank.measure", "written"): "output_norm"}  # (path, old value) → new value
 
 
-def check_replaced(values: Mapping, where: str) -> None:
-    """Raise ConfigError for a parameter or a value that no longer exists, and say what replaced it.
+def take_replaced(problems: Problems, values: Mapping, prefix: str) -> Mapping:
+    """Collect a problem for every parameter and value that no longer exists, and say what replaced it.
 
-    `values` is the parsed file; `where` is the start of the error message.
+    `values` is the parsed file; `prefix` is the start of the problems. Returns the values without them.
     """
     for path, advice in KEYS.items():
         if _find(values, path):
-            raise ConfigError(f"{where}.{path}: no longer a parameter; {advice}")
+            problems.add(f"{prefix}{path}: no longer a parameter; {advice}")
+            values = _without(values, path.split("."))
     for (path, old), new in VALUES.items():
         if _find(values, path) == [old]:
-            raise ConfigError(f"{where}.{path}: got {old!r}, which is now called {new!r}")
+            problems.add(f"{prefix}{path}: got {old!r}, which is now called {new!r}")
+            values = _without(values, path.split("."))
+    return values
 
 
 def _find(values, path: str) -> list:
@@ -36,3 +39,11 @@ def _find(values, path: str) -> list:
             return []
         values = values[key]
     return [values]
+
+
+def _without(values: Mapping, path: list[str]) -> Mapping:
+    """A copy without the key at `path`."""
+    first, *rest = path
+    if not rest:
+        return {key: value for key, value in values.items() if key != first}
+    return {**values, first: _without(values[first], rest)}

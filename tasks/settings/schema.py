@@ -1,39 +1,28 @@
 """The whole of params.yaml as one frozen dataclass. Needs no torch, and opens no file.
 
-The dataclasses of the sections are in sections.py and in elastic_core.
+The dataclasses of the sections are in sections.py and in elastic_core. Checks that compare sections are in
+cross_checks.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from elastic_core.config import require
-from elastic_core.cost.budgets import Cost, Spelling, parse
+from elastic_core.cost.budgets import Cost, Spelling
 from elastic_core.search.choices import Choices
 from elastic_core.training.stage import Routing, Stage
-from tasks.settings.budgets import check_spellings
+from tasks.settings.paths import locate
 from tasks.settings.sections import Compute, Evaluate, Extract, Parent, PrepareData, Rank, Tracking
 
-STAGES = (
-    "fingerprint",
-    "prepare_data",
-    "parent",
-    "rank",
-    "train_short",
-    "train_extended",
-    "extract",
-    "extract_untrained",
-    "evaluate_parent",
-    "evaluate",
-    "evaluate_untrained",
-    "report",
+SECTIONS = (  # the order of params.yaml, in which problems are listed
+    *("seed", "budgets", "cost", "untrained", "choices", "prepare_data", "parent", "rank", "routing"),
+    *("train_short", "train_extended", "extract", "evaluate", "compute", "time_limits", "tracking"),
 )
 
 
 @dataclass(frozen=True)
 class Params:
-    """The whole of params.yaml. `check` compares the sections with each other."""
+    """The whole of params.yaml."""
 
     budgets: dict[str, Spelling]  # trained; tasks.parents.targets turns them into shares of the parent
     prepare_data: PrepareData
@@ -57,47 +46,26 @@ class Params:
         """All budgets that are extracted and evaluated: the trained and the untrained ones."""
         return {**self.budgets, **self.untrained}
 
-    def check(self) -> None:
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
-        for name, hours in self.time_limits.items():
-            require(name in STAGES, "time_limits", name, ", ".join(STAGES))
-            require(hours > 0, f"time_limits.{name}", hours, "hours, above 0")
-        check_spellings(self.cost, self.budgets, self.untrained)
-        stages = {"train_short": self.train_short, "train_extended": self.train_extended}
-        for name, stage in stages.items():
-            self._check_shares(name, stage)
-            if stage.teacher != "frozen":
-                self._check_teacher(name, stage)
-        if self.parent.training is not None:
-            stages["parent.training"] = self.parent.training
-        for name, section in {**stages, "rank": self.rank}.items():
-            size, workers = section.batch_size // getattr(section, "microbatches", 1), max(1, self.compute.workers)
-            allowed = f"sequences that divide evenly by compute.workers ({workers}) in every microbatch"
-            require(size % workers == 0, f"{name}.batch_size", section.batch_size, allowed)
-            self._check_sources(f"{name}.mixture", section.mixture)
-        self._check_sources("evaluate.held_out", self.evaluate.held_out)
-        known = self.prepare_data.task_names()
-        for task in self.evaluate.tasks:
-            require(task in known, "evaluate.tasks", task, ", ".join(known))
+    def completed(self) -> Params:
+        """The same with the values that may be left out: mixtures, held-out sources, test tasks, located paths."""
+        equal = dict.fromkeys(self.prepare_data.sources, 1.0)
+        names = ("rank", "train_short", "train_extended")
+        changes = {name: _with_mixture(getattr(self, name), equal) for name in names}
+        parent, evaluate, cost = self.parent, self.evaluate, self.cost
+        if parent.path is not None:
+            parent = replace(parent, path=locate(parent.path))
+        if parent.training is not None:
+            parent = replace(parent, training=_with_mixture(parent.training, equal))
+        if evaluate.held_out is None:
+            evaluate = replace(evaluate, held_out=tuple(self.prepare_data.text_names()))
+        if evaluate.tasks is None:
+            evaluate = replace(evaluate, tasks=tuple(self.prepare_data.practised_task_names()))
+        if evaluate.benchmarks is not None:
+            evaluate = replace(evaluate, benchmarks=evaluate.benchmarks.located())
+        if cost.table is not None:
+            cost = replace(cost, table=locate(cost.table))
+        return replace(self, **changes, parent=parent, evaluate=evaluate, cost=cost)
 
-    def _check_sources(self, key: str, names: Iterable[str]) -> None:
-        for name in names:
-            require(name in self.prepare_data.sources, key, name, ", ".join(self.prepare_data.sources))
 
-    def _check_shares(self, name: str, stage: Stage) -> None:
-        for field_name in ("budget_shares", "loss_by_budget"):
-            for key in getattr(stage, field_name):
-                require(key in self.budgets, f"{name}.{field_name}", key, ", ".join(self.budgets))
-        if stage.budget_shares:  # a budget without a share would never be trained
-            missing = [budget for budget in self.budgets if budget not in stage.budget_shares]
-            allowed = f"a share for every budget, also for {', '.join(missing)}"
-            require(not missing, f"{name}.budget_shares", stage.budget_shares, allowed)
-
-    def _check_teacher(self, name: str, stage: Stage) -> None:
-        """A trainable teacher is the family's full budget. It has no teacher, so it has to learn from text."""
-        full = [budget for budget, given in self.budgets.items() if parse(given).is_full]
-        require(bool(full), f"{name}.teacher", stage.teacher, "frozen, because no budget is 1.0")
-        allowed = f"above 0: a {stage.teacher} teacher must itself learn from text"
-        weight, share = stage.loss_of(full[0]).ce_weight, stage.budget_shares.get(full[0], 1.0)
-        require(weight > 0, f"{name}.loss_by_budget.{full[0]}.ce_weight", weight, allowed)
-        require(share > 0, f"{name}.budget_shares.{full[0]}", share, allowed)
+def _with_mixture(section: Rank | Stage, mixture: dict[str, float]) -> Rank | Stage:
+    return section if section.mixture else replace(section, mixture=mixture)

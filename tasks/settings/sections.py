@@ -9,17 +9,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from elastic_core.config import require
+from elastic_core.config import Problems, Require, require
 from elastic_core.model.rope_scaling import check_rope_scaling
 from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS, MEASURES
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.stage import Stage
 from tasks.corpora.reasoning import Evaluation
 from tasks.corpora.sources import Source, parse_source
+from tasks.corpora.text_sources import Files
+from tasks.settings.paths import locate
 
 SMALLEST_VOCABULARY = 256 + 2  # one token per byte, and two special tokens
 INSTALL_TRACKING = "pip install --editable '.[tracking]'"
@@ -34,7 +36,7 @@ class PrepareData:
     tokenizer_characters: int = 4_000_000  # how much training text the tokenizer is trained on, over all sources
     evaluation: Evaluation = field(default_factory=Evaluation)
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         smallest = SMALLEST_VOCABULARY
         require(self.vocab_size >= smallest, "vocab_size", self.vocab_size, f"{smallest} or more")
         require(self.tokenizer_characters > 0, "tokenizer_characters", self.tokenizer_characters, "1 or more")
@@ -45,14 +47,40 @@ class PrepareData:
         self.parsed_sources()
 
     def parsed_sources(self) -> dict[str, Source]:
-        """The sources, each as the dataclass of its kind. Raises ConfigError."""
-        return {name: parse_source(values, f"sources.{name}") for name, values in self.sources.items()}
+        """The sources, each as the dataclass of its kind, with absolute paths (paths.py). Raises ConfigError."""
+        problems, parsed = Problems(), {}
+        for name, values in self.sources.items():
+            with problems.collecting():
+                parsed[name] = parse_source(values, f"sources.{name}")
+        problems.raise_all()
+        return {
+            name: replace(source, path=locate(source.path)) if isinstance(source, Files) else source
+            for name, source in parsed.items()
+        }
+
+    def text_names(self) -> list[str]:
+        """Names of the sources of running text; of all sources, if there is no running text."""
+        names = [name for name, source in self.parsed_sources().items() if not source.whole_documents]
+        return names or list(self.sources)
 
     def task_names(self) -> list[str]:
         """Names of the lm-eval tasks that the stage writes, such as ``chains_3``."""
+        return [name for names in self._tasks_by_kind().values() for name in names]
+
+    def practised_task_names(self) -> list[str]:
+        """Names of the tasks for which there is a source of the same kind, so that a model can have learnt them."""
+        kinds = {source.kind for source in self.parsed_sources().values()}
+        return [name for kind, names in self._tasks_by_kind().items() if kind in kinds for name in names]
+
+    def _tasks_by_kind(self) -> dict[str, list[str]]:
+        """Kind of source → the tasks of that kind."""
         lengths = self.evaluation
-        kinds = {"chains": lengths.chains, "chains_direct": lengths.chains_direct, "recall": lengths.recall}
-        return [f"{kind}_{length}" for kind, values in kinds.items() for length in values]
+        tasks = {"chains": {"chains": lengths.chains, "chains_direct": lengths.chains_direct}}
+        tasks["recall"] = {"recall": lengths.recall}
+        return {
+            kind: [f"{name}_{length}" for name, values in groups.items() for length in values]
+            for kind, groups in tasks.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -75,13 +103,13 @@ class ParentModel:
     conv_kernel: int = 4
     initializer_range: float = 0.02
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         known = bool(self.pattern) and set(self.pattern) <= set("M*-")
         require(known, "pattern", self.pattern, "characters M, * and -")
         for name, size in vars(self).items():
             require(name == "pattern" or size > 0, name, size, "above 0")
         for heads, groups in (("mamba_num_heads", "n_groups"), ("num_attention_heads", "num_key_value_heads")):
-            divides = getattr(self, heads) % getattr(self, groups) == 0
+            divides = getattr(self, groups) < 1 or getattr(self, heads) % getattr(self, groups) == 0
             require(divides, heads, getattr(self, heads), f"a multiple of {groups} ({getattr(self, groups)})")
 
 
@@ -90,6 +118,7 @@ class Parent:
     """Section `parent`: a Hugging Face directory, its URL or a package. With `path` null, `model` is trained.
 
     `rope_scaling` scales the rotary positions of an existing parent to longer texts, in the form of transformers.
+    With a path, `model` and `training` are not used, so they are not read and None.
     """
 
     path: str | None = None
@@ -97,7 +126,7 @@ class Parent:
     training: Stage | None = None
     rope_scaling: dict[str, Any] | None = None
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         if self.rope_scaling is not None:
             allowed = "null without parent.path: a model that is trained here has no rotary positions"
             require(self.path is not None, "rope_scaling", self.rope_scaling, allowed)
@@ -105,8 +134,8 @@ class Parent:
         if self.path is None:
             for name in ("model", "training"):
                 require(getattr(self, name) is not None, name, None, "a section, because parent.path is null")
-            weights = self.training.loss
-            require(weights.kl_weight == 0, "training.loss.kl_weight", weights.kl_weight, "0: a parent has no teacher")
+            weight = self.training.loss.kl_weight if self.training is not None else 0
+            require(weight == 0, "training.loss.kl_weight", weight, "0: a parent has no teacher")
 
 
 @dataclass(frozen=True)
@@ -116,7 +145,7 @@ class Rank:
     One batch has `batch_size` sequences of `sequence_length` tokens.
     """
 
-    mixture: dict[str, float]
+    mixture: dict[str, float] = field(default_factory=dict)  # empty: equal shares of all sources
     batches: int = 16
     batch_size: int = 16
     sequence_length: int = 256
@@ -125,7 +154,7 @@ class Rank:
     depth_method: str = DEPTH_METHODS[0]
     depth_batches: int = 4  # of `batches`, for the depth ranking
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         for name in ("batches", "batch_size", "sequence_length"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(1 <= self.depth_batches <= self.batches, "depth_batches", self.depth_batches, f"1 to {self.batches}")
@@ -142,7 +171,7 @@ class Extract:
     dtype: Literal["float32", "bfloat16"] = "float32"
     destination: str | None = None  # each model is copied to <destination>/<budget>/<version>
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         require(self.destination != "", "destination", self.destination, "a URL such as s3://bucket/exports, or null")
 
 
@@ -155,7 +184,7 @@ class LatencyOptions:
     repeats: int = 8  # after one repeat that is not counted
     threads: int = 1
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         for name, value in vars(self).items():
             require(value >= 1, name, value, "1 or more")
 
@@ -171,12 +200,17 @@ class Benchmarks:
     num_fewshot: int | None = None  # null: the task's own number
     batch_size: int = 8
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         require(bool(self.tasks), "tasks", self.tasks, "one or more; or benchmarks: null")
         require(len(set(self.tasks)) == len(self.tasks), "tasks", self.tasks, "every task once")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more, or null")
         require(self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", self.num_fewshot, "0 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+
+    def located(self) -> Benchmarks:
+        """The same with absolute paths (paths.py)."""
+        include = None if self.include is None else locate(self.include)
+        return replace(self, include=include, data_root=locate(self.data_root))
 
 
 @dataclass(frozen=True)
@@ -187,8 +221,8 @@ class Evaluate:
     length of the sequence with which the cache is measured.
     """
 
-    held_out: tuple[str, ...]
-    tasks: tuple[str, ...] = ()
+    held_out: tuple[str, ...] | None = None  # null: all sources of running text
+    tasks: tuple[str, ...] | None = None  # null: the tasks of prepare_data.evaluation whose kind of source is there
     max_tokens: int = 16384
     sequence_length: int = 256
     batch_size: int = 16
@@ -198,7 +232,7 @@ class Evaluate:
     latency: LatencyOptions = field(default_factory=LatencyOptions)
     benchmarks: Benchmarks | None = None
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         for name in ("max_tokens", "sequence_length", "batch_size", "limit", "task_batch_size", "cache_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
 
@@ -218,14 +252,14 @@ class Compute:
     storage: str = "checkpoints"
     execution: Execution = field(default_factory=Execution)
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         require(self.workers >= 0, "workers", self.workers, "0 (in this process), or more")
         require(self.cpus_per_worker >= 1, "cpus_per_worker", self.cpus_per_worker, "1 or more")
         require(self.gpus_per_worker in (0, 1), "gpus_per_worker", self.gpus_per_worker, "0 or 1: a worker has one GPU")
         require(self.retries >= 0, "retries", self.retries, "0 or more")
         # Under torchrun this process is one of WORLD_SIZE workers.
         shards, workers = self.execution.shard_over, self.workers or int(os.environ.get("WORLD_SIZE", 1))
-        divides = shards is None or workers % shards == 0
+        divides = shards is None or shards < 1 or workers % shards == 0
         require(divides, "execution.shard_over", shards, f"null, or a divisor of the number of workers ({workers})")
 
 
@@ -240,7 +274,7 @@ class Tracking:
     wandb: str | None = None
     wandb_mode: Literal["online", "offline"] = "online"
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         for name in ("tensorboard", "wandb"):
             if (value := getattr(self, name)) is not None:
                 require(value.strip() != "", name, value, "a directory" if name == "tensorboard" else "a project name")

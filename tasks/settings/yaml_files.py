@@ -1,32 +1,62 @@
-"""Reads YAML files of users: params.yaml, and lm-eval's task files with their tags `!function`."""
+"""Reads params.yaml and profiles. What cannot be read is named with its line and column."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from elastic_core.config import ConfigError
-
-
-class Function(str):
-    """The value of `!function` in a task file: a module beside the file and a function in it, as `utils.score`."""
+from elastic_core.config import SECTION, ConfigError
 
 
-class _TaskLoader(yaml.SafeLoader):
-    pass
+def read_mapping(path: Path, name: str, keep_comments: bool = False) -> Mapping:
+    """The content of a YAML file: sections with keys. An empty file is an empty mapping.
 
-
-_TaskLoader.add_constructor("!function", lambda loader, node: Function(loader.construct_scalar(node)))
-
-
-def read_yaml(path: Path, is_task: bool = False) -> Any:
-    """The content of a YAML file. With `is_task`, values of `!function` are of type `Function`.
-
-    Raises ConfigError with the file's name for a file that is not valid YAML or not UTF-8.
+    `name` is the file's name in error messages. With `keep_comments` the result can be changed and written again with
+    its comments. Raises ConfigError for a file that cannot be read, holds no YAML, or holds something else.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader if is_task else yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start]
+        line, column = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
+        raise ConfigError(f"{name}, line {line}, column {column}: not valid UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read ({error.strerror})") from None
+    values = parse(text, name, keep_comments)
+    if values is None:
+        return YAML().map() if keep_comments else {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{name}: got {type_name(values)}; allowed: {SECTION}, such as `seed: 0`")
+    return values
+
+
+def parse(text: str, name: str, keep_comments: bool = False):
+    """The value of a YAML text. Raises ConfigError, which starts with `name`, line and column."""
+    try:
+        return YAML(typ="rt" if keep_comments else "safe").load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{name}{place}: not valid YAML: {_reason(error, text)}") from None
+    except (YAMLError, ValueError) as error:  # such as a control character, or the date 2026-13-01
+        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def type_name(value) -> str:
+    """The YAML name of a value's type, for error messages."""
+    return "a list" if isinstance(value, (list, tuple)) else repr(value)
+
+
+def _reason(error: MarkedYAMLError, text: str) -> str:
+    problem = " ".join(str(error.problem or error.context).split())
+    lines = text.splitlines()
+    if error.problem_mark and error.problem_mark.line < len(lines):
+        line = lines[error.problem_mark.line]
+        if "\t" in line[: len(line) - len(line.lstrip())]:
+            return f"{problem}; indent with spaces, not with tabs"
+    if problem.startswith("found duplicate key"):
+        return f"{problem.split(' with value')[0]}; keep one of them"
+    return problem

@@ -13,8 +13,9 @@ class Inner:
     rate: float
     name: str = "x"
 
-    def check(self):
+    def check(self, require=require):
         require(self.rate >= 0, "rate", self.rate, "0 or more")
+        require(self.name != "", "name", self.name, "a name")
 
 
 @dataclass(frozen=True)
@@ -57,29 +58,29 @@ def test_values_of_every_kind():
         ({"zzz": 2}, r"outer\.zzz: unknown parameter\. Allowed: steps"),
         ({"inner": {"rate": 1.0, "nam": "y"}}, r"outer\.inner\.nam: unknown parameter; did you mean 'name'\?"),
         ({"inner": {}}, r"outer\.inner\.rate: missing; it has no default and must be set"),
-        ({"inner": 3}, r"outer\.inner: expected a section with keys, got 3"),
+        ({"inner": 3}, r"outer\.inner: got 3; allowed: a section with keys"),
         ({"inner": {"rate": -1.0}}, r"outer\.inner\.rate: got -1\.0; allowed: 0 or more"),
         ({"sections": {"s": {"rate": -1}}}, r"outer\.sections\.s\.rate: got -1\.0; allowed: 0 or more"),
         (
             {"inner": {"rate": "1e-3"}},
-            r"rate: expected a number, got '1e-3' \(YAML reads 1e-3 as text; write 1\.0e-3\)",
+            r"rate: got '1e-3'; allowed: a number, without quotes",
         ),
-        ({"inner": {"rate": True}}, r"inner\.rate: expected a number, got True"),
-        ({"inner": {"rate": float("nan")}}, r"inner\.rate: expected a finite number, got nan"),
-        ({"inner": {"rate": float("inf")}}, r"inner\.rate: expected a finite number, got inf"),
-        ({"inner": {"rate": 1.0, "name": 3}}, r"inner\.name: expected a string, got 3"),
-        ({"steps": True}, r"outer\.steps: expected an integer, got True"),
-        ({"steps": 1.0}, r"outer\.steps: expected an integer, got 1\.0"),
-        ({"steps": None}, r"outer\.steps: expected an integer, got None"),
-        ({"flag": 1}, r"outer\.flag: expected true or false, got 1"),
+        ({"inner": {"rate": True}}, r"inner\.rate: got True; allowed: a number"),
+        ({"inner": {"rate": float("nan")}}, r"inner\.rate: got nan; allowed: a finite number"),
+        ({"inner": {"rate": float("inf")}}, r"inner\.rate: got inf; allowed: a finite number"),
+        ({"inner": {"rate": 1.0, "name": 3}}, r"inner\.name: got 3; allowed: a string"),
+        ({"steps": True}, r"outer\.steps: got True; allowed: an integer"),
+        ({"steps": 1.0}, r"outer\.steps: got 1\.0; allowed: an integer"),
+        ({"steps": None}, r"outer\.steps: got None; allowed: an integer"),
+        ({"flag": 1}, r"outer\.flag: got 1; allowed: true or false"),
         ({"mode": "firm"}, r"outer\.mode: got 'firm'; allowed: 'soft', 'hard'"),
-        ({"limit": "3"}, r"outer\.limit: expected an integer, got '3'"),
-        ({"sizes": 3}, r"outer\.sizes: expected a list, got 3"),
-        ({"sizes": "32"}, r"outer\.sizes: expected a list, got '32'"),
-        ({"sizes": [3, "2"]}, r"outer\.sizes\[1\]: expected an integer, got '2'"),
-        ({"shares": [1]}, r"outer\.shares: expected a section with keys, got \[1\]"),
-        ({"shares": {"a": "b"}}, r"outer\.shares\.a: expected a number, got 'b'"),
-        ({"shares": {1: 1.0}}, r"outer\.shares: expected a string, got 1"),
+        ({"limit": "3"}, r"outer\.limit: got '3'; allowed: an integer"),
+        ({"sizes": 3}, r"outer\.sizes: got 3; allowed: a list"),
+        ({"sizes": "32"}, r"outer\.sizes: got '32'; allowed: a list"),
+        ({"sizes": [3, "2"]}, r"outer\.sizes\[1\]: got '2'; allowed: an integer"),
+        ({"shares": [1]}, r"outer\.shares: got \[1\]; allowed: a section with keys"),
+        ({"shares": {"a": "b"}}, r"outer\.shares\.a: got 'b'; allowed: a number"),
+        ({"shares": {1: 1.0}}, r"outer\.shares: got 1; allowed: a string"),
     ],
 )
 def test_what_is_refused_and_how(values, words):
@@ -89,13 +90,34 @@ def test_what_is_refused_and_how(values, words):
 
 @pytest.mark.parametrize("values", [None, [], "steps", 3])
 def test_a_section_that_is_none(values):
-    with pytest.raises(ConfigError, match=r"^here: expected a section with keys, got "):
+    with pytest.raises(ConfigError, match=r"^here: got .*; allowed: a section with keys"):
         load(Outer, values, "here")
 
 
 def test_missing():
     with pytest.raises(ConfigError, match=r"^here\.steps: missing; it has no default and must be set$"):
         load(Outer, {}, "here")
+
+
+def test_all_problems_come_at_once_a_line_for_each():
+    wrong = {"stepz": 1, "steps": "ten", "inner": {"rate": -1, "name": ""}, "sizes": ["a", 2], "shares": {"a": None}}
+    with pytest.raises(ConfigError) as caught:
+        read(**wrong)
+    assert caught.value.problems == [
+        "params.yaml: outer.stepz: unknown parameter; did you mean 'steps'? Allowed: "
+        "steps, inner, flag, mode, limit, sizes, shares, sections, anything",
+        "params.yaml: outer.steps: got 'ten'; allowed: an integer",
+        "params.yaml: outer.inner.rate: got -1.0; allowed: 0 or more",
+        "params.yaml: outer.inner.name: got ''; allowed: a name",
+        "params.yaml: outer.sizes[0]: got 'a'; allowed: an integer",
+        "params.yaml: outer.shares.a: got None; allowed: a number",
+    ]
+    assert caught.value.report().splitlines() == [f"error: {problem}" for problem in caught.value.problems]
+
+
+def test_a_check_that_is_called_alone_raises_at_its_first_problem():
+    with pytest.raises(ConfigError, match=r"^rate: got -1\.0; allowed: 0 or more$"):
+        Inner(-1.0, "").check()
 
 
 def test_errors_are_value_errors():

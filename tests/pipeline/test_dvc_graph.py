@@ -18,7 +18,7 @@ from flows.stages import ALWAYS
 from tasks import fingerprint
 from tasks.fingerprint import LIBRARIES
 from tasks.reporting import vega
-from tasks.settings import schema
+from tasks.settings import cross_checks
 
 pytest.importorskip("dvc")
 
@@ -256,4 +256,4 @@ def test_the_page_of_plots_loads_nothing(finished, monkeypatch):
 
 
 def test_every_stage_can_have_a_time_limit():
-    assert list(STAGES) == list(schema.STAGES)
+    assert list(STAGES) == list(cross_checks.STAGES)

@@ -315,7 +315,7 @@ def test_parameters_with_a_table_are_checked_before_anything_runs(tmp_path, monk
         TABLE.save("mine.json")
         check_parameters()
     Path("mine.json").unlink()
-    with pytest.raises(ConfigError, match=r"params\.yaml\.cost\.table: got '.*mine\.json'; allowed: .*elastic measure"):
+    with pytest.raises(ConfigError, match=r"params\.yaml: cost\.table: got '.*mine\.json'; allowed: .*elastic measure"):
         load(values, tmp_path, monkeypatch)
 
 

@@ -26,7 +26,7 @@ from elastic_core.training.run import Run
 from elastic_core.training.stage import Loss, Routing
 from tasks.commands.inspect import inspect_checkpoint
 from tasks.settings.load import read
-from tasks.settings.profiles import parameters
+from tasks.settings.merging import parameters
 from tests.support.models.moe import SEEDS, load
 from tests.support.models.moe_family import CHOICES, CONFIG, VALUES
 from tests.support.models.parents import random_elastic, random_ids, random_moe_config, random_submodel, relative_error

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tasks.settings import load as settings
-from tasks.settings.profiles import parameters
+from tasks.settings.merging import parameters
 from tests.support.models.parents import save_random_parent
 from tests.support.models.routed_family import CONFIG
 

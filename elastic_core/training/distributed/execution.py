@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from elastic_core.config import require
+from elastic_core.config import Require, require
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,5 @@ class Execution:
     offload_teacher: bool = False
     shard_over: int | None = None
 
-    def check(self) -> None:
+    def check(self, require: Require = require) -> None:
         require(self.shard_over is None or self.shard_over >= 1, "shard_over", self.shard_over, "null, or 1 or more")

@@ -18,7 +18,7 @@ from elastic_core.training.estimate.step_memory import (
 )
 from tasks.parents.config import new_config
 from tasks.settings.load import read
-from tasks.settings.profiles import parameters
+from tasks.settings.merging import parameters
 from tests.support.models.parents import random_config
 from tests.support.oracles.memory_cases import CASES
 

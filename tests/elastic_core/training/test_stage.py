@@ -105,7 +105,6 @@ def test_mixed_teachers_move_linearly_from_the_parent_to_the_family():
         ({"schedule": "step"}, r"stage\.schedule: got 'step'; allowed: 'constant', 'linear', 'cosine'"),
         ({"precision": "float16"}, r"stage\.precision: got 'float16'; allowed: 'float32', 'bfloat16'"),
         ({"teacher": "none"}, r"stage\.teacher: got 'none'; allowed: 'frozen', 'trainable', 'mixed'"),
-        ({"mixture": {}}, r"stage\.mixture: got {}; allowed: a share for at least one data source"),
         ({"mixture": {"prose": -1.0}}, r"stage\.mixture: got .*shares of 0 or more"),
         ({"budget_shares": {"a": 0.0}}, r"stage\.budget_shares: got .*not all 0"),
         ({"loss": {"ce_weight": 0.0, "kl_weight": 0.0}}, r"stage\.loss\.kl_weight: .*one weight above 0"),

@@ -72,7 +72,7 @@ def test_help_comes_at_once_from_anywhere(command, tmp_path):
     assert {"run": "elastic run smoke", "plan": "the paper's run"}.get("".join(command), "generate") in done.stdout
 
 
-@pytest.mark.parametrize("command", ["plan", "run", "compare", "up", "extract", "generate", "inspect"])
+@pytest.mark.parametrize("command", ["init", "plan", "run", "compare", "clean", "up", "extract", "generate", "inspect"])
 def test_every_option_is_explained(command):
     text = call(command, "--help")
     assert "Usage" in text and len(text.splitlines()) > 8
@@ -102,8 +102,9 @@ def test_the_last_run_is_the_one_that_wrote_last(tmp_path):
     places = [tmp_path / ".runs" / "smoke", tmp_path, tmp_path / ".runs" / "smoke-0123"]
     for i, place in enumerate(places):
         (place / find_family.FAMILY).mkdir(parents=True)
+        (place / find_family.FAMILY / "config.json").write_text("{}")  # written first, before the weights
         assert find_family.find(root=tmp_path) == places[i - 1] / find_family.FAMILY if i else True
-        (place / find_family.FAMILY / "config.json").write_text("{}")
+        (place / find_family.FAMILY / "elastic.json").write_text("{}")
         assert find_family.find(root=tmp_path) == place / find_family.FAMILY
         time.sleep(0.02)
 

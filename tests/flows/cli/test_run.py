@@ -22,6 +22,7 @@ import flows.cli.pipeline
 from flows import records
 from flows.cli.app import app
 from flows.stages import StageInterrupted
+from tests.support.places import files_below
 
 pytest.importorskip("dvc")
 
@@ -64,9 +65,10 @@ text = name
 pathlib.Path({"data": "data.txt", "report": "reports/report.md"}[name]).write_text(text)
 """
 CHECK = """\
-import sys, yaml
-if "unknown" in yaml.safe_load(open("params.yaml")):
-    sys.exit("error: params.yaml: unknown: no such section")
+import sys
+problems = [f"error: params.yaml: {text}: no such section" for text in sys.argv[2:] if "unknown" in text]
+if problems:
+    sys.exit("\\n".join(problems))
 print("params.yaml is valid")
 """
 RUN = """\
@@ -113,7 +115,7 @@ def run(checkout, monkeypatch):
     def run(*arguments, status=0):
         result = CliRunner().invoke(app, ["run", *arguments])
         assert result.exit_code == status, result.output + result.stderr
-        assert result.stderr.count("\n") == (status > 0)
+        assert result.stderr.count("error: ") == result.stderr.count("\n") == (status > 0)
         return result.stdout, result.stderr
 
     return run
@@ -216,12 +218,39 @@ def test_what_another_try_may_mend_is_said(run, monkeypatch):
         (["--budget", "small"], "NAME=BUDGET"),
         (["--budget", "small=much"], "NAME=BUDGET, such as small=0.4, small=9B, small=16GiB@128k or small=35ms/token"),
         (["--set", "nothing"], "section.key=value"),
-        (["--set", "unknown.key=1"], "error: params.yaml: unknown: no such section"),
+        (["--budget", "a b=0.4"], "NAME=BUDGET"),
+        (["--budget", "=0.4"], "NAME=BUDGET"),
+        (["--budget", "small=0.4", "--budget", "small=0.5"], "got small twice"),
+        (["--set", "data.wait="], "section.key=value"),
+        (["--set", "data.wait=[1"], "the value is not valid YAML"),
+        (["--set", "data.wait={a: 1, a: 2}"], "found duplicate key"),
+        (["--set", "unknown.key=1"], "error: params.yaml: --set=unknown.key=1: no such section"),
     ],
 )
-def test_run_refuses_what_cannot_be(run, arguments, words):
+def test_run_refuses_what_cannot_be_and_writes_nothing(checkout, run, arguments, words):
+    before = files_below(checkout)
     out, error = run(*arguments, status=1)
     assert words in error and "sees" not in out
+    assert files_below(checkout) == before
+
+
+def test_all_problems_of_the_parameters_are_listed(checkout, run):
+    result = CliRunner().invoke(app, ["run", *(f"--set=unknown.key{i}=1" for i in range(30))])
+    assert result.exit_code == 1 and not (checkout / ".runs").exists()
+    lines = result.stderr.splitlines()
+    assert len(lines) == 30 and all(line.startswith("error: params.yaml: ") for line in lines)
+
+
+def test_run_and_up_outside_of_a_checkout_say_what_to_do(tmp_path, monkeypatch):
+    """As after an installation that is not editable."""
+    monkeypatch.setattr("tasks.settings.merging.ROOT", tmp_path)
+    pipeline = functools.partial(flows.cli.pipeline.run_pipeline, root=tmp_path)
+    monkeypatch.setattr(flows.cli.pipeline, "run_pipeline", pipeline)
+    for command in ("run", "up"):
+        result = CliRunner().invoke(app, [command])
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"error: {tmp_path}: is no checkout (it has no dvc.yaml); clone the repository")
+        assert result.stderr.count("\n") == 1
 
 
 def test_on_a_terminal_stages_draw_and_a_busy_one_is_waited_for(checkout):

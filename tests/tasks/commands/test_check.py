@@ -1,9 +1,15 @@
 """`python -m tasks.commands.check`: says that params.yaml is valid, or in one line what to change."""
 
+import os
 import runpy
+import subprocess
+import sys
+import time
 
 import pytest
 
+from elastic_core.config import ConfigError
+from tasks.commands import check
 from tests.support.committed_params import ROOT, put, write
 from tests.support.pipeline.stages import check_parameters
 
@@ -19,7 +25,7 @@ def test_a_missing_table_is_refused_whatever_budgets_are_counted_in(values, tmp_
     """dvc.yaml names it, and what DVC says of a file that has no name helps nobody."""
     put("cost", "table", table)(values)
     write(values, tmp_path, monkeypatch)
-    with pytest.raises(SystemExit, match=rf"^error: params\.yaml\.cost\.table: got {table!r}; allowed: a file that"):
+    with pytest.raises(SystemExit, match=rf"^error: params\.yaml: cost\.table: got {table!r}; allowed: a file that"):
         check_parameters()
 
 
@@ -28,8 +34,115 @@ def test_the_command_ends_with_one_line_and_a_status(values, tmp_path, monkeypat
     """As `python -m tasks.commands.check`, but in this process, which has imported torch already."""
     put("budgets", "small", "9B")(values)
     write(values, tmp_path, monkeypatch)
+    monkeypatch.setattr("sys.argv", ["check"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("tasks.commands.check", run_name="__main__")
     text = ended.value.code  # Python prints it to stderr and ends with status 1
     assert text.startswith("error: params.yaml: budgets.small: got '9B'; allowed: up to the parent's own")
     assert "\n" not in text and capsys.readouterr() == ("", "")
+
+
+def run_check(directory, *arguments):
+    """The ended process of `python -m tasks.commands.check`, and how many seconds it took."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    begin = time.monotonic()
+    command = [sys.executable, "-m", "tasks.commands.check", *arguments]
+    done = subprocess.run(command, cwd=directory, env=variables, capture_output=True, text=True)
+    return done, time.monotonic() - begin
+
+
+@pytest.fixture
+def wrong(values, tmp_path, monkeypatch):
+    """Parameters with a mistake of every kind that is found without torch."""
+    values["seed"] = "none"
+    values["budgets"]["small"] = "70%"
+    values["prepare_data"]["sources"]["mine"] = {"kind": "files", "path": "corpus/*.jsonl"}
+    values["prepare_data"]["sources"]["other"] = {"kind": "files", "path": "*.pdf"}
+    values["parent"] = {"path": "nowhere"}
+    values["rank"]["batches"] = 0
+    values["train_short"]["mixture"] = {"poems": 1.0}
+    values["train_extended"]["steps"] = 0
+    values["evaluate"]["benchmarks"] = {"tasks": ["mine"], "include": "nowhere"}
+    values["compute"]["storage"] = "a_file/checkpoints"
+    (tmp_path / "a_file").touch()
+    (tmp_path / "a.pdf").touch()
+    write(values, tmp_path, monkeypatch)
+    return tmp_path
+
+
+def test_all_problems_are_listed_in_the_order_of_the_sections_within_two_seconds(wrong):
+    tries = [run_check(wrong) for _ in range(3)]
+    done = tries[0][0]
+    assert done.returncode == 1 and done.stdout == ""
+    found = [line.removeprefix("error: params.yaml: ").split(": ")[0] for line in done.stderr.splitlines()]
+    assert found == [
+        "seed",
+        "budgets.small",
+        "prepare_data.sources.mine.path",
+        "prepare_data.sources.other.path",
+        "parent.path",
+        "rank.batches",
+        "rank.depth_batches",
+        "train_short.mixture",
+        "train_extended.steps",
+        "evaluate.benchmarks.include",
+        "compute.storage",
+    ]
+    assert min(seconds for _, seconds in tries) < 2
+
+
+def test_checking_writes_nothing(wrong, tmp_path):
+    before = sorted(wrong.rglob("*"))
+    run_check(wrong)
+    assert sorted(wrong.rglob("*")) == before
+    assert run_check(tmp_path, "smoke", "--set", "seed=-1", "--budget", "a=3")[0].returncode == 1
+    assert sorted(wrong.rglob("*")) == before
+
+
+def test_problems_start_with_the_place_of_their_parameter():
+    stages = ["--set=train_short.steps=0", "--set=rank={batches: 0}", "--budget=a=1.0", "--budget=b=1.0"]
+    lines = run_check("/", "smoke", "--set=evaluate.limit=0", *stages)[0].stderr.splitlines()
+    assert [line.split(": ")[1:3] for line in lines] == [
+        ["--budget", "budgets"],
+        ["--set", "rank.batches"],
+        ["--set", "rank.depth_batches"],
+        ["--set", "train_short.steps"],
+        ["--set", "evaluate.limit"],
+    ]
+    lines = run_check("/", "one-gpu", "--set=parent.path=/nowhere")[0].stderr.splitlines()
+    assert lines[0].startswith(
+        "error: profiles/one-gpu.yaml: prepare_data.sources.text.path: got '/data/corpus/*.jsonl'"
+    )
+    assert lines[1].startswith("error: --set: parent.path: got '/nowhere'")
+
+
+@pytest.mark.parametrize("name", ["compute.storage", "artifacts"])
+def test_a_place_that_cannot_be_written_is_named(values, tmp_path, monkeypatch, name):
+    """Nothing can be made below a file, whoever tries."""
+    (tmp_path / "artifacts").touch()
+    if name == "compute.storage":
+        (tmp_path / "artifacts").rename(tmp_path / "file")
+        values["compute"]["storage"] = str(tmp_path / "file")
+    write(values, tmp_path, monkeypatch)
+    with pytest.raises(SystemExit, match=rf"^error: params\.yaml: .*{name}: .*Not a directory"):
+        check_parameters()
+
+
+def test_the_second_round_lists_all_it_finds_too(values, tmp_path, monkeypatch):
+    values["budgets"] |= {"medium": "9B", "small": "7B"}
+    values["choices"] |= {"hidden_size": [40, 32], "depth": [99]}
+    write(values, tmp_path, monkeypatch)
+    with pytest.raises(ConfigError) as caught:
+        check.main()
+    assert [problem.split(": ")[1] for problem in caught.value.problems] == ["budgets.medium", "budgets.small"]
+    values["budgets"] |= {"medium": 0.7, "small": 0.45}
+    write(values, tmp_path, monkeypatch)
+    with pytest.raises(ConfigError) as caught:
+        check.main()
+    assert [problem.split(": ")[1] for problem in caught.value.problems] == ["choices.hidden_size", "choices.depth"]
+
+
+def test_every_argument_that_is_not_known_is_a_usage_error(tmp_path):
+    for arguments in (["--sett=a"], ["smoke", "smoke"], ["--budget"]):
+        done, _ = run_check(tmp_path, *arguments)
+        assert done.returncode == 2 and "Traceback" not in done.stderr

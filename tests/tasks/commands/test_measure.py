@@ -18,7 +18,8 @@ from tasks.commands import layer_times
 from tasks.commands import measure as command
 from tasks.commands.layer_times import Decoder, MeasureSetting, Models
 from tasks.commands.measure import grids, measure, samples, thin_out
-from tasks.settings.profiles import parameters
+from tasks.settings.merging import parameters
+from tests.support.committed_params import ROOT
 from tests.support.models.moe_family import CHOICES as MOE_CHOICES
 from tests.support.models.moe_family import CONFIG as MOE
 from tests.support.models.parents import CONFIGS, random_config, random_llama_config
@@ -106,32 +107,34 @@ def test_tokens_ask_many_experts():
     assert len(asked[-1].unique()) > 20
 
 
-def test_the_command_writes_what_the_profile_names(tmp_path, monkeypatch):
-    """In the profile's own setting, though its table is not there yet; a second time it is replaced."""
+def test_the_command_writes_a_table_of_this_machine(tmp_path, monkeypatch):
+    """In the profile's own setting, though the profile's table is not there yet; a second time it is replaced."""
     values = parameters("smoke")
-    values["cost"] = {"metric": "latency", "table": "new/table.json"}
+    values["cost"] = {"metric": "latency", "table": "profiles/latency.json"}
     values["budgets"]["small"] = "1ms/token@40×2"
     values["choices"] = {"hidden_size": [48, 24]}
     monkeypatch.setattr("tasks.commands.measure.parameters", lambda name, overrides: values)
     monkeypatch.setattr("tasks.commands.measure.ROOT", tmp_path)
     monkeypatch.setattr(layer_times, "WARM_UP", 0)
-    table, path = command.measure_profile("mine", **QUICK)
-    assert path == tmp_path / "new" / "table.json" and Table.load(path) == table
+    tracked = (ROOT / "profiles" / "latency.json").read_bytes()
+    table, path = command.measure_profile("smoke", **QUICK)
+    assert path == tmp_path / "profiles" / "measured" / "smoke.json" and Table.load(path) == table
     assert (table.contexts, table.batch, table.threads) == ((32, 40), 2, 1)
     assert table.parts["M"].grid == ((24, 48), (4,), (16,))
     told = command.describe(table, path)
     assert "2 × 40 tokens, float32" in told and "mamba_heads 4, mamba_channels 16" in told
+    assert "cost: {metric: latency, table: profiles/measured/smoke.json}" in told
     changes = {"contexts": (3,), "batch": 1, "device": "cpu", **QUICK}
-    _, other = command.measure_profile("mine", out=tmp_path / "other.json", **changes)
+    _, other = command.measure_profile("smoke", out=tmp_path / "other.json", **changes)
     assert Table.load(other).contexts == (3, 32, 40) and Table.load(other).dtype == "float32"
-    values["parent"]["model"]["ssm_state_size"] = 8
-    with pytest.raises(ConfigError, match=r"out: got '.*table.json'; allowed: another file, by --out FILE and cost.ta"):
-        command.measure_profile("mine", **QUICK)
-    assert Table.load(path) == table
+    assert (ROOT / "profiles" / "latency.json").read_bytes() == tracked
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path):
-    assert "out: got None; allowed: a file, --out FILE" in error_of("measure", "smoke")
+    (tmp_path / "file").touch()
+    for out in (tmp_path, tmp_path / "file" / "table.json"):
+        assert f"out: got '{out}'; allowed: a file that can be written; " in error_of("measure", "smoke", "--out", out)
+    (tmp_path / "file").unlink()
     for option, words in {
         "batch=0": "batch: got 0",
         "dtype=fp8": "dtype: got 'fp8'",
@@ -144,7 +147,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"points: got 1; allowed: 2 or more"):
         MeasureSetting((4,), points=1)
     told = error_of("measure", "smoke", "--out", tmp_path / "t.json", "--set", "choices.depth=[7]")
-    assert "profile smoke (parent.model): choices.depth: got [7]; allowed: " in told
+    assert "profiles/smoke.yaml (parent.model): choices.depth: got [7]; allowed: " in told
     assert list(tmp_path.iterdir()) == []
     assert "elastic measure latency" in call("measure", "--help")
-    assert yaml.safe_load((command.ROOT / "profiles" / "latency.yaml").read_text())["cost"]["metric"] == "latency"
+    assert yaml.safe_load((ROOT / "profiles" / "latency.yaml").read_text())["cost"]["metric"] == "latency"

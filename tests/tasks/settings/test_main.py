@@ -31,7 +31,7 @@ def test_it_ends_with_one_line_and_a_status(values, tmp_path, monkeypatch):
     write(values, tmp_path, monkeypatch)
     done, _ = check_quickly(tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: params.yaml.train_short.steps: expected an integer, got 'ten'\n"
+    assert done.stderr == "error: params.yaml: train_short.steps: got 'ten'; allowed: an integer\n"
 
 
 def test_what_needs_the_parents_configuration_is_left_to_the_other_check(values, tmp_path, monkeypatch):

@@ -4,13 +4,12 @@ Whether the parent can give the budgets is another question: tests/tasks/runtime
 """
 
 import re
-from pathlib import Path
 
 import pytest
 
 from elastic_core.config import ConfigError
 from tasks.settings import load as settings_file
-from tests.support.committed_params import MEMORY, ROOT, load, parent_directory, put, use_parent
+from tests.support.committed_params import MEMORY, ROOT, load, parent_directory, put, use_parent, write
 
 
 def test_the_committed_parameters_load():
@@ -20,6 +19,16 @@ def test_the_committed_parameters_load():
 
 def test_the_base_of_the_cases_below_is_valid(values, tmp_path, monkeypatch):
     assert load(values, tmp_path, monkeypatch).budgets["small"] == 0.45
+
+
+def test_numbers_are_read_as_dvc_reads_them(values, tmp_path, monkeypatch):
+    write(values, tmp_path, monkeypatch)
+    text = (tmp_path / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text.replace("weight: 2.0", "weight: 1e-3").replace("seed: 0", "seed: '7'"))
+    with pytest.raises(ConfigError, match=r"^params\.yaml: seed: got '7'; allowed: an integer, without quotes$"):
+        settings_file.load()
+    (tmp_path / "params.yaml").write_text(text.replace("weight: 2.0", "weight: 1e-3"))
+    assert settings_file.load().routing.weight == 1e-3
 
 
 def test_untrained_budgets_are_served_beside_the_trained_ones(values, tmp_path, monkeypatch):
@@ -40,14 +49,10 @@ def section(name, changes):
     "change, words",
     [
         # unknown or mistyped
-        (put("train_shorts", {}), r"params\.yaml\.train_shorts: unknown parameter; did you mean 'train_short'\?"),
+        (put("train_shorts", {}), r"params\.yaml: train_shorts: unknown parameter; did you mean 'train_short'\?"),
         (put("train_short", "batchsize", 3), r"train_short\.batchsize: unknown parameter; did you mean 'batch_size'\?"),
         (put("parent", "model", "hidden", 3), r"parent\.model\.hidden: unknown parameter"),
-        (
-            put("train_short", "learning_rate", "1e-3"),
-            r"train_short\.learning_rate: expected a number, got '1e-3' .*1\.0e-3",
-        ),
-        (put("train_short", "steps", "ten"), r"train_short\.steps: expected an integer, got 'ten'"),
+        (put("train_short", "steps", "ten"), r"train_short\.steps: got 'ten'; allowed: an integer"),
         (put("rank", "measure", "loss"), r"rank\.measure: got 'loss'; allowed: output_norm, projection"),
         (put("rank", "aggregation", "max"), r"rank\.aggregation: got 'max'; allowed: .*l1"),
         (put("rank", "depth_method", "random"), r"rank\.depth_method: got 'random'; allowed: iterative_nmse"),
@@ -78,7 +83,7 @@ def section(name, changes):
         ),
         (put("untrained", {"other": 0.7}), r"untrained\.other: got 0\.7; allowed: .*differs from every trained share"),
         (put("untrained", {"tiny": 0.3}), r"untrained\.tiny: got 0\.3; allowed: a share between the trained 0\.45"),
-        (put("untrained", ["tiny"]), r"untrained: expected "),
+        (put("untrained", ["tiny"]), r"untrained: got \['tiny'\]; allowed: a section"),
         (
             put("budgets", "small", "70%"),
             r"budgets\.small: got '70%'; allowed: a fraction as 0\.75, a count as 9B, mem",
@@ -131,7 +136,7 @@ def section(name, changes):
         (put("evaluate", "latency", {"tokens": 8}), r"evaluate\.latency\.tokens: unknown parameter"),
         (
             put("evaluate", "benchmarks", {"tasks": ["piqa"], "include": "nowhere"}),
-            r"params\.yaml\.evaluate\.benchmarks\.include: got 'nowhere'; allowed: a directory",
+            r"params\.yaml: evaluate\.benchmarks\.include: got 'nowhere'; allowed: a directory",
         ),
         (put("evaluate", "tasks", ["chains_7"]), r"evaluate\.tasks: got 'chains_7'; allowed: chains_3"),
         (
@@ -198,13 +203,7 @@ def test_a_parent_without_a_tokenizer(values, tmp_path, monkeypatch):
         load(values, tmp_path, monkeypatch)
 
 
-def test_a_file_that_is_missing_or_no_yaml(tmp_path, monkeypatch):
+def test_a_file_that_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path}/params.yaml: does not exist; run from the top")):
-        settings_file.load()
-    Path("params.yaml").write_text("a: [1")
-    with pytest.raises(ConfigError, match=r"^params\.yaml: not valid YAML: "):
-        settings_file.load()
-    Path("params.yaml").write_text("")
-    with pytest.raises(ConfigError, match=r"^params\.yaml: expected a section with keys, got None"):
         settings_file.load()

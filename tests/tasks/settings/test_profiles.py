@@ -5,8 +5,13 @@ import subprocess
 import pytest
 import yaml
 
-from tasks.settings import profiles
+from elastic_core.config import ConfigError
+from elastic_core.training.stage import Routing
+from tasks.settings import merging, profiles
+from tasks.settings.load import read
+from tasks.settings.merging import parameters
 from tasks.settings.profiles import prepare_workspace
+from tasks.settings.sections import Rank
 
 PARAMS = """\
 # What a run depends on
@@ -168,3 +173,98 @@ def test_the_command_line(root, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["workspace", "huge"])
     with pytest.raises(SystemExit, match=r"^error: profile: got 'huge'"):
         profiles.main()
+
+
+# --- what a profile inherits -----------------------------------------------------------------------------------------
+
+
+def own_profile(tmp_path, text):
+    """The parameters of a profile of the committed params.yaml."""
+    (tmp_path / "profiles").mkdir(exist_ok=True)
+    (tmp_path / "params.yaml").write_text((merging.ROOT / "params.yaml").read_text())
+    (tmp_path / "profiles" / "own.yaml").write_text(text)
+    return read(parameters("own", tmp_path))
+
+
+SOURCES = 'prepare_data: {sources: {a: {kind: files, path: "a/*"}, b: {kind: files, path: "b/*"}, c: {kind: recall}}}\n'
+
+
+def test_a_profile_with_other_sources_mixes_them_equally_and_evaluates_what_there_is(tmp_path):
+    settings = own_profile(tmp_path, SOURCES)
+    stages = (settings.rank, settings.train_short, settings.train_extended, settings.parent.training)
+    assert all(stage.mixture == {"a": 1.0, "b": 1.0, "c": 1.0} for stage in stages)
+    assert settings.evaluate.held_out == ("a", "b")  # running text
+    assert settings.evaluate.tasks == ("recall_8", "recall_16")  # of the kind of source c
+    assert merging.inherited("own", tmp_path) == [
+        "note: profiles/own.yaml replaces prepare_data.sources and takes over from params.yaml, which sets them for "
+        "its own sources: train_short.steps 800, train_short.learning_rate 0.002, train_extended.steps 900, "
+        "train_extended.learning_rate 0.0015"
+    ]
+
+
+def test_a_profile_may_name_mixture_tasks_and_held_out_sources(tmp_path):
+    text = "rank: {mixture: {a: 0.1, c: 0.9}}\nevaluate: {held_out: [c], tasks: []}\n"
+    settings = own_profile(tmp_path, SOURCES + text)
+    assert settings.rank.mixture == {"a": 0.1, "c": 0.9} and settings.train_short.mixture.keys() == {"a", "b", "c"}
+    assert settings.evaluate.held_out == ("c",) and settings.evaluate.tasks == ()
+
+
+def test_a_profile_with_the_same_sources_keeps_their_mixture(tmp_path):
+    text = "prepare_data: {sources: {prose: {kind: bible}, code: {kind: sympy}, chains: {kind: chains}, recall: "
+    settings = own_profile(tmp_path, text + "{kind: recall}}}\n")
+    assert settings.train_short.mixture == {"prose": 0.3, "code": 0.3, "chains": 0.3, "recall": 0.1}
+    assert merging.inherited("own", tmp_path) == []
+
+
+def test_a_profile_with_a_parent_does_not_inherit_what_is_made_for_the_default_parent(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        own_profile(tmp_path, "parent: {path: /models/mine}\n" + SOURCES)
+    names = ("sequence_length", "batch_size", "steps", "learning_rate")
+    assert caught.value.problems == [
+        f"params.yaml: {stage}.{name}: missing; it has no default and must be set"
+        for stage in ("train_short", "train_extended")
+        for name in names
+    ]
+    stage = "{sequence_length: 64, batch_size: 4, steps: 10, learning_rate: 1e-4}"
+    text = (
+        f"parent: {{path: /models/mine}}\ntrain_short: {stage}\ntrain_extended: {stage}\nchoices: {{depth: [9, 8]}}\n"
+    )
+    settings = own_profile(tmp_path, text + SOURCES)
+    assert settings.parent.model is settings.parent.training is None
+    assert settings.choices.hidden_size is None and settings.choices.depth == (9, 8)
+    assert settings.routing == Routing() and settings.rank.sequence_length == Rank().sequence_length
+    assert settings.train_short.final_learning_rate == 0.1 and settings.train_short.mixture.keys() == {"a", "b", "c"}
+
+
+def test_parameters_that_dvc_names_are_there_for_every_profile(tmp_path):
+    own_profile(tmp_path, "parent: {path: null}\n")
+    (tmp_path / "profiles" / "own.yaml").write_text("parent: {path: /models/mine}\nbudgets: {full: 1.0}\n" + SOURCES)
+    values = parameters("own", tmp_path)
+    stages = yaml.safe_load((merging.ROOT / "dvc.yaml").read_text())["stages"].values()
+    named = [name for stage in stages for name in (stage.get("do") or stage).get("params", ())]
+    for name in {name for name in named if isinstance(name, str) and "$" not in name}:
+        found = values
+        for key in name.split("."):
+            assert key in found, name
+            found = found[key]
+
+
+def test_what_is_not_used_is_not_checked(tmp_path):
+    text = "parent: {path: /models/mine, model: {nonsense: 1}, training: 3}\n"
+    stage = "{sequence_length: 64, batch_size: 4, steps: 10, learning_rate: 1e-4}"
+    assert own_profile(tmp_path, f"{text}train_short: {stage}\ntrain_extended: {stage}\n").parent.path == "/models/mine"
+
+
+def test_a_table_that_git_ignores_is_copied(root):
+    (root / "artifacts" / "table.json").write_text("a table")
+    copy = prepare_workspace("tiny", root, overrides=["cost.table=artifacts/table.json"])
+    assert (copy / "artifacts" / "table.json").read_text() == "a table"
+
+
+def test_a_new_table_is_found_although_the_workspace_does_not_have_it_yet(tmp_path, monkeypatch):
+    settings = own_profile(tmp_path, "cost: {table: profiles/new.json}\n")
+    (tmp_path / "profiles" / "new.json").write_text("a table")
+    (tmp_path / ".runs" / "own").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / ".runs" / "own")
+    assert read(parameters("own", tmp_path)).cost.table == str(tmp_path / "profiles" / "new.json")
+    assert settings.cost.metric == "parameters"

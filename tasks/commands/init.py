@@ -1,0 +1,235 @@
+"""`elastic init`: writes a profile for a parent and corpora of the user, with choices that the parent can give.
+
+It reads the parent's config.json and the first document of every corpus, but no weights. The profile is checked as
+`python -m tasks.commands.check` checks it before it is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from elastic_core.config import ConfigError, require
+from elastic_core.cost.budgets import Spelling, parse
+from elastic_core.cost.metrics import num_parameters
+from elastic_core.errors import UserError
+from elastic_core.io.atomic import write_text
+from elastic_core.model import architectures, hf
+from elastic_core.model.axes import FIELDS
+from tasks.commands import check
+from tasks.commands.init_profile import Profile, Source, Training, text_of
+from tasks.commands.plan import find_members
+from tasks.corpora.text_sources import Files
+from tasks.parents.targets import resolve
+from tasks.settings import merging
+from tasks.settings.load import read
+from tasks.settings.local_checks import check_parent
+from tasks.settings.yaml_files import parse as parse_yaml
+
+BUDGETS = {"full": 1.0, "medium": 0.75, "small": 0.5}
+CHARACTERS_PER_TOKEN = 3.5  # an estimate, for tokenizers of about 100,000 tokens on English
+HELD_OUT_CHARACTERS = 400_000  # enough for a stable held-out loss
+REPEATS = 4  # times that training reads the data at most; more teaches little that is new
+TOKENS_ON_GPU, TOKENS_ON_CPU = 200_000_000, 1_000_000  # of stage 1, at most; stage 2 has half of them
+MOST_COMBINATIONS = 200_000  # of choices; all are compared
+# Finer and finer, until the budgets can be met: sizes per axis, and what sizes are multiples of, relative to the usual.
+RESOLUTIONS = ((5, 1.0), (7, 0.5), (9, 0.25), (13, 0.125), (17, 0.0))
+
+
+def init(
+    directory: Path,
+    data: Iterable[str],
+    budgets: Mapping[str, Spelling] | None = None,
+    name: str | None = None,
+    text_field: str = "text",
+    force: bool = False,
+    root: Path = merging.ROOT,
+) -> Path:
+    """Write profiles/NAME.yaml for the parent in `directory` and the text files that the globs `data` match.
+
+    Raises UserError for a directory, a corpus or a budget that cannot be used, and for an existing profile without
+    `force`. Then nothing is written.
+    """
+    name = name or re.sub(r"[^\w-]+", "-", directory.resolve().name).strip("-").lower()
+    fits = re.fullmatch(r"\w[\w.-]*", name) is not None and name != "default"
+    require(fits, "--name", name, "letters, digits, - and _, but not default")
+    path = root / "profiles" / f"{name}.yaml"
+    if path.exists() and not force:
+        raise UserError(f"{path}: exists; choose another --name, or replace it with --force")
+    check_parent(str(directory.absolute()), "DIR")
+    config = hf.read_config(directory)
+    sources, characters = read_sources(data, text_field, root)
+    budgets = dict(budgets or BUDGETS)
+    kinds = {parse(given, f"budgets.{budget}").kind for budget, given in budgets.items()}
+    timed = kinds & {"latency", "throughput"}
+    require(
+        not timed, "--budget", ", ".join(map(str, budgets.values())), "shares, counts or memory: time needs a table"
+    )
+    written = Profile(
+        parent=as_written(str(directory), root),
+        description=f"{directory.resolve().name}: {num_parameters(config):,} parameters, {config.model_type}",
+        budgets=budgets,
+        metric="memory" if "bytes" in kinds else "parameters",
+        choices={},
+        sources=sources,
+        **lengths(config, sources, characters, len(budgets)),
+        dtype="bfloat16" if str(config.dtype).endswith(("bfloat16", "float16")) else "float32",
+        on_gpu=torch.cuda.is_available(),
+    )
+    text = with_choices(written, config, root)
+    write_text(path, text)
+    return path
+
+
+def as_written(path: str, root: Path) -> str:
+    """A path for a profile: as it was given where it is found from the checkout, otherwise absolute."""
+    given = Path(path)
+    return path if given.is_absolute() or Path.cwd() == root else str(given.absolute())
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def read_sources(data: Iterable[str], text_field: str, root: Path) -> tuple[dict[str, Source], int]:
+    """Name → corpus, and the number of characters of the smallest one times their number (they are mixed equally)."""
+    sources, sizes = {}, []
+    for pattern in data:
+        path = as_written(pattern, root)
+        files = Files(path=path, text_field=text_field)
+        with contextlib.chdir(root):
+            try:
+                size = files.expected_characters()
+                next(files.texts(0), None)  # the first document; its error says what is wrong with the files
+            except UserError as error:
+                hint = "; name the field with --text-field" if "set text_field" in str(error) else ""
+                raise UserError(f"--data: {error}{hint}") from None
+        held_out = min(0.1, max(0.001, HELD_OUT_CHARACTERS / max(1, size)))
+        sources[_unused_name(pattern, sources)] = Source(path, text_field, float(f"{held_out:.1g}"))
+        sizes.append(size)
+    require(bool(sources), "--data", list(sources), "one glob or more, such as 'corpus/*.jsonl'")
+    return sources, min(sizes) * len(sizes)
+
+
+def _unused_name(pattern: str, taken: Iterable[str]) -> str:
+    """A name for a corpus: that of its first folder or file without wildcards, from the right."""
+    parts = [part for part in reversed(Path(pattern).with_suffix("").parts) if not set(part) & set("*?[]/")]
+    name = re.sub(r"\W+", "_", parts[0] if parts else "text").strip("_") or "text"
+    number = 1
+    while (found := name if number == 1 else f"{name}_{number}") in taken:
+        number += 1
+    return found
+
+
+def lengths(config, sources: Mapping[str, Source], characters: int, num_budgets: int) -> dict:
+    """The training stages, and the tokens for them and for evaluation, from the size of parent and data."""
+    on_gpu = torch.cuda.is_available()
+    tokens = max(1, int(characters / CHARACTERS_PER_TOKEN))
+    longest = getattr(config, "max_position_embeddings", None) or 2**20
+    short = _power_of_two(min(2048 if on_gpu else 256, longest, tokens // 64))
+    extended = _power_of_two(min(4 * short, longest, tokens // 16))
+    rate = min(1e-3, max(3e-5, 1e-4 * (1e9 / num_parameters(config)) ** 0.25))
+    most = min(TOKENS_ON_GPU if on_gpu else TOKENS_ON_CPU, REPEATS * tokens)
+    microbatches = num_budgets * (4 if on_gpu else 1)
+    sizes = ((short, microbatches * (4 if on_gpu else 2), most, rate), (extended, microbatches, most // 2, rate / 2))
+    stages = [
+        Training(length, batch, microbatches, min(5000, max(20, total // (length * batch))), lr)
+        for length, batch, total, lr in sizes
+    ]
+    return {
+        "tokens": tokens,
+        "held_out_tokens": int(tokens / len(sources) * min(source.held_out for source in sources.values())),
+        "short": stages[0],
+        "extended": stages[1],
+    }
+
+
+def _power_of_two(limit: int) -> int:
+    """The largest power of two up to `limit`, 8 or more."""
+    return 2 ** max(3, int(math.log2(max(1, limit))))
+
+
+# --- choices ---------------------------------------------------------------------------------------------------------
+
+
+def with_choices(profile: Profile, config, root: Path) -> str:
+    """The text of the profile with choices that can meet the budgets. Raises ConfigError if there are none."""
+    error = None
+    for choices in possible_choices(config, profile.budgets):
+        text = text_of(dataclasses.replace(profile, choices=choices))
+        values = merging.merged(parse_yaml(text, "profile"), root)
+        with contextlib.chdir(root):
+            settings = read(values)
+            try:
+                find_members(settings, config, resolve(settings, config))
+                check.check(values)
+            except ConfigError as found:
+                error = found
+            else:
+                return text
+    raise ConfigError("\n".join(problem.removeprefix("params.yaml: ") for problem in error.problems))
+
+
+def possible_choices(config, budgets: Mapping[str, Spelling]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Sizes of every axis of the parent, from few to many."""
+    shares = [budget.amount for budget in map(parse, budgets.values()) if budget.kind == "share"]
+    lowest = max(0.2, 0.8 * min(shares, default=0.4))
+    for count, coarseness in RESOLUTIONS:
+        yield choices_of(config, lowest, count, coarseness)
+
+
+def choices_of(config, lowest: float, count: int, coarseness: float) -> dict[str, tuple[int, ...]]:
+    """Field of section `choices` → at most `count` sizes, from the parent's down to its share `lowest`.
+
+    coarseness: 1 makes sizes multiples of 64 where they are large, as fast kernels want it; 0 allows every size that
+    the architecture allows.
+    """
+    found, units = {}, architectures.units(config)
+    by_axis = {unit.key.partition(".")[0]: unit for unit in units.values()}
+    heads = _head_choices(config, by_axis.get("attention_heads"), lowest)
+    for axis, unit in by_axis.items():
+        field = FIELDS[axis]
+        step = unit.groups
+        if field == "hidden_size":
+            step = math.lcm(*heads) if config.model_type == "llama" else 1
+            step = math.lcm(step, 8) if architectures.has_experts(config) and unit.size % 8 == 0 else step
+        if field == "moe_intermediate_size" and unit.size % 8 == 0:
+            step = 8
+        if field == "num_attention_heads" and heads:
+            found[field] = heads
+            continue
+        least = max(unit.least, math.ceil(lowest * unit.size))
+        found[field] = ladder(unit.size, least, step, count, coarseness)
+    layers = architectures.num_layers(config)
+    found["depth"] = ladder(layers, math.ceil((1 + lowest) / 2 * layers), 1, min(count, 6), 0)
+    while math.prod(map(len, found.values())) > MOST_COMBINATIONS:
+        longest = max(found, key=lambda field: len(found[field]))
+        found[longest] = found[longest][::2]
+    return {field: found[field] for field in (*FIELDS.values(), "depth") if field in found}
+
+
+def _head_choices(config, unit, lowest: float) -> tuple[int, ...]:
+    """Numbers of query heads. transformers' Llama takes hidden sizes that all of them divide."""
+    if unit is None:
+        return ()
+    sizes = [size for size in range(unit.size, 0, -unit.groups) if size >= lowest * unit.size]
+    if config.model_type == "llama":
+        sizes = [size for size in sizes if config.hidden_size % size == 0]
+    return tuple(sizes[:3])
+
+
+def ladder(full: int, least: int, step: int, count: int, coarseness: float) -> tuple[int, ...]:
+    """At most `count` different sizes from `full` down to about `least`, largest first, in multiples of `step`."""
+    preferred = next((size for limit, size in ((1024, 64), (256, 16), (64, 8)) if full >= limit), 1)
+    coarse = max(1, round(preferred * coarseness))
+    multiple = math.lcm(step, coarse)
+    if multiple > max(coarse, (full - least) / max(1, count - 1)):
+        multiple = step
+    wanted = (full - i * (full - least) / max(1, count - 1) for i in range(1, count))
+    sizes = {round(size / multiple) * multiple for size in wanted}
+    return (full, *sorted((size for size in sizes if least <= size < full), reverse=True))
