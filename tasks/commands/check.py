@@ -19,6 +19,7 @@ from tasks.settings.budgets import read_family
 from tasks.settings.load import FILE, check_values, read_file
 from tasks.settings.local_checks import BEFORE_A_RUN
 from tasks.settings.profiles import working_directory
+from tasks.settings.schema import Params
 
 
 def main(arguments: Sequence[str] = (), root: Path = merging.ROOT) -> None:
@@ -70,7 +71,19 @@ def check(values: Mapping) -> None:
     remote_checks.check(settings)
     check_family(settings, FILE)
     check_parent(settings, FILE)
+    check_limits(settings, FILE)
     check_benchmarks(settings.evaluate.benchmarks, f"{FILE}: evaluate.benchmarks")
+
+
+def check_limits(settings: Params, where: str) -> None:
+    """Refuse time limits that are shorter than the plan (see `tasks.commands.plan`). Raises ConfigError."""
+    if settings.time_limits and settings.compute.gpus_per_worker:
+        from tasks.commands.plan import check_time_limits, read_parent  # slow, as above
+
+        try:
+            check_time_limits(settings, read_parent(settings)[0])
+        except ConfigError as error:
+            raise ConfigError("\n".join(f"{where}: {problem}" for problem in error.problems)) from None
 
 
 def _from_where(problem: str, profile: str, own: Mapping, budgets: Mapping, overrides: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from elastic_core.config import ConfigError
+from elastic_core.config import ConfigError, Problems
 from elastic_core.cost.latency import Timed, as_latency
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import Metric, exact_cost
@@ -22,7 +22,14 @@ from elastic_core.model.submodel import Submodel
 from elastic_core.search.selection import check_reachable, combinations_with_room, select
 from elastic_core.search.space import ElasticSpace
 from tasks.commands.inspect import describe_member
-from tasks.commands.plan_stages import Hardware, describe_rank, describe_stage, stages_of
+from tasks.commands.plan_stages import (
+    Hardware,
+    describe_rank,
+    describe_stage,
+    describe_work,
+    stages_of,
+    use_gpus,
+)
 from tasks.parents import gguf
 from tasks.parents.config import new_config
 from tasks.parents.targets import metric_of_family, resolve
@@ -128,6 +135,23 @@ def _find_parent(settings: Params, config: Path | None):
                 f"parent.path: {error}; give --config a config.json, or name one in profiles/parents ({known})"
             ) from None
     return hf.read_config(ready), str(ready.relative_to(ROOT) / "config.json")
+
+
+def check_time_limits(settings: Params, config) -> None:
+    """Refuse time limits of training stages that are shorter than the plan. Raises ConfigError.
+
+    Hours are those of H100s at 40 % of their peak, the default of `elastic plan`. On CPUs, no hours are planned.
+    """
+    limits = {name: limit for name, limit in settings.time_limits.items() if name in stages_of(settings)}
+    if not limits or not use_gpus(settings.compute):
+        return
+    problems, hardware = Problems(), Hardware()
+    members, _, _ = find_members(settings, config, resolve(settings, config))
+    for name, limit in limits.items():
+        hours = describe_work(name, settings, config, members, hardware)["hours"]
+        allowed = f"{hours:,.1f} hours or more, which H100s need at {hardware.utilisation:.0%} of their peak"
+        problems.require(limit >= hours, f"time_limits.{name}", limit, allowed)
+    problems.raise_all()
 
 
 # --- the family ------------------------------------------------------------------------------------------------------

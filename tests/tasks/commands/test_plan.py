@@ -1,6 +1,7 @@
 """`elastic plan`: exact sizes of the real parents' families, memory, work, and what to change where it does not fit."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -333,3 +334,19 @@ def test_plans_write_nothing(tmp_path):
     call("plan", "smoke", "--set", "train_short.steps=7")
     assert {path for path in ROOT.glob(".runs/*")} == before
     assert yaml.safe_load((ROOT / "profiles" / "smoke.yaml").read_text())["train_short"]["steps"] != 7
+
+
+def test_time_limits_below_the_plan_are_refused_all_at_once():
+    """The paper's first stage takes 73.7 hours; an eight-hour limit would stop it again and again."""
+    limits = "time_limits={train_short: 8, train_extended: 1, report: 0.1}"
+    settings = read(parameters("nemotron-nano-12b-v2", overrides=[limits]))
+    config, _ = plan.read_parent(settings)
+    with pytest.raises(ConfigError) as caught:
+        plan.check_time_limits(settings, config)
+    first, second = caught.value.problems
+    assert re.fullmatch(r"time_limits\.train_short: got 8\.0; allowed: 7\d\.\d hours or more, which .*", first)
+    assert second.startswith("time_limits.train_extended: got 1.0; allowed: ")
+    enough = read(parameters("nemotron-nano-12b-v2", overrides=["time_limits={train_short: 80}"]))
+    plan.check_time_limits(enough, config)
+    on_cpus = read(parameters("default", overrides=["time_limits={train_short: 0.001}"]))
+    plan.check_time_limits(on_cpus, plan.read_parent(on_cpus)[0])
