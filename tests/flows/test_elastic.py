@@ -282,7 +282,7 @@ def test_a_run_is_named_and_its_state_has_the_result_or_the_reason(pipeline, das
         elastic.elastic(from_stage="report", until_stage="prepare_data")
     assert "nothing is left from report until prepare_data" in last_run()["state"]["message"]
     elastic.elastic(until_stage="prepare_data")
-    assert last_run()["state"]["message"] == "up to date: prepare_data"
+    assert last_run()["state"]["message"] == "up to date: fingerprint, prepare_data"
 
 
 def test_a_users_name_is_kept():
@@ -378,7 +378,7 @@ def test_a_run_by_command_line_shows_log_and_artifacts(dashboard):
     run = dashboard.post("flow_runs/filter", sort="START_TIME_DESC")[0]
     assert run["state_name"] == "Completed"
     tasks = dashboard.post("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}}, sort="EXPECTED_START_TIME_ASC")
-    assert [task["name"] for task in tasks] == ["check_parameters", "prepare_data", "train", "evaluate", "report"]
+    assert [task["name"] for task in tasks] == ["check_parameters", *stages.stage_names(dashboard.checkout)]
     wait_for(lambda: "train begins" in dashboard.logs(run["id"]), 10, "the log to arrive")
     found = dashboard.post("artifacts/filter", artifacts={"flow_run_id": {"any_": [run["id"]]}})
     artifacts = {artifact["key"]: artifact["data"] for artifact in found}
