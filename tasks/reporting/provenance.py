@@ -16,7 +16,8 @@ from elastic_core.model import architectures
 from tasks.progress.durations import duration
 from tasks.progress.metrics_file import read_rows
 from tasks.reporting import tables
-from tasks.settings.schema import STAGES, Params
+from tasks.settings.cross_checks import STAGES
+from tasks.settings.schema import Params
 
 MANIFEST = tables.ARTIFACTS / "data" / "manifest.json"
 FAMILY, MODELS = tables.ARTIFACTS / "train_extended" / "model", tables.ARTIFACTS / "models"

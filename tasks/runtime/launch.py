@@ -45,6 +45,17 @@ def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
         raise ConfigError(
             "compute.gpus_per_worker: got 1, but torch sees no CUDA device here; set it to 0, or workers above 0"
         )
+    call = {"work": work, "arguments": arguments, "directory": os.getcwd(), "use_gpu": compute.gpus_per_worker > 0}
+    # Ray is not needed in a single process, and its import takes a second. Under torchrun it joins the processes.
+    is_single = not compute.workers and "RANK" not in os.environ
+    problem = _worker(call) if is_single else _by_ray(call, compute, name)
+    if problem is not None:
+        text, temporary = problem
+        raise StageInterrupted(text) if temporary else StageError(text)
+
+
+def _by_ray(call: dict, compute: Compute, name: str) -> tuple[str, bool] | None:
+    """Run the work on all workers by Ray Train; what one worker returns."""
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     address = os.environ.get("RAY_ADDRESS")
     if compute.workers and address not in (None, "", "local"):
@@ -57,7 +68,6 @@ def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
         from ray.train.torch import TorchConfig, TorchTrainer
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    call = {"work": work, "arguments": arguments, "directory": os.getcwd(), "use_gpu": compute.gpus_per_worker > 0}
     resources = {"CPU": compute.cpus_per_worker} | ({"GPU": 1} if compute.gpus_per_worker else {})
     trainer = TorchTrainer(
         _worker,
@@ -74,12 +84,9 @@ def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
     )
     with cluster(compute, address) if compute.workers else contextlib.nullcontext():
         try:
-            problem = trainer.fit().return_value
+            return trainer.fit().return_value
         except TrainingFailedError as error:
             raise _given_up(error, compute.retries) from None
-    if problem is not None:
-        text, temporary = problem
-        raise StageInterrupted(text) if temporary else StageError(text)
 
 
 def _worker(call: dict) -> tuple[str, bool] | None:

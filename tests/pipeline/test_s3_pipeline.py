@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elastic_core.io import storage
 from elastic_core.io.directory_transfer import download_directory, upload_directory
-from tasks import parent, prepare_data, rank
+from tasks import fingerprint, parent, prepare_data, rank
 from tests.support.pipeline.corpora import texts, write_jsonl
+from tests.support.pipeline.dvc_workspace import make_workspace
 from tests.support.pipeline.stages import run_stage
 from tests.support.pipeline.tiny_pipeline import write_params
 from tests.support.s3_server import SECRET
@@ -31,7 +32,9 @@ def test_the_pipeline_lives_on_s3_and_outlives_the_server(s3, tmp_path, monkeypa
     write_jsonl(tmp_path / "a.jsonl", texts(400, length=400))
     storage.upload(tmp_path / "a.jsonl", f"{s3.place}/corpus/a.jsonl")
 
+    make_workspace(tmp_path)
     write_params(tmp_path, s3.place)
+    fingerprint.main()
     prepare_data.main()
     parent.main()  # trained here, its checkpoints on S3
     assert len(storage.list_names(f"{s3.place}/checkpoints")) == 1
@@ -40,6 +43,7 @@ def test_the_pipeline_lives_on_s3_and_outlives_the_server(s3, tmp_path, monkeypa
     shutil.rmtree("artifacts")
 
     write_params(tmp_path, s3.place, parent={"path": f"{s3.place}/models/parent"})
+    fingerprint.main()
     prepare_data.main()
     parent.main()  # imported
     assert hashes(Path("artifacts/parent")) == trained

@@ -79,7 +79,10 @@ def test_data_budgets_and_name_are_those_that_are_given(root, parent):
         (["nowhere", "--data", "corpus/*.txt"], "DIR: got '"),
         (["corpus", "--data", "corpus/*.txt"], "allowed: a Hugging Face directory with a config.json"),
         (["PARENT", "--data", "nothing/*.txt"], "--data: path 'nothing/*.txt': no file matches it"),
-        (["PARENT", "--data", "params.yaml"], "cannot read '.yaml' files; allowed: .txt, .jsonl, .parquet"),
+        (
+            ["PARENT", "--data", "params.yaml"],
+            "cannot read '.yaml' files; allowed: .txt, .jsonl, .json (each",
+        ),
         (
             ["PARENT", "--data", "corpus/*.jsonl"],
             "(fields: 'id', 'body'); set text_field; name the field with --text-f",
