@@ -101,8 +101,6 @@ def test_a_real_stage_that_cannot_begin(tmp_path):
 def test_a_stage_that_does_not_exist_is_refused_with_the_list(tmp_path):
     done, _ = run(["-m", "tasks", "trian_short"], tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert (
-        "error: stage: got 'trian_short'; allowed: evaluate, extract, fingerprint, parent," in done.stderr
-    )
+    assert "error: stage: got 'trian_short'; allowed: evaluate, extract, fingerprint, parent," in done.stderr
     done, _ = run(["-m", "tasks"], tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("usage: python -m tasks STAGE [BUDGET]; stages: evaluate,")
