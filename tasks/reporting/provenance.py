@@ -16,7 +16,6 @@ from elastic_core.model import architectures
 from tasks.progress.durations import duration
 from tasks.progress.metrics_file import read_rows
 from tasks.reporting import tables
-from tasks.settings.cross_checks import STAGES
 from tasks.settings.schema import Params
 
 MANIFEST = tables.ARTIFACTS / "data" / "manifest.json"
@@ -92,7 +91,7 @@ def stages_table(scores: tables.Scores) -> Table:
     models = [values for found in scores.values() for values in found.values()]
     told = {record["stage"]: record for values in models for record in values["provenance"]}
     measured = {stage: training(stage) for stage in tables.STAGES}
-    names = [stage for stage in STAGES if stage in told or measured.get(stage)]
+    names = [*(stage for stage in measured if measured[stage] and stage not in told), *told]
     rows = []
     for name in names:
         values = {**(measured.get(name) or {}), **{k: v for k, v in told.get(name, {}).items() if v is not None}}

@@ -7,7 +7,6 @@ that is forced would resume from them and train nothing.
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,18 +65,15 @@ def remove_finished() -> list[OldRun]:
 
     A run that began or went on after the finished one is kept, and so is one that a process works on.
     """
-    runs, removed = find_runs(), []
-    for stage in sorted({run.stage for run in runs}):
+    by_stage: dict[str, dict[str, tuple[OldRun, float]]] = {}
+    for run in find_runs():
+        by_stage.setdefault(run.stage, {})[run.key] = run, run.last_used
+    removed = []
+    for stage, runs in by_stage.items():
         committed = committed_inputs(stage)
-        finished = [run for run in runs if run.stage == stage and committed is not None and run.key == committed.key]
-        for last in finished:
-            for run in runs:
-                if run.stage == stage and run.last_used <= last.last_used and run.holder is None:
-                    run.remove()
-                    removed.append(run)
+        if committed is not None and committed.key in runs:
+            _, finished_at = runs[committed.key]
+            removed += [run for run, used in runs.values() if used <= finished_at and run.holder is None]
+    for run in removed:
+        run.remove()
     return removed
-
-
-def age(run: OldRun) -> float:
-    """Seconds since the run last wrote to its directory."""
-    return time.time() - run.last_used

@@ -52,11 +52,12 @@ def left() -> set[str]:
 
 
 def test_a_finished_run_and_older_ones_are_removed_once_dvc_has_the_results(workspace):
-    older, finished = begin(1, age=20), begin(2, age=10)
-    assert not remove_finished() and left() == {older, finished}  # DVC has nothing yet
+    older = {begin(rate, age=20 + rate) for rate in (1, 4, 5, 6)}
+    finished = begin(2, age=10)
+    assert not remove_finished() and left() == {*older, finished}  # DVC has nothing yet
     repro()
     newer = begin(3, age=0)
-    assert {run.directory.name for run in remove_finished()} == {older, finished}
+    assert {run.directory.name for run in remove_finished()} == {*older, finished}
     assert left() == {newer}  # it began after the finished one and may go on
     assert not remove_finished()
 
