@@ -3,6 +3,7 @@
 Each case is a function of (ranks, data, directory) and returns plain numbers and whole tensors.
 """
 
+import contextlib
 import errno
 import os
 import sys
@@ -15,6 +16,7 @@ from transformers import NemotronHConfig
 from elastic_core import Submodel, rank
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import PackedSequences, TokenData
+from elastic_core.search.ranking_state import RankingState
 from elastic_core.search.selection import Member
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.distributed.execution import Execution
@@ -25,6 +27,7 @@ from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import train, train_step
 from elastic_core.training.run import Run, named_parameters, save
 from elastic_core.training.stage import Loss, Routing
+from tasks.rank import make_state
 from tasks.runtime import launch
 from tests.support.models.parents import random_elastic, random_llama_config
 from tests.support.models.routed_family import CONFIG
@@ -223,10 +226,33 @@ def ranking(ranks, data, directory):
     for config, method, measure in [*cases, (EXPERTS, "one_shot_nmse", "output_norm")]:
         model = random_elastic(3, config)
         ranked = rank(model, list(ids[:, part]), depth_method=method, reduce=ranks.sum, measure=measure)
-        found[f"{method} {measure}"] = {
-            "orders": ranked.orders, "scores": ranked.scores, "depth": ranked.depth, "depth_scores": ranked.depth_scores
-        }  # fmt: skip
+        found[f"{method} {measure}"] = vars(ranked)
     return found
+
+
+class Stopped(BaseException):
+    """As a kill: nothing of ours catches it."""
+
+
+def resumed_ranking(ranks, data, directory):
+    """Stopped after some batches and scores, and then gone on with."""
+    ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
+    batches, model, saves = list(ids[:, ranks.part(4)]), random_elastic(3, CONFIG), []
+    state = make_state(str(directory), ranks)
+
+    def stop(name, content):
+        state.save(name, content)
+        saves.append(name)
+        if len(saves) in (2, 9):
+            raise Stopped
+
+    options = {"reduce": ranks.sum, "measure": "projection"}
+    for _ in range(2):
+        with contextlib.suppress(Stopped):
+            rank(model, batches, **options, state=RankingState(state.load, stop, state.is_first))
+        ranks.barrier()
+    ranked = rank(model, batches, **options, state=make_state(str(directory), ranks))
+    return {**vars(ranked), "num_saves": len(saves)}
 
 
 def stored(ranks, data, directory):
@@ -308,6 +334,7 @@ CASES = (
     poisoned,
     explained,
     ranking,
+    resumed_ranking,
     stored,
     unwritable,
     told,

@@ -138,14 +138,22 @@ def test_what_is_not_finite_on_one_rank_is_explained_on_all(pair):
 
 
 def test_two_ranks_rank_like_one_process(pair, alone):
-    single = alone("ranking")
-    for method, expected in single.items():
-        found = pair[0]["ranking"][method]
-        assert found["depth"] == expected["depth"]
-        assert found["depth_scores"] == pytest.approx(expected["depth_scores"], rel=1e-5)
-        for key, scores in expected["scores"].items():
-            torch.testing.assert_close(found["scores"][key], scores, rtol=1e-5, atol=0)
-            assert torch.equal(found["orders"][key], expected["orders"][key]), key
+    for method, expected in alone("ranking").items():
+        assert_ranked_alike(pair[0]["ranking"][method], expected)
+
+
+def test_two_ranks_go_on_with_a_stopped_ranking(pair, alone):
+    found = pair[0]["resumed_ranking"]
+    assert found["num_saves"] == 9  # stopped after the second, and again after the ninth
+    assert_ranked_alike(found, alone("ranking")["iterative_nmse projection"])
+
+
+def assert_ranked_alike(found, expected):
+    assert found["depth"] == expected["depth"]
+    assert found["depth_scores"] == pytest.approx(expected["depth_scores"], rel=1e-5)
+    for key, scores in expected["scores"].items():
+        torch.testing.assert_close(found["scores"][key], scores, rtol=1e-5, atol=0)
+        assert torch.equal(found["orders"][key], expected["orders"][key]), key
 
 
 def test_shards_are_written_whole_and_read_into_shards(pair):
