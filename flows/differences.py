@@ -34,9 +34,11 @@ def _compare(readers: dict[str, Callable[..., dict]], before, after) -> list[dic
 
 def count(rows: list[dict]) -> str:
     """How much differs, in words."""
-    numbers = {kind: sum(row["what"] == kind for row in rows) for kind in ("size", "parameter", "result")}
-    parts = [f"{number} {kind}{'s' * (number != 1)}" for kind, number in numbers.items() if number]
-    return f"{' and '.join(parts)} differ" if parts else "no size, parameter or result differs"
+    plurals = {"size": "sizes", "parameter": "parameters", "library": "libraries", "result": "results"}
+    numbers = {kind: (sum(row["what"] == kind for row in rows), plural) for kind, plural in plurals.items()}
+    numbers["other entry"] = sum(row["what"] not in (*plurals, "–") for row in rows), "other entries"
+    parts = [f"{number} {plural if number != 1 else kind}" for kind, (number, plural) in numbers.items() if number]
+    return f"{' and '.join(parts)} differ" if parts else "nothing differs"
 
 
 def as_text(rows: list[dict]) -> str:
@@ -101,7 +103,7 @@ def _of_stages(field: str) -> Callable[[dict], dict]:
     def read(description: dict) -> dict:
         found = {}
         for record in description["provenance"]:
-            found |= _flat(record[field], f"{record['stage']}: ")
+            found |= _flat(record.get(field, {}), f"{record['stage']}: ")
         return found
 
     return read

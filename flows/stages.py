@@ -70,6 +70,8 @@ def stage_names(workspace: Path) -> list[str]:
 def select(names: Sequence[str], first: str | None, last: str | None, only: Sequence[str] = ()) -> list[str]:
     """The stages of `names` from `first` until `last`, of these only those in `only` where it names any.
 
+    The stage that runs always is the first one in any case: without it, changed inputs would not be seen.
+
     Raises UserError for a stage that does not exist and for a selection without any.
     """
     for name in filter(None, (first, last, *only)):
@@ -84,7 +86,7 @@ def select(names: Sequence[str], first: str | None, last: str | None, only: Sequ
             + (f" of only {', '.join(only)}" if only else "")
             + f"; their order is {', '.join(names)}"
         )
-    return chosen
+    return [*(name for name in names if name == ALWAYS and name not in chosen), *chosen]
 
 
 @dataclass

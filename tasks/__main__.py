@@ -16,6 +16,7 @@ from elastic_core.errors import UserError
 from tasks.progress import events
 from tasks.progress.durations import duration
 from tasks.runs import old_runs
+from tasks.runs.job import is_first_process
 from tasks.runtime import environment, stop_with_dvc
 from tasks.runtime.exit_status import errors_as_text
 from tasks.runtime.quiet import silence_libraries
@@ -36,7 +37,8 @@ def main() -> None:
     try:
         with errors_as_text():
             stage = find_stage(name)
-            old_runs.remove_finished()
+            if is_first_process():
+                old_runs.remove_finished()
             stage.main(*arguments)
         status = 0
     except SystemExit as ended:

@@ -51,6 +51,7 @@ def main(budget: str) -> None:
     uniform = find_uniform_counterpart(submodel)
     if uniform is not None:
         extract(SOURCES["zero_shot"], uniform, OUT / budget / UNIFORM, dtype=getattr(torch, section.dtype))
+        provenance.write(OUT / budget / UNIFORM, provenance.read_records("prepare_data", "parent", "rank"))
         print(f"{OUT / budget / UNIFORM}: {uniform}")
     write_text(OUT / budget / "submodel.json", json.dumps(submodel.to_dict()) + "\n")  # for the report
 

@@ -20,7 +20,7 @@ from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.fingerprints import DigestCache, fingerprint
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
-from tasks.corpora.benchmark_files import check_task_files, data_files
+from tasks.corpora.benchmark_files import check_task_files, data_places
 from tasks.settings.load import load
 from tasks.settings.local_checks import PACKAGE, is_package
 from tasks.settings.schema import Params
@@ -82,7 +82,7 @@ def benchmarks(settings: Params, cache: DigestCache) -> dict:
     section = settings.evaluate.benchmarks.located()
     include, root = Path(section.include), Path(section.data_root)
     leaves = check_task_files(include, section.tasks, root, "evaluate.benchmarks")
-    names = sorted({name for leaf in leaves for name in data_files(leaf)})
+    names = sorted({name for leaf in leaves for name in data_places(leaf, root)})
     return {
         "tasks": fingerprint(section.include, cache),
         "data": {name: fingerprint(name if "://" in name else root / name, cache) for name in names},

@@ -24,9 +24,10 @@ SMALL_BYTES = 64 << 20
 def fingerprint(location: storage.Location, cache: DigestCache, only: set[str] | None = None) -> dict:
     """The fingerprint of the files that match a pattern or are below a location: {"files", "bytes", "sha256"}.
 
-    `only`: the names of files that count (None: all). Raises StorageError for a location that cannot be read.
+    `only`: the names of files that count (None: all). Python's compiled files do not count. Where nothing is, the
+    number of files is 0. Raises StorageError for a server that cannot be used.
     """
-    found = storage.states(location)
+    found = {name: state for name, state in storage.states(location).items() if "__pycache__" not in name}
     names = [name for name in found if only is None or name in only]
     digest = hashlib.sha256()
     for name in names:

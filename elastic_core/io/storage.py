@@ -41,6 +41,7 @@ __all__ = [
     "is_url",
     "join",
     "list_names",
+    "move",
     "open_binary",
     "read_bytes",
     "remove",
@@ -130,12 +131,18 @@ def states(location: Location) -> dict[str, tuple[int, str | None]]:
     with storage_errors(location, "list"):
         filesystem, path = open_filesystem(location)
         found = filesystem.glob(path, detail=True) if root != pattern else _files(filesystem, path)
-        start = filesystem._strip_protocol(root).rstrip("/") + "/"
-    return {
-        name.removeprefix(start): (entry["size"], _version(entry))
-        for name, entry in sorted(found.items())
-        if entry["type"] == "file"
-    }
+        start = filesystem._strip_protocol(root).rstrip("/")
+        files = {name: entry for name, entry in sorted(found.items()) if entry.get("type", "file") == "file"}
+        return {
+            name.removeprefix(f"{start}/") if name != start else ".": (_size(filesystem, name, entry), _version(entry))
+            for name, entry in files.items()
+        }
+
+
+def _size(filesystem, name: str, entry: dict) -> int:
+    """The size of a file in bytes; some servers tell it only when they are asked for this file."""
+    size = entry.get("size")
+    return filesystem.size(name) or 0 if size is None else size
 
 
 def _version(entry: dict) -> str | None:
@@ -192,6 +199,18 @@ def create_bytes(location: Location, data: bytes) -> bool:
     except AlreadyExists:
         return False
     return True
+
+
+def move(location: Location, target: Location) -> None:
+    """Move a file, or a directory with all files below it. On S3, the server copies the files one by one."""
+    with storage_errors(location, "move"):
+        if not is_url(location) and not is_url(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.move(location, target)
+            return
+        filesystem, path = open_filesystem(location)
+        _, target_path = open_filesystem(target)
+        filesystem.mv(path, target_path, recursive=True)
 
 
 def remove(location: Location) -> None:
@@ -303,4 +322,4 @@ def _files(filesystem, path: str) -> dict[str, dict]:
     """All files at or below `path`: full path → the file system's information about it."""
     found = filesystem.find(path, detail=True)
     # `find` of an empty directory returns the directory itself.
-    return {name: entry for name, entry in found.items() if entry["type"] == "file"}
+    return {name: entry for name, entry in found.items() if entry.get("type", "file") == "file"}

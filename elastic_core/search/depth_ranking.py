@@ -49,7 +49,9 @@ def rank_layers(
         raise UserError(f"min_depth: got {min_depth}; allowed: 1 to {num_layers}, the parent's layers")
     if not bool(model.head(model.slice()).any()):
         raise UserError(f"rank: the head of the model is zero, so its layers cannot be ranked; {ADVICE}")
-    return METHODS[method](model, batches, min_depth, progress, reduce, state or RankingState())
+    state = state or RankingState()
+    state.begin_depth([method, min_depth, [list(ids.shape) for ids in batches]])
+    return METHODS[method](model, batches, min_depth, progress, reduce, state)
 
 
 class LogitError:

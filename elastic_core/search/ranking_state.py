@@ -29,7 +29,8 @@ class RankingState:
     load: Callable[[str], bytes | None] = lambda name: None
     save: Callable[[str, bytes], None] | None = None
     is_first: bool = True
-    _journal: list[dict[int, float]] | None = field(default=None, init=False)
+    _setting: object = field(default=None, init=False)
+    _journal: list[dict[int, float]] = field(default_factory=list, init=False)
     _place: int = field(default=0, init=False)
 
     def load_widths(self) -> tuple[int, dict[str, Tensor], dict[str, int]]:
@@ -49,18 +50,26 @@ class RankingState:
             torch.save((done, totals, counts), buffer)
             self.save(WIDTHS, buffer.getvalue())
 
+    def begin_depth(self, setting) -> None:
+        """Take over the scores of layers, if they were computed in the same setting (JSON values).
+
+        The setting has the shapes of this process's batches: another number of processes computes other scores.
+        """
+        self._setting, self._journal, self._place = setting, [], 0
+        data = self.load(DEPTH)
+        if data is not None:
+            content = json.loads(data)
+            if content["setting"] == setting:
+                self._journal = [{int(layer): score for layer, score in entry.items()} for entry in content["scores"]]
+
     def once(self, compute: Callable[[], dict[int, float]]) -> dict[int, float]:
         """The scores (layer → score) that `compute` returns; from the state, if they were computed before the stop.
 
-        The calls have to come in the same order every time.
+        The calls have to come in the same order every time, after `begin_depth`.
         """
-        if self._journal is None:
-            data = self.load(DEPTH)
-            entries = [] if data is None else json.loads(data)
-            self._journal = [{int(layer): score for layer, score in entry.items()} for entry in entries]
         if self._place == len(self._journal):
             self._journal.append(compute())
             if self.save is not None:
-                self.save(DEPTH, json.dumps(self._journal).encode())
+                self.save(DEPTH, json.dumps({"setting": self._setting, "scores": self._journal}).encode())
         self._place += 1
         return dict(self._journal[self._place - 1])

@@ -16,8 +16,8 @@ def clean(
 ) -> None:
     """Show what runs have left, with its size, and remove it where it is named.
 
-    Finished runs remove their checkpoints by themselves, once DVC has their results. What is left are the checkpoints
-    of stopped runs, which go on from them when they are started again, and the workspaces of profiles and of runs with
+    The checkpoints of finished runs are removed by themselves, once DVC has their results. What is left are those of
+    stopped runs, which go on from them when they are started again, and the workspaces of profiles and of runs with
     other parameters. Results that are in DVC's cache stay there: see `dvc gc`.
 
     - `elastic clean`: only show
@@ -30,7 +30,8 @@ def clean(
 
         found = find_left(ROOT)
         chosen = select(found, names or ())
-        chosen += [left for left in found if (workspaces if left.kind == "workspace" else runs) and not left.holder]
+        kinds = {"run": runs, "workspace": workspaces}
+        chosen += [left for left in found if kinds.get(left.kind) and not left.holder]
         if not chosen:
             say(show(found))
         for left in chosen:

@@ -1,14 +1,17 @@
 """What `elastic run` does: the pipeline in this terminal, by DVC and without a server."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from elastic_core.errors import UserError
 from flows.process.output import follow
 from flows.records import NAMED, keep, kept_already, new_name
 from flows.stages import WrongParameters, check_checkout, check_command, reproduce, select, stage_names
+from tasks.runs.job import CONTINUE, LOCAL, RUN
 from tasks.settings import profiles
 
 
@@ -29,6 +32,7 @@ def run_pipeline(
     force: bool,
     log: Callable[[str], None],
     root: Path = profiles.ROOT,
+    old_run: str | None = None,
 ) -> Path:
     """Bring the selected stages of a profile up to date and show the results; its workspace.
 
@@ -42,6 +46,9 @@ def run_pipeline(
     workspace = profiles.prepare_workspace(profile, root, budgets, overrides)
     if workspace != root:
         log(f"workspace: {workspace}")
+    if old_run is not None:
+        check_old_run(workspace, old_run)
+        os.environ[CONTINUE] = old_run  # for the stages
     # One DVC process for all stages starts once; one per stage would start nine times.
     todo: list[str | None] = [None] if chosen == names and not force else list(chosen)
     on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
@@ -52,6 +59,13 @@ def run_pipeline(
         log(results(workspace))
         log(record(profile, workspace, root, selection, budgets or {}, overrides, force))
     return workspace
+
+
+def check_old_run(workspace: Path, name: str) -> None:
+    """Raise UserError if a workspace has no run of this name to go on from."""
+    if not (workspace / LOCAL / name / RUN).is_file():
+        names = ", ".join(sorted(path.parent.name for path in (workspace / LOCAL).glob(f"*/{RUN}"))) or "none"
+        raise UserError(f"--continue: got {name!r}; allowed: a run in {workspace / LOCAL} that has not ended ({names})")
 
 
 def record(

@@ -1,11 +1,11 @@
 """`elastic run`, `compare` and `up`: the pipeline, in this terminal or from a browser, and its finished runs."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from elastic_core.errors import UserError
 from flows.cli.errors import clear_errors, say
 from flows.cli.options import Settings, complete_profile, complete_run, stage_option
 
@@ -56,17 +56,17 @@ def run(
     - `elastic run smoke`: everything, small, in two minutes
     - `elastic run --until rank`: data, parent and importance, no training
     - `elastic run --budget full=1.0 --budget half=0.5`: another family
-    - `elastic run --set train_short.steps=900 --from train_short`: longer, from there on
+    - `elastic run --set train_short.steps=900`: longer; stages before that one come from the cache
     """
     with clear_errors("stopped; the same command goes on from the newest checkpoint"):
         from flows.cli.pipeline import Selection, run_pipeline
-        from tasks.runs.job import CONTINUE
         from tasks.settings.budgets import read_family
 
         chosen = Selection(first, last, only or ())
-        if old_run is not None:
-            os.environ[CONTINUE] = Path(old_run).name
-        run_pipeline(profile, chosen, read_family(budgets or (), "--budget"), settings or (), force, say)
+        if old_run is not None and force:
+            raise UserError("--continue goes on from checkpoints, --force starts from the start; allowed: one of them")
+        family = read_family(budgets or (), "--budget")
+        run_pipeline(profile, chosen, family, settings or (), force, say, old_run=old_run and Path(old_run).name)
 
 
 def compare(

@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from elastic_core.errors import UserError
+from elastic_core.io.json_files import read_json
 from tasks.runs.job import LOCAL, RUN
 from tasks.runs.old_runs import OldRun, find_runs
 
@@ -35,10 +38,9 @@ class Left:
         """Remove it. Raises UserError if a process works on it."""
         if self.holder is not None:
             raise UserError(f"{self.name}: {self.holder} works on it; stop it first")
-        if self.run is not None:
-            self.run.remove()
-        else:
-            shutil.rmtree(self.directory)
+        for run in [self.run] if self.run is not None else find_runs(self.directory):  # their checkpoints may be on S3
+            run.remove()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def find_left(root: Path) -> list[Left]:
@@ -64,8 +66,18 @@ def select(found: Iterable[Left], names: Iterable[str]) -> list[Left]:
 
 def _workspace(directory: Path, root: Path) -> Left:
     holders = [run.holder for run in find_runs(directory)]
-    holder = next(filter(None, holders), None)
+    holder = next(filter(None, [*holders, _dvc_process(directory)]), None)
     return Left("workspace", str(directory.relative_to(root)), directory, *_size(directory), holder)
+
+
+def _dvc_process(workspace: Path) -> str | None:
+    """The DVC process that runs a stage in a workspace, from the file in which DVC keeps its locks."""
+    path = workspace / ".dvc" / "tmp" / "rwlock"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    entries = [*content.get("write", {}).values(), *(one for many in content.get("read", {}).values() for one in many)]
+    return next((f"process {entry['pid']}" for entry in entries if psutil.pid_exists(entry["pid"])), None)
 
 
 def _runs(workspace: Path, root: Path) -> list[Left]:

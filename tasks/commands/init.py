@@ -19,6 +19,7 @@ from elastic_core.config import ConfigError, require
 from elastic_core.cost.budgets import Spelling, parse
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.errors import UserError
+from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.model import architectures, hf
 from elastic_core.model.axes import FIELDS
@@ -90,7 +91,7 @@ def init(
 def as_written(path: str, root: Path) -> str:
     """A path for a profile: as it was given where it is found from the checkout, otherwise absolute."""
     given = Path(path)
-    return path if given.is_absolute() or Path.cwd() == root else str(given.absolute())
+    return path if storage.is_url(path) or given.is_absolute() or Path.cwd() == root else str(given.absolute())
 
 
 # --- data ------------------------------------------------------------------------------------------------------------

@@ -186,6 +186,7 @@ def measure_profile(name: str, overrides: Iterable[str] = (), out: Path | None =
     with contextlib.chdir(working_directory(name, overrides=overrides)):  # as in a run
         settings = read(values, where)
         config, source = read_parent(settings)
+    _check_same_parent(out, config)
     serving, evaluation = family_setting(settings.cost, settings.budgets), settings.evaluate.latency
     device = changes.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
     fields = {
@@ -204,6 +205,17 @@ def measure_profile(name: str, overrides: Iterable[str] = (), out: Path | None =
         raise ConfigError("\n".join(f"{where} ({source}): {problem}" for problem in error.problems)) from None
     table.save(out)
     return table, out
+
+
+def _check_same_parent(out: Path, config) -> None:
+    """Raise ConfigError if `out` holds the table of another parent, because another profile may need that table."""
+    if not out.is_file():
+        return
+    try:
+        Table.load(out).check(config)
+    except ConfigError:
+        allowed = "another file, by --out FILE and cost.table, because this one holds the table of another parent"
+        raise ConfigError(f"out: got {str(out)!r}; allowed: {allowed}") from None
 
 
 def describe(table: Table, path: Path) -> str:

@@ -150,6 +150,14 @@ def data_files(leaf: TaskFile) -> list[str]:
     return [name for split in (files.values() if isinstance(files, dict) else [files]) for name in _as_list(split)]
 
 
+def data_places(leaf: TaskFile, data_root: Path) -> list[str]:
+    """All data on this machine that a task reads: `data_files`, and local directories in two other fields."""
+    options = leaf.values.get("dataset_kwargs")
+    directories = [leaf.values.get("dataset_path"), options.get("data_dir") if isinstance(options, dict) else None]
+    local = [name for name in directories if isinstance(name, str) and (data_root / name).exists()]
+    return [*data_files(leaf), *local]
+
+
 def _check_data(leaf: TaskFile, data_root: Path) -> None:
     for name in data_files(leaf):
         is_pattern = any(character in name for character in "*?[")

@@ -24,6 +24,10 @@ def dvc_stage(name: str) -> Iterator:
 
 def is_forced(arguments: Sequence[str]) -> bool:
     """Whether the arguments of a `dvc` command have its option --force, also as -f and among other short options."""
+    from dvc.cli import DvcParserError
     from dvc.cli.parser import get_main_parser
 
-    return bool(getattr(get_main_parser().parse_args(arguments), "force", False))
+    try:
+        return bool(getattr(get_main_parser().parse_args(arguments), "force", False))
+    except (DvcParserError, SystemExit):  # not a command of DVC
+        return False

@@ -4,6 +4,7 @@ DVC does not tell its stages that it was forced. So a stage reads the command li
 DVC's own parser. A program that runs DVC by its API sets the variable instead.
 """
 
+import contextlib
 import os
 
 import psutil
@@ -19,10 +20,10 @@ def is_wanted() -> bool:
         return True
     if "DVC_STAGE" not in os.environ:  # set by DVC for its stages
         return False
-    try:
-        commands = [process.cmdline() for process in psutil.Process().parents()]
-    except psutil.Error:
-        return False
+    commands = []
+    for process in psutil.Process().parents():
+        with contextlib.suppress(psutil.Error):  # of another user
+            commands.append(process.cmdline())
     # DVC's parser is slow to import, so it is asked only where some option may be this one.
     arguments = filter(None, map(dvc_arguments, commands))
     return any(any(word.startswith("-") and "f" in word for word in given) and is_forced(given) for given in arguments)

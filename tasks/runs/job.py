@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from elastic_core.config import ConfigError
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
@@ -30,7 +29,7 @@ CONTINUE = "ELASTIC_CONTINUE"  # names an old run that a stage goes on from, tho
 class Job:
     """One run of a stage.
 
-    `key` is a digest of everything that decides the result (run_key.py). A stage that is started again with the same
+    `key` is a digest of everything that decides the result (key.py). A stage that is started again with the same
     key resumes its run; any change gives another key, and so a new run. `record` is the run's provenance so far.
     `shown_by_launcher`: the process that launches the workers shows their progress.
     """
@@ -60,8 +59,7 @@ class Job:
 
         It is not an output of DVC, because DVC deletes a stage's outputs before it runs the stage again.
         """
-        continued = self.record.get("continues")
-        return continued["checkpoints"] if continued else storage.join(settings.compute.storage, self.directory.name)
+        return storage.join(settings.compute.storage, self.directory.name)
 
 
 @contextlib.contextmanager
@@ -75,16 +73,21 @@ def started(name: str, settings: Params | None = None) -> Iterator[Job]:
     inputs = read_inputs(name)
     job = Job(name, inputs.key)
     location = str(job.directory) if settings is None else job.checkpoints(settings)
-    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes the first one does this for all
+    if not is_first_process():
         yield job
         return
     with lock.only_one(location, name):
         if from_the_start.is_wanted():
             remove_files(location)
             remove_files(str(job.directory))
-        else:
-            _take_over(job, inputs)
+        elif (old := os.environ.get(CONTINUE, "")).startswith(f"{name}-"):
+            _take_over(old, job, inputs, location)
         yield dataclasses.replace(job, record=_begin(job, inputs, location))
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of a stage, or the first one of torchrun's, which acts for all of them."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _begin(job: Job, inputs: Inputs, location: str) -> dict:
@@ -97,32 +100,36 @@ def _begin(job: Job, inputs: Inputs, location: str) -> dict:
     return {name: value for name, value in record.items() if name != "checkpoints"}
 
 
-def _take_over(job: Job, inputs: Inputs) -> None:
-    """Make the run that ELASTIC_CONTINUE names this job's own, if it is a run of this stage; write down that it was.
+def _take_over(old: str, job: Job, inputs: Inputs, location: str) -> None:
+    """Move the files of the run `old` to this job's places, and write down what has changed since that run began.
 
-    Raises UserError if there is no such run, and ConfigError if another process holds it.
+    Does nothing if this job has begun before. Raises UserError if there is no such run, and ConfigError if another
+    process holds it.
     """
-    old = os.environ.get(CONTINUE, "")
-    if not old.startswith(f"{job.name}-") or (job.directory / RUN).is_file() or old == job.directory.name:
+    if (job.directory / RUN).is_file() or old == job.directory.name:
         return
-    path = LOCAL / old / RUN
-    if not path.is_file():
+    record = read_run(LOCAL / old)
+    if record is None:
         names = ", ".join(sorted(path.parent.name for path in LOCAL.glob(f"{job.name}-*/{RUN}"))) or "none"
         raise UserError(f"{CONTINUE}: got {old!r}; allowed: a run of this stage that has not ended ({names})")
-    record = read_json(path)
-    if (holder := lock.holder_of(record["checkpoints"])) is not None:
-        raise ConfigError(f"{CONTINUE}: got {old!r}, which {holder} works on; stop it first")
     changed = Inputs(record["parameters"], record["libraries"], record["files"]).differences(inputs)
-    checkpoints = record["checkpoints"]
-    if checkpoints == str(LOCAL / old):
-        checkpoints = str(job.directory)
-    remove_files(str(job.directory))
-    shutil.copytree(LOCAL / old, job.directory, dirs_exist_ok=True)
-    content = {**record, **provenance.begin(job.name, job.key, inputs), "checkpoints": checkpoints}
-    content |= {"continues": {"run": old, "checkpoints": checkpoints, "changed": changed}, "started": record["started"]}
-    write_text(job.directory / RUN, json.dumps(content, indent=1) + "\n")
+    with lock.only_one(record["checkpoints"], job.name):
+        remove_files(location)
+        for source, target in {record["checkpoints"]: location, str(LOCAL / old): str(job.directory)}.items():
+            for name in storage.list_names(source):
+                if name != RUN and not name.startswith(lock.PREFIX):
+                    storage.move(storage.join(source, name), storage.join(target, name))
+        content = {**provenance.begin(job.name, job.key, inputs), "started": record["started"]}
+        content |= {"checkpoints": location, "continues": {"run": old, "changed": changed}}
+        write_text(job.directory / RUN, json.dumps(content, indent=1) + "\n")
     shutil.rmtree(LOCAL / old)
-    print(f"{job.name}: goes on from {old}, though this has changed: {'; '.join(changed)}")
+    print(f"{job.name}: goes on from {old}, though this has changed: {'; '.join(changed) or 'nothing'}")
+
+
+def read_run(directory: Path) -> dict | None:
+    """What the run of a directory is; None if the directory holds no run."""
+    path = directory / RUN
+    return read_json(path) if path.is_file() else None
 
 
 def remove_files(location: str) -> None:

@@ -5,7 +5,8 @@ highest number holds. Taking a lease creates the next number, which only one pro
 file every HEARTBEAT_SECONDS.
 
 A holder on this machine is dead when its process has ended. A holder on another machine is dead when its file has not
-changed for EXPIRE_SECONDS of the observer's own clock, so the clocks of machines need not agree.
+changed for EXPIRE_SECONDS of the observer's own clock, so the clocks of machines need not agree. A holder that could
+give no sign of life for so long, because it was suspended or cut off, ends.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from elastic_core.config import ConfigError
 from elastic_core.io import storage
 
 HEARTBEAT_SECONDS = 10.0
-EXPIRE_SECONDS = 60.0
+EXPIRE_SECONDS = 360.0  # longer than the back-off of a request to a server that is away (elastic_core/io/filesystem.py)
 LOOK_SECONDS = 1.0  # between two looks at the lease of another machine
 PREFIX, SUFFIX = "lease-", ".json"
 
@@ -70,15 +71,19 @@ class Held(Exception):
 def kept(lease: Lease, on_lost: Callable[[str], None]) -> Iterator[None]:
     """Give signs of life for the length of the block, and release the lease at its end.
 
-    `on_lost(holder)` is called in another thread if another process has taken the lease.
+    `on_lost(holder)` is called in another thread if another process has taken the lease, or may have taken it, because
+    this one could give no sign of life for EXPIRE_SECONDS.
     """
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(lease, ended, on_lost), name="lease", daemon=True)
+    watch = threading.Thread(target=_watch, args=(lease, ended, on_lost), name="lease watch", daemon=True)
     heart.start()
+    watch.start()
     try:
         yield
     finally:
         ended.set()
+        watch.join()
         heart.join()
         with suppress(storage.StorageError):
             for number in _numbers(lease.location):
@@ -101,11 +106,11 @@ class Lease:
     """A lease that this process holds."""
 
     def __init__(self, location: storage.Location, number: int):
-        self.location, self.number, self.beats = location, number, 0
+        self.location, self.number, self.beats, self.last_beat = location, number, 0, time.monotonic()
         self.owner = {
             "id": secrets.token_hex(8),
             "process": os.getpid(),
-            "started": psutil.Process().create_time(),
+            "started": _started(psutil.Process()),
             "host": socket.gethostname(),
             "machine": _machine(),
         }
@@ -149,16 +154,25 @@ def take(location: storage.Location, on_wait: Callable[[str], None] = lambda hol
         time.sleep(LOOK_SECONDS)
 
 
+def _watch(lease: Lease, ended: threading.Event, on_lost: Callable[[str], None]) -> None:
+    """Call `on_lost` if no sign of life has arrived for too long: a request may hang in the other thread."""
+    while not ended.wait(LOOK_SECONDS):
+        if time.monotonic() - lease.last_beat > EXPIRE_SECONDS:
+            on_lost("nobody could be told that this process lives; another one")
+            return
+
+
 def _beat(lease: Lease, ended: threading.Event, on_lost: Callable[[str], None]) -> None:
     """Give signs of life until `ended` is set or the lease is lost."""
     while not ended.wait(HEARTBEAT_SECONDS):
         lease.beats += 1
-        with suppress(storage.StorageError, OSError):  # the server is away: nobody else can take the lease either
+        with suppress(storage.StorageError, OSError):  # `_watch` ends the process if this does not get better
             if not lease.is_stored():
                 newest = _read_newest(lease.location)
                 on_lost("nobody" if newest is None else _describe(newest[1]))
                 return
             storage.write_bytes(_file(lease.location, lease.number), lease.content())
+            lease.last_beat = time.monotonic()
 
 
 def _read_newest(location: storage.Location) -> tuple[int, dict] | None:
@@ -193,9 +207,15 @@ def _has_ended(content: dict) -> bool:
         return False
     try:
         process = psutil.Process(content["process"])
-        return process.create_time() != content["started"] or process.status() == psutil.STATUS_ZOMBIE
+        is_another = abs(_started(process) - content["started"]) > 1.0
+        return is_another or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def _started(process: psutil.Process) -> float:
+    """When a process started, in seconds since this machine's boot: changes of its clock do not matter."""
+    return process.create_time() - psutil.boot_time()
 
 
 def _machine() -> str:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_core.io import storage
-from elastic_core.io.json_files import read_json
 from tasks.runs import lock
-from tasks.runs.job import LOCAL, RUN, remove_files
+from tasks.runs.job import LOCAL, RUN, read_run, remove_files
 from tasks.runs.key import committed_inputs
 
 
@@ -25,6 +24,7 @@ class OldRun:
     key: str
     directory: Path
     checkpoints: str
+    parameters: dict
 
     @property
     def last_used(self) -> float:
@@ -45,25 +45,27 @@ class OldRun:
     def remove(self) -> None:
         """Remove its files."""
         remove_files(self.checkpoints)
-        shutil.rmtree(self.directory)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def find_runs(workspace: Path = Path()) -> list[OldRun]:
     """The runs that were started in a workspace and have left files."""
     found = []
     for path in sorted((workspace / LOCAL).glob(f"*/{RUN}")):
-        record = read_json(path)
+        record = read_run(path.parent)
         checkpoints = record["checkpoints"]
         if not storage.is_url(checkpoints):
             checkpoints = str(workspace / checkpoints)
-        found.append(OldRun(record["stage"], record["key"], path.parent, checkpoints))
+        found.append(OldRun(record["stage"], record["key"], path.parent, checkpoints, record["parameters"]))
     return found
 
 
 def remove_finished() -> list[OldRun]:
-    """Remove the runs in the working directory whose outputs DVC has, and older runs of the same stages.
+    """Remove the runs in the working directory whose outputs DVC has, and the runs that these have superseded.
 
-    A run that began or went on after the finished one is kept, and so is one that a process works on.
+    A superseded run is an older one of the same stage with the same parameters, under older code or inputs. A run with
+    other parameters is kept, one that went on after the finished one too, and one that a process works on. If storage
+    cannot be reached, runs are kept, and a line says so.
     """
     by_stage: dict[str, dict[str, tuple[OldRun, float]]] = {}
     for run in find_runs():
@@ -71,9 +73,18 @@ def remove_finished() -> list[OldRun]:
     removed = []
     for stage, runs in by_stage.items():
         committed = committed_inputs(stage)
-        if committed is not None and committed.key in runs:
-            _, finished_at = runs[committed.key]
-            removed += [run for run, used in runs.values() if used <= finished_at and run.holder is None]
+        if committed is None or committed.key not in runs:
+            continue
+        finished, finished_at = runs[committed.key]
+        for run, used in runs.values():
+            if used > finished_at or run.parameters != finished.parameters:
+                continue
+            try:
+                if run.holder is None:
+                    run.remove()
+                    removed.append(run)
+            except storage.StorageError as error:
+                print(f"{run.directory}: is kept, because its checkpoints cannot be removed now: {error}", flush=True)
     for run in removed:
-        run.remove()
+        print(f"{run.directory}: removed, because DVC has the results of stage {run.stage}", flush=True)
     return removed

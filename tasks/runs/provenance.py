@@ -22,6 +22,7 @@ from tasks.runs.key import Inputs
 
 RECORDS = Path("artifacts/provenance")
 FINGERPRINTS = Path("artifacts/inputs")
+CODE = tuple(f":/{name}" for name in ("tasks", "elastic_core", "dvc.yaml", "requirements.lock"))
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -59,7 +60,10 @@ def now() -> str:
 
 
 def read_commit(directory: Path) -> tuple[str | None, bool]:
-    """The commit of the checkout around `directory`, and whether no file differs from it. (None, False) outside git."""
+    """The commit of the checkout around `directory`, and whether the pipeline's code is that of the commit.
+
+    Parameters and inputs are in the record themselves. (None, False) outside git.
+    """
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True)
@@ -68,7 +72,7 @@ def read_commit(directory: Path) -> tuple[str | None, bool]:
         head = git("rev-parse", "HEAD")
         if head.returncode != 0:
             return None, False
-        return head.stdout.strip(), not git("status", "--porcelain", ":/").stdout
+        return head.stdout.strip(), not git("status", "--porcelain", "--", *CODE).stdout
     except FileNotFoundError:  # no git on this machine
         return None, False
 

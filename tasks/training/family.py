@@ -89,7 +89,7 @@ def run_to_end(run: Run, settings: Params, job: Job, metrics: Path) -> None:
 
 
 def training_record(run: Run, job: Job) -> dict:
-    """The record of a training stage that has ended (tasks/runtime/provenance.py). Call it on rank 0."""
+    """The record of a training stage that has ended (tasks/runs/provenance.py). Call it on rank 0."""
     seconds = sum(row["seconds"] for row in read_rows(job.metrics))
     device = provenance.describe_device(run.ranks.device, run.ranks.world)
     return provenance.end(job.record, seconds, device, tokens=run.stage.num_tokens(), steps=run.stage.steps)

@@ -100,13 +100,29 @@ def test_changed_code_runs_and_does_not_only_give_the_old_result(checkout, stage
     assert checkout.dvc("checkout", "--force", stage).returncode == 0
 
 
-def test_force_trains_from_the_start(checkout):
-    before = checkout.record("train_short")
-    assert checkout.dvc("repro", "--single-item", "--force", "train_short").returncode == 0
-    after = checkout.record("train_short")
-    assert after["key"] == before["key"] and after["started"] > before["started"]
-    rows = (checkout.directory / "artifacts/train_short/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+def test_force_starts_from_the_start_and_without_it_an_interrupted_stage_goes_on(checkout):
+    restore = checkout.change(
+        "train_short", 'if run.step == 4 and "STOP" in __import__("os").environ: raise SystemExit(9)'
+    )
+
+    def interrupted() -> dict:
+        """The run, stopped after its fourth step."""
+        assert checkout.dvc("repro", "--single-item", "train_short", STOP="1").returncode != 0
+        (path,) = (checkout.place / "checkpoints").glob("train_short-*/step-*4")
+        return json.loads((checkout.directory / "checkpoints" / path.parent.name / "run.json").read_text())
+
+    try:
+        first = interrupted()
+        assert checkout.dvc("repro", "--single-item", "train_short").returncode == 0
+        assert checkout.record("train_short")["started"] == first["started"]
+        checkout.change("train_short", "# so that it runs again")
+        second = interrupted()
+        assert checkout.dvc("repro", "--single-item", "--force", "train_short").returncode == 0
+        forced = checkout.record("train_short")
+        assert forced["key"] == second["key"] and forced["started"] > second["started"]
+    finally:
+        restore()
+    assert checkout.dvc("repro", "--single-item", "train_short").returncode == 0  # from DVC's cache
 
 
 def test_changed_inputs_are_seen(checkout):
@@ -130,12 +146,16 @@ def test_changed_inputs_are_seen(checkout):
 
 def test_an_old_run_goes_on_under_new_code_where_that_is_asked_for(checkout):
     """And only then; it is on record."""
-    restore = checkout.change("train_extended", "if run.step == 4: raise SystemExit(9)")
+    kill = (
+        "if run.step == 4: __import__('time').sleep(1) or __import__('os')._exit(9)"  # its lease stays, as after a kill
+    )
+    restore = checkout.change("train_extended", kill)
     try:
         assert checkout.dvc("repro", "--single-item", "train_extended").returncode != 0
     finally:
         restore()
     (old,) = {path.parent.name for path in (checkout.place / "checkpoints").glob("train_extended-*/step-*")}
+    assert list((checkout.place / "checkpoints" / old).glob("lease-*"))
     checkout.change("train_extended", "# another comment")
     wrong = checkout.dvc("repro", "--single-item", "train_extended", ELASTIC_CONTINUE="train_extended-nothing")
     assert "allowed: a run of this stage that has not ended (" in wrong.stderr and old in wrong.stderr
@@ -143,4 +163,5 @@ def test_an_old_run_goes_on_under_new_code_where_that_is_asked_for(checkout):
     assert done.returncode == 0, done.stderr
     record = checkout.record("train_extended")
     assert record["continues"]["run"] == old and record["continues"]["changed"] == ["elastic_core/training"]
+    assert record["steps"] == 6 and not list((checkout.place / "checkpoints" / old).glob("step-*"))
     assert not (checkout.directory / "checkpoints" / old).exists()

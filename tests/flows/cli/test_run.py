@@ -78,7 +78,7 @@ from flows import stages
 from flows.cli import app, pipeline
 stages.BUSY_SECONDS = 0.2
 original, root = pipeline.run_pipeline, Path(sys.argv.pop(1))
-pipeline.run_pipeline = lambda *arguments: original(*arguments, root=root)
+pipeline.run_pipeline = lambda *arguments, **options: original(*arguments, root=root, **options)
 app.main()
 """
 

@@ -29,7 +29,7 @@ with lock.only_one(sys.argv[1], "train_short"):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    for name, seconds in (("HEARTBEAT_SECONDS", 0.2), ("EXPIRE_SECONDS", 1.5), ("LOOK_SECONDS", 0.1)):
+    for name, seconds in (("HEARTBEAT_SECONDS", 0.2), ("EXPIRE_SECONDS", 2.5), ("LOOK_SECONDS", 0.1)):
         monkeypatch.setattr(lock, name, seconds)
 
 

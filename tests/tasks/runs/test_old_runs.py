@@ -32,9 +32,10 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path
 
 
-def begin(rate: int, age: float, **more) -> str:
-    """A run of the stage with this parameter, which last wrote so many seconds ago; its directory's name."""
+def begin(rate: int, age: float, words: str = "words") -> str:
+    """A run of the stage with this parameter and input, which last wrote so many seconds ago; its directory's name."""
     Path("params.yaml").write_text(f"rate: {rate}\n")
+    Path("input").write_text(words)
     with started("make") as job:
         (job.directory / "progress").write_text("half")
     when = job.directory.stat().st_mtime - age
@@ -51,15 +52,17 @@ def left() -> set[str]:
     return {run.directory.name for run in find_runs()}
 
 
-def test_a_finished_run_and_older_ones_are_removed_once_dvc_has_the_results(workspace):
-    older = {begin(rate, age=20 + rate) for rate in (1, 4, 5, 6)}
+def test_a_finished_run_and_older_ones_are_removed_once_dvc_has_the_results(workspace, capsys):
+    older = {begin(2, age=20 + number, words=f"{number}") for number in range(4)}
+    other = begin(1, age=20)
     finished = begin(2, age=10)
-    assert not remove_finished() and left() == {*older, finished}  # DVC has nothing yet
+    assert not remove_finished() and left() == {*older, other, finished}  # DVC has nothing yet
     repro()
-    newer = begin(3, age=0)
+    newer = begin(2, age=0, words="newer")
     assert {run.directory.name for run in remove_finished()} == {*older, finished}
-    assert left() == {newer}  # it began after the finished one and may go on
+    assert left() == {other, newer}  # with another parameter; or begun after the finished one: they may go on
     assert not remove_finished()
+    assert "removed, because DVC has the results of stage make" in capsys.readouterr().out
 
 
 def test_a_run_that_a_process_works_on_stays(workspace):
