@@ -4,7 +4,6 @@ import os
 import shutil
 from pathlib import Path
 
-from elastic_core.errors import UserError
 from elastic_core.io.json_files import read_json
 
 FILE = "provenance.json"
@@ -13,12 +12,7 @@ FILE = "provenance.json"
 def read_provenance(directory: str | os.PathLike) -> list[dict]:
     """The records of a directory, of the first stage first; [] without a file. Raises UserError for a damaged file."""
     path = Path(directory) / FILE
-    if not path.is_file():
-        return []
-    records = read_json(path).get("stages")
-    if not isinstance(records, list) or not all(isinstance(record, dict) and "stage" in record for record in records):
-        raise UserError(f"{path}: has no list `stages` of records with the field `stage`; copy the file again")
-    return records
+    return read_json(path, shape={"stages": [{"stage": str}]})["stages"] if path.is_file() else []
 
 
 def copy_provenance(source: str | os.PathLike, directory: str | os.PathLike) -> None:

@@ -40,9 +40,25 @@ def generate(
     with _quiet():
         with _plain_model(directory, budget) as plain:
             trust = {"trust_remote_code": _has_our_code(plain)}
-            tokenizer = load_tokenizer(plain, **trust)
-            model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
-        return _continue(model, tokenizer, prompt, max_new_tokens, temperature)
+            tokenizer = load_tokenizer(plain, directory, **trust)
+            with _errors_of_transformers(directory):
+                model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
+        with _errors_of_transformers(directory):
+            return _continue(model, tokenizer, prompt, max_new_tokens, temperature)
+
+
+@contextlib.contextmanager
+def _errors_of_transformers(directory: Path) -> Iterator[None]:
+    """Raise UserError where transformers fails: the weights have been checked, so it is the values in other files."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"{directory}: transformers cannot use it ({type(error).__name__}: {error}); correct "
+            "generation_config.json or config.json, or copy them again"
+        ) from None
 
 
 def _continue(model, tokenizer, prompt: str, max_new_tokens: int, temperature: float) -> list[int]:

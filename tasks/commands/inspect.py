@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from elastic_core.cost.latency import Timed, as_latency
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import exact_cost, num_active_parameters, num_parameters, read_metric
+from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io.provenance_file import read_provenance
 from elastic_core.model import architectures, hf
@@ -60,15 +61,24 @@ def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:
 
     A heterogeneous model is described as a submodel of the uniform model with its largest widths.
     """
-    hf.read_values(directory, str(directory))  # its errors name the file
-    values, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
+    values = hf.read_values(directory, str(directory))
     widths = {field: values[field] for field in PER_LAYER if isinstance(values.get(field), list)}
     if not widths or values.get("model_type") not in architectures.ARCHITECTURES:
         return hf.read_config(directory), Submodel()
-    values |= {field: max(entries) for field, entries in widths.items()}
-    values.pop("auto_map", None)
-    config_class, _ = architectures.find(values["model_type"], str(directory)).MODELS[values["model_type"]]
-    return hf.check_config(config_class.from_dict(values), str(directory)), Submodel(**widths)
+    with named(f"{directory}/config.json"):
+        submodel = Submodel(**widths)
+    if not all(getattr(submodel, field) for field in widths):
+        raise UserError(f"{directory}/config.json: got {widths}; allowed: a width for every layer of its kind")
+    largest = {field: max(getattr(submodel, field)) for field in widths}
+
+    def build(config_class: type) -> PreTrainedConfig:
+        values, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
+        values.pop("auto_map", None)
+        return config_class.from_dict(values | largest)
+
+    config = hf.build_config(values | largest, str(directory), build)
+    with named(f"{directory}/config.json"):
+        return config, submodel.resolve(config)
 
 
 def describe_member(config, submodel: Submodel) -> dict:

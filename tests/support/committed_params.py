@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer, models
 
 from tasks.settings import load as settings
 from tasks.settings.merging import parameters
@@ -69,7 +70,7 @@ def parent_directory(tmp_path, **changes):
     """A tiny parent on disk, with `changes` in its config.json."""
     directory = tmp_path / "parent"
     save_random_parent(directory, 0, CONFIG)
-    (directory / "tokenizer.json").write_text("{}")
+    Tokenizer(models.WordLevel({"a": 0})).save(str(directory / "tokenizer.json"))
     config = json.loads((directory / "config.json").read_text()) | changes
     (directory / "config.json").write_text(json.dumps(config))
     return directory
