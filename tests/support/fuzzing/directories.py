@@ -51,7 +51,7 @@ def write_family(directory: Path, architecture: str, metric=PARAMETERS) -> Path:
     config = hf.read_config(directory)
     members = {"full": Member(1.0, Submodel()), "small": Member(0.5, Submodel(hidden_size=4, kept_layers=(0, 1)))}
     elastic_checkpoint.write(directory, config, members, [Submodel(hidden_size=6, kept_layers=(0, 1))], metric)
-    (directory / "provenance.json").write_text('[{"stage": "parent", "files": {}}]')
+    (directory / "provenance.json").write_text('{"stages": [{"stage": "parent", "files": {}}]}')
     return directory
 
 
