@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from ruamel.yaml import YAML
 from transformers import PreTrainedConfig
 
 from elastic_core.cost.latency import Timed, as_latency
@@ -12,11 +11,13 @@ from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import exact_cost, num_active_parameters, num_parameters, read_metric
 from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint
+from elastic_core.io.json_files import check_shape
 from elastic_core.io.provenance_file import read_provenance
 from elastic_core.model import architectures, hf
 from elastic_core.model.axes import EXPERTS, PER_LAYER, WIDTHS
 from elastic_core.model.dims import layer_of
 from elastic_core.model.submodel import Submodel, keys_of
+from tasks.settings.yaml_files import read_mapping
 
 DROPPED = "·"  # in a pattern: a layer of the parent that the member does not have
 
@@ -146,9 +147,21 @@ def find_writer(directory: Path) -> dict | None:
     for workspace in directory.parents:
         lock = workspace / "dvc.lock"
         if lock.is_file():
-            stages = YAML(typ="safe").load(lock).get("stages", {})
-            return _find_writer(stages, directory.relative_to(workspace), workspace)
+            return _find_writer(_read_stages(lock), directory.relative_to(workspace), workspace)
     return None
+
+
+def _read_stages(lock: Path) -> Mapping:
+    """The stages in a dvc.lock. Empty for a damaged file: the model can be described without it."""
+    try:
+        stages = read_mapping(lock, str(lock)).get("stages", {})
+        check_shape(stages, {str: dict}, lock)
+        for stage in stages.values():
+            check_shape(stage.get("outs", []), [{"path": str}], lock)
+            check_shape(stage.get("params", {}), {str: dict}, lock)
+    except UserError:
+        return {}
+    return stages
 
 
 def _find_writer(stages: Mapping, path: Path, workspace: Path) -> dict | None:

@@ -15,7 +15,7 @@ from elastic_core.config import ConfigError
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
-from elastic_core.io.json_files import read_json
+from elastic_core.io.json_files import check_shape, read_json
 from tasks.runs import from_the_start, lock, provenance
 from tasks.runs.key import Inputs, read_inputs
 from tasks.settings.schema import Params
@@ -23,6 +23,10 @@ from tasks.settings.schema import Params
 # Files that only this machine needs: metrics and progress of unfinished runs.
 LOCAL = Path("checkpoints")
 RUN = "run.json"  # what a run is, in its directory
+SHAPE = {
+    **{"checkpoints": str, "stage": str, "key": str, "started": str},
+    **{"parameters": dict, "libraries": dict, "files": dict},
+}
 CONTINUE = "ELASTIC_CONTINUE"  # names an old run that a stage goes on from, though its code or inputs have changed
 
 
@@ -93,8 +97,18 @@ def _begin(job: Job, inputs: Inputs, location: str) -> dict:
     if not path.is_file():
         content = {"checkpoints": location, **provenance.begin(job.name, job.key, inputs)}
         write_text(path, json.dumps(content, indent=1) + "\n")
-    record = read_json(path)
+    record = read_run(path)
     return {name: value for name, value in record.items() if name != "checkpoints"}
+
+
+def read_run(path: Path) -> dict:
+    """The content of a run.json. Raises UserError for a damaged file."""
+    try:
+        record = read_json(path, shape=SHAPE)
+        check_shape(record.get("continues", {"checkpoints": ""}), {"checkpoints": str}, path)
+    except UserError as error:
+        raise UserError(f"{error}; or remove {path.parent}, and the run starts anew") from None
+    return record
 
 
 def _take_over(job: Job, inputs: Inputs) -> None:
@@ -109,7 +123,7 @@ def _take_over(job: Job, inputs: Inputs) -> None:
     if not path.is_file():
         names = ", ".join(sorted(path.parent.name for path in LOCAL.glob(f"{job.name}-*/{RUN}"))) or "none"
         raise UserError(f"{CONTINUE}: got {old!r}; allowed: a run of this stage that has not ended ({names})")
-    record = read_json(path)
+    record = read_run(path)
     if (holder := lock.holder_of(record["checkpoints"])) is not None:
         raise ConfigError(f"{CONTINUE}: got {old!r}, which {holder} works on; stop it first")
     changed = Inputs(record["parameters"], record["libraries"], record["files"]).differences(inputs)

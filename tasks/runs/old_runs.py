@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_core.io import storage
-from elastic_core.io.json_files import read_json
 from tasks.runs import lock
-from tasks.runs.job import LOCAL, RUN, remove_files
+from tasks.runs.job import LOCAL, RUN, read_run, remove_files
 from tasks.runs.key import committed_inputs
 
 
@@ -52,7 +51,7 @@ def find_runs(workspace: Path = Path()) -> list[OldRun]:
     """The runs that were started in a workspace and have left files."""
     found = []
     for path in sorted((workspace / LOCAL).glob(f"*/{RUN}")):
-        record = read_json(path)
+        record = read_run(path)
         checkpoints = record["checkpoints"]
         if not storage.is_url(checkpoints):
             checkpoints = str(workspace / checkpoints)

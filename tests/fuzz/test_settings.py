@@ -54,6 +54,10 @@ def check(scratch, content: bytes, target: str = "params.yaml"):
     return settings
 
 
+def check_values(scratch, values, target: str) -> None:
+    call(target, scratch, lambda: load.check_values(values, "params.yaml", load.OF_EVERY_STAGE), "params.yaml")
+
+
 @examples(40)
 @given(values=broken_json(VALUES))
 def test_values(scratch, values):
@@ -85,7 +89,12 @@ def test_profiles(scratch, data):
     file.write_bytes(data.draw(values | values | broken_bytes([content]) | st.sampled_from(TREES)))
     merged = call("profile", scratch, lambda: merging.parameters("mine", scratch), "mine.yaml")
     if not isinstance(merged, UserError):
-        call("profile: check", scratch, lambda: load.check_values(merged, "params.yaml", load.OF_EVERY_STAGE), "params.yaml")
+        call(
+            "profile: check",
+            scratch,
+            lambda: load.check_values(merged, "params.yaml", load.OF_EVERY_STAGE),
+            "params.yaml",
+        )
 
 
 @examples(24)
@@ -98,7 +107,12 @@ def test_overrides(scratch, key, value):
     text = f"{key}={value}"
     merged = call("override", scratch, lambda: merging.parameters("default", scratch, None, [text]), "override")
     if not isinstance(merged, UserError):
-        call("override: check", scratch, lambda: load.check_values(merged, "params.yaml", load.OF_EVERY_STAGE), "params.yaml")
+        call(
+            "override: check",
+            scratch,
+            lambda: load.check_values(merged, "params.yaml", load.OF_EVERY_STAGE),
+            "params.yaml",
+        )
 
 
 @examples(12)

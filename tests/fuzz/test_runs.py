@@ -1,0 +1,150 @@
+"""Broken files of runs and of their progress: left out, taken over, or refused by one message that names the file."""
+
+import json
+import os
+import shutil
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_core.cost.latency_table import Table
+from elastic_core.io.fingerprints import DigestCache
+from elastic_core.search.importance import Ranking
+from tasks.progress.metrics_file import NewRows, drop_cut_off_line, read_rows
+from tasks.runs import lock, provenance
+from tasks.runs.old_runs import find_runs
+from tests.support.fuzzing import directories
+from tests.support.fuzzing.broken import broken_bytes, broken_file, broken_json, json_values
+from tests.support.fuzzing.calls import call, examples
+from tests.support.oracles.latencies import make_table
+
+RECORD = {
+    **{"checkpoints": "checkpoints/rank-0123", "stage": "rank", "key": "0123", "commit": None, "clean": False},
+    **{"started": "2026-11-29T20:00:00+00:00", "parameters": {"seed": 0}, "libraries": {}, "files": {"a": "b"}},
+}
+ROWS = [
+    {"step": step, "mode": "soft", "tokens": 9, "seconds": 0.5, "budgets": {"full": {"loss": 3.0, "kl": None}}}
+    for step in (1, 2, 2)
+]
+RANKING = {
+    **{"depth": [1, 0], "depth_scores": {"0": 0.5, "1": 0.25}},
+    **{"scores": {"hidden": [0.5, 1.0]}, "orders": {"hidden": [1, 0]}},
+}
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@examples(16)
+@given(content=broken_file(RECORD))
+def test_run_json(scratch, content):
+    file = scratch / "workspace" / "checkpoints" / "rank-0123" / "run.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content)
+
+    def look():
+        for run in find_runs(scratch / "workspace"):
+            assert (run.last_used, run.num_bytes, run.holder)[2] is None
+
+    call("run.json", scratch, look, "run.json")
+
+
+def lease(**changes) -> dict:
+    own = {"id": "0123456789abcdef", "process": os.getpid(), "started": psutil.Process().create_time(), "host": "here"}
+    return {**own, "machine": lock._machine(), "beats": 3, **changes}
+
+
+@examples(16)
+@given(data=st.data())
+def test_lease(scratch, data):
+    """A lease that no process can have written is not held for ever."""
+    directory = scratch / "leases"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    file = directory / "lease-00000001.json"
+    valid = data.draw(st.sampled_from([lease(), lease(process=2**22 - 1), lease(machine="another")]))
+    file.write_bytes(data.draw(broken_file(valid)))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, seconds in (("HEARTBEAT_SECONDS", 0.01), ("EXPIRE_SECONDS", 0.05), ("LOOK_SECONDS", 0.01)):
+            patch.setattr(lock, name, seconds)
+        call("lease: holder", scratch, lambda: lock.holder_of(directory))
+        end = call("lease: take", scratch, lambda: take(directory))
+    assert isinstance(end, (lock.Lease, str))
+
+
+def take(directory):
+    try:
+        return lock.take(directory)
+    except lock.Held as error:
+        return error.holder
+
+
+@examples(16)
+@given(content=broken_bytes(["".join(json.dumps(row) + "\n" for row in ROWS).encode()]), rows=broken_json(ROWS))
+def test_metrics(scratch, content, rows):
+    path = scratch / "metrics.jsonl"
+    lines = [json.dumps(row) + "\n" for row in (rows if isinstance(rows, list) else [rows])]
+    for text in (content, "".join(lines).encode()):
+        path.write_bytes(text)
+        call("metrics: new rows", scratch, lambda: NewRows(path).read(), path)
+        call("metrics: all rows", scratch, lambda: read_rows(path), path)
+        call("metrics: cut", scratch, lambda: drop_cut_off_line(path), path)
+
+
+@examples(12)
+@given(content=broken_file(RANKING))
+def test_ranking(scratch, content):
+    path = scratch / "ranking.json"
+    path.write_bytes(content)
+    call("ranking.json", scratch, lambda: Ranking.load(path), path)
+
+
+@examples(12)
+@given(content=broken_file({"/a": [1, 2, 3, 4, "digest"]}))
+def test_digests(scratch, content):
+    path, file = scratch / "digests.json", scratch / "a.txt"
+    file.write_text("text")
+    try:
+        entries = json.loads(content)
+    except (ValueError, RecursionError):
+        entries = None
+    if isinstance(entries, dict):
+        entries[str(file)] = next(iter(entries.values()), None)
+        content = json.dumps(entries).encode()
+    path.write_bytes(content)
+
+    def digest():
+        cache = DigestCache(path)
+        assert len(cache.digest(file, os.stat(file))) == 64
+        cache.save()
+
+    call("digests.json", scratch, digest, path)
+
+
+@examples(12)
+@given(content=broken_file(RECORD) | json_values.map(json.dumps).map(str.encode))
+def test_records_of_stages(scratch, content):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(scratch)
+        provenance.RECORDS.mkdir(parents=True, exist_ok=True)
+        (provenance.RECORDS / "rank.json").write_bytes(content)
+        call("records of stages", scratch, lambda: provenance.read_records("rank"), "rank.json")
+
+
+@examples(24)
+@given(data=st.data())
+def test_latency_table(scratch, data):
+    config = directories.CONFIGS["qwen3"]()
+    path = scratch / "table.json"
+    path.write_bytes(data.draw(broken_file(make_table(config).to_json())))
+
+    def use():
+        table = Table.load(path, f"{path}")
+        sizes = {"hidden": config.hidden_size}
+        return table.seconds(config, sizes, lambda layer: 1, 16)
+
+    call("latency table", scratch, use, path, "cost.table")
