@@ -48,7 +48,8 @@ def check_shape(value, shape, name: Location) -> None:
 
     - a type: dict, list, str, bool, int, float (any finite number), type(None) or object (any value)
     - [shape]: a list of such values
-    - {"key": shape, ...}: an object with at least these keys; {str: shape}: an object with any keys
+    - {"key": shape, "other?": shape, ...}: an object with at least these keys; one with "?" may be missing
+    - {str: shape}: an object with any keys
     - a tuple of shapes, of which one has to fit
     """
     if (problem := _problem(value, shape, "")) is not None:
@@ -67,10 +68,11 @@ def _problem(value, shape, place: str) -> str | None:
     if isinstance(shape, list):
         parts = [(item, shape[0], f"{place}[{i}]") for i, item in enumerate(value)]
     elif isinstance(shape, dict):
-        names = value if str in shape else shape
-        if missing := [name for name in names if name not in value]:
-            return f"{place} has no {missing[0]!r}; expected {', '.join(map(repr, names))}".strip()
-        parts = [(value[name], shape.get(str, shape.get(name)), f"{place}.{name}".strip(".")) for name in names]
+        wanted = dict.fromkeys(value, shape[str]) if str in shape else shape
+        if missing := [name for name in wanted if name not in value and not name.endswith("?")]:
+            return f"{place} has no {missing[0]!r}; expected {', '.join(map(repr, wanted))}".strip()
+        inner = {name.removesuffix("?") if wanted is shape else name: part for name, part in wanted.items()}
+        parts = [(value[name], part, f"{place}.{name}".strip(".")) for name, part in inner.items() if name in value]
     else:
         return None
     return next((problem for part in parts if (problem := _problem(*part)) is not None), None)

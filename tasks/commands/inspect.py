@@ -154,14 +154,11 @@ def find_writer(directory: Path) -> dict | None:
 def _read_stages(lock: Path) -> Mapping:
     """The stages in a dvc.lock. Empty for a damaged file: the model can be described without it."""
     try:
-        stages = read_mapping(lock, str(lock)).get("stages", {})
-        check_shape(stages, {str: dict}, lock)
-        for stage in stages.values():
-            check_shape(stage.get("outs", []), [{"path": str}], lock)
-            check_shape(stage.get("params", {}), {str: dict}, lock)
+        content = read_mapping(lock, str(lock))
+        check_shape(content, {"stages": {str: {"outs?": [{"path": str}], "params?": {str: dict}}}}, lock)
     except UserError:
         return {}
-    return stages
+    return content["stages"]
 
 
 def _find_writer(stages: Mapping, path: Path, workspace: Path) -> dict | None:

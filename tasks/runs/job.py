@@ -15,7 +15,7 @@ from elastic_core.config import ConfigError
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
-from elastic_core.io.json_files import check_shape, read_json
+from elastic_core.io.json_files import read_json
 from tasks.runs import from_the_start, lock, provenance
 from tasks.runs.key import Inputs, read_inputs
 from tasks.settings.schema import Params
@@ -25,7 +25,7 @@ LOCAL = Path("checkpoints")
 RUN = "run.json"  # what a run is, in its directory
 SHAPE = {
     **{"checkpoints": str, "stage": str, "key": str, "started": str},
-    **{"parameters": dict, "libraries": dict, "files": dict},
+    **{"parameters": dict, "libraries": dict, "files": dict, "continues?": {"checkpoints": str}},
 }
 CONTINUE = "ELASTIC_CONTINUE"  # names an old run that a stage goes on from, though its code or inputs have changed
 
@@ -104,11 +104,9 @@ def _begin(job: Job, inputs: Inputs, location: str) -> dict:
 def read_run(path: Path) -> dict:
     """The content of a run.json. Raises UserError for a damaged file."""
     try:
-        record = read_json(path, shape=SHAPE)
-        check_shape(record.get("continues", {"checkpoints": ""}), {"checkpoints": str}, path)
+        return read_json(path, shape=SHAPE)
     except UserError as error:
         raise UserError(f"{error}; or remove {path.parent}, and the run starts anew") from None
-    return record
 
 
 def _take_over(job: Job, inputs: Inputs) -> None:

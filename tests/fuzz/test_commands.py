@@ -1,7 +1,6 @@
 """`elastic` with random and nearly right arguments: it ends with an error of one line, and starts no work."""
 
 import pytest
-from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -13,14 +12,11 @@ from tests.support.fuzzing.calls import call, examples
 
 WORDS = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 NUMBERS = st.integers(-(10**12), 10**12).map(str) | st.floats().map(str) | WORDS
-PROFILES = st.sampled_from(["smok", "defaults", "../params", "profiles/smoke.yaml", "smoke.yaml", ""]) | WORDS.map(
-    "x".__add__
-)
-STAGES = st.sampled_from(["train", "rank ", "Rank", "extract@small", ""]) | WORDS.map("x".__add__)
+NEW_WORDS = WORDS.map("x".__add__)
+PROFILES = st.sampled_from(["smok", "defaults", "../params", "profiles/smoke.yaml", "smoke.yaml", ""]) | NEW_WORDS
+STAGES = st.sampled_from(["train", "rank ", "Rank", "extract@small", ""]) | NEW_WORDS
 SETTINGS = st.sampled_from(["seed=", "=1", "seed", "seed=[", "seed=&a [*a]", "a..b=1"]) | WORDS
-BUDGETS = (
-    st.sampled_from(["small", "fulll", "9Q", "0.5x", "8MB@", "0", "-1", "nan", "1e400", "1B", "35ms/token"]) | WORDS
-)
+BUDGETS = st.sampled_from(["small", "fulll", "9Q", "0.5x", "8MB@", "0", "-1", "nan", "1e400", "35ms/token"]) | WORDS
 PATHS = st.sampled_from(["nowhere", "", "/dev/null", "file.txt", "empty", ".", "\x00", "a" * 300]) | WORDS
 
 
@@ -38,7 +34,7 @@ def scratch(tmp_path_factory):
         yield scratch
 
 
-def run(scratch, arguments: list[str], target: str | None = None) -> Result:
+def run(scratch, arguments: list[str], target: str | None = None):
     """The end of a command. 0: success; 1: an error of ours; 2: an error of its usage."""
     result = call(f"elastic {target or arguments[0]}", scratch, lambda: CliRunner().invoke(app, arguments))
     assert not isinstance(result, UserError)
@@ -117,13 +113,13 @@ def test_init(scratch, directory, data, rest):
 
 
 @examples(8)
-@given(names=st.lists(WORDS.map("x".__add__) | PATHS.filter(bool), min_size=1, max_size=2))
+@given(names=st.lists(NEW_WORDS | PATHS.filter(bool), min_size=1, max_size=2))
 def test_clean(scratch, names):
     """Names that nothing has: nothing is removed."""
     assert run(scratch, ["clean", "--", *names], "clean").exit_code != 0
 
 
 @examples(8)
-@given(names=st.lists(WORDS.map("x".__add__) | PATHS | st.just("family"), min_size=1, max_size=3))
+@given(names=st.lists(NEW_WORDS | PATHS | st.just("family"), min_size=1, max_size=3))
 def test_compare(scratch, names):
     run(scratch, ["compare", "--", *names], "compare")

@@ -13,6 +13,7 @@ from elastic_core.errors import UserError
 from elastic_core.export.elastic_checkpoint import find_submodel
 from elastic_core.export.nested import NestedModel
 from elastic_core.io.provenance_file import read_provenance
+from flows.cli.show_inspect import show
 from tasks.commands.extract import find_budget
 from tasks.commands.find_family import budget_names
 from tasks.commands.generate import generate
@@ -71,11 +72,12 @@ def test_elastic_json(scratch, metric):
 
 
 @examples(12)
-@given(content=broken_file({"stages": [{"stage": "parent", "files": {}}]}))
+@given(content=broken_file(directories.PROVENANCE))
 def test_provenance(scratch, content):
     directory = scratch / "memory"
     (directory / "provenance.json").write_bytes(content)
     call("provenance.json", scratch, lambda: read_provenance(directory), directory)
+    call("provenance.json: inspect", scratch, lambda: show(inspect_checkpoint(directory)), directory)
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.json"])

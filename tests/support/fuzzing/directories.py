@@ -1,5 +1,6 @@
 """Small valid model directories of every architecture, to be broken."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,15 @@ EXPERTS = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     **{"moe_intermediate_size": 4, "moe_shared_expert_intermediate_size": 4},
 }
+PROVENANCE = {
+    "stages": [
+        {
+            **{"stage": "train_short", "key": "0123", "commit": None, "clean": False, "parameters": {"seed": 0}},
+            **{"libraries": {"torch": "2"}, "files": {"a": "b"}, "started": "2026-11-29T20:00:00+00:00"},
+            **{"seconds": 1.5, "device": "cpu", "tokens": 9, "continues": {"run": "old", "changed": ["a"]}},
+        }
+    ]
+}
 CONFIGS = {
     "nemotron_h": lambda: NemotronHConfig(**SIZES, **MAMBA, **EXPERTS, layers_block_type=["mamba", "moe", "attention"]),
     "llama": lambda: LlamaConfig(**SIZES, **LAYERS, rope_parameters=SCALED),
@@ -51,7 +61,7 @@ def write_family(directory: Path, architecture: str, metric=PARAMETERS) -> Path:
     config = hf.read_config(directory)
     members = {"full": Member(1.0, Submodel()), "small": Member(0.5, Submodel(hidden_size=4, kept_layers=(0, 1)))}
     elastic_checkpoint.write(directory, config, members, [Submodel(hidden_size=6, kept_layers=(0, 1))], metric)
-    (directory / "provenance.json").write_text('{"stages": [{"stage": "parent", "files": {}}]}')
+    (directory / "provenance.json").write_text(json.dumps(PROVENANCE))
     return directory
 
 
