@@ -68,6 +68,7 @@ class Manifest:
     sources: dict[str, Source]
 
     def check(self, require: Require = require) -> None:
+        require(bool(self.sources), "sources", self.sources, "one or more")
         for name in ("eos_token_id", "bos_token_id"):
             token, allowed = getattr(self, name), f"0 to {self.vocab_size - 1}, below vocab_size"
             require(token is None or 0 <= token < self.vocab_size, name, token, allowed)

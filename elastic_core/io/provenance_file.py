@@ -9,7 +9,15 @@ from elastic_core.io.json_files import read_json
 FILE = "provenance.json"
 RECORD = {
     **{"stage": str, "key": str, "commit": (str, type(None)), "clean": bool},
-    **{"parameters": dict, "libraries": dict, "files": dict, "started": str, "seconds": float, "device": str},
+    **{
+        "parameters": dict,
+        "libraries": dict,
+        "files": dict,
+        "fingerprints": dict,
+        "started": str,
+        "seconds": float,
+        "device": str,
+    },
     **{"tokens?": int, "continues?": {"run": str, "changed": [str]}},
 }
 

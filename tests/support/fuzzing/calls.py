@@ -82,8 +82,9 @@ def _problem(ended, seen: list[str], seconds: float, names: tuple) -> str | None
     text = str(ended)
     if names and not any(str(name) in text for name in names):
         return f"the message names none of {[str(name) for name in names]}: {text}"
-    if len(text) > LONGEST_MESSAGE or "Traceback" in text:
-        return f"the message is no message: {text[:200]} … ({len(text)} characters)"
+    for problem in ended.problems:
+        if len(problem) > LONGEST_MESSAGE or "Traceback" in problem:
+            return f"the message is no message: {problem[:200]} … ({len(problem)} characters)"
     return None
 
 

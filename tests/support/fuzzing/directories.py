@@ -33,7 +33,12 @@ PROVENANCE = {
     "stages": [
         {
             **{"stage": "train_short", "key": "0123", "commit": None, "clean": False, "parameters": {"seed": 0}},
-            **{"libraries": {"torch": "2"}, "files": {"a": "b"}, "started": "2026-11-29T20:00:00+00:00"},
+            **{
+                "libraries": {"torch": "2"},
+                "files": {"a": "b"},
+                "fingerprints": {},
+                "started": "2026-11-29T20:00:00+00:00",
+            },
             **{"seconds": 1.5, "device": "cpu", "tokens": 9, "continues": {"run": "old", "changed": ["a"]}},
         }
     ]
