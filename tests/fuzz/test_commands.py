@@ -123,3 +123,10 @@ def test_clean(scratch, names):
 @given(names=st.lists(NEW_WORDS | PATHS | st.just("family"), min_size=1, max_size=3))
 def test_compare(scratch, names):
     run(scratch, ["compare", "--", *names], "compare")
+
+
+def test_an_empty_name_of_a_stage_is_refused(scratch):
+    """It had counted as no name, so that all stages would have run."""
+    for option in ("--from", "--until", "--only"):
+        result = run(scratch, ["run", "smoke", option, ""], "found")
+        assert result.exit_code == 1 and "stage: got ''; allowed: fingerprint" in result.output

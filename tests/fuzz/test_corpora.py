@@ -66,6 +66,10 @@ def test_broken_bytes(scratch, suffix):
     check()
 
 
+def test_a_column_name_that_is_not_utf8(scratch):
+    read(scratch, ".parquet", parquet().replace(b"text", b"te\xf4t"))
+
+
 @examples(20)
 @given(
     rows=st.lists(json_values, max_size=4),

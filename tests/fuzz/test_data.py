@@ -84,3 +84,33 @@ def test_values_of_arrays(scratch, data):
         array[data.draw(st.integers(0, len(array) - 1))] = data.draw(st.sampled_from([-1, 2**62, -(2**63)]))
     np.save(file, array)
     read(scratch, directory, "data values")
+
+
+@pytest.mark.parametrize(
+    "name, place, value",
+    [
+        *(("prose.train.tokens.npy", 1, VOCAB), ("chains.held_out.tokens.npy", 2, 60_000)),
+        *(("chains.train.offsets.npy", 1, value) for value in (-1, 0, 2**62)),
+    ],
+)
+def test_values_that_were_found(scratch, name, place, value):
+    directory = directories.copy(scratch / "valid", scratch / "broken")
+    array = np.load(directory / name)
+    array[place] = value
+    np.save(directory / name, array)
+    assert isinstance(read(scratch, directory, "found"), UserError)
+
+
+def test_a_header_that_is_no_python(scratch):
+    directory = directories.copy(scratch / "valid", scratch / "broken")
+    file = directory / "prose.train.tokens.npy"
+    file.write_bytes(file.read_bytes().replace(b"}", b"(", 1))
+    assert isinstance(read(scratch, directory, "found"), UserError)
+
+
+@pytest.mark.parametrize("change", [{"sources": {}}, {"vocab_size": 0}, {"eos_token_id": VOCAB}, {"bos_token_id": -1}])
+def test_manifests_that_were_found(scratch, change):
+    directory = directories.copy(scratch / "valid", scratch / "broken")
+    values = json.loads((directory / "manifest.json").read_text())
+    (directory / "manifest.json").write_text(json.dumps(values | change))
+    assert isinstance(read(scratch, directory, "found"), UserError)

@@ -71,6 +71,62 @@ def test_elastic_json(scratch, metric):
         file.write_bytes(valid)
 
 
+FOUND = [
+    {},
+    {"cost": "parameters", "budgets": {"a": {"target": 1.0, "submodel": {"hidden_size": 9}}}, "path": []},
+    {"cost": "parameters", "budgets": {"a": {"target": 1.0, "submodel": {}}}, "path": [{"kept_layers": [-1]}]},
+    {"cost": "parameters", "budgets": {}, "path": [{"hidden_size": 4}, {"hidden_size": 8, "intermediate_size": 3}]},
+    {"cost": {"metric": "memory", "context": "x"}, "budgets": {}, "path": []},
+    {"cost": {"metric": "latency", "context": 16, "table": {"format": 1}}, "budgets": {}, "path": []},
+]
+
+
+@pytest.mark.parametrize("content", FOUND)
+def test_elastic_json_that_was_found(scratch, content):
+    directory = directories.copy(scratch / "memory", scratch / "found")
+    (directory / "elastic.json").write_text(json.dumps(content))
+    end = call("found", scratch, lambda: NestedModel.from_pretrained(directory), directory)
+    assert isinstance(end, UserError)
+    read(scratch, directory, "found")
+
+
+def test_a_latency_table_without_a_part(scratch):
+    directory = directories.copy(scratch / "latency", scratch / "found")
+    content = json.loads((directory / "elastic.json").read_text())
+    del content["cost"]["table"]["parts"]["L"]
+    (directory / "elastic.json").write_text(json.dumps(content))
+    assert isinstance(call("found", scratch, lambda: find_submodel(directory, "small"), directory), UserError)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        *(("generation_config.json", {"max_new_tokens": value}) for value in (-1, {}, [1])),
+        ("generation_config.json", {"repetition_penalty": "x"}),
+        ("tokenizer_config.json", {"model_max_length": "x"}),
+    ],
+)
+def test_generation_files_that_were_found(scratch, name, change):
+    directory = directories.copy(scratch / "memory", scratch / "found")
+    values = json.loads((directory / name).read_text())
+    (directory / name).write_text(json.dumps(values | change))
+    end = call("found", scratch, lambda: generate(directory, "small", "ab", 2), directory)
+    assert isinstance(end, UserError)
+
+
+@pytest.mark.parametrize("budget", [0, "0", "0B", float("nan"), -1.0])
+def test_a_budget_of_nothing_is_refused(scratch, budget):
+    end = call("found", scratch, lambda: find_submodel(scratch / "memory", budget), "budget")
+    assert isinstance(end, UserError)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"stages": [{"stage": "rank"}]}, {"stages": {"stage": "rank"}}], ids=str)
+def test_provenance_that_was_found(scratch, content):
+    directory = directories.copy(scratch / "memory", scratch / "found")
+    (directory / "provenance.json").write_text(json.dumps(content))
+    assert isinstance(call("found", scratch, lambda: read_provenance(directory), directory), UserError)
+
+
 @examples(12)
 @given(content=broken_file(directories.PROVENANCE))
 def test_provenance(scratch, content):

@@ -29,7 +29,7 @@ def parents(tmp_path_factory):
     return scratch
 
 
-def read(scratch, directory, target: str) -> list:
+def read(scratch, directory, target: str) -> dict:
     """What the readers of a model directory make of it."""
 
     def compute():
@@ -47,6 +47,31 @@ def read(scratch, directory, target: str) -> list:
     return ends
 
 
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+FOUND = [  # values that had been accepted, or had ended in another error
+    *(("llama", {name: size}) for name in ("num_hidden_layers", "head_dim", "vocab_size") for size in (10**9, 10**30)),
+    *(("qwen3", {"rope_parameters": ROPE | {"rope_theta": theta}}) for theta in ([1], {"a": 1}, "x", 0.0)),
+    *(("llama", change) for change in ({"head_dim": 3}, {"dtype": []}, {"configuration_files": ["config.x.json"]})),
+    *(("llama", {"intermediate_size": sizes}) for sizes in ([], [None], ["x"], [10**30], [1, 2, 3])),
+    ("llama", {"model_type": {"a": "x" * 5000}}),
+    ("qwen2", {"hidden_size": 1}),
+    *(
+        ("nemotron_h", change)
+        for change in ({"mamba_num_heads": -2}, {"mlp_hidden_act": "x"}, {"layers_block_type": []})
+    ),
+]
+
+
+@pytest.mark.parametrize("architecture, change", FOUND)
+def test_values_of_config_that_were_found(parents, architecture, change):
+    directory = directories.copy(parents / architecture, parents / "found")
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | change))
+    ends = read(parents, directory, "found")
+    del ends["read_config"]  # a size may be possible, but be another one than in the files
+    assert all(isinstance(end, UserError) for end in ends.values()), ends
+
+
 @pytest.mark.parametrize("architecture", directories.CONFIGS)
 def test_config(parents, architecture):
     file = parents / architecture / "config.json"
@@ -62,6 +87,26 @@ def test_config(parents, architecture):
         check()
     finally:
         file.write_bytes(valid)
+
+
+BAD_TOKENIZERS = [
+    {"truncation": "None"},
+    {"padding": {}},
+    {"added_tokens": [{"id": 0, "content": "a"}]},
+    {"post_processor": {"type": "x"}},
+    {"model": {"type": "WordLevel", "vocab": {"a": 0.5}, "unk_token": "a"}},
+]
+
+
+@pytest.mark.parametrize("change", BAD_TOKENIZERS)
+def test_tokenizers_that_were_found(parents, change):
+    """The library tokenizers raises a plain Exception for them, which names no file."""
+    directory = directories.copy(parents / "llama", parents / "found")
+    values = json.loads((directory / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").write_text(json.dumps(values | change))
+    for reader in (load_tokenizer, check_parent_files):
+        end = call("found", parents, lambda reader=reader: reader(directory), directory / "tokenizer.json")
+        assert isinstance(end, UserError)
 
 
 def header_of(data: bytes) -> tuple[dict, bytes]:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_core.cost.latency_table import Table
+from elastic_core.errors import UserError
 from elastic_core.io.fingerprints import DigestCache
 from elastic_core.search.importance import Ranking
 from tasks.progress.metrics_file import NewRows, drop_cut_off_line, read_rows
@@ -148,3 +149,41 @@ def test_latency_table(scratch, data):
         return table.seconds(config, sizes, lambda layer: 1, 16)
 
     call("latency table", scratch, use, path, "cost.table")
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "[]", "{}", '{"machine": 1}', "[" * 5000, json.dumps(lease(process=10**30))], ids=range(6)
+)
+def test_leases_that_were_found(scratch, content):
+    """A damaged lease counts as one that is being written; a process that cannot exist does not hold anything."""
+    directory = scratch / "leases"
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    (directory / "lease-00000001.json").write_text(content)
+    holder = call("found", scratch, lambda: lock.holder_of(directory))
+    assert holder == (None if "process" in content else "a process that has just begun")
+
+
+@pytest.mark.parametrize("line", ["null", "[1]", "{}", '{"step": "x"}', "\0\0", "{"])
+def test_rows_that_were_found(scratch, line):
+    """All rows have to be there for results; what shows progress leaves a damaged one out."""
+    path = scratch / "metrics.jsonl"
+    path.write_text(json.dumps(ROWS[0]) + "\n" + line + "\n")
+    end = call("found", scratch, lambda: read_rows(path), f"{path}, line 2")
+    assert isinstance(end, UserError)
+    assert call("found", scratch, lambda: NewRows(path).read())[0] == ROWS[0]
+
+
+@pytest.mark.parametrize("content", [{}, {"depth": ["x"]}, RANKING | {"scores": {"a": [[1], [1, 2]]}}], ids=range(3))
+def test_rankings_that_were_found(scratch, content):
+    path = scratch / "ranking.json"
+    path.write_text(json.dumps(content))
+    assert isinstance(call("found", scratch, lambda: Ranking.load(path), path), UserError)
+
+
+@pytest.mark.parametrize("content", [{}, {**RECORD, "checkpoints": None}, {**RECORD, "continues": {}}], ids=range(3))
+def test_run_json_that_was_found(scratch, content):
+    file = scratch / "workspace" / "checkpoints" / "rank-0123" / "run.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+    assert isinstance(call("found", scratch, lambda: find_runs(scratch / "workspace"), file), UserError)
