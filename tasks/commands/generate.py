@@ -17,6 +17,7 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.io.json_files import read_json
 from elastic_core.model.architectures.nemotron_h import MODELING_FILE
 from tasks.commands.extract import find_budget
+from tasks.commands.inspect import open_model
 from tasks.settings.local_checks import TOKENIZERS
 
 
@@ -89,6 +90,7 @@ def _plain_model(directory: Path, budget: str | None) -> Iterator[Path]:
             raise UserError(
                 f"--budget: got {budget!r}; allowed: none, because {directory} is a single model and not a family"
             )
+        open_model(directory)  # names damaged files, which transformers does not
         yield directory
         return
     submodel = find_budget(directory, budget)

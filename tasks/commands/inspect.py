@@ -29,14 +29,8 @@ def inspect_checkpoint(directory: Path) -> dict:
     a record for each stage that the weights come from; `written_by` is what the workspace's dvc.lock says.
     Raises UserError if the tensors do not match config.json.
     """
-    config, own = read_sizes(directory)
-    sizes = own.sizes(config)
-    shapes = {
-        name: tuple(dim.count(sizes) for dim in dims) for name, dims in architectures.parameter_layout(config).items()
-    }
-    reader = hf.TensorReader(directory)
-    reader.check(shapes)
-    files = reader.all_files
+    config, own, reader = open_model(directory)
+    files, names = reader.all_files, architectures.parameter_layout(config)
     is_elastic = (directory / elastic_checkpoint.FILE).is_file()
     return {
         "directory": str(directory),
@@ -47,7 +41,7 @@ def inspect_checkpoint(directory: Path) -> dict:
         **describe_member(config, own),
         "bytes": sum((directory / file).stat().st_size for file in files),
         "files": files,
-        "dtypes": sorted({str(reader.read(name, slice(0, 0)).dtype).removeprefix("torch.") for name in shapes}),
+        "dtypes": sorted({str(reader.read(name, slice(0, 0)).dtype).removeprefix("torch.") for name in names}),
         "tokenizer": any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")),
         "memory": read_memory(directory, config) if is_elastic else None,
         "time": read_time(directory, config) if is_elastic else None,
@@ -55,6 +49,18 @@ def inspect_checkpoint(directory: Path) -> dict:
         "provenance": read_provenance(directory),
         "written_by": find_writer(directory),
     }
+
+
+def open_model(directory: Path) -> tuple[PreTrainedConfig, Submodel, hf.TensorReader]:
+    """The configuration, the sizes (see `read_sizes`) and the tensors of a directory, after a check of its headers.
+
+    Raises UserError if the files are not whole or do not match config.json.
+    """
+    config, own = read_sizes(directory)
+    sizes, reader = own.sizes(config), hf.TensorReader(directory)
+    layout = architectures.parameter_layout(config)
+    reader.check({name: tuple(dim.count(sizes) for dim in dims) for name, dims in layout.items()})
+    return config, own, reader
 
 
 def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:

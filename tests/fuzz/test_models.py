@@ -12,6 +12,7 @@ from elastic_core.errors import UserError
 from elastic_core.model import hf
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.model.parent_files import check_logits, check_parent_files
+from tasks.commands.generate import generate
 from tasks.commands.inspect import inspect_checkpoint
 from tests.support.fuzzing import directories
 from tests.support.fuzzing.broken import broken_bytes, broken_file, broken_json, json_values
@@ -39,6 +40,7 @@ def read(scratch, directory, target: str) -> dict:
         "read_config": lambda: hf.read_config(directory),
         "check_parent_files": lambda: check_parent_files(directory),
         "inspect": lambda: inspect_checkpoint(directory),
+        "generate": lambda: generate(directory, None, "ab", 1),
         "from_pretrained": compute,
     }
     ends = {name: call(f"{target}: {name}", scratch, reader, directory) for name, reader in readers.items()}
