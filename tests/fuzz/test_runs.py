@@ -13,6 +13,7 @@ from elastic_core.cost.latency_table import Table
 from elastic_core.errors import UserError
 from elastic_core.io.fingerprints import DigestCache
 from elastic_core.search.importance import Ranking
+from flows import differences, records
 from tasks.progress.metrics_file import NewRows, drop_cut_off_line, read_rows
 from tasks.runs import lock, provenance
 from tasks.runs.old_runs import find_runs
@@ -134,6 +135,28 @@ def test_records_of_stages(scratch, content):
         provenance.RECORDS.mkdir(parents=True, exist_ok=True)
         (provenance.RECORDS / "rank.json").write_bytes(content)
         call("records of stages", scratch, lambda: provenance.read_records("rank"), "rank.json")
+
+
+FINISHED = {"name": "a", "id": "0", "profile": "default", "finished": "2026-11-29", "commit": "abc", "workspace": "/a"}
+RESULTS = [{"model": "small", "loss": 2.0, "gap": None}]
+
+
+@examples(16)
+@given(data=st.data())
+def test_finished_runs(scratch, data):
+    """A damaged record does not stop the next run, and comparing names the file."""
+    for name in ("a", "b"):
+        directory = scratch / records.NAMED / name
+        directory.mkdir(parents=True, exist_ok=True)
+        files = {"run.json": FINISHED | {"name": name}, "results.json": RESULTS, "params.yaml": {"seed": 0}}
+        for file, content in files.items():
+            (directory / file).write_text(json.dumps(content))
+    file = data.draw(st.sampled_from(sorted(files)))
+    (directory / file).write_bytes(data.draw(broken_file(files[file])))
+    call("finished runs", scratch, lambda: records.records(scratch))
+    call("finished runs", scratch, lambda: records.kept_already(scratch, scratch), "nothing")
+    call("finished runs", scratch, lambda: records.directory_of("b", "1", scratch / records.NAMED), "nothing")
+    call("finished runs", scratch, lambda: differences.changes(directory.parent / "a", directory), directory)
 
 
 @examples(24)
