@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_core.data.loader import PackedSequences, TokenData, held_out_batches
-from elastic_core.data.token_files import Manifest, Source, SplitWriter
+from elastic_core.data.token_files import Manifest, Source, Split, SplitWriter, Written
 from elastic_core.errors import UserError
+from tasks.corpora.preparation import FILE, Begun, Preparation
 from tests.support.fuzzing import directories
 from tests.support.fuzzing.broken import broken_bytes, broken_file
 from tests.support.fuzzing.calls import call, examples
@@ -114,3 +115,17 @@ def test_manifests_that_were_found(scratch, change):
     values = json.loads((directory / "manifest.json").read_text())
     (directory / "manifest.json").write_text(json.dumps(values | change))
     assert isinstance(read(scratch, directory, "found"), UserError)
+
+
+@examples(12)
+@given(data=st.data())
+def test_unfinished_preparations(scratch, data):
+    directory = scratch / "preparation"
+    splits = {split: Split("a.npy", "b.npy", 3, 9, 1) for split in ("train", "held_out")}
+    begun = Begun(3, 2, dict.fromkeys(splits, Written(3, 2, 9)))
+    preparation = Preparation.load(directory).with_begun("prose", begun).with_finished("code", Source(False, splits))
+    assert Preparation.load(directory) == preparation
+    file = directory / FILE
+    file.write_bytes(data.draw(broken_file(json.loads(file.read_text()))))
+    call("preparation", scratch, lambda: Preparation.load(directory), directory)
+    file.unlink()
