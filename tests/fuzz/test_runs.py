@@ -6,6 +6,7 @@ import shutil
 
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from elastic_core.cost.latency_table import Table
 from elastic_core.errors import UserError
 from elastic_core.io.fingerprints import DigestCache
 from elastic_core.search.importance import Ranking
+from elastic_core.search.ranking_state import DEPTH, WIDTHS, RankingState
 from flows import differences, records
 from tasks.progress.metrics_file import NewRows, drop_cut_off_line, read_rows
 from tasks.runs import lock, provenance
@@ -103,6 +105,23 @@ def test_ranking(scratch, content):
     path = scratch / "ranking.json"
     path.write_bytes(content)
     call("ranking.json", scratch, lambda: Ranking.load(path), path)
+
+
+@examples(12)
+@given(data=st.data())
+def test_unfinished_rankings(scratch, data):
+    """What is damaged is computed again, and never loaded."""
+    stored = {}
+    RankingState(stored.get, stored.__setitem__).save_widths(3, {"hidden": torch.ones(4)}, {"hidden": 7})
+    RankingState(stored.get, stored.__setitem__).once(lambda: {0: 0.5})
+    valid = dict(stored)
+    name = data.draw(st.sampled_from(sorted(stored)))
+    stored[name] = data.draw(broken_bytes([stored[name]]))
+    state = RankingState(stored.get)
+    done, totals, _ = call("ranking state", scratch, state.load_widths)
+    scores = call("ranking state", scratch, lambda: state.once(lambda: {0: 1.5}))
+    assert done == 3 * (stored[WIDTHS] == valid[WIDTHS]) and (not done or torch.equal(totals["hidden"], torch.ones(4)))
+    assert scores == ({0: 0.5} if stored[DEPTH] == valid[DEPTH] else {0: 1.5})
 
 
 @examples(12)
