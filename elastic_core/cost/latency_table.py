@@ -109,7 +109,7 @@ class Table:
     def load(cls, path: str | os.PathLike, where: str = "cost.table") -> Table:
         """Read a file that `save` wrote. Raises ConfigError if it does not exist or is not a table."""
         allowed = "a file that `elastic measure PROFILE` writes on the device that will serve the model"
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ConfigError(f"{where}: got {str(path)!r}, which does not exist; allowed: {allowed}")
         try:
             return cls.from_json(parse_json(Path(path).read_bytes(), "the file", shape=object))

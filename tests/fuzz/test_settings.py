@@ -13,6 +13,7 @@ from elastic_core.errors import UserError
 from tasks.runtime.preflight import check_family
 from tasks.settings import load, merging
 from tasks.settings.budgets import read_family
+from tasks.settings.local_checks import BEFORE_A_RUN
 from tests.support.fuzzing.broken import broken_bytes, broken_json, json_values
 from tests.support.fuzzing.calls import call, examples
 
@@ -119,3 +120,15 @@ def test_overrides(scratch, key, value):
 @given(texts=st.lists(st.text(max_size=8) | st.from_regex(r"\w+=[\d.]{1,9}(MB@|e|ms/token|B|K)?\d*", fullmatch=True)))
 def test_families(scratch, texts):
     call("family", scratch, lambda: read_family(texts, "--budget"), "--budget")
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "y/" * 3000, "\0", "\ud800"], ids=range(4))
+def test_paths_that_no_file_can_have(scratch, path):
+    """The operating system refuses to look at them, which had ended in its own error."""
+    places = [("parent", "path"), ("cost", "table"), ("compute", "storage"), ("evaluate", "benchmarks")]
+    for section, name in places:
+        values = json.loads(json.dumps(VALUES))
+        values[section][name] = {"tasks": ["x"], "include": path, "data_root": path} if name == "benchmarks" else path
+        checks = {check: needed for check, needed in BEFORE_A_RUN.items() if needed not in (("prepare_data",), ())}
+        end = call("paths", scratch, lambda v=values, c=checks: load.check_values(v, "params.yaml", c), section)
+        assert isinstance(end, UserError), (section, name)
