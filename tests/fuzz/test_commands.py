@@ -36,7 +36,10 @@ def scratch(tmp_path_factory):
 
 def run(scratch, arguments: list[str], target: str | None = None):
     """The end of a command. 0: success; 1: an error of ours; 2: an error of its usage."""
-    result = call(f"elastic {target or arguments[0]}", scratch, lambda: CliRunner().invoke(app, arguments))
+    with pytest.MonkeyPatch.context() as patch:
+        if arguments[0] in ("clean", "compare"):  # they shall not see the runs of this checkout
+            patch.setattr("tasks.settings.profiles.ROOT", scratch)
+        result = call(f"elastic {target or arguments[0]}", scratch, lambda: CliRunner().invoke(app, arguments))
     assert not isinstance(result, UserError)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise AssertionError(f"{arguments}: {result.exception!r}") from result.exception
