@@ -1,13 +1,15 @@
 # make setup                 the virtual environment, and nothing else
 # make run [PROFILE=smoke]   the whole pipeline, from a parent to an evaluated family
 # make test [TESTS=tests/flows]   the test suite, or a part of it; groups by marker: TESTS="-m browser"
-# make soak [TRIALS=50]      kill runs at random moments, many times, and compare what they end at (an hour)
+# make soak [TRIALS=50] [FUZZ=10000]   read that many broken files and arguments; then kill runs at random moments,
+#                            many times, and compare what they end at (an hour)
 # make bench [SECTIONS="steps scan"]   every goal of speed and size against its alternative (half an hour for all)
 # make dashboard             Prefect server, worker and deployment in the foreground; then
 #                            .venv/bin/prefect deployment run elastic/full --watch
 # make lint                  ruff
 PROFILE ?= default
 TRIALS ?= 50
+FUZZ ?= 10000
 TESTS ?= tests
 TEST_WORKERS ?= 3
 PYTHON ?= python3
@@ -31,6 +33,7 @@ test: $(SETUP) $(PAGE)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TESTS)
 
 soak: $(SETUP)
+	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/fuzz
 	$(VENV)/bin/python -m tests.soak --trials $(TRIALS)
 
 bench: $(SETUP)

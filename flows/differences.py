@@ -4,7 +4,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from flows.records import read_record
+from elastic_core.errors import UserError
+from flows.records import read_json, read_record
+from tasks.settings.yaml_files import read_mapping
 
 FIELDS = {"parameter": "parameters", "library": "libraries", "code or input": "files", "fingerprint": "fingerprints"}
 COLUMNS = ("what", "name", "before", "after", "change")
@@ -73,9 +75,8 @@ def _provenance(directory: Path) -> dict:
 
 
 def _parameters(directory: Path) -> dict:
-    from ruamel.yaml import YAML
-
-    return _flat(YAML(typ="safe").load(directory / "params.yaml"))
+    path = directory / "params.yaml"
+    return _flat(read_mapping(path, str(path)))
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
@@ -112,7 +113,11 @@ def _of_stages(field: str) -> Callable[[dict], dict]:
 def _results(directory: Path) -> dict:
     """Every number of the results table, by the text of its row and its column."""
     found = {}
-    for row in json.loads((directory / "results.json").read_text()):
+    path = directory / "results.json"
+    rows = read_json(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: is not a list of rows; remove {directory}")
+    for row in rows:
         words = " ".join(str(value) for value in row.values() if isinstance(value, str))
         found |= {f"{words}: {name}": value for name, value in row.items() if not isinstance(value, str)}
     return found

@@ -4,6 +4,7 @@ The directory keeps the report, the results, parameters and where all of it came
 The workspace itself holds the files of the latest run only. Runs of the flow and of `elastic run` leave the same.
 """
 
+import contextlib
 import datetime
 import filecmp
 import json
@@ -18,6 +19,7 @@ from elastic_core.io.atomic import whole_directory
 
 NAMED = Path("reports/runs")  # a directory for every finished run
 RECORD = "run.json"
+TEXTS = ("name", "profile", "commit", "finished")  # fields that every record has
 RESULTS, REPORT, PAGE = Path("reports/results.json"), Path("reports/report.md"), Path("reports/report.html")
 METRICS = Path("reports/metrics.json")
 KEPT = (RESULTS, PAGE, METRICS, Path("params.yaml"), Path("dvc.lock"))
@@ -62,7 +64,7 @@ def kept_already(workspace: Path, root: Path) -> Path | None:
     """The directory of the newest run of a workspace, if its files are still those of the workspace."""
     for name in reversed(records(root)):
         directory = root / NAMED / name
-        if read_record(directory)["workspace"] == str(workspace):
+        if read_record(directory).get("workspace") == str(workspace):
             files = [path for path in KEPT if (workspace / path).is_file()]
             same = all(
                 (directory / path.name).is_file()
@@ -77,8 +79,11 @@ def directory_of(name: str, run: str, where: Path) -> Path:
     """A run's directory: its name (any text), and a part of its id where another run has that name."""
     safe = safe_name(name) or run
     directory = where / safe
-    taken = (directory / RECORD).is_file() and read_record(directory).get("id") != run
-    return where / f"{safe}-{run[:8]}" if taken else directory
+    try:
+        is_taken = (directory / RECORD).is_file() and read_record(directory).get("id") != run
+    except UserError:  # damaged, but perhaps of another run
+        is_taken = True
+    return where / f"{safe}-{run[:8]}" if is_taken else directory
 
 
 def safe_name(name: str) -> str:
@@ -87,14 +92,29 @@ def safe_name(name: str) -> str:
 
 
 def records(root: Path) -> list[str]:
-    """Names of the finished runs' directories, in the order in which the runs finished."""
-    found = [path.parent for path in (root / NAMED).glob(f"*/{RECORD}")]
-    return [path.name for path in sorted(found, key=lambda path: (read_record(path)["finished"], path.name))]
+    """Names of the finished runs' directories, in the order in which the runs finished. Damaged ones are left out."""
+    found = {}
+    for path in (root / NAMED).glob(f"*/{RECORD}"):
+        with contextlib.suppress(UserError):
+            found[path.parent.name] = read_record(path.parent)["finished"]
+    return sorted(found, key=lambda name: (found[name], name))
 
 
 def read_record(directory: Path) -> dict:
-    """The record of a finished run: its name, profile, commit, parameters, …"""
-    return json.loads((directory / RECORD).read_text())
+    """The record of a finished run: its name, profile, commit, parameters, … Raises UserError for a damaged one."""
+    path = directory / RECORD
+    record = read_json(path)
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in TEXTS):
+        raise UserError(f"{path}: is not the record of a run (no texts {', '.join(TEXTS)}); remove {directory}")
+    return record
+
+
+def read_json(path: Path):
+    """The content of a JSON file of a run. Raises UserError for a damaged one."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON ({error}); remove {path.parent}") from None
 
 
 def choose(names: list[str], before: str | None, after: str | None) -> tuple[str, str]:

@@ -74,8 +74,8 @@ def select(names: Sequence[str], first: str | None, last: str | None, only: Sequ
 
     Raises UserError for a stage that does not exist and for a selection without any.
     """
-    for name in filter(None, (first, last, *only)):
-        if name not in names:
+    for name in (first, last, *only):
+        if name is not None and name not in names:
             raise UserError(f"stage: got {name!r}; allowed: {', '.join(names)} (dvc.yaml)")
     start = names.index(first) if first else 0
     end = names.index(last) + 1 if last else len(names)

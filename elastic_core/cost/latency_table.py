@@ -23,11 +23,17 @@ from torch import Tensor
 from elastic_core.config import ConfigError
 from elastic_core.errors import UserError
 from elastic_core.io.atomic import write_text
+from elastic_core.io.json_files import check_shape, parse_json
 from elastic_core.model import architectures
 from elastic_core.model.axes import FIELDS
 from elastic_core.model.dims import Concat, Dim, Fixed, Product, Units, is_stack, layer_index, layer_of
 
 FORMAT = 1  # of table files
+SHAPE = {
+    **{"contexts": [int], "batch": int, "dtype": str, "device": str, "threads": int},
+    **{"environment": {str: (str, int)}, "shape": {str: {str: str}}},
+    "parts": {str: {"axes": [str], "grid": [[int]], "decode": list, "prefill": list}},
+}
 REST = "rest"  # the part with everything that does not belong to a layer
 ROUNDING = 1e-5  # relative; an expected size may lie outside the grid by this much, because of rounding
 REMEDY = "measure it again with `elastic measure PROFILE`"
@@ -51,6 +57,8 @@ class Part:
     def read(cls, values: Mapping, contexts: Sequence[int]) -> Part:
         """Read JSON values. Raises UserError unless all seconds are above 0 and have the shape of the grid."""
         part = cls(*(_tuples(values[name]) for name in ("axes", "grid", "decode", "prefill")))
+        if not all(part.grid):
+            raise UserError("no sizes in a grid")
         shape = (len(contexts), *map(len, part.grid))
         for seconds in (part.decode, part.prefill):
             found = torch.tensor(seconds, dtype=torch.float64)
@@ -82,24 +90,30 @@ class Table:
     def from_json(cls, values: Mapping) -> Table:
         """Read JSON values. Raises UserError unless they are a table of this format."""
         try:
+            check_shape(values, {"format": int}, "not a table of latencies")
             fields = dict(values)
             if fields.pop("format") != FORMAT:
                 raise UserError(f"not a table of format {FORMAT}")
-            fields["contexts"] = _tuples(fields["contexts"])
+            check_shape(fields, SHAPE, "not a table of latencies")
+            contexts = fields["contexts"] = _tuples(fields["contexts"])
+            if not contexts or list(contexts) != sorted(set(contexts)) or contexts[0] < 1 or fields["batch"] < 1:
+                raise UserError("contexts are not in ascending order, or the batch is below 1")
             parts = {kind: Part.read(part, fields["contexts"]) for kind, part in fields.pop("parts").items()}
             return cls(parts=parts, **fields)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
+            if isinstance(error, UserError):
+                raise
             raise UserError(f"not a table of latencies ({type(error).__name__}: {error})") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike, where: str = "cost.table") -> Table:
         """Read a file that `save` wrote. Raises ConfigError if it does not exist or is not a table."""
         allowed = "a file that `elastic measure PROFILE` writes on the device that will serve the model"
-        if not Path(path).is_file():
+        if not os.path.isfile(path):
             raise ConfigError(f"{where}: got {str(path)!r}, which does not exist; allowed: {allowed}")
         try:
-            return cls.from_json(json.loads(Path(path).read_text()))
-        except ValueError as error:
+            return cls.from_json(parse_json(Path(path).read_bytes(), "the file", shape=object))
+        except UserError as error:
             raise ConfigError(f"{where}: got {str(path)!r} ({error}); allowed: {allowed}") from None
 
     def save(self, path: str | os.PathLike) -> None:
@@ -112,6 +126,12 @@ class Table:
 
     def check(self, config) -> None:
         """Raise ConfigError if the parent `config` has other shapes than the measured one."""
+        axes = {kind: part.axes for kind, part in self.parts.items()}
+        if axes != axes_of(config):
+            raise ConfigError(
+                f"cost.table: measured for the parts {axes}, but the parent has {axes_of(config)}; allowed: a table of "
+                f"this parent; {REMEDY}"
+            )
         for kind, shapes in shape_of(config).items():
             known = self.shape.get(kind, {})
             for name in {**shapes, **known}:

@@ -8,15 +8,18 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from tokenize import TokenError  # numpy parses the header as Python
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 
 from elastic_core import config
 from elastic_core.data.packing import PackedDocuments, Windows, schedule
 from elastic_core.data.token_files import Manifest, Split
 from elastic_core.data.tokenizer import load_tokenizer
 from elastic_core.errors import UserError
+from elastic_core.io.json_files import read_json
 
 IGNORED_LABEL = -100  # torch's cross_entropy ignores positions with this label
 
@@ -32,11 +35,7 @@ class TokenData:
         path = self.directory / "manifest.json"
         if not path.is_file():
             raise UserError(f"{self.directory}: not a data directory (no manifest.json); make one with prepare_data")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: not readable as JSON ({error}); run prepare_data again") from None
-        self.manifest = config.load(Manifest, values, str(path))
+        self.manifest = config.load(Manifest, read_json(path), str(path))
         self._arrays = {
             (name, split): self._open(entry)
             for name, source in self.manifest.sources.items()
@@ -66,15 +65,16 @@ class TokenData:
     def _open(self, entry: Split) -> tuple[np.ndarray, np.ndarray]:
         tokens = self._map(entry.tokens, entry.num_tokens, self.manifest.dtype)
         offsets = self._map(entry.offsets, entry.num_documents + 1, np.dtype(np.int64))
-        if offsets[0] != 0 or offsets[-1] != entry.num_tokens:
+        ascending = bool((offsets[:-1] < offsets[1:]).all())  # no document is empty, because each has an eos
+        if offsets[0] != 0 or offsets[-1] != entry.num_tokens or not ascending:
             raise UserError(f"{self.directory / entry.offsets}: does not fit {entry.tokens}; run prepare_data again")
         return tokens, offsets
 
     def _map(self, name: str, size: int, dtype: np.dtype) -> np.ndarray:
         path = self.directory / name
         try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, EOFError, ValueError) as error:
+            array = open_memmap(path, mode="r")
+        except (OSError, EOFError, ValueError, SyntaxError, TokenError) as error:
             raise UserError(f"{path}: missing, truncated or not an array ({error}); run prepare_data again") from None
         if array.shape != (size,) or array.dtype != dtype:
             found = f"{array.dtype} {array.shape}"
@@ -102,7 +102,7 @@ class PackedSequences:
         self.sequence_length = sequence_length
         self.sources = tuple(shares)
         self._seed = seed
-        self._eos = data.manifest.eos_token_id
+        self._data = data
         self._rows = [_rows(data, name, "train", sequence_length) for name in self.sources]
         self._schedule = schedule(list(shares.values()))
         self._counts = np.bincount(self._schedule, minlength=len(self.sources))
@@ -130,7 +130,7 @@ class PackedSequences:
         turns = samples // len(self._schedule) * self._counts[sources]
         turns += self._earlier[samples % len(self._schedule)]
         picks = [(self._rows[s], self._shuffled_row(int(s), int(turn))) for s, turn in zip(sources, turns, strict=True)]
-        return _read_batch(picks, self.sequence_length, self._eos)
+        return _read_batch(picks, self.sequence_length, self._data)
 
     def _shuffled_row(self, source: int, turn: int) -> int:
         """The row of the source that is read at its turn number `turn`, counted from the first sample."""
@@ -155,7 +155,7 @@ def held_out_batches(
     num_rows = len(rows) if max_tokens is None else min(len(rows), max(1, -(-max_tokens // sequence_length)))
     for first in range(0, num_rows, batch_size):
         picks = [(rows, row) for row in range(first, min(first + batch_size, num_rows))]
-        yield _read_batch(picks, sequence_length, data.manifest.eos_token_id)
+        yield _read_batch(picks, sequence_length, data)
 
 
 def vocabulary_sha256(tokenizer) -> str:
@@ -228,11 +228,20 @@ def _rows(
 
 
 def _read_batch(
-    picks: list[tuple[Windows | PackedDocuments, int]], sequence_length: int, eos: int
+    picks: list[tuple[Windows | PackedDocuments, int]], sequence_length: int, data: TokenData
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels (B, L) of the picked rows, each (rows of a source, index of the row)."""
-    rows = np.full((len(picks), sequence_length + 1), eos, dtype=np.int64)  # (B, L + 1)
+    """Input ids and labels (B, L) of the picked rows, each (rows of a source, index of the row).
+
+    Raises UserError for token ids beyond the vocabulary, which only a damaged file has.
+    """
+    manifest = data.manifest
+    rows = np.full((len(picks), sequence_length + 1), manifest.eos_token_id, dtype=np.int64)  # (B, L + 1)
     sizes = np.array([source.read(row, out) for (source, row), out in zip(picks, rows, strict=True)])
+    if rows.max() >= manifest.vocab_size:
+        raise UserError(
+            f"{data.directory}: holds the token id {rows.max()}, but vocab_size in manifest.json is "
+            f"{manifest.vocab_size}, so a file of tokens is damaged; run prepare_data again"
+        )
     labels = rows[:, 1:].copy()
     labels[np.arange(1, sequence_length + 1) >= sizes[:, None]] = IGNORED_LABEL
     return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(labels)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from elastic_core.config import Require, require
+
 SPLITS = ("train", "held_out")
 
 
@@ -31,6 +33,10 @@ class Split:
     num_tokens: int
     num_bytes: int
     num_documents: int
+
+    def check(self, require: Require = require) -> None:
+        for name in ("num_tokens", "num_bytes", "num_documents"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,12 @@ class Manifest:
     bos_token_id: int | None
     tokenizer_sha256: str
     sources: dict[str, Source]
+
+    def check(self, require: Require = require) -> None:
+        require(bool(self.sources), "sources", self.sources, "one or more")
+        for name in ("eos_token_id", "bos_token_id"):
+            token, allowed = getattr(self, name), f"0 to {self.vocab_size - 1}, below vocab_size"
+            require(token is None or 0 <= token < self.vocab_size, name, token, allowed)
 
     @property
     def dtype(self) -> np.dtype:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from elastic_core.errors import UserError
+from elastic_core.io.filesystem import Location
 from elastic_core.io.json_files import read_json
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
 
@@ -25,7 +29,9 @@ def load_tokenizer(directory: str | os.PathLike, name: str | os.PathLike | None 
 
     check_json_files(directory, name)
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, **options)
+        tokenizer("a")  # some values of wrong types are used only here
+        return tokenizer
     except LOAD_ERRORS as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(
@@ -37,16 +43,20 @@ def check_json_files(directory: str | os.PathLike, name: str | os.PathLike | Non
     """Raise UserError, with the file's name, for a broken config.json, generation_config.json or tokenizer file."""
     for file in ("config.json", *TOKENIZER_FILES):
         if file.endswith(".json") and (Path(directory) / file).is_file():
-            place = f"{name or directory}/{file}"
-            content = read_json(Path(directory) / file, place)
-            if file == "tokenizer.json":
-                _check_tokenizer_json(content, place)
+            check_json_file(Path(directory) / file, f"{name or directory}/{file}")
 
 
-def _check_tokenizer_json(content: dict, place: str) -> None:
-    """Raise UserError unless the file has the parts of a tokenizer."""
-    model, added = content.get("model"), content.get("added_tokens")
-    has_model = isinstance(model, dict) and isinstance(model.get("vocab"), (dict, list))
-    has_tokens = isinstance(added, list) and all(isinstance(token, dict) and "content" in token for token in added)
-    if not has_model or not has_tokens:
-        raise UserError(f"{place}: is not a tokenizer (no model with a vocab, or no added_tokens); copy it again")
+def check_json_file(path: Location, name: Location | None = None) -> None:
+    """Raise UserError for a broken JSON file of a model, local or at a URL. `name`: its name in messages.
+
+    A tokenizer.json has to hold a tokenizer: the library transformers does not say what is wrong with it.
+    """
+    content = read_json(path, name)
+    if not str(path).endswith("tokenizer.json"):
+        return
+    try:
+        Tokenizer.from_buffer(json.dumps(content).encode())
+    except ValueError as error:
+        raise UserError(f"{name or path}: is not a tokenizer ({error}); copy it again") from None
+    if not isinstance(content.get("added_tokens"), list):
+        raise UserError(f"{name or path}: is not a tokenizer (no added_tokens); copy it again")

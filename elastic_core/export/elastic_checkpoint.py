@@ -7,10 +7,11 @@ import json
 import os
 from pathlib import Path
 
+from elastic_core.config import load
 from elastic_core.cost.budgets import TOLERANCE, parse
 from elastic_core.cost.metrics import PARAMETERS, Metric, exact_cost, num_active_parameters, num_parameters, read_metric
 from elastic_core.cost.targets import target_of
-from elastic_core.errors import UserError
+from elastic_core.errors import UserError, named
 from elastic_core.io.atomic import write_text
 from elastic_core.io.json_files import read_json
 from elastic_core.model import hf
@@ -18,6 +19,7 @@ from elastic_core.model.submodel import Submodel, full_submodel
 from elastic_core.search.selection import Member
 
 FILE = "elastic.json"
+SHAPE = {"cost": (str, dict), "budgets": {str: {"target": float, "submodel": dict}}, "path": [dict]}
 
 
 def write(
@@ -59,22 +61,19 @@ def _active(config, submodel: Submodel | None = None) -> dict[str, int]:
 
 
 def read(directory: str | os.PathLike) -> dict:
-    """The content of ``elastic.json``. Raises UserError if the directory has none, or a damaged one."""
+    """The content of ``elastic.json``. Raises UserError if the directory has none, or one that does not fit."""
     file = Path(directory) / FILE
     if not file.is_file():
         raise UserError(f"{directory}: no {FILE}, so it has no budgets; give a Submodel, or another directory")
-    content = read_json(file)
-    try:
-        read_metric(content["cost"])
-        for entry in content["budgets"].values():
-            float(entry["target"]), Submodel(**entry["submodel"])
-        for values in content["path"]:
-            Submodel(**values)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise UserError(f"{file}: does not hold the budgets of a family ({problem}); copy the family again") from None
+    content = read_json(file, shape=SHAPE)
+    with named(file):
+        metric = read_metric(content["cost"])
+        found = [entry["submodel"] for entry in content["budgets"].values()] + content["path"]
+        submodels = [load(Submodel, values, "submodel") for values in found]
+    config = hf.read_config(directory)
+    with named(file):
+        for submodel in submodels:
+            exact_cost(metric, config, submodel)
     return content
 
 
@@ -101,7 +100,7 @@ def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel
     candidates = [full_submodel(config), *members, *(Submodel(**values) for values in content["path"])]
     costs = {submodel.resolve(config): exact_cost(metric, config, submodel) for submodel in candidates}
     best = min(costs, key=lambda submodel: abs(costs[submodel] - target))
-    if target > full or abs(costs[best] / target - 1) > TOLERANCE:
+    if target > full or not abs(costs[best] - target) <= TOLERANCE * target:
         setting = f" ({metric.setting})" if metric.setting else ""
         raise UserError(
             f"budget: got {budget!r} ({metric.text(target)}); allowed: {metric.number(min(costs.values()))} to "

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from elastic_core.cost.metrics import num_parameters
-from elastic_core.errors import UserError
+from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint
 from elastic_core.export.padding import check_padding
 from elastic_core.export.view_model import empty_model, set_parameter, submodel_config
@@ -48,7 +48,8 @@ class NestedModel:
             name: Submodel(**entry["submodel"]).resolve(self.config) for name, entry in content["budgets"].items()
         }
         path = [Submodel(**values).resolve(self.config) for values in content["path"]]
-        self.chain = nested_chain(self.config, [*self.budgets.values(), *path, full_submodel(self.config)])
+        with named(directory):
+            self.chain = nested_chain(self.config, [*self.budgets.values(), *path, full_submodel(self.config)])
         self._orders: dict[Dim, Tensor | None] = {}
         self._models: dict[Submodel, PreTrainedModel] = {}
         self.weights: dict[str, Tensor] = {}  # by parameter name, with rows and columns in stored order

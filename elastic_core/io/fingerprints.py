@@ -14,9 +14,11 @@ import json
 import os
 from pathlib import Path
 
+from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.digests import file_digest
+from elastic_core.io.json_files import read_json
 
 SMALL_BYTES = 64 << 20
 
@@ -57,8 +59,8 @@ class DigestCache:
     def __init__(self, path: str | os.PathLike):
         self.path, self.changed = Path(path), False
         try:
-            self.entries = json.loads(self.path.read_text())
-        except (OSError, ValueError):  # it does not exist yet or is truncated: start a new one
+            self.entries = read_json(self.path, shape={str: list})
+        except (OSError, UserError):  # it does not exist yet or is damaged: start a new one
             self.entries = {}
 
     def digest(self, path: Path, stat: os.stat_result) -> str:

@@ -4,21 +4,28 @@ import os
 import shutil
 from pathlib import Path
 
-from elastic_core.errors import UserError
 from elastic_core.io.json_files import read_json
 
 FILE = "provenance.json"
+RECORD = {
+    **{"stage": str, "key": str, "commit": (str, type(None)), "clean": bool},
+    **{
+        "parameters": dict,
+        "libraries": dict,
+        "files": dict,
+        "fingerprints": dict,
+        "started": str,
+        "seconds": float,
+        "device": str,
+    },
+    **{"tokens?": int, "continues?": {"run": str, "changed": [str]}},
+}
 
 
 def read_provenance(directory: str | os.PathLike) -> list[dict]:
     """The records of a directory, of the first stage first; [] without a file. Raises UserError for a damaged file."""
     path = Path(directory) / FILE
-    if not path.is_file():
-        return []
-    records = read_json(path).get("stages")
-    if not isinstance(records, list) or not all(isinstance(record, dict) and "stage" in record for record in records):
-        raise UserError(f"{path}: has no list `stages` of records with the field `stage`; copy the file again")
-    return records
+    return read_json(path, shape={"stages": [RECORD]})["stages"] if path.is_file() else []
 
 
 def copy_provenance(source: str | os.PathLike, directory: str | os.PathLike) -> None:

@@ -104,11 +104,11 @@ class ElasticModel(nn.Module):
         The names and shapes of the tensors are checked. Raises UserError as `from_pretrained` does.
         """
         config = hf.read_config(directory) if config is None else config
-        reader = hf.TensorReader(directory)
+        reader, shapes = hf.TensorReader(directory), architectures.shapes(config)
+        reader.check(shapes)  # before the model is built: only sizes that the files have are sure to be possible
+        reader.check_tied_head(next(iter(shapes)))
         with torch.device("meta"):
             model = cls(config)
-        reader.check(architectures.shapes(config))
-        reader.check_tied_head(f"model.{model.model.embeddings_name}")
         return model, reader
 
     def save_pretrained(self, directory: str | os.PathLike, tokenizer_from: str | os.PathLike | None = None) -> None:

@@ -23,13 +23,19 @@ from elastic_core.model.weight_files import weight_map
 
 HEAD = "lm_head.weight"
 SHARD_BYTES = 5 * 2**30  # of one safetensors file
-# Configuration values that have to be above 0, as far as an architecture has them: others are divided by them.
-SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "n_groups")
+# Configuration values that have to be 1 or more, as far as an architecture has them.
+SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("n_groups", "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "conv_kernel", "intermediate_size"),
+)
+# The largest allowed values. Memory and time grow with some of them before any weight is read.
+MOST_LAYERS, MOST_CHANNELS, MOST = 1_000, 1 << 16, (1 << 31) - 1
+LIMITS = {"num_hidden_layers": MOST_LAYERS, "head_dim": MOST_CHANNELS, "conv_kernel": MOST_CHANNELS}
 BLOCK_BYTES = 1 << 24  # of two tensors that are compared
 
 
 # The exceptions of transformers' configuration classes for values of a wrong type or size.
-CONFIG_ERRORS = (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
+CONFIG_ERRORS = (StrictDataclassError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 def read_config(directory: Location) -> PreTrainedConfig:
@@ -40,16 +46,28 @@ def read_config(directory: Location) -> PreTrainedConfig:
 
 def _read_config(local: Path, directory: str) -> PreTrainedConfig:
     values = read_values(local, directory)
-    config_class, _ = architectures.find(values.get("model_type"), directory).MODELS[values["model_type"]]
     if any(isinstance(values.get(field), list) for field in PER_LAYER):
         raise UserError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it comes from")
+    return build_config(values, directory, lambda config_class: config_class.from_pretrained(local))
+
+
+def build_config(values: Mapping, directory: str, build: Callable[[type], PreTrainedConfig]) -> PreTrainedConfig:
+    """The configuration that `build(class)` makes of the `values` in a directory's config.json, checked.
+
+    Raises UserError for values that transformers or this library do not accept.
+    """
+    config_class, _ = architectures.find(values.get("model_type"), directory).MODELS[values["model_type"]]
+    where = f"{directory}/config.json"
+    for name in SIZES:  # before transformers makes lists of these lengths
+        _check_size(name, values.get(name), where)
     try:
-        return check_config(config_class.from_pretrained(local), directory)
+        config = build(config_class)
+        return check_config(config, directory)
     except UserError:
         raise
     except CONFIG_ERRORS as error:
         text = " ".join(str(error).split())
-        raise UserError(f"{directory}/config.json: transformers does not accept it: {text}") from None
+        raise UserError(f"{where}: transformers does not accept it: {text}") from None
 
 
 def read_values(local: Path, directory: str) -> dict:
@@ -71,13 +89,19 @@ def _values_at(directory: Location) -> dict:
 def check_config(config, where: str = "config"):
     """Return `config` if this library supports it. Otherwise raise UserError with the first problem."""
     for name in SIZES:
-        size = getattr(config, name, None)
-        if size is not None and size < 1:
-            raise UserError(f"{where}: {name}={size}; allowed: 1 or more")
+        _check_size(name, getattr(config, name, None), where)
+    if architectures.num_layers(config) > MOST_LAYERS:
+        raise UserError(f"{where}: got {architectures.num_layers(config):,} layers; allowed: 1 to {MOST_LAYERS:,}")
     for holds, problem in architectures.find(config.model_type, where).requirements(config):
         if not holds:
             raise UserError(f"{where}: {problem}")
     return config
+
+
+def _check_size(name: str, size, where: str) -> None:
+    most = LIMITS.get(name, MOST)
+    if isinstance(size, (int, float)) and not 1 <= size <= most:
+        raise UserError(f"{where}: {name}={size}; allowed: 1 to {most:,}")
 
 
 class TensorReader:

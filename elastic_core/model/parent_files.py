@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from elastic_core.data.tokenizer import check_json_file
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.filesystem import Location
-from elastic_core.io.json_files import read_json
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
 from elastic_core.model import architectures, hf
 from elastic_core.model.elastic_model import ElasticModel
@@ -27,7 +27,7 @@ def check_parent_files(location: Location) -> None:
     config = hf.read_config(location)
     for name in storage.list_names(location):
         if name in TOKENIZER_FILES and name.endswith(".json"):
-            read_json(storage.join(location, name))
+            check_json_file(storage.join(location, name))
     reader, shapes = hf.TensorReader(location), architectures.shapes(config)
     reader.check(shapes)
     if not storage.is_url(location):

@@ -33,6 +33,9 @@ AGGREGATE = {
 }
 
 
+SHAPE = {"depth": [int], "depth_scores": {str: float}, "scores": {str: list}, "orders": {str: list}}  # of its file
+
+
 @dataclass(frozen=True)
 class Ranking:
     """The scores and the order of the units of every unit key, and the ranking of the layers.
@@ -61,14 +64,17 @@ class Ranking:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Ranking:
-        """Read what `save` has written."""
-        content = read_json(path)
-        return cls(
-            scores={key: torch.tensor(value, dtype=torch.float64) for key, value in content["scores"].items()},
-            orders={key: torch.tensor(value) for key, value in content["orders"].items()},
-            depth=tuple(content["depth"]),
-            depth_scores={int(layer): score for layer, score in content["depth_scores"].items()},
-        )
+        """Read what `save` has written. Raises UserError for another or a damaged file."""
+        content = read_json(path, shape=SHAPE)
+        try:
+            return cls(
+                scores={key: torch.tensor(value, dtype=torch.float64) for key, value in content["scores"].items()},
+                orders={key: torch.tensor(value, dtype=torch.int64) for key, value in content["orders"].items()},
+                depth=tuple(content["depth"]),
+                depth_scores={int(layer): score for layer, score in content["depth_scores"].items()},
+            )
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise UserError(f"{path}: is not a ranking ({error}); run stage rank again") from None
 
 
 def rank(

@@ -6,15 +6,20 @@ one process, the result has the same bits as without a stop. Several processes a
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-WIDTHS, DEPTH = "widths.pt", "depth.json"
+logger = logging.getLogger(__name__)
+
+WIDTHS, DEPTH = "widths.state", "depth.state"  # each starts with the SHA-256 digest of the rest
+DIGEST_BYTES = 32
 
 
 @dataclass
@@ -35,7 +40,7 @@ class RankingState:
 
     def load_widths(self) -> tuple[int, dict[str, Tensor], dict[str, int]]:
         """(number of finished batches, sums, counts). All of the sums are with the first process."""
-        data = self.load(WIDTHS)
+        data = self._load(WIDTHS)
         if data is None:
             return 0, {}, {}
         done, totals, counts = torch.load(io.BytesIO(data), weights_only=True)
@@ -48,7 +53,7 @@ class RankingState:
         if self.save is not None:
             buffer = io.BytesIO()
             torch.save((done, totals, counts), buffer)
-            self.save(WIDTHS, buffer.getvalue())
+            self._save(WIDTHS, buffer.getvalue())
 
     def begin_depth(self, setting) -> None:
         """Take over the scores of layers, if they were computed in the same setting (JSON values).
@@ -56,7 +61,7 @@ class RankingState:
         The setting has the shapes of this process's batches: another number of processes computes other scores.
         """
         self._setting, self._journal, self._place = setting, [], 0
-        data = self.load(DEPTH)
+        data = self._load(DEPTH)
         if data is not None:
             content = json.loads(data)
             if content["setting"] == setting:
@@ -70,6 +75,18 @@ class RankingState:
         if self._place == len(self._journal):
             self._journal.append(compute())
             if self.save is not None:
-                self.save(DEPTH, json.dumps({"setting": self._setting, "scores": self._journal}).encode())
+                self._save(DEPTH, json.dumps({"setting": self._setting, "scores": self._journal}).encode())
         self._place += 1
         return dict(self._journal[self._place - 1])
+
+    def _load(self, name: str) -> bytes | None:
+        """What was saved under a name. None, with a warning, if it is damaged: then it is computed again."""
+        data = self.load(name)
+        if data is None or hashlib.sha256(data[DIGEST_BYTES:]).digest() == data[:DIGEST_BYTES]:
+            return None if data is None else data[DIGEST_BYTES:]
+        if self.is_first:
+            logger.warning("%s of an earlier ranking is damaged; computing it again", name)
+        return None
+
+    def _save(self, name: str, data: bytes) -> None:
+        self.save(name, hashlib.sha256(data).digest() + data)

@@ -39,7 +39,7 @@ def workspaces(root: Path = ROOT) -> list[Path]:
 def budget_names(family: Path) -> list[str]:
     """Names of a family's budgets; an empty list for a directory that is no family."""
     file = family / "elastic.json"
-    return list(read_json(file)["budgets"]) if file.is_file() else []
+    return list(read_json(file, shape={"budgets": dict})["budgets"]) if file.is_file() else []
 
 
 def _is_finished(family: Path) -> bool:

@@ -17,6 +17,7 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.io.json_files import read_json
 from elastic_core.model.architectures.nemotron_h import MODELING_FILE
 from tasks.commands.extract import find_budget
+from tasks.commands.inspect import open_model
 from tasks.settings.local_checks import TOKENIZERS
 
 
@@ -40,9 +41,25 @@ def generate(
     with _quiet():
         with _plain_model(directory, budget) as plain:
             trust = {"trust_remote_code": _has_our_code(plain)}
-            tokenizer = load_tokenizer(plain, **trust)
-            model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
-        return _continue(model, tokenizer, prompt, max_new_tokens, temperature)
+            tokenizer = load_tokenizer(plain, directory, **trust)
+            with _errors_of_transformers(directory):
+                model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
+        with _errors_of_transformers(directory):
+            return _continue(model, tokenizer, prompt, max_new_tokens, temperature)
+
+
+@contextlib.contextmanager
+def _errors_of_transformers(directory: Path) -> Iterator[None]:
+    """Raise UserError where transformers fails: the weights have been checked, so it is the values in other files."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"{directory}: transformers cannot use it ({type(error).__name__}: {error}); correct "
+            "generation_config.json or config.json, or copy them again"
+        ) from None
 
 
 def _continue(model, tokenizer, prompt: str, max_new_tokens: int, temperature: float) -> list[int]:
@@ -73,6 +90,7 @@ def _plain_model(directory: Path, budget: str | None) -> Iterator[Path]:
             raise UserError(
                 f"--budget: got {budget!r}; allowed: none, because {directory} is a single model and not a family"
             )
+        open_model(directory)  # names damaged files, which transformers does not
         yield directory
         return
     submodel = find_budget(directory, budget)

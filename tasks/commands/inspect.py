@@ -4,18 +4,20 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from ruamel.yaml import YAML
 from transformers import PreTrainedConfig
 
 from elastic_core.cost.latency import Timed, as_latency
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import exact_cost, num_active_parameters, num_parameters, read_metric
+from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint
+from elastic_core.io.json_files import check_shape
 from elastic_core.io.provenance_file import read_provenance
 from elastic_core.model import architectures, hf
 from elastic_core.model.axes import EXPERTS, PER_LAYER, WIDTHS
 from elastic_core.model.dims import layer_of
 from elastic_core.model.submodel import Submodel, keys_of
+from tasks.settings.yaml_files import read_mapping
 
 DROPPED = "·"  # in a pattern: a layer of the parent that the member does not have
 
@@ -27,14 +29,8 @@ def inspect_checkpoint(directory: Path) -> dict:
     a record for each stage that the weights come from; `written_by` is what the workspace's dvc.lock says.
     Raises UserError if the tensors do not match config.json.
     """
-    config, own = read_sizes(directory)
-    sizes = own.sizes(config)
-    shapes = {
-        name: tuple(dim.count(sizes) for dim in dims) for name, dims in architectures.parameter_layout(config).items()
-    }
-    reader = hf.TensorReader(directory)
-    reader.check(shapes)
-    files = reader.all_files
+    config, own, reader = open_model(directory)
+    files, names = reader.all_files, architectures.parameter_layout(config)
     is_elastic = (directory / elastic_checkpoint.FILE).is_file()
     return {
         "directory": str(directory),
@@ -45,7 +41,7 @@ def inspect_checkpoint(directory: Path) -> dict:
         **describe_member(config, own),
         "bytes": sum((directory / file).stat().st_size for file in files),
         "files": files,
-        "dtypes": sorted({str(reader.read(name, slice(0, 0)).dtype).removeprefix("torch.") for name in shapes}),
+        "dtypes": sorted({str(reader.read(name, slice(0, 0)).dtype).removeprefix("torch.") for name in names}),
         "tokenizer": any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")),
         "memory": read_memory(directory, config) if is_elastic else None,
         "time": read_time(directory, config) if is_elastic else None,
@@ -55,20 +51,41 @@ def inspect_checkpoint(directory: Path) -> dict:
     }
 
 
+def open_model(directory: Path) -> tuple[PreTrainedConfig, Submodel, hf.TensorReader]:
+    """The configuration, the sizes (see `read_sizes`) and the tensors of a directory, after a check of its headers.
+
+    Raises UserError if the files are not whole or do not match config.json.
+    """
+    config, own = read_sizes(directory)
+    sizes, reader = own.sizes(config), hf.TensorReader(directory)
+    layout = architectures.parameter_layout(config)
+    reader.check({name: tuple(dim.count(sizes) for dim in dims) for name, dims in layout.items()})
+    return config, own, reader
+
+
 def read_sizes(directory: Path) -> tuple[PreTrainedConfig, Submodel]:
     """The configuration and the sizes of a directory.
 
     A heterogeneous model is described as a submodel of the uniform model with its largest widths.
     """
-    hf.read_values(directory, str(directory))  # its errors name the file
-    values, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
+    values = hf.read_values(directory, str(directory))
     widths = {field: values[field] for field in PER_LAYER if isinstance(values.get(field), list)}
     if not widths or values.get("model_type") not in architectures.ARCHITECTURES:
         return hf.read_config(directory), Submodel()
-    values |= {field: max(entries) for field, entries in widths.items()}
-    values.pop("auto_map", None)
-    config_class, _ = architectures.find(values["model_type"], str(directory)).MODELS[values["model_type"]]
-    return hf.check_config(config_class.from_dict(values), str(directory)), Submodel(**widths)
+    with named(f"{directory}/config.json"):
+        submodel = Submodel(**widths)
+    if not all(getattr(submodel, field) for field in widths):
+        raise UserError(f"{directory}/config.json: got {widths}; allowed: a width for every layer of its kind")
+    largest = {field: max(getattr(submodel, field)) for field in widths}
+
+    def build(config_class: type) -> PreTrainedConfig:
+        values, _ = PreTrainedConfig.get_config_dict(directory, local_files_only=True)
+        values.pop("auto_map", None)
+        return config_class.from_dict(values | largest)
+
+    config = hf.build_config(values | largest, str(directory), build)
+    with named(f"{directory}/config.json"):
+        return config, submodel.resolve(config)
 
 
 def describe_member(config, submodel: Submodel) -> dict:
@@ -136,9 +153,18 @@ def find_writer(directory: Path) -> dict | None:
     for workspace in directory.parents:
         lock = workspace / "dvc.lock"
         if lock.is_file():
-            stages = YAML(typ="safe").load(lock).get("stages", {})
-            return _find_writer(stages, directory.relative_to(workspace), workspace)
+            return _find_writer(_read_stages(lock), directory.relative_to(workspace), workspace)
     return None
+
+
+def _read_stages(lock: Path) -> Mapping:
+    """The stages in a dvc.lock. Empty for a damaged file: the model can be described without it."""
+    try:
+        content = read_mapping(lock, str(lock))
+        check_shape(content, {"stages": {str: {"outs?": [{"path": str}], "params?": {str: dict}}}}, lock)
+    except UserError:
+        return {}
+    return content["stages"]
 
 
 def _find_writer(stages: Mapping, path: Path, workspace: Path) -> dict | None:

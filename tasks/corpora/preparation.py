@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from elastic_core.data.token_files import Source, Split, Written
+from elastic_core.config import load
+from elastic_core.data.token_files import Source, Written
 from elastic_core.io.atomic import write_text
 from elastic_core.io.json_files import read_json
 
@@ -41,20 +42,14 @@ class Preparation:
 
     @classmethod
     def load(cls, directory: Path) -> Preparation:
-        """The work that is finished in a directory, which is created if it does not exist."""
+        """The work that is finished in a directory, which is created if it does not exist.
+
+        Raises UserError for a damaged file.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / FILE).is_file():
             return cls(directory)
-        content = read_json(directory / FILE)
-        begun = {
-            name: Begun(**entry | {"written": {split: Written(**sizes) for split, sizes in entry["written"].items()}})
-            for name, entry in content["begun"].items()
-        }
-        finished = {
-            name: Source(**entry | {"splits": {split: Split(**values) for split, values in entry["splits"].items()}})
-            for name, entry in content["finished"].items()
-        }
-        return cls(directory, content["has_tokenizer"], begun, finished)
+        return load(cls, read_json(directory / FILE) | {"directory": directory}, str(directory / FILE))
 
     def with_tokenizer(self) -> Preparation:
         """The tokenizer is complete."""

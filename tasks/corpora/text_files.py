@@ -114,7 +114,7 @@ def _read_parquet(path: str, field: str) -> Iterator[Row]:
                     except UnicodeDecodeError as error:
                         raise UserError(f"{place}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
                     yield place, json_rows.find_field({name: found}, field, place)
-        except (pyarrow.ArrowException, OSError) as error:
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not a readable parquet file ({error})") from None
 
 

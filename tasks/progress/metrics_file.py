@@ -1,12 +1,15 @@
 """Files of metrics: one row of JSON per training step, written by a stage and read by those who show its progress.
 
-This module needs the standard library only: the flow reads the files too, in a process without torch.
+This module needs no torch: the flow reads the files too, in a process without torch.
 """
 
-import json
+import contextlib
 import math
 import os
 from pathlib import Path
+
+from elastic_core.errors import UserError
+from elastic_core.io.json_files import parse_json
 
 SMOOTHING = 0.1  # weight of the newest loss in the mean that is shown
 
@@ -23,7 +26,7 @@ class NewRows:
             self.position = self.path.read_bytes().rfind(b"\n") + 1  # a cut-off line will be dropped
 
     def read(self) -> list[dict]:
-        """The rows since the last call."""
+        """The rows since the last call. A damaged line is left out: it shall not end what shows progress."""
         if not self.path.exists():
             return []
         rows = []
@@ -34,7 +37,8 @@ class NewRows:
                 if not line.endswith(b"\n"):
                     break
                 self.position += len(line)
-                rows.append(json.loads(line))
+                with contextlib.suppress(UserError):
+                    rows.append(parse_json(line, self.path))
         return rows
 
 
@@ -57,9 +61,13 @@ def plain(value):
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file of metrics in the order of steps; of two rows of a step the later one counts."""
+    """The rows of a file of metrics in the order of steps; of two rows of a step the later one counts.
+
+    Raises UserError, which names the line, for a line that is not a row.
+    """
     lines = path.read_bytes().split(b"\n")[:-1]  # text after the last line break is a cut-off line
-    latest = {row["step"]: plain(row) for row in map(json.loads, lines)}
+    rows = (parse_json(line, f"{path}, line {number}", {"step": int}) for number, line in enumerate(lines, start=1))
+    latest = {row["step"]: plain(row) for row in rows}
     return [latest[step] for step in sorted(latest)]
 
 

@@ -22,6 +22,10 @@ from tasks.settings.schema import Params
 # Files that only this machine needs: metrics and progress of unfinished runs.
 LOCAL = Path("checkpoints")
 RUN = "run.json"  # what a run is, in its directory
+SHAPE = {
+    **{"checkpoints": str, "stage": str, "key": str, "started": str},
+    **{"parameters": dict, "libraries": dict, "files": dict, "continues?": {"run": str}},
+}
 CONTINUE = "ELASTIC_CONTINUE"  # names an old run that a stage goes on from, though its code or inputs have changed
 
 
@@ -96,7 +100,7 @@ def _begin(job: Job, inputs: Inputs, location: str) -> dict:
     if not path.is_file():
         content = {"checkpoints": location, **provenance.begin(job.name, job.key, inputs)}
         write_text(path, json.dumps(content, indent=1) + "\n")
-    record = read_json(path)
+    record = read_run(job.directory)
     return {name: value for name, value in record.items() if name != "checkpoints"}
 
 
@@ -127,9 +131,14 @@ def _take_over(old: str, job: Job, inputs: Inputs, location: str) -> None:
 
 
 def read_run(directory: Path) -> dict | None:
-    """What the run of a directory is; None if the directory holds no run."""
+    """What the run of a directory is; None if the directory holds no run. Raises UserError for a damaged file."""
     path = directory / RUN
-    return read_json(path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return read_json(path, shape=SHAPE)
+    except UserError as error:
+        raise UserError(f"{error}; or remove {directory}, and the run starts anew") from None
 
 
 def remove_files(location: str) -> None:

@@ -26,11 +26,13 @@ import psutil
 
 from elastic_core.config import ConfigError
 from elastic_core.io import storage
+from elastic_core.io.json_files import parse_json
 
 HEARTBEAT_SECONDS = 10.0
 EXPIRE_SECONDS = 360.0  # longer than the back-off of a request to a server that is away (elastic_core/io/filesystem.py)
 LOOK_SECONDS = 1.0  # between two looks at the lease of another machine
 PREFIX, SUFFIX = "lease-", ".json"
+CONTENT = {"id": str, "process": int, "started": float, "host": str, "machine": str}
 
 
 @contextmanager
@@ -176,12 +178,15 @@ def _beat(lease: Lease, ended: threading.Event, on_lost: Callable[[str], None]) 
 
 
 def _read_newest(location: storage.Location) -> tuple[int, dict] | None:
-    """(number, content) of the lease with the highest number. The content is empty while it is being written."""
+    """(number, content) of the lease with the highest number. The content is empty while it is written.
+
+    A damaged content counts as empty.
+    """
     numbers = _numbers(location)
     if not numbers:
         return None
     try:
-        return numbers[-1], json.loads(storage.read_bytes(_file(location, numbers[-1])))
+        return numbers[-1], parse_json(storage.read_bytes(_file(location, numbers[-1])), location, CONTENT)
     except (storage.StorageError, OSError) as error:
         if isinstance(error, storage.StorageUnavailable):
             raise
@@ -209,7 +214,7 @@ def _has_ended(content: dict) -> bool:
         process = psutil.Process(content["process"])
         is_another = abs(_started(process) - content["started"]) > 1.0
         return is_another or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError, OverflowError):  # the latter two: a number that no process can have
         return True
 
 

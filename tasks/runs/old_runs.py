@@ -83,8 +83,8 @@ def remove_finished() -> list[OldRun]:
                 if run.holder is None:
                     run.remove()
                     removed.append(run)
+                    if run is not finished:
+                        print(f"{run.directory}: removed, because a newer run of {stage} has finished", flush=True)
             except storage.StorageError as error:
                 print(f"{run.directory}: is kept, because its checkpoints cannot be removed now: {error}", flush=True)
-    for run in removed:
-        print(f"{run.directory}: removed, because DVC has the results of stage {run.stage}", flush=True)
     return removed

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from elastic_core.io.atomic import write_text
 from elastic_core.io.json_files import read_json
-from elastic_core.io.provenance_file import FILE
+from elastic_core.io.provenance_file import FILE, RECORD
 from tasks.runs.key import Inputs
 
 RECORDS = Path("artifacts/provenance")
@@ -102,7 +102,7 @@ def write_record(record: dict) -> None:
 def read_records(*stages: str) -> list[dict]:
     """The records that these stages have written. A record that is not there is left out."""
     paths = [RECORDS / f"{stage}.json" for stage in stages]
-    return [read_json(path) for path in paths if path.is_file()]
+    return [read_json(path, shape=RECORD) for path in paths if path.is_file()]
 
 
 def write(directory: str | os.PathLike, records: list[dict]) -> None:

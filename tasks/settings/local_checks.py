@@ -6,6 +6,7 @@ They read little more than names and need no torch. `OF_EVERY_STAGE` and `BEFORE
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,7 @@ def _check_benchmarks(problems: Problems, evaluate) -> None:
 
 def _check_table(problems: Problems, cost) -> None:
     allowed = "a file that `elastic measure` wrote: it is a dependency in dvc.yaml, whatever the metric is"
-    is_there = cost.table is not None and Path(locate(cost.table)).is_file()
+    is_there = cost.table is not None and os.path.isfile(locate(cost.table))
     problems.require(is_there, "cost.table", cost.table, allowed)
 
 
@@ -98,9 +99,15 @@ BEFORE_A_RUN = {
 def why_not_writable(directory: Path) -> str | None:
     """Why no file can be made in `directory` or, if it does not exist yet, in the nearest directory above; or None."""
     directory = directory.absolute()
-    while not directory.exists():
-        if directory.is_symlink():
+    while not os.path.exists(directory):
+        if os.path.islink(directory):
             return f"{directory} is a link to something that does not exist"
+        try:
+            os.lstat(directory)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except (OSError, ValueError) as error:  # too long, or with characters that no name can have
+            return getattr(error, "strerror", None) or str(error)
         directory = directory.parent
     try:
         with tempfile.TemporaryFile(dir=directory):
@@ -118,9 +125,9 @@ def check_parent(path: str | None, key: str, require: Require = require) -> None
         find_package_file(path, key)
     elif path is not None and not storage.is_url(path):
         directory = Path(locate(path))
-        has_config = (directory / "config.json").is_file()
+        has_config = os.path.isfile(directory / "config.json")
         if require(has_config, key, path, "a Hugging Face directory with a config.json, or null"):
-            has_tokenizer = any((directory / name).is_file() for name in TOKENIZERS)
+            has_tokenizer = any(os.path.isfile(directory / name) for name in TOKENIZERS)
             require(has_tokenizer, key, path, f"a directory with its tokenizer too ({' or '.join(TOKENIZERS)})")
 
 
@@ -130,11 +137,13 @@ def check_benchmarks(section: Benchmarks, where: str, require: Require = require
     What only lm-eval can tell is checked by tasks.evaluation.lm_eval_tasks.check_benchmark_tasks.
     """
     located = section.located()
-    has_data = require(Path(located.data_root).is_dir(), f"{where}.data_root", section.data_root, "a directory")
+    has_data = require(os.path.isdir(located.data_root), f"{where}.data_root", section.data_root, "a directory")
     if section.include is None:
         return
     include = Path(located.include)
-    has_tasks = require(include.is_dir(), f"{where}.include", section.include, "a directory of lm-eval's task files")
+    has_tasks = require(
+        os.path.isdir(include), f"{where}.include", section.include, "a directory of lm-eval's task files"
+    )
     if has_data and has_tasks:
         check_task_files(include, section.tasks, Path(located.data_root), where)
 

@@ -159,7 +159,7 @@ def read_override(text: str) -> tuple[list[str], object]:
     try:
         return name.split("."), parse(value, "value")
     except ConfigError as error:
-        reason = str(error).partition("not valid YAML: ")[2]
+        reason = str(error).partition(": ")[2].removeprefix("not valid YAML: ")
         raise UserError(f"override: got {text!r}; the value is not valid YAML: {reason}") from None
 
 

@@ -8,6 +8,7 @@ the working directory first, and then in the checkout that the working directory
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,6 @@ def checkouts_of(workspace: Path) -> Iterator[Path]:
 
 
 def _matches(directory: Path, path: str) -> bool:
-    if (directory / path).exists():
+    if os.path.exists(directory / path):  # unlike Path.exists, False for a name that is too long
         return True
     return glob.has_magic(path) and next(glob.iglob(path, root_dir=directory, recursive=True), None) is not None

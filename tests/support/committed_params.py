@@ -8,7 +8,7 @@ import yaml
 
 from tasks.settings import load as settings
 from tasks.settings.merging import parameters
-from tests.support.models.parents import save_random_parent
+from tests.support.models.parents import save_random_parent, write_tokenizer
 from tests.support.models.routed_family import CONFIG
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def parent_directory(tmp_path, **changes):
     """A tiny parent on disk, with `changes` in its config.json."""
     directory = tmp_path / "parent"
     save_random_parent(directory, 0, CONFIG)
-    (directory / "tokenizer.json").write_text("{}")
+    write_tokenizer(directory)
     config = json.loads((directory / "config.json").read_text()) | changes
     (directory / "config.json").write_text(json.dumps(config))
     return directory

@@ -3,6 +3,7 @@
 architectures/__init__.py explains what this module has to define.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -45,7 +46,7 @@ def norm_eps(config) -> float:
 
 def requirements(config) -> list[tuple[bool, str]]:
     """Conditions on a configuration, each as (holds, message if it does not hold)."""
-    rope = config.rope_parameters
+    rope, rope_problem = config.rope_parameters, _rope_problem(config)
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     return [
         (
@@ -61,9 +62,22 @@ def requirements(config) -> list[tuple[bool, str]]:
             rope.get("partial_rotary_factor") in (None, 1),
             f"partial_rotary_factor={rope.get('partial_rotary_factor')}; allowed: 1, whole heads",
         ),
+        (rope_problem is None, f"rope_parameters={rope}: {rope_problem}"),
         (config.hidden_act in ACT2FN, f"hidden_act={config.hidden_act!r}; allowed: {', '.join(sorted(ACT2FN))}"),
         (not sliding, "sliding_attention in layer_types; allowed: 'full_attention' in all layers"),
     ]
+
+
+def _rope_problem(config) -> str | None:
+    """Why there are no rotary frequencies for these values, or None. transformers checks only some of them."""
+    if head_dim(config) % 2 or head_dim(config) < 2:
+        return f"heads of {head_dim(config)} channels; allowed: even numbers, because channels are rotated in pairs"
+    try:
+        frequencies, scale = _rotary_frequencies(config)
+    except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
+        return f"transformers computes no frequencies with them ({type(error).__name__}: {error})"
+    is_finite = bool(frequencies.isfinite().all()) and math.isfinite(scale)
+    return None if is_finite else "the frequencies are not finite; allowed: numbers above 0"
 
 
 def max_positions(config) -> int | None:
@@ -243,14 +257,18 @@ def copy_state(config, layer: int, state, within: Callable[[str], Tensor], cache
 # Layers
 
 
+def _rotary_frequencies(config) -> tuple[Tensor, float]:
+    """The frequencies (head_dim / 2,) and the factor of cosines and sines, as in transformers."""
+    default = LlamaRotaryEmbedding.compute_default_rope_parameters
+    with torch.device("cpu"):  # models are built on the meta device, but these frequencies need values
+        return ROPE_INIT_FUNCTIONS.get(config.rope_parameters["rope_type"], default)(config)
+
+
 class Rotary:
     """Cosines and sines of the rotary position embedding (RoPE), computed as in transformers."""
 
     def __init__(self, config):
-        kind = config.rope_parameters["rope_type"]
-        default = LlamaRotaryEmbedding.compute_default_rope_parameters
-        with torch.device("cpu"):  # models are built on the meta device, but these frequencies need values
-            frequencies, self.scale = ROPE_INIT_FUNCTIONS.get(kind, default)(config)
+        frequencies, self.scale = _rotary_frequencies(config)
         self._frequencies = {frequencies.device: frequencies}
 
     def __call__(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, NemotronHConfig, NemotronHForCausalLM
+from transformers.activations import ACT2FN
 
 import elastic_core.model.architectures.nemotron_h_ffn as ffn
 import elastic_core.model.architectures.nemotron_h_mamba as mamba
@@ -40,6 +41,10 @@ def requirements(config) -> list[tuple[bool, str]]:
             config.num_attention_heads % config.num_key_value_heads == 0,
             f"num_attention_heads={config.num_attention_heads} is not a multiple of "
             f"num_key_value_heads={config.num_key_value_heads}",
+        ),
+        (
+            config.mlp_hidden_act in ACT2FN,
+            f"mlp_hidden_act={config.mlp_hidden_act!r}; allowed: {', '.join(sorted(ACT2FN))}",
         ),
         (config.mamba_hidden_act == "silu", f"mamba_hidden_act={config.mamba_hidden_act!r}; allowed: 'silu'"),
     ]

@@ -210,7 +210,7 @@ def test_damaged_directories_are_refused(data):
     with pytest.raises(ValueError, match=r"code\.train\.tokens\.npy: missing"):
         TokenData(data.directory)
     (data.directory / "manifest.json").write_text("{", encoding="utf-8")
-    with pytest.raises(ValueError, match="not readable as JSON"):
+    with pytest.raises(ValueError, match="is not valid JSON"):
         TokenData(data.directory)
     (data.directory / "manifest.json").unlink()
     with pytest.raises(ValueError, match="not a data directory"):

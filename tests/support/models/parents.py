@@ -3,6 +3,8 @@
 import random
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import LlamaConfig, NemotronHConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from elastic_core import ElasticModel, Submodel
@@ -130,6 +132,11 @@ def save_random_parent(directory, seed: int, config=None) -> PreTrainedModel:
     model = random_reference(seed, config)
     model.save_pretrained(directory)
     return model
+
+
+def write_tokenizer(directory) -> None:
+    """A tokenizer of one token, where a test needs a directory that has one."""
+    Tokenizer(WordLevel({"a": 0})).save(str(directory / "tokenizer.json"))
 
 
 def random_elastic(seed: int, config=None) -> ElasticModel:

@@ -15,7 +15,7 @@ from tasks.commands.init import choices_of, init, ladder
 from tasks.settings.load import read
 from tasks.settings.merging import ROOT, parameters
 from tests.support.models.moe_family import CONFIG as MOE
-from tests.support.models.parents import save_random_parent
+from tests.support.models.parents import save_random_parent, write_tokenizer
 from tests.support.models.routed_family import CONFIG
 from tests.support.pipeline.command_line import call, error_of
 
@@ -44,7 +44,7 @@ def root(tmp_path, monkeypatch):
 def parent(request, root):
     directory = root / "models" / f"Tiny {request.param}"
     save_random_parent(directory, 0, TINY[request.param])
-    (directory / "tokenizer.json").write_text("{}")
+    write_tokenizer(directory)
     return directory
 
 
@@ -99,7 +99,7 @@ def test_data_budgets_and_name_are_those_that_are_given(root, parent):
 def test_what_cannot_be_is_refused_and_nothing_is_written(root, arguments, words):
     directory = root / "models" / "llama"
     save_random_parent(directory, 0, TINY["llama"])
-    (directory / "tokenizer.json").write_text("{}")
+    write_tokenizer(directory)
     before = sorted((root / "profiles").iterdir())
     assert words in error_of("init", *(str(directory) if text == "PARENT" else text for text in arguments))
     assert sorted((root / "profiles").iterdir()) == before

@@ -1,0 +1,160 @@
+"""Elastic checkpoints with broken files: read, or refused by one message that names the directory."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_core.cost.latency import Latency
+from elastic_core.cost.memory import Memory
+from elastic_core.cost.metrics import PARAMETERS
+from elastic_core.errors import UserError
+from elastic_core.export.elastic_checkpoint import find_submodel
+from elastic_core.export.nested import NestedModel
+from elastic_core.io.provenance_file import read_provenance
+from flows.cli.show_inspect import show
+from tasks.commands.extract import find_budget
+from tasks.commands.find_family import budget_names
+from tasks.commands.generate import generate
+from tasks.commands.inspect import inspect_checkpoint
+from tests.support.fuzzing import directories
+from tests.support.fuzzing.broken import broken_file
+from tests.support.fuzzing.calls import call, examples
+from tests.support.oracles.latencies import make_table
+
+METRICS = {
+    "parameters": lambda config: PARAMETERS,
+    "memory": lambda config: Memory(64),
+    "latency": lambda config: Latency(make_table(config, {"hidden_size": (1, 8)}), 16),
+}
+FAMILIES = {"parameters": "nemotron_h", "memory": "llama", "latency": "qwen3"}
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory):
+    """A family for every metric, which can be read."""
+    scratch = tmp_path_factory.mktemp("families")
+    for metric, architecture in FAMILIES.items():
+        config = directories.CONFIGS[architecture]()
+        directory = directories.write_family(scratch / metric, architecture, METRICS[metric](config))
+        assert not [end for end in read(scratch, directory, "valid") if isinstance(end, UserError)]
+    return scratch
+
+
+def read(scratch, directory, target: str) -> list:
+    readers = {
+        "find_submodel": lambda: find_submodel(directory, 1.0),
+        "find_budget": lambda: find_budget(directory, "small"),
+        "budget_names": lambda: budget_names(directory),
+        "NestedModel": lambda: NestedModel.from_pretrained(directory).at("small"),
+        "inspect": lambda: inspect_checkpoint(directory),
+        "provenance": lambda: read_provenance(directory),
+    }
+    return [call(f"{target}: {name}", scratch, reader, directory, "budget") for name, reader in readers.items()]
+
+
+@pytest.mark.parametrize("metric", FAMILIES)
+def test_elastic_json(scratch, metric):
+    file = scratch / metric / "elastic.json"
+    valid = file.read_bytes()
+
+    @examples(16)
+    @given(content=broken_file(json.loads(valid)))
+    def check(content):
+        file.write_bytes(content)
+        read(scratch, file.parent, "elastic.json")
+
+    try:
+        check()
+    finally:
+        file.write_bytes(valid)
+
+
+FOUND = [
+    {},
+    {"cost": "parameters", "budgets": {"a": {"target": 1.0, "submodel": {"hidden_size": 9}}}, "path": []},
+    {"cost": "parameters", "budgets": {"a": {"target": 1.0, "submodel": {}}}, "path": [{"kept_layers": [-1]}]},
+    {"cost": "parameters", "budgets": {}, "path": [{"hidden_size": 4}, {"hidden_size": 8, "intermediate_size": 3}]},
+    {"cost": {"metric": "memory", "context": "x"}, "budgets": {}, "path": []},
+    {"cost": {"metric": "latency", "context": 16, "table": {"format": 1}}, "budgets": {}, "path": []},
+]
+
+
+@pytest.mark.parametrize("content", FOUND)
+def test_elastic_json_that_was_found(scratch, content):
+    directory = directories.copy(scratch / "memory", scratch / "found")
+    (directory / "elastic.json").write_text(json.dumps(content))
+    end = call("found", scratch, lambda: NestedModel.from_pretrained(directory), directory)
+    assert isinstance(end, UserError)
+    read(scratch, directory, "found")
+
+
+def test_a_latency_table_without_a_part(scratch):
+    directory = directories.copy(scratch / "latency", scratch / "found")
+    content = json.loads((directory / "elastic.json").read_text())
+    del content["cost"]["table"]["parts"]["L"]
+    (directory / "elastic.json").write_text(json.dumps(content))
+    assert isinstance(call("found", scratch, lambda: find_submodel(directory, "small"), directory), UserError)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        *(("generation_config.json", {"max_new_tokens": value}) for value in (-1, {}, [1])),
+        ("generation_config.json", {"repetition_penalty": "x"}),
+        ("tokenizer_config.json", {"model_max_length": "x"}),
+    ],
+)
+def test_generation_files_that_were_found(scratch, name, change):
+    directory = directories.copy(scratch / "memory", scratch / "found")
+    values = json.loads((directory / name).read_text())
+    (directory / name).write_text(json.dumps(values | change))
+    end = call("found", scratch, lambda: generate(directory, "small", "ab", 2), directory)
+    assert isinstance(end, UserError)
+
+
+@pytest.mark.parametrize("budget", [0, "0", "0B", float("nan"), -1.0])
+def test_a_budget_of_nothing_is_refused(scratch, budget):
+    end = call("found", scratch, lambda: find_submodel(scratch / "memory", budget), "budget")
+    assert isinstance(end, UserError)
+
+
+@pytest.mark.parametrize("content", [[], {}, {"stages": [{"stage": "rank"}]}, {"stages": {"stage": "rank"}}], ids=str)
+def test_provenance_that_was_found(scratch, content):
+    directory = directories.copy(scratch / "memory", scratch / "found")
+    (directory / "provenance.json").write_text(json.dumps(content))
+    assert isinstance(call("found", scratch, lambda: read_provenance(directory), directory), UserError)
+
+
+@examples(12)
+@given(content=broken_file(directories.PROVENANCE))
+def test_provenance(scratch, content):
+    directory = scratch / "memory"
+    (directory / "provenance.json").write_bytes(content)
+    call("provenance.json", scratch, lambda: read_provenance(directory), directory)
+    call("provenance.json: inspect", scratch, lambda: show(inspect_checkpoint(directory)), directory)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_generate(scratch, name):
+    file = scratch / "memory" / name
+    valid = file.read_bytes()
+
+    @examples(6)
+    @given(content=broken_file(json.loads(valid)))
+    def check(content):
+        file.write_bytes(content)
+        call(f"generate: {name}", scratch, lambda: generate(file.parent, "small", "ab", 2), file.parent, "prompt")
+
+    try:
+        check()
+    finally:
+        file.write_bytes(valid)
+
+
+@examples(12)
+@given(budget=st.text(max_size=12) | st.sampled_from(["1B", "0.5", "9e9", "8MB@1×1", "35ms/token"]) | st.floats())
+def test_budgets(scratch, budget):
+    for metric in FAMILIES:
+        call("budget", scratch, lambda: find_submodel(scratch / metric, budget), "budget")  # noqa: B023
