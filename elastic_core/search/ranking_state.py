@@ -58,7 +58,7 @@ class RankingState:
     def begin_depth(self, setting) -> None:
         """Take over the scores of layers, if they were computed in the same setting (JSON values).
 
-        The setting has the shapes of this process's batches: another number of processes computes other scores.
+        The setting has the shapes of this process's batches, because another number of processes computes other scores.
         """
         self._setting, self._journal, self._place = setting, [], 0
         data = self._load(DEPTH)

@@ -113,12 +113,15 @@ def test_unfinished_rankings(scratch, data):
     """What is damaged is computed again, and never loaded."""
     stored = {}
     RankingState(stored.get, stored.__setitem__).save_widths(3, {"hidden": torch.ones(4)}, {"hidden": 7})
-    RankingState(stored.get, stored.__setitem__).once(lambda: {0: 0.5})
+    first = RankingState(stored.get, stored.__setitem__)
+    first.begin_depth("a setting")
+    first.once(lambda: {0: 0.5})
     valid = dict(stored)
     name = data.draw(st.sampled_from(sorted(stored)))
     stored[name] = data.draw(broken_bytes([stored[name]]))
     state = RankingState(stored.get)
     done, totals, _ = call("ranking state", scratch, state.load_widths)
+    call("ranking state", scratch, lambda: state.begin_depth("a setting"))
     scores = call("ranking state", scratch, lambda: state.once(lambda: {0: 1.5}))
     assert done == 3 * (stored[WIDTHS] == valid[WIDTHS]) and (not done or torch.equal(totals["hidden"], torch.ones(4)))
     assert scores == ({0: 0.5} if stored[DEPTH] == valid[DEPTH] else {0: 1.5})

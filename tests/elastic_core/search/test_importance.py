@@ -404,6 +404,17 @@ def test_a_stopped_ranking_goes_on(method):
         assert last_calls < calls / 2
 
 
+def test_scores_of_other_batches_are_not_taken_over():
+    """Another number of processes splits a batch into others; only the sums of the widths stay the same."""
+    model, kept = deep(1), {}
+    batches = batches_of(model.config, 1)
+    rank(model, batches, state=RankingState(kept.get, kept.__setitem__))
+    halves = [ids[:1] for ids in batches]
+    found = rank(model, halves, state=RankingState(kept.get, kept.__setitem__))
+    whole = rank(model, halves)
+    assert found.depth == whole.depth and found.depth_scores == whole.depth_scores
+
+
 def test_progress_is_told():
     model, told = random_elastic(0), []
     layers = len(model.config.layers_block_type)
