@@ -30,7 +30,7 @@ run: $(SETUP) $(PAGE)
 	@$(VENV)/bin/python -m flows.cli run $(PROFILE)
 
 test: $(SETUP) $(PAGE)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(TESTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 soak: $(SETUP)
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/fuzz

@@ -5,7 +5,7 @@ import os
 import pytest
 
 # The longest groups begin first, so that no worker of pytest-xdist is left alone with one of them at the end.
-LONG_FIRST = ("browser", "kill", "server", "ray", "s3")
+LONG_FIRST = ("browser", "kill", "server", "ray", "slow", "s3")
 
 pytest_plugins = ["tests.support.runs", "tests.support.places", "tests.support.committed_params"]
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DO_NOT_TRACK="1")
