@@ -1,6 +1,9 @@
 """Fingerprints change with the files and with nothing else; unchanged files are not read again."""
 
+import functools
+import http.server
 import os
+import threading
 import time
 
 import pytest
@@ -65,6 +68,28 @@ def test_an_unchanged_file_is_not_read_again_and_a_large_one_never(tmp_path, mon
     assert take(str(tmp_path), tmp_path) == large != first
     os.utime(tmp_path / "a.txt", ns=(1, 1))
     assert take(str(tmp_path), tmp_path) != large
+
+
+def test_files_of_a_web_server_that_tells_no_version(tmp_path):
+    """Their content counts; one file and a pattern."""
+    directory = tmp_path / "web"
+    directory.mkdir()
+    for name in "ab":
+        (directory / f"{name}.jsonl").write_text(name)
+    handler = functools.partial(QuietHandler, directory=str(directory))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        one, both = take(place, tmp_path, "a.jsonl"), take(place, tmp_path, "*.jsonl")
+        assert (one["files"], one["bytes"], both["files"], both["bytes"]) == (1, 1, 2, 2)
+        (directory / "a.jsonl").write_text("A")
+        assert take(place, tmp_path, "a.jsonl") != one and take(place, tmp_path, "*.jsonl") != both
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 def test_ten_thousand_files_take_a_second(tmp_path):
