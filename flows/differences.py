@@ -6,6 +6,7 @@ from pathlib import Path
 
 from elastic_core.errors import UserError
 from flows.records import read_json, read_record
+from flows.tables import aligned
 from tasks.settings.yaml_files import read_mapping
 
 FIELDS = {"parameter": "parameters", "library": "libraries", "code or input": "files", "fingerprint": "fingerprints"}
@@ -45,11 +46,7 @@ def count(rows: list[dict]) -> str:
 
 def as_text(rows: list[dict]) -> str:
     """The rows as a table for a terminal."""
-    cells = [COLUMNS, *(tuple(_short(row[name]) for name in COLUMNS) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-    )
+    return aligned([COLUMNS, *(tuple(_short(row[name]) for name in COLUMNS) for row in rows)])
 
 
 def _short(value) -> str:

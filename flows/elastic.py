@@ -100,9 +100,8 @@ def run_stages(profile: str, workspace: Path, chosen: list[str], force: bool) ->
     for stage in chosen:
         named = run_stage.with_options(name=stage, task_run_name=stage, timeout_seconds=limits.get(stage))
         try:
-            named(
-                stage, workspace, force
-            )  # not submitted: a cancellation interrupts a silent stage in this thread only
+            # Called, not submitted: a cancellation interrupts a silent stage in this thread only.
+            named(stage, workspace, force)
         except TimeoutError as error:
             hours = f"{limits[stage] / 3600:g} hours"
             raise TimeoutError(f"stage {stage}: stopped after {hours} (time_limits in params.yaml)") from error

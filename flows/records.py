@@ -10,12 +10,12 @@ import filecmp
 import json
 import re
 import shutil
-import subprocess
 import uuid
 from pathlib import Path
 
 from elastic_core.errors import UserError
 from elastic_core.io.atomic import whole_directory
+from tasks.runs.provenance import read_commit
 
 NAMED = Path("reports/runs")  # a directory for every finished run
 RECORD = "run.json"
@@ -136,14 +136,10 @@ def choose(names: list[str], before: str | None, after: str | None) -> tuple[str
 
 def commit(root: Path) -> str:
     """The checkout's commit, and whether files differ from it."""
-
-    def git(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    if head.returncode != 0:
+    head, is_clean = read_commit(root, paths=())
+    if head is None:
         return "no commit yet"
-    return head.stdout.strip() + (" with changes that are not committed" if git("status", "--porcelain").stdout else "")
+    return head[:12] + ("" if is_clean else " with changes that are not committed")
 
 
 def summary(workspace: Path) -> str:

@@ -40,7 +40,8 @@ ROOMS = {
         "__main__",
     ),
     "flows": (
-        *("process", "stages", "records", "differences", "live", "publish", "compare", "elastic", "dashboard", "cli"),
+        *("process", "stages", "records", "tables", "differences", "live", "publish", "compare", "elastic"),
+        *("dashboard", "cli"),
     ),
 }
 LARGEST_ROOM = 12

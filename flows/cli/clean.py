@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from flows.cli.errors import clear_errors, say
+from flows.tables import aligned
 
 
 def clean(
@@ -48,9 +49,7 @@ def show(found) -> str:
     for left in found:
         used = f"in use by {left.holder}" if left.holder else left.last_used.strftime("%Y-%m-%d %H:%M")
         rows.append((size(left.num_bytes), left.kind, used, left.name))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, "", "To remove: elastic clean NAME …, --runs or --workspaces"])
+    return f"{aligned(rows)}\n\nTo remove: elastic clean NAME …, --runs or --workspaces"
 
 
 def size(num_bytes: int) -> str:

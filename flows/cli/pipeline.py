@@ -11,7 +11,8 @@ from elastic_core.errors import UserError
 from flows.process.output import follow
 from flows.records import NAMED, keep, kept_already, new_name
 from flows.stages import WrongParameters, check_checkout, check_command, reproduce, select, stage_names
-from tasks.runs.job import CONTINUE, LOCAL, RUN
+from flows.tables import aligned
+from tasks.runs.job import CONTINUE, LOCAL, RUN, names_of_runs
 from tasks.settings import profiles
 
 
@@ -64,7 +65,7 @@ def run_pipeline(
 def check_old_run(workspace: Path, name: str) -> None:
     """Raise UserError if a workspace has no run of this name to go on from."""
     if not (workspace / LOCAL / name / RUN).is_file():
-        names = ", ".join(sorted(path.parent.name for path in (workspace / LOCAL).glob(f"*/{RUN}"))) or "none"
+        names = names_of_runs(workspace)
         raise UserError(f"--continue: got {name!r}; allowed: a run in {workspace / LOCAL} that has not ended ({names})")
 
 
@@ -120,11 +121,4 @@ def results(workspace: Path) -> str:
                 f"{values['weight_mib'] + values['cache_mib']:,.2f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
-    return "\n".join(["", *lines, "", f"report: {workspace / 'reports' / 'report.html'}"])
+    return f"\n{aligned(rows, right_from=1)}\n\nreport: {workspace / 'reports' / 'report.html'}"

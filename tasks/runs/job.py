@@ -114,7 +114,7 @@ def _take_over(old: str, job: Job, inputs: Inputs, location: str) -> None:
         return
     record = read_run(LOCAL / old)
     if record is None:
-        names = ", ".join(sorted(path.parent.name for path in LOCAL.glob(f"{job.name}-*/{RUN}"))) or "none"
+        names = names_of_runs(stage=job.name)
         raise UserError(f"{CONTINUE}: got {old!r}; allowed: a run of this stage that has not ended ({names})")
     changed = Inputs(record["parameters"], record["libraries"], record["files"]).differences(inputs)
     with lock.only_one(record["checkpoints"], job.name):
@@ -128,6 +128,12 @@ def _take_over(old: str, job: Job, inputs: Inputs, location: str) -> None:
         write_text(job.directory / RUN, json.dumps(content, indent=1) + "\n")
     shutil.rmtree(LOCAL / old)
     print(f"{job.name}: goes on from {old}, though this has changed: {'; '.join(changed) or 'nothing'}")
+
+
+def names_of_runs(workspace: Path = Path(), stage: str | None = None) -> str:
+    """The names of the runs that have left files in a workspace (stage None: of all), for error messages."""
+    pattern = "*" if stage is None else f"{stage}-*"
+    return ", ".join(sorted(path.parent.name for path in (workspace / LOCAL).glob(f"{pattern}/{RUN}"))) or "none"
 
 
 def read_run(directory: Path) -> dict | None:

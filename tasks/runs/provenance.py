@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_core.io.atomic import write_text
@@ -59,10 +60,11 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def read_commit(directory: Path) -> tuple[str | None, bool]:
-    """The commit of the checkout around `directory`, and whether the pipeline's code is that of the commit.
+def read_commit(directory: Path, paths: Sequence[str] = CODE) -> tuple[str | None, bool]:
+    """The commit of the checkout around `directory`, and whether `paths` are as in it. (None, False) outside git.
 
-    Parameters and inputs are in the record themselves. (None, False) outside git.
+    By default, `paths` is the pipeline's code, because records have parameters and inputs themselves. With no path, all
+    files count.
     """
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
@@ -72,7 +74,7 @@ def read_commit(directory: Path) -> tuple[str | None, bool]:
         head = git("rev-parse", "HEAD")
         if head.returncode != 0:
             return None, False
-        return head.stdout.strip(), not git("status", "--porcelain", "--", *CODE).stdout
+        return head.stdout.strip(), not git("status", "--porcelain", "--", *paths).stdout
     except FileNotFoundError:  # no git on this machine
         return None, False
 

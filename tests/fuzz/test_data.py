@@ -55,12 +55,9 @@ def read(scratch, directory, target: str):
 def test_manifest(scratch, data):
     directory = scratch / "valid"
     file = directory / "manifest.json"
-    valid = file.read_bytes()
-    file.write_bytes(data.draw(broken_file(json.loads(valid))))
-    try:
+    with directories.restored(file):
+        file.write_bytes(data.draw(broken_file(json.loads(file.read_bytes()))))
         read(scratch, directory, "data manifest")
-    finally:
-        file.write_bytes(valid)
 
 
 @examples(24)

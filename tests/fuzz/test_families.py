@@ -65,10 +65,8 @@ def test_elastic_json(scratch, metric):
         file.write_bytes(content)
         read(scratch, file.parent, "elastic.json")
 
-    try:
+    with directories.restored(file):
         check()
-    finally:
-        file.write_bytes(valid)
 
 
 FOUND = [
@@ -147,10 +145,8 @@ def test_generate(scratch, name):
         file.write_bytes(content)
         call(f"generate: {name}", scratch, lambda: generate(file.parent, "small", "ab", 2), file.parent, "prompt")
 
-    try:
+    with directories.restored(file):
         check()
-    finally:
-        file.write_bytes(valid)
 
 
 @examples(12)

@@ -85,10 +85,8 @@ def test_config(parents, architecture):
         file.write_bytes(content)
         read(parents, file.parent, f"config.json {architecture}")
 
-    try:
+    with directories.restored(file):
         check()
-    finally:
-        file.write_bytes(valid)
 
 
 BAD_TOKENIZERS = [
@@ -139,10 +137,8 @@ def test_safetensors(parents, architecture):
         file.write_bytes(content)
         read(parents, file.parent, "safetensors")
 
-    try:
+    with directories.restored(file):
         check()
-    finally:
-        file.write_bytes(valid)
 
 
 @examples(16)
@@ -168,7 +164,5 @@ def test_tokenizer_files(parents, name):
         call(name, parents, lambda: load_tokenizer(file.parent), file.parent)
         call(f"{name}: check_parent_files", parents, lambda: check_parent_files(file.parent), file.parent)
 
-    try:
+    with directories.restored(file):
         check()
-    finally:
-        file.write_bytes(valid)

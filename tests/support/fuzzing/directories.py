@@ -1,7 +1,9 @@
 """Small valid model directories of every architecture, to be broken."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, models
@@ -74,3 +76,13 @@ def copy(directory: Path, target: Path) -> Path:
     """A fresh copy at `target`."""
     shutil.rmtree(target, ignore_errors=True)
     return Path(shutil.copytree(directory, target))
+
+
+@contextlib.contextmanager
+def restored(file: Path) -> Iterator[None]:
+    """Give a file its content back at the end of the block, in which tests break it."""
+    valid = file.read_bytes()
+    try:
+        yield
+    finally:
+        file.write_bytes(valid)
