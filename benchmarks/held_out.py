@@ -17,7 +17,7 @@ def held_out_loss(
     for source in section.held_out:
         per_token = data.bytes_per_token(source, "held_out")
         batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
-        for ids, labels in batches:
+        for ids, labels, _ in batches:
             hidden, tokens = model.hidden_states(ids, sliced).flatten(0, 1), int((labels != IGNORED_LABEL).sum())
             nats += chunked_cross_entropy(hidden, model.head(sliced), labels.flatten()).item()
             num_tokens, num_bytes = num_tokens + tokens, num_bytes + tokens * per_token

@@ -151,7 +151,7 @@ def unigram(data: TokenData, section: Evaluate) -> float:
         size = data.manifest.vocab_size
         counts = np.bincount(data.tokens(source, "train"), minlength=size) + 1
         loss = torch.from_numpy(-np.log(counts / counts.sum()))
-        for _, labels in held_out_batches(
+        for _, labels, _ in held_out_batches(
             data, source, section.sequence_length, section.batch_size, section.max_tokens
         ):
             live = labels[labels != IGNORED_LABEL]

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import NemotronHConfig
 
 from elastic_core import ElasticModel
+from elastic_core.data.loader import Batch
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ class RandomTokens:
     vocab: int
     length: int
 
-    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+    def batch(self, first: int, count: int) -> Batch:
         rows = [
             torch.randint(0, self.vocab, (self.length + 1,), generator=torch.Generator().manual_seed(first + i))
             for i in range(count)
         ]
         ids = torch.stack(rows)
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros_like(ids[:, 1:]))
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def measure(seconds: float) -> float:
         manifest = Manifest(settings.prepare_data.vocab_size, 0, 0, "none", {})
         writer = SplitWriter(directory, "text", "train", manifest.dtype)
         writer.append([np.random.default_rng(0).integers(1, 1024, 200_000)], 200_000)
-        manifest.sources["text"] = Source(False, {"train": writer.close()})
+        manifest.sources["text"] = Source("split", {"train": writer.close()})
         manifest.write(directory)
         data = PackedSequences(TokenData(directory), {"text": 1.0}, stage.sequence_length, 0)
         run = Run(model, stage, data, {"full": 1.0}, {"full": Member(1.0, model.full)})

@@ -142,4 +142,4 @@ def _tokenise_source(
     for split, entry in splits.items():
         if entry.num_documents == 0:
             raise UserError(f"prepare_data.sources.{name}: got no document in {split}; {ADVICE_IF_EMPTY[split]}")
-    return progress.with_finished(name, SourceEntry(source.whole_documents, splits, dict(skipped)))
+    return progress.with_finished(name, SourceEntry(source.too_long, splits, dict(skipped)))

@@ -65,7 +65,7 @@ def parent_config(params: dict) -> NemotronHConfig:
 
 def one_pass(model: ElasticModel, size: tuple[int, int], make_slice: Callable) -> Callable[[], None]:
     """Forward and backward of a loss from the text; `make_slice` gives what to compute with, and a loss to add."""
-    ids, labels = RandomTokens(model.config.vocab_size, size[1]).batch(0, size[0])
+    ids, labels, _ = RandomTokens(model.config.vocab_size, size[1]).batch(0, size[0])
 
     def take() -> None:
         sliced, more = make_slice()
@@ -178,7 +178,7 @@ def transformers_step(config: NemotronHConfig, data: RandomTokens, size: tuple[i
     optimizer = torch.optim.AdamW(student.train().parameters(), lr=1e-3, fused=True)
 
     def take() -> None:
-        ids, _ = data.batch(0, size[0])
+        ids = data.batch(0, size[0]).input_ids
         with torch.no_grad():
             target = teacher(ids, use_cache=False).logits.log_softmax(-1)
         logprobs = student(ids, use_cache=False).logits.log_softmax(-1)

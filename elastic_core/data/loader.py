@@ -9,19 +9,33 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tokenize import TokenError  # numpy parses the header as Python
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 
 from elastic_core import config
-from elastic_core.data.packing import PackedDocuments, Windows, schedule
+from elastic_core.data.packing import PackedRows, parts_of_documents, schedule
 from elastic_core.data.token_files import Manifest, Split
 from elastic_core.data.tokenizer import load_tokenizer
 from elastic_core.errors import UserError
 from elastic_core.io.json_files import read_json
 
 IGNORED_LABEL = -100  # torch's cross_entropy ignores positions with this label
+
+
+class Batch(NamedTuple):
+    """Sequences of tokens, each (B, L) int64.
+
+    A label is the next token of the same document, or IGNORED_LABEL where no token is learnt: in the padding of a row,
+    and before tokens that are not trained, such as the prompts of a conversation. `document_ids` counts the documents
+    of a row from 0; padding is one more document.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    document_ids: torch.Tensor
 
 
 class TokenData:
@@ -50,6 +64,10 @@ class TokenData:
         """The start of every document and the end of the last one, (num_documents + 1,), int64, memory-mapped."""
         return self._arrays[self._key(source, split)][1]
 
+    def trained(self, source: str, split: str) -> np.ndarray | None:
+        """Whether each token of one split is trained, (num_tokens,), bool, memory-mapped. None: all are."""
+        return self._arrays[self._key(source, split)][2]
+
     def bytes_per_token(self, source: str, split: str) -> float:
         """Bytes of UTF-8 text per token. A loss in nats per token, divided by ln 2 and by this, is in bits per byte."""
         self._key(source, split)
@@ -62,13 +80,14 @@ class TokenData:
             raise UserError(f"{self.directory}: has no data {source}/{split}; allowed: {allowed}")
         return source, split
 
-    def _open(self, entry: Split) -> tuple[np.ndarray, np.ndarray]:
+    def _open(self, entry: Split) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         tokens = self._map(entry.tokens, entry.num_tokens, self.manifest.dtype)
         offsets = self._map(entry.offsets, entry.num_documents + 1, np.dtype(np.int64))
-        ascending = bool((offsets[:-1] < offsets[1:]).all())  # no document is empty, because each has an eos
+        trained = None if entry.trained is None else self._map(entry.trained, entry.num_tokens, np.dtype(bool))
+        ascending = bool((offsets[:-1] < offsets[1:]).all())  # no document is empty
         if offsets[0] != 0 or offsets[-1] != entry.num_tokens or not ascending:
             raise UserError(f"{self.directory / entry.offsets}: does not fit {entry.tokens}; run prepare_data again")
-        return tokens, offsets
+        return tokens, offsets, trained
 
     def _map(self, name: str, size: int, dtype: np.dtype) -> np.ndarray:
         path = self.directory / name
@@ -88,11 +107,11 @@ class PackedSequences:
     - `mixture` gives the share of each source; shares need not sum to 1. After any number of samples, the number from
       each source differs from its share by less than 1.
     - Each epoch of a source has every sequence once, in a random order that depends on (seed, source, epoch).
-    - Running text is divided into windows that overlap by one token, so every token is predicted once. Whole documents
-      are packed into rows; documents longer than a row are left out.
+    - Documents are shuffled by the seed and packed into sequences whole. A document that is longer than a sequence is
+      split, truncated or dropped, as its source says (`too_long`). A label is never in another document than its input.
 
-    Raises UserError for an unknown source, for shares that are negative or all zero, for a source with too little
-    running text for one sequence, and for a source without a document that fits into a sequence.
+    Raises UserError for an unknown source, for shares that are negative or all zero, and for a source without a
+    document that fits into a sequence.
     """
 
     def __init__(self, data: TokenData, mixture: Mapping[str, float], sequence_length: int, seed: int):
@@ -103,7 +122,7 @@ class PackedSequences:
         self.sources = tuple(shares)
         self._seed = seed
         self._data = data
-        self._rows = [_rows(data, name, "train", sequence_length) for name in self.sources]
+        self._rows = [self._packed(name) for name in self.sources]
         self._schedule = schedule(list(shares.values()))
         self._counts = np.bincount(self._schedule, minlength=len(self.sources))
         # For every turn of the schedule: how many earlier turns of the period its source has had.
@@ -119,24 +138,28 @@ class PackedSequences:
         """The index in `sources` of the source of each sample from `first` on, (count,), int64."""
         return self._schedule[np.arange(first, first + count) % len(self._schedule)]
 
-    def batch(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Samples `first` to `first + count - 1`.
-
-        Returns the input ids (count, L) and the labels (count, L), both int64. A label is the next token, or
-        IGNORED_LABEL in the padding of a row.
-        """
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples `first` to `first + count - 1`, each tensor (count, L)."""
         samples = np.arange(first, first + count)
         sources = self.source_indices(first, count)
         turns = samples // len(self._schedule) * self._counts[sources]
         turns += self._earlier[samples % len(self._schedule)]
-        picks = [(self._rows[s], self._shuffled_row(int(s), int(turn))) for s, turn in zip(sources, turns, strict=True)]
-        return _read_batch(picks, self.sequence_length, self._data)
+        picks = [
+            (self.sources[s], self._rows[s].parts(self._shuffled_row(int(s), int(turn))))
+            for s, turn in zip(sources, turns, strict=True)
+        ]
+        return _read_batch(self._data, "train", picks, self.sequence_length)
+
+    def _packed(self, source: str) -> PackedRows:
+        starts, lengths = _parts(self._data, source, "train", self.sequence_length)
+        order = np.random.default_rng([self._seed, _number(source)]).permutation(len(starts))
+        return PackedRows(starts[order], lengths[order], self.sequence_length)
 
     def _shuffled_row(self, source: int, turn: int) -> int:
         """The row of the source that is read at its turn number `turn`, counted from the first sample."""
         epoch, position = divmod(turn, len(self._rows[source]))
         if self._orders.get(source, (None,))[0] != epoch:  # a cache, not state: the same order is computed again
-            name = int.from_bytes(hashlib.sha256(self.sources[source].encode()).digest()[:8], "big")
+            name = _number(self.sources[source])
             order = np.random.default_rng([self._seed, name, epoch]).permutation(len(self._rows[source]))
             self._orders[source] = epoch, order
         return int(self._orders[source][1][position])
@@ -144,18 +167,24 @@ class PackedSequences:
 
 def held_out_batches(
     data: TokenData, source: str, sequence_length: int, batch_size: int, max_tokens: int | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The held-out sequences of one source in order: input ids and labels, each (batch_size or fewer, L), int64.
+) -> Iterator[Batch]:
+    """The held-out documents of one source, each alone in a row and padded at its end: (batch_size or fewer, L).
 
-    For running text, every token except the first of the text is predicted once, and the last window is padded.
-    Stops when the sequences have `max_tokens` positions or more (None: reads everything).
+    L is the length of the longest in the batch, at most `sequence_length`. Any causal model therefore computes each
+    document by itself. Longer documents are split, truncated or dropped, as in training.
+    Stops when the rows have `max_tokens` positions or more without padding (None: reads everything). Documents of
+    similar length share a batch.
     Raises UserError as `PackedSequences` does.
     """
-    rows = _rows(data, source, "held_out", sequence_length, keep_tail=True)
-    num_rows = len(rows) if max_tokens is None else min(len(rows), max(1, -(-max_tokens // sequence_length)))
-    for first in range(0, num_rows, batch_size):
-        picks = [(rows, row) for row in range(first, min(first + batch_size, num_rows))]
-        yield _read_batch(picks, sequence_length, data)
+    starts, lengths = _parts(data, source, "held_out", sequence_length)
+    if max_tokens is not None:
+        num_rows = int(np.searchsorted(np.cumsum(lengths), max_tokens)) + 1
+        starts, lengths = starts[:num_rows], lengths[:num_rows]
+    order = np.argsort(lengths, kind="stable")
+    for first in range(0, len(order), batch_size):
+        rows = order[first : first + batch_size]
+        picks = [(source, [(int(starts[row]), int(lengths[row]))]) for row in rows]
+        yield _read_batch(data, "held_out", picks, int(lengths[rows].max()))
 
 
 def vocabulary_sha256(tokenizer) -> str:
@@ -201,47 +230,48 @@ def _positive_shares(mixture: Mapping[str, float], data: TokenData) -> dict[str,
     return {name: share for name, share in mixture.items() if share}
 
 
-def _rows(
-    data: TokenData, source: str, split: str, sequence_length: int, keep_tail: bool = False
-) -> Windows | PackedDocuments:
-    """One split as rows of `sequence_length` + 1 tokens; the labels are the inputs shifted by one token."""
-    tokens, manifest = data.tokens(source, split), data.manifest
-    where = f"{data.directory}, {source}/{split}"
-    if not manifest.sources[source].whole_documents:
-        rows = Windows(tokens, sequence_length + 1, keep_tail)
-        if len(rows) == 0:
-            raise UserError(
-                f"{where}: {len(tokens)} tokens do not fill one sequence of sequence_length {sequence_length} "
-                f"(it needs {sequence_length + 1}); lower sequence_length or give the source more text"
-            )
-        return rows
-    # Evaluation puts bos before a document, so training must too. If bos is the same token as eos, the files have it
-    # only between documents, and a row needs one at its start.
-    lead = manifest.eos_token_id if manifest.bos_token_id == manifest.eos_token_id else None
-    rows = PackedDocuments(tokens, data.offsets(source, split), sequence_length + 1, lead)
-    if len(rows) == 0:
+def _number(name: str) -> int:
+    """A number of 64 bits that depends on the name alone, for the seed of a random generator."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def _parts(data: TokenData, source: str, split: str, sequence_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """`parts_of_documents` of one split. Raises UserError if there are none."""
+    offsets, too_long = data.offsets(source, split), data.manifest.sources[source].too_long
+    starts, lengths = parts_of_documents(offsets, sequence_length, too_long)
+    if len(starts) == 0:
+        shortest = int(np.diff(offsets).min()) if len(offsets) > 1 else 0
         raise UserError(
-            f"{where}: no document fits sequence_length {sequence_length}, the shortest has {rows.shortest} tokens; "
-            "raise sequence_length or use shorter documents"
+            f"{data.directory}, {source}/{split}: no document fits sequence_length {sequence_length}, the shortest has "
+            f"{shortest} tokens; raise sequence_length, use shorter documents or another value of too_long"
         )
-    return rows
+    return starts, lengths
 
 
 def _read_batch(
-    picks: list[tuple[Windows | PackedDocuments, int]], sequence_length: int, data: TokenData
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids and labels (B, L) of the picked rows, each (rows of a source, index of the row).
+    data: TokenData, split: str, picks: list[tuple[str, list[tuple[int, int]]]], sequence_length: int
+) -> Batch:
+    """The batch (B, L) of the picked rows, each (source, parts as (first token, number of positions)).
 
     Raises UserError for token ids beyond the vocabulary, which only a damaged file has.
     """
-    manifest = data.manifest
-    rows = np.full((len(picks), sequence_length + 1), manifest.eos_token_id, dtype=np.int64)  # (B, L + 1)
-    sizes = np.array([source.read(row, out) for (source, row), out in zip(picks, rows, strict=True)])
-    if rows.max() >= manifest.vocab_size:
+    shape, manifest = (len(picks), sequence_length), data.manifest
+    input_ids, labels = np.full(shape, manifest.eos_token_id), np.full(shape, IGNORED_LABEL)
+    document_ids = np.empty(shape, dtype=np.int64)
+    for row, (source, parts) in enumerate(picks):
+        tokens, trained = data.tokens(source, split), data.trained(source, split)
+        end = 0
+        for number, (first, length) in enumerate(parts):
+            begin, end = end, end + length
+            input_ids[row, begin:end] = tokens[first : first + length]
+            labels[row, begin:end] = tokens[first + 1 : first + length + 1]
+            if trained is not None:
+                labels[row, begin:end][~trained[first + 1 : first + length + 1]] = IGNORED_LABEL
+            document_ids[row, begin:end] = number
+        document_ids[row, end:] = len(parts)
+    if (largest := max(input_ids.max(), labels.max())) >= manifest.vocab_size:
         raise UserError(
-            f"{data.directory}: holds the token id {rows.max()}, but vocab_size in manifest.json is "
+            f"{data.directory}: holds the token id {largest}, but vocab_size in manifest.json is "
             f"{manifest.vocab_size}, so a file of tokens is damaged; run prepare_data again"
         )
-    labels = rows[:, 1:].copy()
-    labels[np.arange(1, sequence_length + 1) >= sizes[:, None]] = IGNORED_LABEL
-    return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(labels)
+    return Batch(*map(torch.from_numpy, (input_ids, labels, document_ids)))

@@ -1,4 +1,4 @@
-"""Rows of equal length from a stream of tokens, and the order in which sources alternate. Arrays only, no files."""
+"""Rows of equal length from documents, and the order in which sources alternate. Arrays only, no files."""
 
 import bisect
 import itertools
@@ -9,85 +9,69 @@ from fractions import Fraction
 import numpy as np
 
 _LONGEST_SCHEDULE = 1 << 16  # turns
-_BUFFER = 256  # documents among which the packing chooses
+_BUFFER = 1024  # parts among which the packing chooses
 
 
-class Windows:
-    """Rows of `row_length` consecutive tokens of running text (T,).
+def parts_of_documents(offsets: np.ndarray, room: int, too_long: str) -> tuple[np.ndarray, np.ndarray]:
+    """The parts of documents that are read: their first tokens, and their numbers of positions, each (N,) int64.
 
-    Neighbouring rows overlap: the last token of a row is the first token of the next. Tokens after the last full row
-    are dropped, or with `keep_tail` become a shorter row.
+    `offsets` (num_documents + 1,) are the starts of the documents. A part with p positions has p + 1 tokens: at each
+    position, one token is the input and the next one is the label. A document of n tokens has n - 1 positions. If that
+    is more than `room`, `too_long` says what happens: "split" divides it into parts of `room` positions, so that every
+    token except the first is a label once; "truncate" keeps the first part; "drop" leaves the document out.
+    """
+    starts, lengths = np.array(offsets[:-1], dtype=np.int64), np.diff(offsets) - 1
+    if too_long == "truncate":
+        lengths = np.minimum(lengths, room)
+    elif too_long == "split":
+        counts = -(-lengths // room)
+        numbers = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # of a part in its document
+        starts = np.repeat(starts, counts) + numbers * room
+        lengths = np.minimum(np.repeat(lengths, counts) - numbers * room, room)
+    keep = (lengths >= 1) & (lengths <= room)
+    return starts[keep], lengths[keep]
+
+
+class PackedRows:
+    """Rows of at most `room` positions, each of one or more whole parts of documents (see `parts_of_documents`).
+
+    Every part is in exactly one row. A buffer holds the next 1024 parts, and the longest of them that fits the rest of
+    the row is added to it (best fit). If none fits, a new row starts.
     """
 
-    def __init__(self, tokens: np.ndarray, row_length: int, keep_tail: bool = False):
-        self._tokens = tokens
-        self._row_length = row_length
-        num_labels = len(tokens) - 1  # every token but the first is predicted once
-        self._num_rows = -(-num_labels // (row_length - 1)) if keep_tail else num_labels // (row_length - 1)
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    def read(self, row: int, out: np.ndarray) -> int:
-        """Write a row to the front of `out` (row_length,); returns how many tokens it has."""
-        start = row * (self._row_length - 1)
-        window = self._tokens[start : start + self._row_length]
-        out[: len(window)] = window
-        return len(window)
-
-
-class PackedDocuments:
-    """Rows of at most `row_length` tokens, made of complete documents. Longer documents are left out.
-
-    Each other document is in exactly one row. `lead` is a token that comes before the first document of each row (None:
-    no such token). Packing: a buffer holds the next 256 documents, and the longest of them that fits the rest of the
-    row is added to it. If none fits, a new row starts.
-    """
-
-    def __init__(self, tokens: np.ndarray, offsets: np.ndarray, row_length: int, lead: int | None):
-        self._tokens = tokens
-        self._offsets = np.array(offsets)  # copied from disk to memory, because every row reads them
-        self._lead = lead
-        lengths = np.diff(self._offsets)
-        capacity = row_length - (lead is not None)
-        self.shortest = int(lengths.min()) if len(lengths) else 0
-        self.documents, self._row_starts = _pack(lengths, capacity)
+    def __init__(self, starts: np.ndarray, lengths: np.ndarray, room: int):
+        order, self._row_starts = _pack(lengths, room)
+        self._starts, self._lengths = starts[order], lengths[order]
 
     def __len__(self) -> int:
         return len(self._row_starts) - 1
 
-    def read(self, row: int, out: np.ndarray) -> int:
-        """Write a row to the front of `out` (row_length,); returns how many tokens it has."""
-        size = 0
-        if self._lead is not None:
-            out[0] = self._lead
-            size = 1
-        for document in self.documents[self._row_starts[row] : self._row_starts[row + 1]]:
-            start, end = self._offsets[document], self._offsets[document + 1]
-            out[size : size + end - start] = self._tokens[start:end]
-            size += end - start
-        return int(size)
+    def parts(self, row: int) -> list[tuple[int, int]]:
+        """(First token, number of positions) of each part in a row."""
+        part = slice(self._row_starts[row], self._row_starts[row + 1])
+        return list(zip(self._starts[part].tolist(), self._lengths[part].tolist(), strict=True))
 
 
-def _pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """The documents' indices in the order of the rows, and the start of each row in it (num_rows + 1,), both int64."""
-    candidates = ((int(lengths[i]), int(i)) for i in np.flatnonzero(lengths <= capacity))
-    buffer = sorted(itertools.islice(candidates, _BUFFER))  # (length, document), shortest first
-    order, row_starts, free = [], [0], capacity
+def _pack(lengths: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """The parts' indices in the order of the rows, and the start of each row in it (num_rows + 1,), both int64."""
+    full = np.flatnonzero(lengths == room)  # these fill a row each, so the loop need not see them
+    candidates = ((int(lengths[i]), int(i)) for i in np.flatnonzero(lengths < room))
+    buffer = sorted(itertools.islice(candidates, _BUFFER))  # (length, part), shortest first
+    order, row_starts, free = [], [], 0
     while buffer:
         num_fitting = bisect.bisect_right(buffer, (free, len(lengths)))
         if num_fitting == 0:
             row_starts.append(len(order))
-            free = capacity
+            free = room
             continue
-        length, document = buffer.pop(num_fitting - 1)
-        order.append(document)
+        length, part = buffer.pop(num_fitting - 1)
+        order.append(part)
         free -= length
         if (new := next(candidates, None)) is not None:
             bisect.insort(buffer, new)
-    if order:
-        row_starts.append(len(order))
-    return np.array(order, dtype=np.int64), np.array(row_starts, dtype=np.int64)
+    starts = np.concatenate([np.arange(len(full)), len(full) + np.array(row_starts, dtype=np.int64)])
+    order = np.concatenate([full, np.array(order, dtype=np.int64)])
+    return order, np.append(starts, len(order))
 
 
 def schedule(shares: Sequence[float]) -> np.ndarray:

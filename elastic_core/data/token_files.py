@@ -1,11 +1,14 @@
 """The files of a data directory, and how they are written.
 
-One manifest, and two arrays for every source (`prose`, `code`, ...) and split (`train`, `held_out`)::
+One manifest, and two or three arrays for every source (`prose`, `code`, ...) and split (`train`, `held_out`)::
 
     manifest.json                    the sources, their sizes and the tokenizer: see Manifest
-    <source>.<split>.tokens.npy      the tokens of all documents, concatenated; each document ends with eos
+    <source>.<split>.tokens.npy      the tokens of all documents, concatenated
     <source>.<split>.offsets.npy     the start of every document and the end of the last one, int64
+    <source>.<split>.trained.npy     whether a model learns to predict the token, bool; without it: all tokens
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -18,14 +21,15 @@ import numpy as np
 from elastic_core.config import Require, require
 
 SPLITS = ("train", "held_out")
+TOO_LONG = ("split", "truncate", "drop")  # what happens to a document that is longer than a training sequence
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split of one source: the names of its two files in the data directory, and sizes.
+    """One split of one source: the names of its files in the data directory, and sizes.
 
-    `num_tokens` includes the eos of every document, and the bos if there is one. `num_bytes` is the size of the text in
-    UTF-8, without eos and bos.
+    `num_tokens` includes the tokens that start and end a document. `num_bytes` is the size of the text in UTF-8,
+    without these. `trained` is None if all tokens are trained; otherwise `num_trained` is the number of those that are.
     """
 
     tokens: str
@@ -33,6 +37,8 @@ class Split:
     num_tokens: int
     num_bytes: int
     num_documents: int
+    trained: str | None = None
+    num_trained: int | None = None
 
     def check(self, require: Require = require) -> None:
         for name in ("num_tokens", "num_bytes", "num_documents"):
@@ -41,23 +47,27 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One source. With `whole_documents`, a training sequence holds complete documents only, never a part of one.
+    """One source.
 
-    `skipped_rows` is the number of rows of its files that hold no text, by reason: "null" or "empty".
+    `too_long` says what happens to a document that is longer than a training sequence: it is split into parts,
+    truncated at its end, or dropped. `skipped_rows` is the number of rows of its files that were left out, by reason,
+    such as "null" or "empty".
     """
 
-    whole_documents: bool
+    too_long: str
     splits: dict[str, Split]
     skipped_rows: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def check(self, require: Require = require) -> None:
+        require(self.too_long in TOO_LONG, "too_long", self.too_long, ", ".join(TOO_LONG))
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json.
 
-    Every document starts with `bos_token_id` (None: documents have no bos). If bos and eos are the same token, the eos
-    of a document is also the bos of the next one, and the files hold it once. For whole documents, the loader then
-    puts it before the first document of each sequence. `tokenizer_sha256` is `vocabulary_sha256` (loader.py) of the
+    A document of text starts with `bos_token_id` (None: it has no bos) and ends with `eos_token_id`. A conversation
+    has the tokens that the chat template writes. `tokenizer_sha256` is `vocabulary_sha256` (loader.py) of the
     tokenizer.
     """
 
@@ -86,47 +96,76 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """How much of a split was written: the number of tokens and offsets, and the size of the text in bytes."""
+    """How much of a split was written: tokens, offsets, tokens that are trained, and the size of the text in bytes."""
 
     num_tokens: int = 0
     num_offsets: int = 0
     num_bytes: int = 0
+    num_trained: int = 0
 
 
 class SplitWriter:
-    """Appends documents to the two files of one split. It keeps no tokens in memory.
+    """Appends documents to the files of one split. It keeps no tokens in memory.
 
+    `masked`: whether only a part of the tokens is trained, so that `append` gets masks.
     `written`: how much an earlier writer had written (see `flush`). What its files hold beyond that is dropped.
     """
 
-    def __init__(self, directory: str | Path, source: str, split: str, dtype: np.dtype, written: Written | None = None):
-        stem, start = f"{source}.{split}", written or Written()
-        self._tokens = _ArrayWriter(Path(directory) / f"{stem}.tokens.npy", dtype, start.num_tokens)
-        self._offsets = _ArrayWriter(Path(directory) / f"{stem}.offsets.npy", np.dtype(np.int64), start.num_offsets)
-        self._num_bytes = start.num_bytes
+    def __init__(
+        self,
+        directory: str | Path,
+        source: str,
+        split: str,
+        dtype: np.dtype,
+        written: Written | None = None,
+        masked: bool = False,
+    ):
+        stem, start = Path(directory) / f"{source}.{split}", written or Written()
+        self._tokens = _ArrayWriter(stem.with_name(f"{stem.name}.tokens.npy"), dtype, start.num_tokens)
+        self._offsets = _ArrayWriter(stem.with_name(f"{stem.name}.offsets.npy"), np.dtype(np.int64), start.num_offsets)
+        path = stem.with_name(f"{stem.name}.trained.npy")
+        self._trained = _ArrayWriter(path, np.dtype(bool), start.num_tokens) if masked else None
+        self._num_bytes, self._num_trained = start.num_bytes, start.num_trained
         if written is None:
             self._offsets.append([0])
 
-    def append(self, documents: Sequence[Sequence[int] | np.ndarray], num_bytes: int) -> None:
-        """Append documents, each the token ids with eos; `num_bytes` is the size of all their texts in UTF-8."""
+    def append(
+        self,
+        documents: Sequence[Sequence[int] | np.ndarray],
+        num_bytes: int,
+        trained: Sequence[Sequence[bool] | np.ndarray] | None = None,
+    ) -> None:
+        """Append documents, each its token ids; `num_bytes` is the size of all their texts in UTF-8.
+
+        `trained`, for each document: whether each token is trained. Needed if and only if the writer is `masked`.
+        """
+        assert (trained is not None) == (self._trained is not None)
         ends = self._tokens.size + np.cumsum([len(ids) for ids in documents], dtype=np.int64)
         self._offsets.append(ends)
         for ids in documents:
             self._tokens.append(ids)
+        for ids, mask in zip(documents, trained or (), strict=trained is not None):
+            assert len(ids) == len(mask)
+            self._trained.append(mask)
+            self._num_trained += int(np.count_nonzero(mask))
         self._num_bytes += num_bytes
 
     def flush(self) -> Written:
         """Write everything to the disk, and return how much that is."""
-        self._tokens.flush()
-        self._offsets.flush()
-        return Written(self._tokens.size, self._offsets.size, self._num_bytes)
+        for array in self._arrays():
+            array.flush()
+        return Written(self._tokens.size, self._offsets.size, self._num_bytes, self._num_trained)
 
     def close(self) -> Split:
         """Finish and close the files. They must not be read before."""
-        self._tokens.close()
-        self._offsets.close()
+        for array in self._arrays():
+            array.close()
+        mask = (None, None) if self._trained is None else (self._trained.path.name, self._num_trained)
         names = self._tokens.path.name, self._offsets.path.name
-        return Split(*names, self._tokens.size, self._num_bytes, self._offsets.size - 1)
+        return Split(*names, self._tokens.size, self._num_bytes, self._offsets.size - 1, *mask)
+
+    def _arrays(self) -> list[_ArrayWriter]:
+        return [self._tokens, self._offsets] + ([] if self._trained is None else [self._trained])
 
 
 class _ArrayWriter:

@@ -30,8 +30,6 @@ class Batch:
 class Encoder:
     """Encodes documents with a tokenizer. Each document gets bos before it, if the tokenizer has one, and eos after it.
 
-    One token may be both bos and eos. It is then written once, because the eos of one document starts the next.
-
     `threads` is the number of batches encoded at once. The tokenizer releases Python's global lock (GIL), so threads
     are enough to use all cores.
     """
@@ -44,7 +42,7 @@ class Encoder:
         self._encoder.no_truncation()
         self._encoder.no_padding()
         eos, bos = manifest.eos_token_id, manifest.bos_token_id
-        self._start, self._end = [] if bos is None or bos == eos else [bos], eos
+        self._start, self._end = [] if bos is None else [bos], eos
         self._dtype, self._threads = manifest.dtype, threads
 
     def encoded(self, documents: Iterable[tuple[str, str]]) -> Iterator[Batch]:

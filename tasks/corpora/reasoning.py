@@ -76,7 +76,8 @@ class Chains:
     step_weights: tuple[float, ...] | None = None  # relative frequency of 1, 2, ... max_steps steps; null: equal
     direct_share: float = 0.1  # share of the documents without worked steps
 
-    whole_documents: ClassVar[bool] = True  # packing never splits a document
+    too_long: ClassVar[str] = "drop"  # of a document that is longer than a training sequence
+    is_generated: ClassVar[bool] = True
 
     def check(self, require: Require = require) -> None:
         require(self.documents > 0, "documents", self.documents, "1 or more")
@@ -113,7 +114,8 @@ class Recall:
     pair_weights: tuple[float, ...] | None = None  # relative frequency of 2, 3, ... max_pairs pairs; null: equal
     max_queries: int = 8  # the most keys that a document asks for
 
-    whole_documents: ClassVar[bool] = True  # packing never splits a document
+    too_long: ClassVar[str] = "drop"  # of a document that is longer than a training sequence
+    is_generated: ClassVar[bool] = True
 
     def check(self, require: Require = require) -> None:
         require(self.documents > 0, "documents", self.documents, "1 or more")

@@ -40,7 +40,8 @@ class Bible:
     kind: str = "bible"
     max_characters: int | None = None  # of training text; held-out text is limited to a twentieth of it
 
-    whole_documents: ClassVar[bool] = False  # packing may split a document
+    too_long: ClassVar[str] = "split"  # of a document that is longer than a training sequence
+    is_generated: ClassVar[bool] = False
 
     def check(self, require: Require = require) -> None:
         _check_max_characters(self.max_characters, require)
@@ -64,7 +65,8 @@ class Sympy:
     kind: str = "sympy"
     max_characters: int | None = None  # of training text; held-out text is limited to a twentieth of it
 
-    whole_documents: ClassVar[bool] = False  # packing may split a document
+    too_long: ClassVar[str] = "split"  # of a document that is longer than a training sequence
+    is_generated: ClassVar[bool] = False
 
     def check(self, require: Require = require) -> None:
         _check_max_characters(self.max_characters, require)
@@ -102,7 +104,8 @@ class Files:
     max_characters: int | None = None  # of training text; held-out text is limited to a twentieth of it
     strict: bool = False  # refuse the first row without text, instead of skipping all of them
 
-    whole_documents: ClassVar[bool] = False  # packing may split a document
+    too_long: ClassVar[str] = "split"  # of a document that is longer than a training sequence
+    is_generated: ClassVar[bool] = False
 
     def check(self, require: Require = require) -> None:
         _check_max_characters(self.max_characters, require)

@@ -24,7 +24,7 @@ def train_tokenizer(
     It puts bos before a text on its own. So lm-eval presents a prompt exactly as training presents a document.
     """
     # Generated reasoning has one token per character by design. BPE has nothing to merge there.
-    texts = {name: source for name, source in sources.items() if not source.whole_documents} or sources
+    texts = {name: source for name, source in sources.items() if not source.is_generated} or sources
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])

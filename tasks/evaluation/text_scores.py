@@ -3,23 +3,24 @@
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_core.data.loader import IGNORED_LABEL, TokenData, held_out_batches
+from elastic_core.data.loader import IGNORED_LABEL, Batch, TokenData, held_out_batches
 from tasks.settings.sections import Evaluate
 
 
 @torch.no_grad()
-def text_scores(model, parent, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
+def text_scores(model, parent, batches: Iterator[Batch]) -> tuple[float, float, int]:
     """Sums over all predicted tokens: cross-entropy in nats, KL(parent ‖ model) in nats, and the number of tokens.
 
-    batches: (input_ids, labels), both (B, L); labels are already shifted, and IGNORED_LABEL marks positions to skip.
+    batches: one document per row, padded at its end. Positions with the label IGNORED_LABEL are skipped.
     parent: None gives a KL of 0.
     """
     loss, kl, tokens = 0.0, 0.0, 0
-    for input_ids, labels in batches:
+    for input_ids, labels, _ in batches:
         logprobs = model(input_ids, use_cache=False).logits.log_softmax(-1)
         loss += F.nll_loss(logprobs.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum").item()
         if parent is not None:
@@ -54,9 +55,12 @@ def held_out_scores(section: Evaluate, data: TokenData, model, parent) -> dict:
 
 
 def first_tokens(data: TokenData, source: str, number: int) -> Tensor:
-    """The first `number` tokens of a held-out source as one sequence (1, number)."""
-    input_ids, _ = next(held_out_batches(data, source, number, 1))
-    return input_ids
+    """The first `number` tokens of the first held-out document that has so many, else of the longest: (1, L) int64."""
+    tokens, offsets = data.tokens(source, "held_out"), data.offsets(source, "held_out")
+    lengths = np.diff(offsets)
+    document = int(np.argmax(np.minimum(lengths, number)))  # the first of the largest
+    start = offsets[document]
+    return torch.from_numpy(tokens[start : start + min(number, lengths[document])].astype(np.int64))[None]
 
 
 def count_parameters(model) -> dict[str, int]:

@@ -59,8 +59,8 @@ class PrepareData:
         }
 
     def text_names(self) -> list[str]:
-        """Names of the sources of running text; of all sources, if there is no running text."""
-        names = [name for name, source in self.parsed_sources().items() if not source.whole_documents]
+        """Names of the sources that are not generated; of all sources, if all are generated."""
+        names = [name for name, source in self.parsed_sources().items() if not source.is_generated]
         return names or list(self.sources)
 
     def task_names(self) -> list[str]:

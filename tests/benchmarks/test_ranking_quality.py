@@ -78,7 +78,7 @@ def make_workspace(directory, architecture: str):
         writer = SplitWriter(data, "text", split, manifest.dtype)
         writer.append([draw.integers(1, config.vocab_size, 400).tolist()], num_bytes=800)
         splits[split] = writer.close()
-    manifest.sources["text"] = Source(False, splits)
+    manifest.sources["text"] = Source("split", splits)
     manifest.write(data)
     values = yaml.safe_load((ROOT / "params.yaml").read_text())
     values["prepare_data"]["sources"] = {"text": {"kind": "files", "path": "text.txt"}}
@@ -128,7 +128,7 @@ def test_one_table_for_any_architecture(tmp_path, architecture, monkeypatch, cap
     data, model = TokenData(workspace / "artifacts/data"), ElasticModel.from_pretrained(workspace / "artifacts/parent")
     section = load(workspace / "params.yaml").evaluate
     nats, num_bytes, held_out = 0.0, 0.0, []
-    for ids, labels in held_out_batches(data, "text", 16, section.batch_size, 64):
+    for ids, labels, _ in held_out_batches(data, "text", 16, section.batch_size, 64):
         with torch.no_grad():
             logprobs = model(ids).log_softmax(-1)
         nats -= logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0][labels >= 0].sum().item()

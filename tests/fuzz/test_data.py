@@ -24,13 +24,15 @@ def scratch(tmp_path_factory):
     directory = scratch / "valid"
     directory.mkdir()
     manifest = Manifest(VOCAB, 0, 0, "no tokenizer", {})
-    for name, whole in (("prose", False), ("chains", True)):
+    for name, too_long in (("prose", "split"), ("chains", "drop"), ("talk", "truncate")):
         splits = {}
         for split in ("train", "held_out"):
-            writer = SplitWriter(directory, name, split, manifest.dtype)
-            writer.append([[*range(1, 1 + size), 0] for size in (3, 2, 3, 1, 3)], num_bytes=30)
+            writer = SplitWriter(directory, name, split, manifest.dtype, masked=name == "talk")
+            documents = [[*range(1, 1 + size), 0] for size in (3, 2, 3, 1, 3)]
+            masks = [[i % 2 == 0 for i in range(len(ids))] for ids in documents] if name == "talk" else None
+            writer.append(documents, num_bytes=30, trained=masks)
             splits[split] = writer.close()
-        manifest.sources[name] = Source(whole, splits)
+        manifest.sources[name] = Source(too_long, splits)
     manifest.write(directory)
     assert not isinstance(read(scratch, directory, "valid"), UserError)
     return scratch
@@ -43,7 +45,7 @@ def read(scratch, directory, target: str):
         batches = [sequences.batch(0, 20)]
         for name in data.manifest.sources:
             batches += held_out_batches(data, name, LENGTH, 2)
-        for inputs, labels in batches:  # an id outside of the vocabulary would end training in an error of torch
+        for inputs, labels, _ in batches:  # an id outside of the vocabulary would end training in an error of torch
             assert inputs.min() >= 0 and inputs.max() < data.manifest.vocab_size
             assert labels.max() < data.manifest.vocab_size
 
@@ -120,7 +122,7 @@ def test_unfinished_preparations(scratch, data):
     directory = scratch / "preparation"
     splits = {split: Split("a.npy", "b.npy", 3, 9, 1) for split in ("train", "held_out")}
     begun = Begun(3, 2, dict.fromkeys(splits, Written(3, 2, 9)))
-    preparation = Preparation.load(directory).with_begun("prose", begun).with_finished("code", Source(False, splits))
+    preparation = Preparation.load(directory).with_begun("prose", begun).with_finished("code", Source("split", splits))
     assert Preparation.load(directory) == preparation
     file = directory / FILE
     file.write_bytes(data.draw(broken_file(json.loads(file.read_text()))))

@@ -55,9 +55,9 @@ def test_the_report_says_what_heterogeneous_widths_gain(tmp_path, monkeypatch):
         with torch.no_grad():
             losses = [
                 F.cross_entropy(model(ids, sizes).flatten(0, 1), labels.flatten(), reduction="sum")
-                for ids, labels in batches
+                for ids, labels, _ in batches
             ]
-        number = sum((labels != IGNORED_LABEL).sum() for _, labels in batches)
+        number = sum((labels != IGNORED_LABEL).sum() for _, labels, _ in batches)
         assert found["loss"] == pytest.approx((sum(losses) / number).item(), rel=1e-5)
     # All versions of a budget have one shape: one measurement serves them, and the last version's words are kept.
     versions = scores["medium"].values()
@@ -83,5 +83,5 @@ def write_held_out(directory: Path) -> None:
     writer.append([rng.integers(1, CONFIG.vocab_size, 600).tolist()], num_bytes=1200)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<end>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory / "tokenizer")
-    manifest.sources["mine"] = Source(False, {"held_out": writer.close()})
+    manifest.sources["mine"] = Source("split", {"held_out": writer.close()})
     manifest.write(directory)

@@ -51,11 +51,11 @@ def data(tmp_path_factory):
             tokens.append((5 * tokens[-1] + 3) % 31 + 1 if rng.random() < 0.9 else int(rng.integers(1, 32)))
         return [*tokens, 0]
 
-    for name, whole, lengths in (("text", False, [200] * 40), ("short", True, rng.integers(4, 15, 200))):
+    for name, too_long, lengths in (("text", "split", [200] * 40), ("short", "drop", rng.integers(4, 15, 200))):
         writer = SplitWriter(directory, name, "train", manifest.dtype)
         for length in lengths:
             writer.append([document(length)], num_bytes=int(length))
-        manifest.sources[name] = Source(whole, {"train": writer.close()})
+        manifest.sources[name] = Source(too_long, {"train": writer.close()})
     manifest.write(directory)
     return TokenData(directory)
 

@@ -16,28 +16,29 @@ from elastic_core.data.loader import (
     held_out_batches,
     vocabulary_sha256,
 )
-from elastic_core.data.token_files import SPLITS, Manifest, Source, SplitWriter
+from elastic_core.data.token_files import SPLITS, TOO_LONG, Manifest, Source, SplitWriter
 
 EOS, LENGTH = 0, 16
 
 
-def write_data(directory, documents, *, vocab_size=60_000, bos=EOS):
-    """`documents`: source → (whole_documents, split → lists of token ids without eos)."""
+def write_data(directory, documents, *, vocab_size=60_000):
+    """`documents`: source → (too_long, split → lists of token ids without eos). Source "masked" trains odd ids only."""
     directory.mkdir(exist_ok=True)
-    manifest = Manifest(vocab_size, EOS, bos, "no tokenizer", {})
-    for name, (whole, by_split) in documents.items():
+    manifest = Manifest(vocab_size, EOS, None, "no tokenizer", {})
+    for name, (too_long, by_split) in documents.items():
         splits = {}
         for split, texts in by_split.items():
-            writer = SplitWriter(directory, name, split, manifest.dtype)
+            writer = SplitWriter(directory, name, split, manifest.dtype, masked=name == "masked")
             for ids in texts:
-                writer.append([[*ids, EOS]], num_bytes=3 * len(ids))
+                masks = [[token % 2 == 1 for token in [*ids, EOS]]] if name == "masked" else None
+                writer.append([[*ids, EOS]], num_bytes=3 * len(ids), trained=masks)
             splits[split] = writer.close()
-        manifest.sources[name] = Source(whole, splits)
+        manifest.sources[name] = Source(too_long, splits)
     manifest.write(directory)
     return TokenData(directory)
 
 
-def whole_documents(count, longest, rng):
+def distinct_documents(count, longest, rng):
     """Documents no two of which share a token, 2 to `longest` tokens long."""
     lengths = rng.integers(2, longest + 1, size=count)
     starts = 1 + np.concatenate([[0], np.cumsum(lengths)])
@@ -48,35 +49,48 @@ def whole_documents(count, longest, rng):
 def data(tmp_path):
     rng = np.random.default_rng(0)
     stream = [list(range(1 + 100 * i, 101 + 100 * i)) for i in range(12)]  # all different, but for eos
-    steps = whole_documents(60, 14, rng)
+    steps = distinct_documents(60, 14, rng)
     return write_data(
         tmp_path / "data",
         {
-            "prose": (False, {"train": stream, "held_out": stream[:3]}),
-            "code": (False, {"train": stream[:5], "held_out": stream[:1]}),
-            "chains": (True, {"train": steps, "held_out": steps[:20]}),
+            "prose": ("split", {"train": stream, "held_out": stream[:3]}),
+            "code": ("split", {"train": stream[:5], "held_out": stream[:1]}),
+            "chains": ("drop", {"train": steps, "held_out": steps[:20]}),
         },
     )
 
 
+def documents_of(batch):
+    """The documents, or parts of documents, of a batch: each as (tokens, labels), in the order of the rows."""
+    found = []
+    for ids, labels, numbers in zip(*(part.tolist() for part in batch), strict=True):
+        assert numbers == sorted(numbers) and numbers[0] == 0
+        for number in sorted(set(numbers)):
+            places = [i for i, one in enumerate(numbers) if one == number]
+            found.append(([ids[i] for i in places], [labels[i] for i in places]))
+    return [(ids, labels) for ids, labels in found if set(labels) != {IGNORED_LABEL}]  # the others are padding
+
+
 def test_a_batch_is_its_samples_one_by_one_in_any_division(data):
     sequences = PackedSequences(data, {"prose": 0.5, "code": 0.2, "chains": 0.3}, LENGTH, seed=3)
-    inputs, labels = sequences.batch(7, 300)  # several epochs of each source
-    assert inputs.shape == labels.shape == (300, LENGTH)
-    assert inputs.dtype == labels.dtype == torch.int64
+    batch = sequences.batch(7, 300)  # several epochs of each source
+    assert {part.shape for part in batch} == {(300, LENGTH)} and {part.dtype for part in batch} == {torch.int64}
     fresh = PackedSequences(data, {"prose": 0.5, "code": 0.2, "chains": 0.3}, LENGTH, seed=3)
     for i in reversed(range(300)):
-        one_inputs, one_labels = fresh.batch(7 + i, 1)
-        assert torch.equal(one_inputs[0], inputs[i]) and torch.equal(one_labels[0], labels[i])
+        for one, all_rows in zip(fresh.batch(7 + i, 1), batch, strict=True):
+            assert torch.equal(one[0], all_rows[i])
 
 
-def test_seed_and_epoch_change_the_order_and_nothing_else(data):
-    first, second = (PackedSequences(data, {"prose": 1}, LENGTH, seed) for seed in (1, 2))
-    rows = first.num_sequences("prose")
-    epochs = [first.batch(0, rows)[0], first.batch(rows, rows)[0], second.batch(0, rows)[0]]
-    assert not torch.equal(epochs[0], epochs[1]) and not torch.equal(epochs[0], epochs[2])
-    as_sets = [{tuple(row) for row in epoch.tolist()} for epoch in epochs]
-    assert as_sets[0] == as_sets[1] == as_sets[2] and len(as_sets[0]) == rows
+@pytest.mark.parametrize("source", ["prose", "chains"])
+def test_seed_and_epoch_change_the_order_and_nothing_else(data, source):
+    """The seed also changes which documents share a row; an epoch reads the same rows again."""
+    first, second = (PackedSequences(data, {source: 1}, LENGTH, seed) for seed in (1, 2))
+    rows = first.num_sequences(source)
+    epochs = [first.batch(0, rows), first.batch(rows, rows), second.batch(0, second.num_sequences(source))]
+    assert not torch.equal(epochs[0].input_ids, epochs[1].input_ids)
+    as_sets = [{tuple(row) for row in epoch.input_ids.tolist()} for epoch in epochs]
+    assert as_sets[0] == as_sets[1] and len(as_sets[0]) == rows and as_sets[0] != as_sets[2]
+    assert sorted(documents_of(epochs[0])) == sorted(documents_of(epochs[2]))
 
 
 @pytest.mark.parametrize(
@@ -110,60 +124,66 @@ def test_batches_take_sources_by_their_shares(data):
         assert prose == 20
 
 
-def test_an_epoch_of_running_text_predicts_every_token_once(data):
-    sequences = PackedSequences(data, {"prose": 1.0}, LENGTH, seed=5)
-    stream = np.asarray(data.tokens("prose", "train")).astype(int)
-    inputs, labels = sequences.batch(0, sequences.num_sequences("prose"))
-    assert torch.equal(inputs[:, 1:], labels[:, :-1])
-    predicted = np.bincount(labels.flatten(), minlength=stream.max() + 1)
-    used = 1 + sequences.num_sequences("prose") * LENGTH
-    assert len(stream) - LENGTH < used <= len(stream)
-    np.testing.assert_array_equal(predicted, np.bincount(stream[1:used], minlength=stream.max() + 1))
+def naive_parts(ids, room, too_long):
+    """The parts of a document as (inputs, labels), token by token."""
+    tokens = [*ids, EOS]
+    if too_long == "drop" and len(tokens) - 1 > room:
+        return []
+    if too_long == "truncate":
+        tokens = tokens[: room + 1]
+    parts = []
+    while len(tokens) > 1:
+        labels = tokens[1 : room + 1]
+        parts.append((tokens[: len(labels)], labels))
+        tokens = tokens[room:]
+    return parts
 
 
-@pytest.mark.parametrize("bos", [EOS, 59_999, None])
-def test_documents_stay_whole_and_come_once(tmp_path, bos):
-    documents = whole_documents(400, 20, np.random.default_rng(1))
-    data = write_data(tmp_path / "data", {"chains": (True, {"train": documents})}, bos=bos)
-    sequences = PackedSequences(data, {"chains": 1}, LENGTH, seed=0)
-    inputs, labels = sequences.batch(0, sequences.num_sequences("chains"))
-    found = []
-    for row, row_labels in zip(inputs.tolist(), labels.tolist(), strict=True):
-        padding = row_labels.count(IGNORED_LABEL)
-        kept = LENGTH - padding
-        assert row_labels[:kept] == row[1 : kept + 1] + row_labels[kept - 1 : kept] * (padding == 0)
-        assert row_labels[kept:] == [IGNORED_LABEL] * padding and set(row[kept + 1 :]) <= {EOS}
-        tokens = row[:1] + row_labels[:kept]
-        assert tokens[-1] == EOS
-        if bos == EOS:
-            assert tokens.pop(0) == EOS
-        found += [part.split() for part in " ".join(map(str, tokens)).split(f" {EOS}")]
-    room = LENGTH + 1 - (bos == EOS)
-    expected = [[str(i) for i in ids] for ids in documents if len(ids) + 1 <= room]
-    assert sorted(part for part in found if part) == sorted(expected)
-    assert len(expected) < len(documents)  # some were too long
+@pytest.mark.parametrize("too_long", TOO_LONG)
+@pytest.mark.parametrize("name", ["plain", "masked"])
+def test_an_epoch_has_every_part_of_every_document_once(tmp_path, too_long, name):
+    documents = distinct_documents(300, 40, np.random.default_rng(1))
+    data = write_data(tmp_path / "data", {name: (too_long, {"train": documents, "held_out": documents})})
+    expected = [part for ids in documents for part in naive_parts(ids, LENGTH, too_long)]
+    if name == "masked":
+        expected = [(ids, [y if y % 2 == 1 else IGNORED_LABEL for y in labels]) for ids, labels in expected]
+        expected = [(ids, labels) for ids, labels in expected if set(labels) != {IGNORED_LABEL}]
+    sequences = PackedSequences(data, {name: 1}, LENGTH, seed=0)
+    assert sorted(documents_of(sequences.batch(0, sequences.num_sequences(name)))) == sorted(expected)
+    held_out = [pair for batch in held_out_batches(data, name, LENGTH, 7) for pair in documents_of(batch)]
+    assert sorted(trim(*pair) for pair in held_out) == sorted(trim(*pair) for pair in expected)
+
+
+def trim(ids, labels):
+    """Without the positions at the end that have no label: padding, or tokens that are not trained."""
+    end = max(i for i, label in enumerate(labels) if label != IGNORED_LABEL) + 1
+    return ids[:end], labels[:end]
 
 
 def test_packing_wastes_little():
     lengths = np.random.default_rng(2).integers(10, 100, size=5000)
-    tokens, offsets = np.zeros(lengths.sum(), np.uint16), np.concatenate([[0], np.cumsum(lengths)])
-    rows = packing.PackedDocuments(tokens, offsets, row_length=257, lead=None)
-    assert len(rows) * 257 < 1.02 * lengths.sum()
+    offsets = np.concatenate([[0], np.cumsum(lengths + 1)])
+    rows = packing.PackedRows(*packing.parts_of_documents(offsets, 256, "drop"), 256)
+    assert len(rows) * 256 < 1.02 * lengths.sum()
+    assert all(sum(length for _, length in rows.parts(row)) <= 256 for row in range(len(rows)))
 
 
-@pytest.mark.parametrize("source", ["prose", "chains"])
-def test_held_out_sequences_predict_every_token_once_whatever_the_batch(data, source):
-    batches = {size: list(held_out_batches(data, source, LENGTH, size)) for size in (1, 4)}
-    together = [torch.cat(part) for part in zip(*batches[4], strict=True)]
-    assert torch.equal(together[0], torch.cat([inputs for inputs, _ in batches[1]]))
-    predicted = together[1][together[1] != IGNORED_LABEL]
-    lead = 0 if source == "chains" else 1  # rows of documents start with an eos of their own
-    assert sorted(predicted.tolist()) == sorted(np.asarray(data.tokens(source, "held_out"))[lead:].tolist())
+def test_held_out_documents_stand_alone_in_their_rows(data):
+    for source in ("prose", "chains"):
+        for inputs, labels, numbers in held_out_batches(data, source, LENGTH, 4):
+            live = labels != IGNORED_LABEL
+            assert bool((live[:, :-1] >= live[:, 1:]).all())  # padding is at the end only
+            assert inputs.shape[1] == int(live.sum(1).max()) and bool((numbers[live] == 0).all())
+    predicted = torch.cat(
+        [batch.labels[batch.labels != IGNORED_LABEL] for batch in held_out_batches(data, "prose", LENGTH, 4)]
+    )
+    tokens, starts = np.asarray(data.tokens("prose", "held_out")), data.offsets("prose", "held_out")[:-1]
+    assert sorted(predicted.tolist()) == sorted(np.delete(tokens, starts).tolist())  # all but the first of a document
 
 
 def test_held_out_stops_at_max_tokens(data):
     batches = list(held_out_batches(data, "prose", LENGTH, batch_size=2, max_tokens=3 * LENGTH))
-    assert [len(inputs) for inputs, _ in batches] == [2, 1]
+    assert [len(batch.input_ids) for batch in batches] == [2, 1]
 
 
 def test_bytes_per_token_counts_every_token(data):
@@ -178,9 +198,8 @@ def test_bytes_per_token_counts_every_token(data):
         ({"prose": float("nan")}, LENGTH, "mixture.prose"),
         ({"prose": 0, "code": 0}, LENGTH, "positive share"),
         ({}, LENGTH, "positive share"),
-        ({"prose": 1}, 5000, "1212 tokens do not fill one sequence of sequence_length 5000"),
         ({"prose": 1}, 0, "sequence_length: got 0"),
-        ({"chains": 1}, 2, "no document fits sequence_length 2, the shortest has 3 tokens"),
+        ({"chains": 1}, 1, "no document fits sequence_length 1, the shortest has 3 tokens"),
     ],
 )
 def test_what_cannot_be_packed_is_named(data, mixture, length, message):
@@ -191,7 +210,7 @@ def test_what_cannot_be_packed_is_named(data, mixture, length, message):
 @pytest.mark.parametrize("vocab_size", [1 << 16, (1 << 16) + 1])
 def test_tokens_take_the_smallest_type_and_stay_themselves(tmp_path, vocab_size):
     ids = [1, 7, vocab_size - 1]
-    data = write_data(tmp_path / "data", {"prose": (False, {"train": [ids]})}, vocab_size=vocab_size)
+    data = write_data(tmp_path / "data", {"prose": ("split", {"train": [ids]})}, vocab_size=vocab_size)
     tokens = data.tokens("prose", "train")
     assert isinstance(tokens, np.memmap) and tokens.tolist() == [*ids, EOS]
     assert tokens.dtype.itemsize == (2 if vocab_size == 1 << 16 else 4)

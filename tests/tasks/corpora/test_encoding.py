@@ -16,7 +16,7 @@ DOCUMENTS = [("held_out" if i % 9 == 4 else "train", text) for i, text in enumer
 class Given:
     """A source of the texts above."""
 
-    whole_documents = False
+    is_generated = False
 
     def texts(self, seed):
         return iter(DOCUMENTS)
@@ -41,7 +41,7 @@ def test_threads_encode_as_one_text_after_another(tokenizer, monkeypatch, thread
         assert len(documents) == len(texts)
         for text, ids in zip(texts, documents, strict=True):
             plain = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-            assert ids.dtype == np.uint16 and ids.tolist() == [*([7] if bos == 7 else []), *plain, 0]
+            assert ids.dtype == np.uint16 and ids.tolist() == [*([] if bos is None else [bos]), *plain, 0]
         assert sum(b.num_bytes for b in batches if b.split == split) == sum(len(text.encode()) for text in texts)
         assert sum(b.num_characters for b in batches if b.split == split) == sum(map(len, texts))
 

@@ -105,7 +105,7 @@ def test_documents_cost_one_token_per_character(data_directory):
     manifest = TokenData(data_directory).manifest
     for name in ("chains", "recall"):
         for entry in manifest.sources[name].splits.values():
-            assert entry.num_tokens == entry.num_bytes + entry.num_documents
+            assert entry.num_tokens == entry.num_bytes + 2 * entry.num_documents
 
 
 def test_training_and_lm_eval_show_a_prompt_alike(data_directory):

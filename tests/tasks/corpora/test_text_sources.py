@@ -133,14 +133,15 @@ def test_tokens_on_disk_are_the_documents(tmp_path):
     for split, documents in expected.items():
         tokens, offsets = data.tokens("mine", split), data.offsets("mine", split)
         parts = [tokens[start:end].tolist() for start, end in pairwise(offsets)]
-        assert all(part[-1] == tokenizer.eos_token_id and part.count(part[-1]) == 1 for part in parts)
-        assert [tokenizer.decode(part[:-1]) for part in parts] == documents
+        end = tokenizer.eos_token_id  # it also starts a document
+        assert all(part[0] == part[-1] == end and part.count(end) == 2 for part in parts)
+        assert [tokenizer.decode(part[1:-1]) for part in parts] == documents
         assert manifest.sources["mine"].splits[split].num_bytes == sum(len(text.encode()) for text in documents)
 
 
 def test_the_tokenizer_learns_from_the_training_split_only(tmp_path):
     class Odd:
-        whole_documents = False
+        is_generated = False
 
         def texts(self, seed):
             yield "train", "ordinary words " * 20
