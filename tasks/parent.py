@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import PreTrainedConfig
 
 from elastic_core import ElasticModel
 from elastic_core.config import ConfigError
@@ -62,10 +62,10 @@ def main() -> None:
         run_stage(work, settings, "parent", settings.parent.training)
 
 
-def initialise(config: NemotronHConfig, seed: int) -> ElasticModel:
+def initialise(config: PreTrainedConfig, seed: int) -> ElasticModel:
     """A new model with the initial weights that transformers would give it."""
     torch.manual_seed(seed)
-    reference = NemotronHForCausalLM(config)
+    reference = architectures.model_class(config)(config)
     model = ElasticModel(config)
     model.load_state_dict(reference.state_dict())
     return model

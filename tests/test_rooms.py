@@ -191,6 +191,17 @@ def test_settings_and_the_command_line_start_without_torch(module):
     assert done.stdout == "set()\n"
 
 
+def test_stages_start_without_models_of_transformers_and_without_a_compiler():
+    """Each takes about a second to import, and every stage of a run starts anew."""
+    stages = ", ".join(f"tasks.{name}" for name in ("prepare_data", "parent", "rank", "train_short", "extract"))
+    code = (
+        f"import sys, {stages}; slow = {{'transformers.modeling_utils', 'transformers.activations', 'torch._dynamo'}}; "
+        "print(slow & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 @pytest.mark.parametrize("path", files("elastic_core"), ids=name_of)
 def test_the_core_needs_little(path):
     allowed = (
@@ -240,7 +251,7 @@ def test_what_is_one_architectures_own_is_in_its_file_only():
         found = sorted(set(own.findall(path.read_text())))
         assert not found or path.parent.name == "architectures", path
     architectures = {path.stem for path in (ROOT / "elastic_core/model/architectures").glob("*.py")}
-    assert architectures == {"__init__", "nemotron_h", "nemotron_h_ffn", "nemotron_h_mamba", "llama"}
+    assert architectures == {"__init__", "nemotron_h", "nemotron_h_ffn", "nemotron_h_mamba", "llama", "rotary"}
 
 
 def test_stages_are_named_alike_everywhere():

@@ -71,7 +71,7 @@ def empty_model(config, submodel: Submodel) -> PreTrainedModel:
     For a heterogeneous submodel, its class is that of the modeling file.
     """
     architecture = architectures.of(config)
-    _, model_class = architecture.MODELS[config.model_type]
+    model_class = architectures.model_class(config)
     if not submodel.is_homogeneous:
         model_class = getattr(_modeling_file(architecture.MODELING_FILE), architecture.REMOTE_CLASSES[1])
     with torch.device("meta"):
@@ -83,7 +83,7 @@ def submodel_config(config, submodel: Submodel) -> PreTrainedConfig:
     architecture = architectures.of(config)
     with tempfile.TemporaryDirectory() as directory:
         hf.write_config(Path(directory), config, **config_changes(config, submodel))
-        config_class, _ = architecture.MODELS[config.model_type]
+        config_class = architectures.config_class(config.model_type, "config")
         if not submodel.is_homogeneous:
             config_class = getattr(_modeling_file(architecture.MODELING_FILE), architecture.REMOTE_CLASSES[0])
         return config_class.from_pretrained(directory)

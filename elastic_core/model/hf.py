@@ -56,7 +56,7 @@ def build_config(values: Mapping, directory: str, build: Callable[[type], PreTra
 
     Raises UserError for values that transformers or this library do not accept.
     """
-    config_class, _ = architectures.find(values.get("model_type"), directory).MODELS[values["model_type"]]
+    config_class = architectures.config_class(values.get("model_type"), directory)
     where = f"{directory}/config.json"
     for name in SIZES:  # before transformers makes lists of these lengths
         _check_size(name, values.get(name), where)
@@ -270,6 +270,6 @@ def write_config(directory: Path, config, **changes) -> None:
     values = json.loads(config.to_json_string(use_diff=False))
     values.pop("auto_map", None)  # it names modeling files that are not copied
     architecture = architectures.of(config)
-    values |= {"architectures": [architecture.MODELS[config.model_type][1].__name__], **changes}
+    values |= {"architectures": [architecture.MODELS[config.model_type][1]], **changes}
     values |= architecture.file_values(values)
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

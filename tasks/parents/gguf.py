@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from elastic_core.errors import UserError
 from elastic_core.io.atomic import whole_directory
@@ -18,7 +18,7 @@ from tasks.parents.gguf_file import Gguf
 from tasks.settings.local_checks import find_package_file
 
 
-def read_config(path: str) -> LlamaConfig:
+def read_config(path: str) -> PreTrainedConfig:
     """The configuration of a package's model; reads no weights.
 
     Raises ConfigError if the package is not installed, and UserError if the file is not a plain Llama.

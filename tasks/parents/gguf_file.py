@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from elastic_core.errors import UserError
 
@@ -53,7 +54,7 @@ class Gguf:
         if self.value(key) != allowed:
             raise UserError(f"{self.file}: {key} is {self.value(key)!r}; allowed: {allowed!r}")
 
-    def config(self) -> LlamaConfig:
+    def config(self) -> PreTrainedConfig:
         """The configuration in transformers' form. Raises UserError for options that are not supported here."""
         hidden_size, num_heads = self.value("llama.embedding_length"), self.value("llama.attention.head_count")
         for key in self.reader.fields:
@@ -62,7 +63,7 @@ class Gguf:
         head_dim = self.value("llama.attention.key_length", hidden_size // num_heads)
         if self.value("llama.rope.dimension_count", head_dim) != head_dim:
             raise UserError(f"{self.file}: llama.rope.dimension_count differs from the heads' {head_dim}")
-        config = LlamaConfig(
+        config = transformers.LlamaConfig(  # its import takes a second
             vocab_size=len(self.reader.fields["tokenizer.ggml.tokens"].data),
             hidden_size=hidden_size,
             num_hidden_layers=self.value("llama.block_count"),
@@ -84,7 +85,7 @@ class Gguf:
         """transformers' name → shape, in the order of the file."""
         return {self._name(t.name): tuple(int(n) for n in reversed(t.shape)) for t in self.reader.tensors}
 
-    def tensors(self, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, config: PreTrainedConfig) -> Iterator[tuple[str, Tensor]]:
         """Yield (transformers' name, tensor in float32), one by one. Rows are in transformers' order."""
         from gguf import dequantize
 

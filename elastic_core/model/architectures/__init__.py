@@ -4,7 +4,7 @@ An architecture is a table of named dimensions (dims.py) and the forward pass of
 
 Names and sizes
 
-- `MODELS`: model_type → (configuration class, causal language model class) of transformers.
+- `MODELS`: model_type → names of transformers' (configuration class, causal language model class).
 - `EMBEDDINGS`, `FINAL_NORM`: the names of these two modules in the trunk. `norm_eps(config)`.
 - `requirements(config)`: conditions on a parent, each as (holds, message if it does not hold).
 - `max_positions(config)`: the longest text for which position embeddings are made, or None. `scale_positions(config,
@@ -49,6 +49,7 @@ from collections.abc import Mapping
 from types import ModuleType
 
 import torch
+import transformers
 
 import elastic_core.model.architectures.llama as llama
 import elastic_core.model.architectures.nemotron_h as nemotron_h
@@ -69,6 +70,16 @@ def find(model_type: str | None, where: str) -> ModuleType:
 def of(config) -> ModuleType:
     """The module of a configuration's architecture."""
     return find(config.model_type, "config")
+
+
+def config_class(model_type: str | None, where: str) -> type:
+    """The configuration class of a model_type in transformers. Raises UserError like `find`."""
+    return getattr(transformers, find(model_type, where).MODELS[model_type][0])
+
+
+def model_class(config) -> type:
+    """The causal language model class of a configuration in transformers, whose import takes a second."""
+    return getattr(transformers, of(config).MODELS[config.model_type][1])
 
 
 def units(config) -> dict[str, Units]:

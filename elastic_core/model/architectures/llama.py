@@ -3,36 +3,26 @@
 architectures/__init__.py explains what this module has to define.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    Cache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers import Cache
 
+from elastic_core.model.architectures.rotary import Rotary, rope_requirements, rotate
 from elastic_core.model.dims import Fixed, Layout, Product, Units
 from elastic_core.model.layers import Norm, add_parameters, causal_attention, part_of
+from elastic_core.model.ops.activation import activation, activation_requirement
 from elastic_core.model.ops.flops import Flops, attention_flops, norm_flops
 from elastic_core.model.ops.norm import rms_norm
-from elastic_core.model.rope_scaling import ROPE_TYPES, scaled_rope
+from elastic_core.model.rope_scaling import scaled_rope
 from elastic_core.model.slicing import Slice
 
 MODELS = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": ("LlamaConfig", "LlamaForCausalLM"),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
 }
 EMBEDDINGS, FINAL_NORM = "embed_tokens", "norm"
 WIDE = ()
@@ -46,7 +36,6 @@ def norm_eps(config) -> float:
 
 def requirements(config) -> list[tuple[bool, str]]:
     """Conditions on a configuration, each as (holds, message if it does not hold)."""
-    rope, rope_problem = config.rope_parameters, _rope_problem(config)
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     return [
         (
@@ -54,30 +43,10 @@ def requirements(config) -> list[tuple[bool, str]]:
             f"num_attention_heads={config.num_attention_heads} is not a multiple of "
             f"num_key_value_heads={config.num_key_value_heads}",
         ),
-        (
-            rope["rope_type"] in ROPE_TYPES,
-            f"rope_type={rope['rope_type']!r}; allowed: {', '.join(map(repr, ROPE_TYPES))}",
-        ),
-        (
-            rope.get("partial_rotary_factor") in (None, 1),
-            f"partial_rotary_factor={rope.get('partial_rotary_factor')}; allowed: 1, whole heads",
-        ),
-        (rope_problem is None, f"rope_parameters={rope}: {rope_problem}"),
-        (config.hidden_act in ACT2FN, f"hidden_act={config.hidden_act!r}; allowed: {', '.join(sorted(ACT2FN))}"),
+        *rope_requirements(config, head_dim(config)),
+        activation_requirement("hidden_act", config.hidden_act),
         (not sliding, "sliding_attention in layer_types; allowed: 'full_attention' in all layers"),
     ]
-
-
-def _rope_problem(config) -> str | None:
-    """Why there are no rotary frequencies for these values, or None. transformers checks only some of them."""
-    if head_dim(config) % 2 or head_dim(config) < 2:
-        return f"heads of {head_dim(config)} channels; allowed: even numbers, because channels are rotated in pairs"
-    try:
-        frequencies, scale = _rotary_frequencies(config)
-    except (TypeError, ValueError, KeyError, ArithmeticError, RuntimeError) as error:
-        return f"transformers computes no frequencies with them ({type(error).__name__}: {error})"
-    is_finite = bool(frequencies.isfinite().all()) and math.isfinite(scale)
-    return None if is_finite else "the frequencies are not finite; allowed: numbers above 0"
 
 
 def max_positions(config) -> int | None:
@@ -257,30 +226,6 @@ def copy_state(config, layer: int, state, within: Callable[[str], Tensor], cache
 # Layers
 
 
-def _rotary_frequencies(config) -> tuple[Tensor, float]:
-    """The frequencies (head_dim / 2,) and the factor of cosines and sines, as in transformers."""
-    default = LlamaRotaryEmbedding.compute_default_rope_parameters
-    with torch.device("cpu"):  # models are built on the meta device, but these frequencies need values
-        return ROPE_INIT_FUNCTIONS.get(config.rope_parameters["rope_type"], default)(config)
-
-
-class Rotary:
-    """Cosines and sines of the rotary position embedding (RoPE), computed as in transformers."""
-
-    def __init__(self, config):
-        frequencies, self.scale = _rotary_frequencies(config)
-        self._frequencies = {frequencies.device: frequencies}
-
-    def __call__(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (L, head_dim) of positions 0 to L - 1, with the type and device of `like` (B, L, ...)."""
-        if like.device not in self._frequencies:
-            self._frequencies[like.device] = next(iter(self._frequencies.values())).to(like.device)
-        positions = torch.arange(like.shape[1], device=like.device, dtype=torch.float32)
-        angles = positions[:, None] * self._frequencies[like.device]  # (L, head_dim / 2)
-        angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * self.scale).to(like.dtype), (angles.sin() * self.scale).to(like.dtype)
-
-
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE. Every KV group keeps the same number of query heads."""
 
@@ -288,14 +233,14 @@ class Attention(nn.Module):
         super().__init__()
         self.layout, self.layer, self.units = layout, layer, f"attention_heads.{layer}"
         self.head_dim, self.num_key_value_heads = head_dim(config), config.num_key_value_heads
-        self.eps, self.rotary = config.rms_norm_eps, Rotary(config)
+        self.eps, self.rotary = config.rms_norm_eps, Rotary(config, self.head_dim)
         add_parameters(self, layout)
 
     def forward(self, x: Tensor, sliced: Slice) -> Tensor:
         query, value = self._project("q", x, sliced), self._project("v", x, sliced)
         sliced.observe(self.units, query)
         query, key = self._normed("q", query, sliced), self._normed("k", self._project("k", x, sliced), sliced)
-        query, key = apply_rotary_pos_emb(query, key, *self.rotary(query), unsqueeze_dim=1)
+        query, key = rotate((query, key), *self.rotary(query))
         y = causal_attention(query, key, value)
         weight = sliced.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units)
         sliced.observe(self.units, y, weight)
@@ -322,7 +267,7 @@ class MLP(nn.Module):
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()
         self.layout, self.layer, self.units = layout, layer, f"ffn.{layer}"
-        self.act = ACT2FN[config.hidden_act]
+        self.act = activation(config.hidden_act)
         add_parameters(self, layout)
 
     def forward(self, x: Tensor, sliced: Slice) -> Tensor:

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, NemotronHConfig, NemotronHForCausalLM
-from transformers.activations import ACT2FN
+from transformers import Cache
 
 import elastic_core.model.architectures.nemotron_h_ffn as ffn
 import elastic_core.model.architectures.nemotron_h_mamba as mamba
@@ -17,10 +16,11 @@ from elastic_core.errors import UserError
 from elastic_core.model.dims import Fixed, Layout, Product, Units
 from elastic_core.model.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.model.ops import ssd
+from elastic_core.model.ops.activation import activation_requirement
 from elastic_core.model.ops.flops import Flops, attention_flops, scan_flops
 from elastic_core.model.slicing import Slice
 
-MODELS = {"nemotron_h": (NemotronHConfig, NemotronHForCausalLM)}
+MODELS = {"nemotron_h": ("NemotronHConfig", "NemotronHForCausalLM")}
 EMBEDDINGS, FINAL_NORM = "embeddings", "norm_f"
 WIDE = (ffn.CORRECTION,)
 MODELING_FILE = "modeling_elastic_nemotron_h.py"
@@ -42,10 +42,7 @@ def requirements(config) -> list[tuple[bool, str]]:
             f"num_attention_heads={config.num_attention_heads} is not a multiple of "
             f"num_key_value_heads={config.num_key_value_heads}",
         ),
-        (
-            config.mlp_hidden_act in ACT2FN,
-            f"mlp_hidden_act={config.mlp_hidden_act!r}; allowed: {', '.join(sorted(ACT2FN))}",
-        ),
+        activation_requirement("mlp_hidden_act", config.mlp_hidden_act),
         (config.mamba_hidden_act == "silu", f"mamba_hidden_act={config.mamba_hidden_act!r}; allowed: 'silu'"),
     ]
 

@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers.activations import ACT2FN
 
 from elastic_core.model.dims import Fixed, Layout, Units
 from elastic_core.model.layers import add_parameters, part_of
-from elastic_core.model.ops.activation import relu_squared
+from elastic_core.model.ops.activation import activation
 from elastic_core.model.slicing import Slice
 
 FADING = 0.1  # with a gate below this value, an expert is chosen less often
@@ -98,18 +97,13 @@ def moe_layout(config, i: int, keys: dict[str, Units]) -> Layout:
     return layout
 
 
-def activation(config):
-    """The activation function of MLPs and experts."""
-    return relu_squared if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
-
-
 class MLP(nn.Module):
     """W2 · act(W1 x), without a gate projection."""
 
     def __init__(self, config, layer: int, layout: Layout, axis: str = "ffn"):
         super().__init__()
         self.layout, self.layer, self.units = layout, layer, f"{axis}.{layer}"
-        self.act = activation(config)
+        self.act = activation(config.mlp_hidden_act)
         add_parameters(self, layout)
 
     def forward(self, x: Tensor, sliced: Slice) -> Tensor:
@@ -136,7 +130,10 @@ class MoE(nn.Module):
         self.layer, self.units, self.ffn_units = layer, f"experts.{layer}", f"expert_ffn.{layer}"
         self.top_k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
         self.norm_topk_prob, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
-        self.act = activation(config)
+        self.act = activation(config.mlp_hidden_act)
+        # Not compiled, because the number of tokens of an expert changes in every call. As a decorator of the function,
+        # this would import the compiler for every model.
+        self.run_experts = torch.compiler.disable(run_experts)
         add_parameters(self, self.layout)
         self.get_parameter(CORRECTION).requires_grad_(False)
         self.shared_experts = MLP(config, layer, shared, "shared_ffn")
@@ -183,7 +180,7 @@ class MoE(nn.Module):
         # and results are the same in every run.
         pairs = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1).index_select(0, order)  # (T·k, in)
         gate = sliced.gate(self.ffn_units)
-        inner, y = run_experts(pairs, chosen, up, down, self.act, None if gate is None else gate.to(x.dtype))
+        inner, y = self.run_experts(pairs, chosen, up, down, self.act, None if gate is None else gate.to(x.dtype))
         if sliced.is_observed:
             self._observe(chosen, weights, order, inner, y, down, sliced)
         y = y.index_select(0, order.argsort()).view(*chosen.shape, -1)  # (T, k, in)
@@ -210,7 +207,6 @@ def _in_best_groups(choice: Tensor, topk_group: int) -> Tensor:
     return choice.masked_fill(is_out[..., None], -torch.inf).flatten(1)
 
 
-@torch.compiler.disable  # the number of tokens of an expert changes in every call
 def run_experts(pairs: Tensor, chosen: Tensor, up: Tensor, down: Tensor, act, gate: Tensor | None):
     """Apply to each (token, expert) pair only its expert. `pairs` (T·k, in) are the tokens, sorted by expert.
 

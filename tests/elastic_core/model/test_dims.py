@@ -73,7 +73,7 @@ def test_permute_moves_every_row_to_the_place_of_its_units(seed):
 def test_layout_has_the_names_and_shapes_of_transformers(seed, architecture):
     config = CONFIGS[architecture](seed)
     with torch.device("meta"):
-        model = architectures.of(config).MODELS[config.model_type][1](config)
+        model = architectures.model_class(config)(config)
     reference = {name: tuple(p.shape) for name, p in model.named_parameters()}
     layout = architectures.parameter_layout(config)
     assert {name: tuple(dim.size for dim in dims_of) for name, dims_of in layout.items()} == reference

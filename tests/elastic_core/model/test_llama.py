@@ -103,7 +103,7 @@ def naive_logits(model: ElasticModel, ids, gates) -> torch.Tensor:
     Angles are rounded to float32, as transformers has them in models of any element type.
     """
     config, p, g = model.config, dict(model.named_parameters()), gates["hidden"]
-    reference = architectures.of(config).MODELS[config.model_type][1](config).model.rotary_emb
+    reference = architectures.model_class(config)(config).model.rotary_emb
     size, per_group = (
         architectures.of(config).head_dim(config),
         config.num_attention_heads // config.num_key_value_heads,
@@ -198,7 +198,7 @@ def test_slice_and_its_gradients_are_the_extracted_models(tmp_path, seed, dtype)
     submodel = extract(tmp_path / "parent", random_submodel(config, seed + 50), tmp_path / "submodel")
     assert not list((tmp_path / "submodel").glob("*.py"))
     extracted = AutoModelForCausalLM.from_pretrained(tmp_path / "submodel", dtype=dtype)
-    assert type(extracted) is architectures.of(config).MODELS[config.model_type][1]
+    assert type(extracted) is architectures.model_class(config)
     assert sum(p.numel() for p in extracted.parameters()) == num_parameters(config, submodel)
     theirs, ours = extracted(ids, use_cache=False).logits, model(ids, submodel)
     soft = model(ids, gates={key: mask.to(dtype) for key, mask in masks_of(config, submodel).items()})

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.activations import ACT2FN
 
-from elastic_core.model.ops.activation import relu_squared
+from elastic_core.model.ops.activation import OWN, activation, activation_requirement, relu_squared
 from elastic_core.model.ops.conv import causal_conv
 from elastic_core.model.ops.norm import group_rms_norm, rms_norm, rms_norm_naive
 from elastic_core.model.ops.ssd import ssd, ssd_naive
@@ -147,6 +148,22 @@ def test_relu_squared_equals_its_two_operations():
     ours = values_and_gradients(relu_squared, [x], weights)
     for value, reference in zip(ours, values_and_gradients(lambda x: F.relu(x) ** 2, [x], weights), strict=True):
         assert relative_error(value, reference) < 1e-15
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_activations_without_an_import_of_transformers_equal_its_own(name):
+    x, weights = torch.randn(2, 3, 7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours = values_and_gradients(activation(name), [x], weights)
+    for value, reference in zip(ours, values_and_gradients(ACT2FN[name], [x], weights), strict=True):
+        assert relative_error(value, reference) < 1e-15
+
+
+def test_other_activations_are_those_of_transformers():
+    for name in ACT2FN:
+        assert activation_requirement("hidden_act", name)[0]
+    assert type(activation("gelu_new")) is type(ACT2FN["gelu_new"])
+    holds, message = activation_requirement("hidden_act", "nothing")
+    assert not holds and message == f"hidden_act='nothing'; allowed: {', '.join(sorted(ACT2FN))}"
 
 
 def test_norms_compute_in_float32_and_return_the_input_type():

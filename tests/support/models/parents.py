@@ -123,7 +123,7 @@ def randomise(model: torch.nn.Module, seed: int) -> torch.nn.Module:
 def random_reference(seed: int, config=None) -> PreTrainedModel:
     """A random transformers model."""
     config = config or random_config(seed)
-    _, model_class = architectures.of(config).MODELS[config.model_type]
+    model_class = architectures.model_class(config)
     return randomise(model_class(config), seed).eval()
 
 
