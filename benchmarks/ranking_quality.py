@@ -79,7 +79,7 @@ class Bench:
         self.data, section = TokenData(workspace / "artifacts/data"), self.settings.rank
         self.model = ElasticModel.from_pretrained(workspace / "artifacts/parent").eval()
         sequences = PackedSequences(self.data, section.mixture, section.sequence_length, self.settings.seed + 1)
-        self.batches = [sequences.batch(i * section.batch_size, section.batch_size)[0] for i in range(section.batches)]
+        self.batches = [sequences.batch(i * section.batch_size, section.batch_size) for i in range(section.batches)]
         order = tuple(range(len(self.model.model.layers)))
         metric = metric_of_family(self.settings)
         self.space = ElasticSpace(self.model.config, self.settings.choices, order, metric=metric)

@@ -40,7 +40,7 @@ def work(arguments: dict, ranks: Ranks) -> None:
     sequences = PackedSequences(TokenData(DATA), section.mixture, section.sequence_length, settings.seed + 1)
     part = ranks.part(section.batch_size, "rank.batch_size")
     size = part.stop - part.start
-    batches = [sequences.batch(i * section.batch_size + part.start, size)[0] for i in range(section.batches)]
+    batches = [sequences.batch(i * section.batch_size + part.start, size) for i in range(section.batches)]
     bars = {}
 
     def progress(what: str, done: int, total: int) -> None:

@@ -4,6 +4,8 @@ PackedSequences has no state. The position of a run in its data is one integer, 
 resumed run, a run with another batch size and every data-parallel rank read the same sequences.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -36,6 +38,10 @@ class Batch(NamedTuple):
     input_ids: torch.Tensor
     labels: torch.Tensor
     document_ids: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with ids and labels on a device. The documents stay in CPU memory, where their lengths are read."""
+        return Batch(self.input_ids.to(device), self.labels.to(device), self.document_ids)
 
 
 class TokenData:

@@ -14,6 +14,7 @@ from elastic_core.io.tensor_files import Entry
 from elastic_core.io.tokenizer_files import copy_tokenizer
 from elastic_core.model import architectures, hf
 from elastic_core.model.dims import Layout
+from elastic_core.model.documents import Documents, documents_of
 from elastic_core.model.hf import HEAD
 from elastic_core.model.layers import Norm, add_parameters, part_of
 from elastic_core.model.slicing import Observer, Slice
@@ -54,11 +55,11 @@ class Trunk(nn.Module):
         gate = sliced.gate("hidden")
         return x if gate is None else x * gate.to(x.dtype)  # gates are float32; keep the type of x
 
-    def forward(self, input_ids: Tensor, sliced: Slice) -> Tensor:
+    def forward(self, input_ids: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
         """Token ids (B, L) → final normed hidden states (B, L, kept hidden)."""
         x = self.embed(input_ids, sliced)  # (B, L, hidden)
         for i in sliced.kept_layers:
-            x = self.layers[i](x, sliced)
+            x = self.layers[i](x, sliced, documents)
         return self.final_norm(x, sliced)
 
 
@@ -156,17 +157,28 @@ class ElasticModel(nn.Module):
     def _any_matrix(self) -> Tensor:
         return self.get_parameter(next(iter(self.layout)))
 
-    def hidden_states(self, input_ids: Tensor, sliced: Slice) -> Tensor:
-        """Token ids (B, L) int64 → final normed hidden states (B, L, kept hidden)."""
-        return self.model(input_ids, sliced)
+    def hidden_states(self, input_ids: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
+        """Token ids (B, L) int64 → final normed hidden states (B, L, kept hidden).
+
+        `documents`: the documents of packed rows, which do not see each other (None: each row is one document).
+        """
+        return self.model(input_ids, sliced, documents)
 
     def head(self, sliced: Slice) -> Tensor:
         """The narrowed weight of the head (vocab, kept hidden): logits = hidden_states @ head.T"""
         return sliced.weight(self, self.layout, HEAD) if HEAD in self.layout else self.model.embedding_weight(sliced)
 
     def forward(
-        self, input_ids: Tensor, submodel: Submodel | None = None, gates: Mapping[str, Tensor] | None = None
+        self,
+        input_ids: Tensor,
+        submodel: Submodel | None = None,
+        gates: Mapping[str, Tensor] | None = None,
+        document_ids: Tensor | None = None,
     ) -> Tensor:
-        """Token ids (B, L) int64 → logits (B, L, vocab). `submodel` None is the whole model."""
-        sliced = self.slice(submodel, gates)
-        return F.linear(self.hidden_states(input_ids, sliced), self.head(sliced))
+        """Token ids (B, L) int64 → logits (B, L, vocab). `submodel` None is the whole model.
+
+        `document_ids` (B, L) int64, not decreasing in a row: documents do not see each other, so the logits of each are
+        those that it has alone. None: every row is one document. Raises UserError for other ids.
+        """
+        sliced, documents = self.slice(submodel, gates), documents_of(document_ids, input_ids)
+        return F.linear(self.hidden_states(input_ids, sliced, documents), self.head(sliced))

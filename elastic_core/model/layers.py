@@ -8,8 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_core.model.dims import Layout
+from elastic_core.model.documents import Documents
 from elastic_core.model.ops.norm import rms_norm
 from elastic_core.model.slicing import Slice
+
+LONGEST_MASK = 256  # positions; in longer rows, a call per document costs less than a mask over all pairs of positions
+CAUSAL = (-1, 0)  # the window of variable-length attention: any number of earlier positions, no later ones
 
 
 def add_parameters(module: nn.Module, layout: Layout) -> None:
@@ -43,15 +47,40 @@ class Norm(nn.Module):
         return x
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention to earlier positions: query (B, L, A, d), key and value (B, L, KV, d) → (B, L, A · d).
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents | None = None) -> Tensor:
+    """Softmax attention to earlier positions of the same document (None: a row is one document).
 
-    A is the number of kept query heads. The heads of each KV group are adjacent, and every group has A / KV of them.
+    query (B, L, A, d), key and value (B, L, KV, d) → (B, L, A · d). A is the number of kept query heads. The heads of
+    each KV group are adjacent, and every group has A / KV of them.
     """
-    return (
-        F.scaled_dot_product_attention(
-            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), is_causal=True, enable_gqa=True
-        )
-        .transpose(1, 2)
-        .flatten(2)
-    )
+    if documents is None:
+        y = _attention(query, key, value, is_causal=True)
+    elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        y = _variable_length_attention(query, key, value, documents)
+    elif query.shape[1] <= LONGEST_MASK:
+        y = _attention(query, key, value, attn_mask=documents.mask(query.dtype))
+    else:
+        y = _attention_by_document(query, key, value, documents)
+    return y.flatten(2)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
+    tensors = (t.transpose(1, 2) for t in (query, key, value))
+    return F.scaled_dot_product_attention(*tensors, enable_gqa=True, **mask).transpose(1, 2)
+
+
+def _attention_by_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+    """One call per document. The cost is the sum of the squares of their lengths, and there is no mask."""
+    parts = [t.flatten(0, 1).split(documents.lengths) for t in (query, key, value)]  # (length, heads, d) each
+    outputs = [_attention(*(t[None] for t in part), is_causal=True)[0] for part in zip(*parts, strict=True)]
+    return torch.cat(outputs).view(query.shape)
+
+
+def _variable_length_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+    """Flash attention over documents of different lengths, in one kernel."""
+    from torch.nn.attention.varlen import varlen_attn  # imports the compiler, for which a stage's start would wait
+
+    ends, longest = documents.cumulative_lengths, max(documents.lengths)
+    tensors = (t.flatten(0, 1) for t in (query, key, value))
+    y = varlen_attn(*tensors, ends, ends, longest, longest, window_size=CAUSAL, enable_gqa=True)
+    return y.view(query.shape)

@@ -1,15 +1,16 @@
 """Depth ranking: score each layer by the normalized MSE of the logits when the layer is left out (eq. 5)."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_core.data.loader import IGNORED_LABEL, Batch
 from elastic_core.errors import UserError
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
+from elastic_core.search.calibration import Texts, calibration_texts
 from elastic_core.search.ranking_methods import DEPTH_METHODS
 from elastic_core.search.ranking_state import RankingState
 
@@ -23,7 +24,7 @@ HELD_BYTES = 1 << 30  # Final hidden states up to this size stay on the device. 
 
 def rank_layers(
     model: ElasticModel,
-    batches: list[Tensor],
+    batches: Sequence[Tensor | Batch],
     method: str = DEPTH_METHODS[0],
     min_depth: int = 1,
     progress: Progress = None,
@@ -32,7 +33,7 @@ def rank_layers(
 ) -> tuple[tuple[int, ...], dict[int, float]]:
     """Rank the layers: (layers from the most to the least important, score of each layer).
 
-    - `batches`: token ids, each (B, L) int64.
+    - `batches`: see `calibration_texts`.
     - `method`: a name of `METHODS`.
     - `min_depth`: the smallest number of layers that any budget may keep. The iterative method stops there; layers that
       it never removes have no score.
@@ -50,7 +51,7 @@ def rank_layers(
     if not bool(model.head(model.slice()).any()):
         raise UserError(f"rank: the head of the model is zero, so its layers cannot be ranked; {ADVICE}")
     state = state or RankingState()
-    state.begin_depth([method, min_depth, [list(ids.shape) for ids in batches]])
+    state.begin_depth([method, min_depth, [list(texts.input_ids.shape) for texts in calibration_texts(batches)]])
     return METHODS[method](model, batches, min_depth, progress, reduce, state)
 
 
@@ -62,14 +63,14 @@ class LogitError:
     V·D. `denominator` is Σ M_full², over all processes.
     """
 
-    def __init__(self, model: ElasticModel, batches: list[Tensor], reduce: Reduce, state: RankingState | None = None):
-        self.model, self.batches, self.sliced, self.reduce = model, batches, model.slice(), reduce
+    def __init__(self, model: ElasticModel, texts: list[Texts], reduce: Reduce, state: RankingState | None = None):
+        self.model, self.texts, self.sliced, self.reduce = model, texts, model.slice(), reduce
         self.state = state or RankingState()
         head = model.head(self.sliced).double()
         self.gram = head.T @ head  # (D, D)
         self._held: dict[int, Tensor] = {}
         total, held_bytes = 0.0, 0
-        for batch in range(len(batches)):
+        for batch in range(len(texts)):
             full = self.full(batch)
             total, held_bytes = total + self._squared(full.double()), held_bytes + full.nbytes
             if held_bytes <= HELD_BYTES:
@@ -82,19 +83,24 @@ class LogitError:
     def full(self, batch: int) -> Tensor:
         """The final hidden states (B, L, D) of the full model for batch number `batch`."""
         held = self._held.get(batch)
-        return self.model.hidden_states(self.batches[batch], self.sliced) if held is None else held
+        texts = self.texts[batch]
+        return self.model.hidden_states(texts.input_ids, self.sliced, texts.documents) if held is None else held
+
+    def layer(self, batch: int, layer: int, x: Tensor) -> Tensor:
+        """The residual stream (B, L, D) of batch number `batch` after a layer; `x` is that before it."""
+        return self.model.model.layers[layer](x, self.sliced, self.texts[batch].documents)
 
     def _squared(self, hidden: Tensor) -> Tensor:
         return ((hidden @ self.gram) * hidden).sum()
 
-    def __call__(self, full: Tensor, x: Tensor, layers: list[int]) -> Tensor:
+    def __call__(self, batch: int, full: Tensor, x: Tensor, layers: list[int]) -> Tensor:
         """The sum for one batch on this process.
 
-        `x` (B, L, D) is the residual stream before `layers`, the layers that are still to be computed. `full` is the
-        result of `self.full` for the same batch.
+        `x` (B, L, D) is the residual stream before `layers`, the layers that are still to be computed. `full` is
+        `self.full(batch)`.
         """
         for layer in layers:
-            x = self.model.model.layers[layer](x, self.sliced)
+            x = self.layer(batch, layer, x)
         return self._squared((self.model.model.final_norm(x, self.sliced) - full).double())
 
 
@@ -105,24 +111,23 @@ def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[i
 
 def _compute_sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[int, float]:
     """The layers before a candidate are computed once for all candidates."""
-    x, full = error.model.model.embed(error.batches[batch], error.sliced), error.full(batch)
+    x, full = error.model.model.embed(error.texts[batch].input_ids, error.sliced), error.full(batch)
     errors = {}
     for position, layer in enumerate(kept):
         if layer in candidates:
-            errors[layer] = error(full, x, kept[position + 1 :])
+            errors[layer] = error(batch, full, x, kept[position + 1 :])
             if len(errors) == len(candidates):
                 break
-        x = error.model.model.layers[layer](x, error.sliced)
+        x = error.layer(batch, layer, x)
     return dict(zip(errors, error.reduce(torch.stack(list(errors.values()))).tolist(), strict=True))
 
 
-def _pieces(batches: list[Tensor]) -> list[Tensor]:
-    """The batches. Where there are fewer than MIN_PIECES, each is split into pieces of fewer sequences.
+def _pieces(batches: Sequence[Tensor | Batch]) -> list[Texts]:
+    """The texts of the batches. Where there are fewer than MIN_PIECES, each is split into pieces of fewer sequences.
 
     Every process gets the same number of pieces.
     """
-    parts = -(-MIN_PIECES // len(batches))
-    return [piece for input_ids in batches for piece in input_ids.chunk(parts)]
+    return calibration_texts(batches, num_parts=-(-MIN_PIECES // len(batches)))
 
 
 def _least_important(error: LogitError, kept: list[int]) -> tuple[int, float]:
@@ -131,7 +136,7 @@ def _least_important(error: LogitError, kept: list[int]) -> tuple[int, float]:
     An error is a sum over batches, and it only grows. So a candidate is ruled out as soon as its partial sum exceeds
     the complete sum of the best candidate. The result is exact.
     """
-    totals, others = _sweep(error, 0, kept, set(kept)), range(1, len(error.batches))
+    totals, others = _sweep(error, 0, kept, set(kept)), range(1, len(error.texts))
     best = min(totals, key=totals.get)
     for batch in others:
         totals[best] += _sweep(error, batch, kept, {best})[best]
@@ -161,7 +166,7 @@ def _iterative_nmse(model, batches, min_depth, progress, reduce, state):
 
 def _one_shot_nmse(model, batches, min_depth, progress, reduce, state):
     """Score every layer once, by the nMSE of the full model without this layer."""
-    error, layers = LogitError(model, batches, reduce, state), list(range(len(model.model.layers)))
+    error, layers = LogitError(model, calibration_texts(batches), reduce, state), list(range(len(model.model.layers)))
     totals = dict.fromkeys(layers, 0.0)
     for batch in range(len(batches)):
         for layer, value in _sweep(error, batch, layers, set(layers)).items():
@@ -173,9 +178,9 @@ def _one_shot_nmse(model, batches, min_depth, progress, reduce, state):
 
 def _one_shot_perplexity(model, batches, min_depth, progress, reduce, state):
     """Score every layer once, by the cross-entropy (nats per token) of the full model without this layer."""
-    layers, scores = list(range(len(model.model.layers))), {}
+    layers, scores, texts = list(range(len(model.model.layers))), {}, calibration_texts(batches)
     for layer in layers:
-        scores |= state.once(lambda layer=layer: {layer: _loss_without(model, batches, layer, reduce)})
+        scores |= state.once(lambda layer=layer: {layer: _loss_without(model, texts, layer, reduce)})
         if not math.isfinite(scores[layer]):
             raise UserError(f"rank: the loss without layer {layer} is not finite; {ADVICE}")
         if progress:
@@ -183,20 +188,19 @@ def _one_shot_perplexity(model, batches, min_depth, progress, reduce, state):
     return _by_score(scores)
 
 
-def _loss_without(model: ElasticModel, batches: list[Tensor], layer: int, reduce: Reduce) -> float:
+def _loss_without(model: ElasticModel, texts: list[Texts], layer: int, reduce: Reduce) -> float:
     """The cross-entropy of the model without a layer, in nats per token, over all processes."""
     sliced = model.slice()
     sliced.kept_layers = tuple(i for i in range(len(model.model.layers)) if i != layer)
-    total = sum(_next_token_loss(model, ids, sliced) for ids in batches)
-    sums = [total, sum(ids[:, 1:].numel() for ids in batches)]
+    total = sum(_next_token_loss(model, part, sliced) for part in texts)
+    sums = [total, sum(int((part.labels != IGNORED_LABEL).sum()) for part in texts)]
     total, tokens = reduce(torch.tensor(sums, dtype=torch.float64)).tolist()
     return total / tokens
 
 
-def _next_token_loss(model: ElasticModel, input_ids: Tensor, sliced) -> float:
-    labels = F.pad(input_ids[:, 1:], (0, 1), value=-100)
-    hidden = model.hidden_states(input_ids, sliced)
-    return chunked_cross_entropy(hidden.flatten(0, 1), model.head(sliced), labels.flatten()).item()
+def _next_token_loss(model: ElasticModel, texts: Texts, sliced) -> float:
+    hidden = model.hidden_states(texts.input_ids, sliced, texts.documents)
+    return chunked_cross_entropy(hidden.flatten(0, 1), model.head(sliced), texts.labels.flatten()).item()
 
 
 def _by_score(scores: dict[int, float]) -> tuple[tuple[int, ...], dict[int, float]]:

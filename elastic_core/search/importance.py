@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from elastic_core.data.loader import Batch
 from elastic_core.errors import UserError
 from elastic_core.io.atomic import write_text
 from elastic_core.io.json_files import read_json
 from elastic_core.model.dims import Units, elastic_units, permute
 from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.search.calibration import calibration_texts
 from elastic_core.search.depth_ranking import ADVICE, rank_layers
 from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS, MEASURES
 from elastic_core.search.ranking_state import RankingState
@@ -79,7 +81,7 @@ class Ranking:
 
 def rank(
     model: ElasticModel,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | Batch],
     *,
     measure: str = MEASURES[0],
     aggregation: str = AGGREGATIONS[0],
@@ -90,8 +92,10 @@ def rank(
     reduce: Callable[[Tensor], Tensor] = lambda sums: sums,
     state: RankingState | None = None,
 ) -> Ranking:
-    """Rank the units of every axis and the layers of `model` on `batches` of token ids, each (B, L) int64, L ≥ 2.
+    """Rank the units of every axis and the layers of `model` on calibration texts.
 
+    - `batches`: token ids, each (B, L) int64 with L ≥ 2 and every row one document; or a loader's batches, in which the
+      documents of a row do not see each other.
     - `measure`: how neurons, heads and Mamba channels are scored. ``output_norm`` (ours): the norm of the vector that a
       unit adds to the residual stream. ``projection``: the magnitude of the output of the layer's first projection
       (eqs. 2–4); in a gated MLP, of act(gate)·up. Hidden channels are always scored by eq. 1.
@@ -115,8 +119,6 @@ def rank(
     if depth_method not in DEPTH_METHODS:
         raise UserError(f"depth_method: got {depth_method!r}; allowed: {', '.join(DEPTH_METHODS)}")
     batches = list(batches)
-    if not batches or any(ids.dim() != 2 or ids.dtype != torch.int64 or ids.shape[1] < 2 for ids in batches):
-        raise UserError("batches: expected one or more int64 tensors (B, L) of token ids with L ≥ 2")
     state = state or RankingState()
     training = model.training
     model.eval()
@@ -143,7 +145,7 @@ def _check_scores(scores: dict[str, Tensor]) -> None:
 
 def score_widths(
     model: ElasticModel,
-    batches: list[Tensor],
+    batches: Iterable[Tensor | Batch],
     measure: str = MEASURES[0],
     aggregation: str = AGGREGATIONS[0],
     progress: Callable[[str, int, int], None] | None = None,
@@ -161,7 +163,8 @@ def score_widths(
     units = elastic_units(model.layout)
     state = state or RankingState()
     finished, totals, counts = state.load_widths()
-    totals = {key: total.to(batches[0].device) for key, total in totals.items()}
+    texts = calibration_texts(batches)
+    totals = {key: total.to(texts[0].input_ids.device) for key, total in totals.items()}
 
     def observe(key: str, activation: Tensor, writes: Tensor | None, owners: Tensor | None) -> None:
         """Add one report of the model to `totals` and `counts` (see `Slice`)."""
@@ -188,12 +191,12 @@ def score_widths(
         counts[key] = counts.get(key, 0) + count
 
     sliced = model.slice(observe=observe)
-    for done, input_ids in enumerate(batches[finished:], finished + 1):
-        model.hidden_states(input_ids, sliced)
+    for done, part in enumerate(texts[finished:], finished + 1):
+        model.hidden_states(part.input_ids, sliced, part.documents)
         if state.save is not None:
             state.save_widths(done, *_over_all_processes(totals, counts, reduce))
         if progress:
-            progress("widths", done, len(batches))
+            progress("widths", done, len(texts))
     sums, numbers = _over_all_processes(totals, counts, reduce)
     scores = {key: finish(total, numbers[key]) for key, total in sums.items()}
     for key in [key for key in scores if key.startswith("mamba.")]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from elastic_core.data.loader import Batch
 from elastic_core.model import architectures
 from elastic_core.model.dims import layer_index
+from elastic_core.model.documents import documents_of
 from elastic_core.training.distributed.gradients import local
 from elastic_core.training.run import Run, named_parameters
 
@@ -16,13 +18,13 @@ class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite. None of these steps changed the weights."""
 
 
-def explain_loss(run: Run, microbatch: int, row: dict, sliced, input_ids: Tensor) -> str:
+def explain_loss(run: Run, microbatch: int, row: dict, sliced, batch: Batch) -> str:
     """The text for a loss that is not finite: run the microbatch again and name the first layer with a bad output.
 
-    `row`: the numbers of the microbatch; `sliced`: the part of the model that it computes with; `input_ids`: (B, L).
+    `row`: the numbers of the microbatch; `sliced`: the part of the model that it computes with; `batch`: its sequences.
     All ranks have to call this together.
     """
-    statistics = layer_statistics(run, sliced, input_ids)
+    statistics = layer_statistics(run, sliced, batch)
     found = [lines for lines in run.ranks.gather(statistics) if any(bad for _, _, bad in lines)]
     if found:
         lines = found[0]
@@ -66,7 +68,7 @@ def explain_gradient(run: Run, microbatches: list[dict]) -> str:
     )
 
 
-def layer_statistics(run: Run, sliced, input_ids: Tensor) -> list[tuple[str, float, float]]:
+def layer_statistics(run: Run, sliced, batch: Batch) -> list[tuple[str, float, float]]:
     """For every layer and the final norm: (name, largest finite magnitude, share of numbers that are not finite)."""
     lines: list[tuple[str, float, float]] = []
     pattern = architectures.pattern(run.model.config)
@@ -87,7 +89,8 @@ def layer_statistics(run: Run, sliced, input_ids: Tensor) -> list[tuple[str, flo
     ]
     handles.append(decoder.final_norm.register_forward_hook(recorder("the final norm")))
     try:
-        run.model.hidden_states(input_ids.to(run.ranks.device), sliced)
+        input_ids = batch.input_ids.to(run.ranks.device)
+        run.model.hidden_states(input_ids, sliced, documents_of(batch.document_ids, input_ids))
     finally:
         for handle in handles:
             handle.remove()

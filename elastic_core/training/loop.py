@@ -26,7 +26,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from elastic_core.data.loader import IGNORED_LABEL
+from elastic_core.data.loader import IGNORED_LABEL, Batch
+from elastic_core.model.documents import Documents, documents_of
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.search.router import anneal, noise_generator
 from elastic_core.search.selection import select_family
@@ -112,10 +113,10 @@ def accumulate_gradients(run: Run, assigned: list[str]) -> list[dict]:
     microbatch: the budget of the last one may not keep this layer, and then its gradients would never be reduced.
     """
     batches = [microbatch_data(run, microbatch) for microbatch in range(len(assigned))]
-    num_labelled = run.ranks.sum(torch.stack([(labels != IGNORED_LABEL).sum() for _, labels in batches])).clamp(min=1)
+    num_labelled = run.ranks.sum(torch.stack([(batch.labels != IGNORED_LABEL).sum() for batch in batches])).clamp(min=1)
     results = []
-    for microbatch, (budget, (input_ids, labels)) in enumerate(zip(assigned, batches, strict=True)):
-        result = microbatch_loss(run, microbatch, budget, input_ids, labels, num_labelled[microbatch])
+    for microbatch, (budget, batch) in enumerate(zip(assigned, batches, strict=True)):
+        result = microbatch_loss(run, microbatch, budget, batch, num_labelled[microbatch])
         # Each rank's loss is its part of a sum over ranks. Gradients are averaged over ranks, which divides by `world`.
         total = run.ranks.world * result["loss"]
         if result["router_loss"] is not None:
@@ -125,8 +126,8 @@ def accumulate_gradients(run: Run, assigned: list[str]) -> list[dict]:
     return results
 
 
-def microbatch_data(run: Run, microbatch: int) -> tuple[Tensor, Tensor]:
-    """This rank's input ids and labels of a microbatch: each (B, L) int64 in CPU memory.
+def microbatch_data(run: Run, microbatch: int) -> Batch:
+    """This rank's sequences of a microbatch: tensors (B, L) in CPU memory.
 
     B is `batch_size` divided by `microbatches` and by the number of ranks.
     """
@@ -134,9 +135,7 @@ def microbatch_data(run: Run, microbatch: int) -> tuple[Tensor, Tensor]:
     return run.data.batch(run.stage.first_sample(run.step, microbatch) + part.start, part.stop - part.start)
 
 
-def microbatch_loss(
-    run: Run, microbatch: int, budget: str, input_ids: Tensor, labels: Tensor, num_labelled: Tensor
-) -> dict:
+def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_labelled: Tensor) -> dict:
     """The losses of one microbatch, which trains one budget.
 
     Returns `loss` and `router_loss` (with gradients), and for the metrics `ce`, `kl` and `cost` (without). `loss`, `ce`
@@ -144,11 +143,12 @@ def microbatch_loss(
     `router_loss` and `cost` are None once the router's choice has settled.
     """
     weights, device = run.stage.loss_of(budget), run.ranks.device
-    input_ids, labels = input_ids.to(device), labels.to(device)
+    input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
+    documents = documents_of(batch.document_ids, input_ids)
     sliced, router_loss, cost = choose_slice(run, microbatch, budget)
     with precision(run.stage, device):
-        teacher = teacher_states(run, microbatch, budget, input_ids)
-        hidden = run.model.hidden_states(input_ids, sliced)
+        teacher = teacher_states(run, microbatch, budget, input_ids, documents)
+        hidden = run.model.hidden_states(input_ids, sliced, documents)
         if teacher is not None:
             model, states = teacher
             # Read the teacher's head after a forward pass: only then are the shards of the head gathered.
@@ -187,7 +187,9 @@ def choose_slice(run: Run, microbatch: int, budget: str):
 
 
 @torch.no_grad()
-def teacher_states(run: Run, microbatch: int, budget: str, input_ids: Tensor) -> tuple[ElasticModel, Tensor] | None:
+def teacher_states(
+    run: Run, microbatch: int, budget: str, input_ids: Tensor, documents: Documents | None
+) -> tuple[ElasticModel, Tensor] | None:
     """(teacher, its final hidden states (B, L, D)) for a microbatch, or None if it has no teacher.
 
     The teacher is the frozen parent or the full budget of the model itself. In the second case the full budget has no
@@ -198,7 +200,7 @@ def teacher_states(run: Run, microbatch: int, budget: str, input_ids: Tensor) ->
         model = None if run.budgets[budget] == 1.0 else run.model
     if model is None or run.stage.loss_of(budget).kl_weight == 0:
         return None
-    return model, model.hidden_states(input_ids, run.slice_of(model))
+    return model, model.hidden_states(input_ids, run.slice_of(model), documents)
 
 
 def precision(stage: Stage, device: torch.device):
@@ -258,7 +260,7 @@ def skip_step(run: Run, microbatches: list[dict]) -> None:
     bad = is_bad.index(True)
     sliced, *_ = choose_slice(run, bad, microbatches[bad]["budget"])
     with precision(run.stage, run.ranks.device), torch.no_grad():
-        raise NonFiniteError(explain_loss(run, bad, microbatches[bad], sliced, microbatch_data(run, bad)[0]))
+        raise NonFiniteError(explain_loss(run, bad, microbatches[bad], sliced, microbatch_data(run, bad)))
 
 
 def settle(run: Run) -> None:

@@ -87,7 +87,13 @@ def hard(ranks, data, directory):
 
 def soft(ranks, data, directory):
     """Six soft steps, then the choice."""
-    return trained(ranks, data, routed=True, routing=Routing(share=0.5, settle_steps=100), stage={"steps": 12})
+    return trained(
+        ranks,
+        data,
+        routed=True,
+        routing=Routing(share=0.5, settle_steps=100),
+        stage={"steps": 12, "learning_rate": 1e-3},
+    )
 
 
 def straight_through(ranks, data, directory):

@@ -12,6 +12,7 @@ from transformers import Cache
 
 from elastic_core.model.architectures.rotary import Rotary, rope_requirements, rotate
 from elastic_core.model.dims import Fixed, Layout, Product, Units
+from elastic_core.model.documents import Documents
 from elastic_core.model.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.model.ops.activation import activation, activation_requirement
 from elastic_core.model.ops.flops import Flops, attention_flops, norm_flops
@@ -236,12 +237,12 @@ class Attention(nn.Module):
         self.eps, self.rotary = config.rms_norm_eps, Rotary(config, self.head_dim)
         add_parameters(self, layout)
 
-    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+    def forward(self, x: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
         query, value = self._project("q", x, sliced), self._project("v", x, sliced)
         sliced.observe(self.units, query)
         query, key = self._normed("q", query, sliced), self._normed("k", self._project("k", x, sliced), sliced)
-        query, key = rotate((query, key), *self.rotary(query))
-        y = causal_attention(query, key, value)
+        query, key = rotate((query, key), *self.rotary(query, documents))
+        y = causal_attention(query, key, value, documents)
         weight = sliced.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units)
         sliced.observe(self.units, y, weight)
         return F.linear(y, weight, sliced.writing_bias(self, self.layout, "o_proj.bias", self.layer))
@@ -292,6 +293,6 @@ class Block(nn.Module):
         self.input_layernorm = Norm(norm_eps(config), part_of(layout, "input_layernorm"))
         self.post_attention_layernorm = Norm(norm_eps(config), part_of(layout, "post_attention_layernorm"))
 
-    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x, sliced), sliced)
+    def forward(self, x: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x, sliced), sliced, documents)
         return x + self.mlp(self.post_attention_layernorm(x, sliced), sliced)

@@ -14,6 +14,7 @@ import elastic_core.model.architectures.nemotron_h_ffn as ffn
 import elastic_core.model.architectures.nemotron_h_mamba as mamba
 from elastic_core.errors import UserError
 from elastic_core.model.dims import Fixed, Layout, Product, Units
+from elastic_core.model.documents import Documents
 from elastic_core.model.layers import Norm, add_parameters, causal_attention, part_of
 from elastic_core.model.ops import ssd
 from elastic_core.model.ops.activation import activation_requirement
@@ -250,14 +251,14 @@ class Attention(nn.Module):
         self.head_dim, self.num_key_value_heads = config.head_dim, config.num_key_value_heads
         add_parameters(self, layout)
 
-    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+    def forward(self, x: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
         num_heads, num_kv = sliced.sizes[self.units], self.num_key_value_heads
         query, key, value = (
             F.linear(x, sliced.weight(self, self.layout, f"{name}_proj.weight")).unflatten(-1, (heads, self.head_dim))
             for name, heads in (("q", num_heads), ("k", num_kv), ("v", num_kv))
         )
         sliced.observe(self.units, query)
-        y = causal_attention(query, key, value)
+        y = causal_attention(query, key, value, documents)
         weight = sliced.writing_weight(self, self.layout, "o_proj.weight", self.layer, self.units)
         sliced.observe(self.units, y, weight)
         return F.linear(y, weight)
@@ -274,5 +275,5 @@ class Block(nn.Module):
         self.norm = Norm(norm_eps(config), part_of(layout, "norm"))
         self.mixer = MIXERS[pattern(config)[layer]](config, layer, part_of(layout, "mixer"))
 
-    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
-        return x + self.mixer(self.norm(x, sliced), sliced)
+    def forward(self, x: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
+        return x + self.mixer(self.norm(x, sliced), sliced, documents)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from elastic_core.model.dims import Fixed, Layout, Units
+from elastic_core.model.documents import Documents
 from elastic_core.model.layers import add_parameters, part_of
 from elastic_core.model.ops.activation import activation
 from elastic_core.model.slicing import Slice
@@ -98,7 +99,7 @@ def moe_layout(config, i: int, keys: dict[str, Units]) -> Layout:
 
 
 class MLP(nn.Module):
-    """W2 · act(W1 x), without a gate projection."""
+    """W2 · act(W1 x), without a gate projection. It computes every position by itself, whatever its document."""
 
     def __init__(self, config, layer: int, layout: Layout, axis: str = "ffn"):
         super().__init__()
@@ -106,7 +107,7 @@ class MLP(nn.Module):
         self.act = activation(config.mlp_hidden_act)
         add_parameters(self, layout)
 
-    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+    def forward(self, x: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
         x = F.linear(
             x, sliced.weight(self, self.layout, "up_proj.weight"), sliced.weight(self, self.layout, "up_proj.bias")
         )
@@ -120,7 +121,8 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """Σ weight · W2 · act(W1 x) over the experts of a token, plus the shared expert.
 
-    The router has sigmoid scores. A token first chooses groups of experts and then experts within these groups.
+    The router has sigmoid scores. A token first chooses groups of experts and then experts within these groups. Every
+    position is computed by itself, whatever its document.
     """
 
     def __init__(self, config, layer: int, layout: Layout):
@@ -138,7 +140,7 @@ class MoE(nn.Module):
         self.get_parameter(CORRECTION).requires_grad_(False)
         self.shared_experts = MLP(config, layer, shared, "shared_ffn")
 
-    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+    def forward(self, x: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
         tokens = x.flatten(0, 1)  # (T, hidden)
         chosen, weights = self._route(tokens, sliced)
         if "fc1_latent_proj.weight" not in self.layout:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_core.model.dims import Concat, Fixed, Layout, Product, Units
+from elastic_core.model.documents import Documents
 from elastic_core.model.layers import add_parameters
 from elastic_core.model.ops import kernels
 from elastic_core.model.ops.norm import group_rms_norm
@@ -45,7 +46,7 @@ class Mamba(nn.Module):
         self.time_step_min = config.time_step_min  # transformers has no upper limit on dt
         add_parameters(self, layout)
 
-    def forward(self, x: Tensor, sliced: Slice) -> Tensor:
+    def forward(self, x: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
         heads, channels = sliced.sizes[f"mamba_heads.{self.layer}"], sliced.sizes[f"mamba_channels.{self.layer}"]
         inner, states = heads * channels, self.groups * self.state_size
 
@@ -55,7 +56,7 @@ class Mamba(nn.Module):
         projected = F.linear(x, weight("in_proj.weight"), weight("in_proj.bias"))
         z, conv, dt = projected.split([inner, inner + 2 * states, heads], dim=-1)
         sliced.observe(f"mamba.{self.layer}", conv[..., :inner].unflatten(-1, (heads, channels)))
-        conv = kernels.conv_silu(conv, weight("conv1d.weight"), weight("conv1d.bias"), x.dtype)
+        conv = kernels.conv_silu(conv, weight("conv1d.weight"), weight("conv1d.bias"), x.dtype, documents)
         y, B, C = conv.split([inner, states, states], dim=-1)
         # Time step, decay and the sums of the scan are in float32 or higher, for any type of x, because low precision
         # there can lead to infinite gradients.
@@ -69,6 +70,7 @@ class Mamba(nn.Module):
             C.unflatten(-1, (self.groups, self.state_size)),
             weight("D"),
             x.dtype,
+            documents,
         )
         y = self._gated_norm(y.flatten(2), z, weight("norm.weight"), sliced, x.dtype)
         writes = sliced.writing_weight(self, self.layout, "out_proj.weight", self.layer)

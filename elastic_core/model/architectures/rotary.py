@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from elastic_core.model.documents import Documents
 from elastic_core.model.rope_scaling import ROPE_TYPES
 
 
@@ -58,22 +59,26 @@ class Rotary:
         frequencies, self.scale = rotary_frequencies(config, head_dim)
         self._frequencies = {frequencies.device: frequencies}
 
-    def __call__(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (L, head_dim) of positions 0 to L - 1, with the type and device of `like` (B, L, ...)."""
+    def __call__(self, like: Tensor, documents: Documents | None = None) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions, with the type and device of `like` (B, L, ...).
+
+        (L, head_dim) for positions 0 to L - 1; with documents, (B, L, head_dim), from 0 in each document.
+        """
         if like.device not in self._frequencies:
             self._frequencies[like.device] = next(iter(self._frequencies.values())).to(like.device)
         positions = torch.arange(like.shape[1], device=like.device, dtype=torch.float32)
         angles = positions[:, None] * self._frequencies[like.device]  # (L, head_dim / 2)
         angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * self.scale).to(like.dtype), (angles.sin() * self.scale).to(like.dtype)
+        tables = (angles.cos() * self.scale).to(like.dtype), (angles.sin() * self.scale).to(like.dtype)
+        return tables if documents is None else tuple(table[documents.positions] for table in tables)
 
 
 def rotate(tensors: Iterable[Tensor], cosines: Tensor, sines: Tensor) -> list[Tensor]:
     """Rotate the channels of heads, (B, L, heads, head_dim) each: channel i together with i + head_dim / 2.
 
-    cosines and sines: (L, head_dim).
+    cosines and sines: (L, head_dim) or (B, L, head_dim).
     """
-    cosines, sines = cosines.unsqueeze(1), sines.unsqueeze(1)  # (L, 1, head_dim)
+    cosines, sines = cosines.unsqueeze(-2), sines.unsqueeze(-2)  # (..., L, 1, head_dim)
     return [heads * cosines + _quarter_turn(heads) * sines for heads in tensors]
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_core.model.documents import Documents
 from elastic_core.model.ops.conv import causal_conv_silu
 from elastic_core.model.ops.norm import group_rms_norm
 from elastic_core.model.ops.ssd import ssd
@@ -26,7 +27,9 @@ WIDTHS = (2, 3, 4)  # kernel sizes for which causal_conv1d is compiled
 logger = logging.getLogger(__name__)
 
 
-def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def conv_silu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, documents: Documents | None = None
+) -> Tensor:
     """`causal_conv_silu` of x (B, L, C) → (B, L, C). `dtype` is the type in which the layers compute."""
     channels, taps = x.shape[2], weight.shape[2]
     problem = None
@@ -36,17 +39,29 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
         problem = f"a convolution over {taps} positions, but it supports {', '.join(map(str, WIDTHS))}"
     kernel = _kernel(_causal_conv1d, x.device, dtype, problem)
     if kernel is None:
-        return causal_conv_silu(x, weight, bias)
-    return kernel(_aligned(x.to(dtype)).transpose(1, 2), weight.squeeze(1), bias).transpose(1, 2)
+        return causal_conv_silu(x, weight, bias, None if documents is None else documents.inner_starts)
+    x = _aligned(x.to(dtype)).transpose(1, 2)
+    return kernel(x, weight.squeeze(1), bias, None if documents is None else documents.ids).transpose(1, 2)
 
 
-def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dtype: torch.dtype) -> Tensor:
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dtype: torch.dtype,
+    documents: Documents | None = None,
+) -> Tensor:
     """`ssd`, with dt and A in float32 or higher. With a kernel, the result has type `dtype`, else the type of dt."""
     kernel = _kernel(_mamba_scan, x.device, dtype)
     if kernel is None:
         dtype = dt.dtype
-        return ssd(x.to(dtype), dt, A, B.to(dtype), C.to(dtype), D.to(dtype))
-    return kernel(x.to(dtype), dt, A, B.to(dtype), C.to(dtype), D.to(dt.dtype))
+        starts = None if documents is None else documents.is_inner_start
+        return ssd(x.to(dtype), dt, A, B.to(dtype), C.to(dtype), D.to(dtype), starts=starts)
+    ids = None if documents is None else documents.ids
+    return kernel(x.to(dtype), dt, A, B.to(dtype), C.to(dtype), D.to(dt.dtype), ids)
 
 
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, groups: int, dtype: torch.dtype) -> Tensor:
@@ -104,8 +119,8 @@ def _causal_conv1d() -> Callable | str:
     return torch.compiler.disable(functools.partial(_call_conv, causal_conv1d_fn))
 
 
-def _call_conv(function: Callable, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return function(x, weight, bias, activation="silu")
+def _call_conv(function: Callable, x: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor | None) -> Tensor:
+    return function(x, weight, bias, seq_idx=ids, activation="silu")
 
 
 @functools.cache
@@ -118,8 +133,10 @@ def _mamba_scan() -> Callable | str:
     return torch.compiler.disable(functools.partial(_call_scan, mamba_chunk_scan_combined))
 
 
-def _call_scan(function: Callable, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    return function(x, dt, A, B, C, chunk_size=CHUNK, D=D)
+def _call_scan(
+    function: Callable, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, ids: Tensor | None
+) -> Tensor:
+    return function(x, dt, A, B, C, chunk_size=CHUNK, D=D, seq_idx=ids)
 
 
 @functools.cache

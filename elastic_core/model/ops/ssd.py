@@ -21,13 +21,16 @@ CHUNK_ON_GPU = 128
 # Entries of the (Q, Q) decays in memory at one time. On a CPU they have 2 MB in float32: small enough to stay in the
 # cache between operations, and large enough for several threads.
 BLOCK, BLOCK_ON_GPU = 2**19, 2**26
+NO_STATE_PASSES = -(2.0**11)  # the exponent of a decay to 0 in every type: 2^−2048 underflows
 
 
-def ssd_naive(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+def ssd_naive(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, starts: Tensor | None = None
+) -> Tensor:
     """h_t = exp(A·dt_t)·h_{t−1} + dt_t·B_t ⊗ x_t;  y_t = C_t·h_t + D·x_t, position by position.
 
     x (B, L, H, P), dt (B, L, H) after softplus and clamp, A (H,) negative, B and C (B, L, G, N), D (H,)
-    → y (B, L, H, P).
+    → y (B, L, H, P). Where `starts` (B, L) bool is true, h_{t−1} is 0.
     """
     batch, length, heads, channels = x.shape
     B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))  # (B, L, H, N)
@@ -35,6 +38,8 @@ def ssd_naive(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor)
     outputs = []
     for t in range(length):
         decay = torch.exp(A * dt[:, t])[..., None, None]
+        if starts is not None:
+            decay = decay.masked_fill(starts[:, t, None, None, None], 0)
         state = decay * state + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]
         outputs.append((state * C[:, t, :, None, :]).sum(-1) + D[:, None] * x[:, t])
     return torch.stack(outputs, dim=1)
@@ -49,6 +54,7 @@ def ssd(
     D: Tensor,
     chunk: int | None = None,
     block: int | None = None,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """As `ssd_naive`, in chunks: inside a chunk a product as in attention, between chunks a recurrence of states.
 
@@ -64,19 +70,20 @@ def ssd(
     # Products are never in a lower precision, even if the layers use autocast. The meta device has no autocast.
     with contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         block = block or (BLOCK if is_cpu else BLOCK_ON_GPU)
-        return _Scan.apply(x, dt, A, B, C, D, chunk, block)
+        return _Scan.apply(x, dt, A, B, C, D, chunk, block, starts)
 
 
 class _Scan(torch.autograd.Function):
     """y_i = D·x_i + Σ_{j≤i} (C_i·B_j) exp(Σ_{j<k≤i} A·dt_k) dt_j·x_j, computed in blocks of sequences or chunks."""
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, chunk, block):
+    def forward(ctx, x, dt, A, B, C, D, chunk, block, starts):
         y, kept = _empty_padded(x, chunk), []
         for rows, parts in _blocks(x.shape, chunk, block):
             state = None
             for part in parts:
-                p = _prepare(x[rows, part], dt[rows, part], A, B[rows, part], C[rows, part], chunk)
+                at = None if starts is None else starts[rows, part]
+                p = _prepare(x[rows, part], dt[rows, part], A, B[rows, part], C[rows, part], chunk, at)
                 out = _decay(p.total, x.dtype).mul_(p.scores) @ p.x_dt  # (B, c, G, R, Q, P)
                 if x.shape[1] > chunk:
                     # What each chunk adds to the state, (B, c, G, N, R·P), gets no name: it must not outlive the call.
@@ -90,20 +97,21 @@ class _Scan(torch.autograd.Function):
                 out.addcmul_(p.x, D.view(*out.shape[2:4], 1, 1))
                 _grouped(y[rows, part], p.B.shape).copy_(out)
         ctx.save_for_backward(x, dt, A, B, C, D, *kept)
-        ctx.sizes = chunk, block
+        ctx.sizes, ctx.starts = (chunk, block), starts
         return y[:, : x.shape[1]]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, dt, A, B, C, D, *kept = ctx.saved_tensors
-        chunk, block = ctx.sizes
+        (chunk, block), starts = ctx.sizes, ctx.starts
         grads = [_empty_padded(t, chunk) for t in (x, dt[..., None], B, C)]
         grad_A, grad_D = torch.zeros_like(A, dtype=torch.float64), torch.zeros_like(D)
         for rows, parts in reversed(_blocks(x.shape, chunk, block)):
             grad_state = None
             for part in reversed(parts):
-                p = _prepare(x[rows, part], dt[rows, part], A, B[rows, part], C[rows, part], chunk)
+                at = None if starts is None else starts[rows, part]
+                p = _prepare(x[rows, part], dt[rows, part], A, B[rows, part], C[rows, part], chunk, at)
                 g = _grouped(_padded(grad[rows, part], chunk), p.B.shape).contiguous()
                 across, states = (kept.pop(), kept.pop()) if kept else (None, None)
                 grad_x_dt, grad_decay, grad_B, grad_C, grad_state = _block_backward(p, g, states, across, grad_state)
@@ -117,7 +125,7 @@ class _Scan(torch.autograd.Function):
                 grad_A += (grad_decay * p.dt).sum((0, 1, 4, 5)).flatten()
                 grad_D += (g * p.x).sum((0, 1, 4, 5)).flatten()
         grad_x, grad_dt, grad_B, grad_C = (t[:, : x.shape[1]] for t in grads)
-        return grad_x, grad_dt.squeeze(-1), grad_A.to(A.dtype), grad_B, grad_C, grad_D, None, None
+        return grad_x, grad_dt.squeeze(-1), grad_A.to(A.dtype), grad_B, grad_C, grad_D, None, None, None
 
 
 class _Block(NamedTuple):
@@ -147,7 +155,7 @@ def _blocks(shape: torch.Size, chunk: int, block: int) -> list[tuple[slice, list
     return [(slice(start, start + num_sequences), parts) for start in range(0, batch, num_sequences)]
 
 
-def _prepare(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int) -> _Block:
+def _prepare(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int, starts: Tensor | None) -> _Block:
     # In the padding, inputs are 0 and decays are 1, so states pass through it unchanged. Its outputs and gradients are
     # dropped at the end.
     x, dt, B, C = (_padded(t, chunk) for t in (x, dt[..., None], B, C))
@@ -157,7 +165,11 @@ def _prepare(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int)
     x_dt = torch.mul(x, dt, out=x.new_empty(x.shape))  # contiguous; x and dt are permuted views
     decay = dt.squeeze(-1) * A.view(-1, x.shape[3], 1)
     # Powers of two instead of exp, because torch's exp is several times slower on CPUs, above all if results underflow.
-    total = decay.double().mul_(1 / math.log(2)).cumsum(-1)
+    exponents = decay.double().mul_(1 / math.log(2))
+    if starts is not None:
+        starts = _padded(starts[..., None, None], chunk).view(shape[0], shape[1], 1, 1, chunk)
+        exponents.masked_fill_(starts, NO_STATE_PASSES)
+    total = exponents.cumsum(-1)
     to_end = (total[..., -1:] - total).to(x.dtype).exp2()
     return _Block(x, dt, x_dt, B, C, total, total.to(x.dtype).exp2(), to_end, (C @ B.mT).unsqueeze(3))
 

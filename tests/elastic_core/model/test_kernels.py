@@ -78,7 +78,8 @@ def test_mamba_is_found_with_and_without_its_cuda_extension(tmp_path, monkeypatc
         scan = kernels._kernel(kernels._mamba_scan, GPU, BFLOAT16)
         norm = kernels._kernel(kernels._mamba_norm, GPU, BFLOAT16)
     assert not caplog.records
-    assert scan(1, 2, 3, 4, 5, 6) == ("mamba_chunk_scan_combined", (1, 2, 3, 4, 5), {"chunk_size": 128, "D": 6})
+    keywords = {"chunk_size": 128, "D": 6, "seq_idx": 7}
+    assert scan(1, 2, 3, 4, 5, 6, 7) == ("mamba_chunk_scan_combined", (1, 2, 3, 4, 5), keywords)
     name, args, keywords = norm(1, 2, 3, 1e-5, 8)
     assert name == "rmsnorm_fn" and args == (1, 3, None)
     assert keywords == {"z": 2, "eps": 1e-5, "group_size": 8, "norm_before_gate": False}
@@ -95,8 +96,8 @@ def test_the_convolution_takes_its_kernel_or_says_what_does_not_fit(monkeypatch,
     package = types.ModuleType("causal_conv1d")
     package.causal_conv1d_fn = lambda *args, **keywords: (args, keywords)
     monkeypatch.setitem(sys.modules, "causal_conv1d", package)
-    (x, weight, bias), keywords = kernels._kernel(kernels._causal_conv1d, GPU, BFLOAT16)(1, 2, None)
-    assert (x, weight, bias, keywords) == (1, 2, None, {"activation": "silu"})
+    (x, weight, bias), keywords = kernels._kernel(kernels._causal_conv1d, GPU, BFLOAT16)(1, 2, None, 7)
+    assert (x, weight, bias, keywords) == (1, 2, None, {"activation": "silu", "seq_idx": 7})
 
 
 def test_slices_are_copied_only_where_the_kernel_could_not_read_them():
@@ -112,7 +113,7 @@ def test_a_16_bit_layer_computes_its_scan_and_norm_in_float32(monkeypatch):
     """What the torch way is given in bfloat16: inputs widened, and the layer's own type back."""
     seen = []
     scan = kernels.ssd
-    monkeypatch.setattr(kernels, "ssd", lambda *args: seen.append({t.dtype for t in args}) or scan(*args))
+    monkeypatch.setattr(kernels, "ssd", lambda *args, starts: seen.append({t.dtype for t in args}) or scan(*args))
     model = random_elastic(0).to(BFLOAT16)
     ids = random_ids(model.config, 0)
     with torch.no_grad():

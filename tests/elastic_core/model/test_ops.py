@@ -62,6 +62,20 @@ def test_ssd_equals_the_recurrence(shape, dtype, tolerance, decay, block):
         assert (value.double() - reference).abs().max() / scale < tolerance, name
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block", [1, 500, None])
+def test_no_state_passes_the_start_of_a_document(shape, dtype, tolerance, block):
+    inputs = draw(shape, 0, dtype, "mild")
+    starts = torch.rand(shape[:2], generator=torch.Generator().manual_seed(2)) < 0.3
+    weights = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fast = values_and_gradients(lambda *t: ssd(*t, shape[-1], block, starts), inputs, weights.to(dtype))
+    exact = values_and_gradients(lambda *t: ssd_naive(*t, starts), [t.double() for t in inputs], weights)
+    for name, value, reference in zip(("y", "x", "dt", "A", "B", "C", "D"), fast, exact, strict=True):
+        scale = reference.abs().max().clamp(min=1e-2)
+        assert (value.double() - reference).abs().max() / scale < tolerance, name
+
+
 def test_ssd_naive_by_hand():
     """One head, one channel, two positions, two groups: the equations, written out."""
     x = torch.tensor([[[[2.0], [3.0]], [[5.0], [7.0]]]], dtype=torch.float64)  # (1, 2, 2, 1)
@@ -95,6 +109,28 @@ def test_causal_conv_equals_torch(length, kernel, bias):
 
     ours = values_and_gradients(lambda x, w, b=None: causal_conv(x, w, b), inputs, weights)
     for value, reference in zip(ours, values_and_gradients(torch_conv, inputs, weights), strict=True):
+        assert relative_error(value, reference) < 1e-13
+
+
+@pytest.mark.parametrize(("length", "kernel"), [(3, 4), (17, 4), (17, 9), (5, 1), (9, 2)])
+def test_the_convolution_does_not_reach_over_the_start_of_a_document(length, kernel):
+    """Each document is convolved alone by torch; some are shorter than the kernel."""
+    generator = torch.Generator().manual_seed(length)
+    x, weights = torch.randn(2, 2, length, 6, generator=generator, dtype=torch.float64)
+    weight, bias = torch.randn(6, 1, kernel, generator=generator, dtype=torch.float64), weights[0, 0]
+    is_start = torch.rand(2, length, generator=generator) < 0.4
+    is_start[:, 0] = False
+    starts = is_start.flatten().nonzero().flatten()
+
+    def each_alone(x, weight, bias):
+        rows = []
+        for row, starting in zip(x, is_start, strict=True):
+            parts = row.tensor_split(starting.nonzero().flatten().tolist())
+            rows.append(torch.cat([causal_conv(part[None], weight, bias)[0] for part in parts]))
+        return torch.stack(rows)
+
+    ours = values_and_gradients(lambda *t: causal_conv(*t, starts), [x, weight, bias], weights)
+    for value, reference in zip(ours, values_and_gradients(each_alone, [x, weight, bias], weights), strict=True):
         assert relative_error(value, reference) < 1e-13
 
 

@@ -12,6 +12,7 @@ from elastic_core import ElasticModel, Submodel, rank, sort_
 from elastic_core.errors import UserError
 from elastic_core.model.dims import elastic_units
 from elastic_core.search import depth_ranking
+from elastic_core.search.calibration import calibration_texts
 from elastic_core.search.depth_ranking import LogitError, rank_layers
 from elastic_core.search.importance import Ranking, score_mamba
 from elastic_core.search.ranking_state import RankingState
@@ -324,7 +325,7 @@ def test_states_that_are_not_held_are_computed_again(monkeypatch):
         monkeypatch.setattr(depth_ranking, "HELD_BYTES", held)
         found, calls = count_layer_calls(model, lambda: rank_layers(model, batches))
         assert found == expected and calls > held_calls
-        error = LogitError(model, batches, lambda sums: sums)
+        error = LogitError(model, calibration_texts(batches), lambda sums: sums)
         assert len(error._held) == held // one
 
 

@@ -91,18 +91,18 @@ def test_gradient_of_a_whole_step_is_that_of_plain_losses_on_whole_logits(data, 
     dealt = [result["budget"] for result in row["microbatches"]]
     assert set(dealt) == set(BUDGETS)
     assert len(passes) == len(dealt) - dealt.count("full")  # full learns from text alone
-    input_ids, labels = run.data.batch(0, 12)
+    input_ids, labels, documents = run.data.batch(0, 12)
     assert (labels == IGNORED_LABEL).any()  # some rows are padded
     for i, budget in enumerate(dealt):
         part = slice(2 * i, 2 * i + 2)
         if routed:
             probs = router.probs(list(BUDGETS).index(budget), 1.0, 1.0, noise_generator(4, 0, i))
-            logits = model(input_ids[part], gates=router.space.soft_gates(probs))
+            logits = model(input_ids[part], gates=router.space.soft_gates(probs), document_ids=documents[part])
             cost = router.space.cost(probs) / num_parameters(CONFIG)
             resource = 0.5 * (cost / BUDGETS[budget] - 1).abs()
         else:
-            logits, resource = model(input_ids[part], MEMBERS[budget].submodel), 0.0
-        teacher_logits = run.teacher(input_ids[part]).detach()
+            logits, resource = model(input_ids[part], MEMBERS[budget].submodel, document_ids=documents[part]), 0.0
+        teacher_logits = run.teacher(input_ids[part], document_ids=documents[part]).detach()
         loss, ce, kl = naive_loss(logits, teacher_logits, labels[part], weights[budget])
         ((loss + resource) / len(dealt)).backward()
         assert row["microbatches"][i]["ce"] == pytest.approx(ce.item(), rel=1e-5)
@@ -216,11 +216,11 @@ def test_trainable_teacher_is_the_familys_own_full_model(data):
     run = make_run(data, stage, teacher=False)
     model = copy.deepcopy(run.model)
     row = next(train(run))
-    input_ids, labels = run.data.batch(0, 6)
+    input_ids, labels, documents = run.data.batch(0, 6)
     for i, result in enumerate(row["microbatches"]):
         part = slice(2 * i, 2 * i + 2)
-        logits = model(input_ids[part], MEMBERS[result["budget"]].submodel)
-        _, ce, kl = naive_loss(logits, model(input_ids[part]), labels[part], TEXT)
+        logits = model(input_ids[part], MEMBERS[result["budget"]].submodel, document_ids=documents[part])
+        _, ce, kl = naive_loss(logits, model(input_ids[part], document_ids=documents[part]), labels[part], TEXT)
         expected = kl.item() if result["budget"] == "small" else 0.0
         assert result["kl"] == pytest.approx(expected, rel=1e-4)
         assert result["loss"] == pytest.approx(ce.item() if result["budget"] != "small" else kl.item(), rel=1e-4)
@@ -365,7 +365,7 @@ def test_a_llama_becomes_a_family(data, tmp_path):
     assert np.mean(losses[-5:]) < np.mean(losses[25:30])  # sliced since step 24
     model.save_pretrained(tmp_path / "family")
     elastic_checkpoint.write(tmp_path / "family", config, run.members, [])
-    input_ids, _ = rows.batch(0, 2)
+    input_ids = rows.batch(0, 2).input_ids
     for budget, target in BUDGETS.items():
         submodel = extract(tmp_path / "family", budget, tmp_path / budget)
         extracted = AutoModelForCausalLM.from_pretrained(tmp_path / budget)
@@ -392,12 +392,17 @@ def test_the_router_settles_as_soon_as_its_choice_stays_the_same_within_budget(d
 
 def test_submodels_come_nearer_to_the_teacher(trained):
     run, rows, _ = trained
-    input_ids, labels = run.data.batch(5000, 20)
+    input_ids, labels, documents = run.data.batch(5000, 20)
     for budget, share in (("medium", 0.5), ("small", 0.5)):
         submodel, losses = run.members[budget].submodel, []
         with torch.no_grad():
             for model in (run.teacher, run.model):
-                _, _, kl = naive_loss(model(input_ids, submodel), run.teacher(input_ids), labels, Loss())
+                _, _, kl = naive_loss(
+                    model(input_ids, submodel, None, documents),
+                    run.teacher(input_ids, document_ids=documents),
+                    labels,
+                    Loss(),
+                )
                 losses.append(kl.item())
         assert losses[1] < share * losses[0], budget
     full = [r["kl"] for row in rows for r in row["microbatches"] if r["budget"] == "full"]

@@ -1,0 +1,70 @@
+"""Documents in packed rows: what layers need so that the documents of a row do not see each other."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from elastic_core.errors import UserError
+
+
+class Documents:
+    """Where documents begin in rows of L positions; B rows.
+
+    - `ids` (B, L) int32 on the device of the model: the number of each position's document, not decreasing in a row.
+    - `positions` (B, L) int64: the number of each position in its document, from 0.
+    - `inner_starts` (N,) int64: the first positions of documents, without those at the start of a row. They are
+      numbers of positions in all rows, one row after another.
+    - `lengths`: the number of positions of every document, one row after another.
+    """
+
+    def __init__(self, document_ids: Tensor, device: torch.device):
+        """`document_ids` (B, L) int64, in CPU memory: the lengths are read from it."""
+        batch, length = document_ids.shape
+        is_start = torch.ones(batch, length, dtype=torch.bool)
+        is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        starts = is_start.flatten().nonzero().flatten()
+        ends = torch.cat([starts[1:], torch.tensor([batch * length])])
+        positions = torch.arange(batch * length) - starts.repeat_interleave(ends - starts)
+        self.lengths: list[int] = (ends - starts).tolist()
+        self.ids = document_ids.to(torch.int32).to(device, non_blocking=True)
+        self.positions = positions.view(batch, length).to(device, non_blocking=True)
+        self.inner_starts = starts[starts % length > 0].to(device, non_blocking=True)
+        self.cumulative_lengths = torch.cat([starts, ends[-1:]]).to(torch.int32).to(device, non_blocking=True)
+        self._masks: dict[torch.dtype, Tensor] = {}
+
+    @cached_property
+    def is_inner_start(self) -> Tensor:
+        """Whether a document starts at a position, except at the start of a row, (B, L) bool."""
+        found = torch.zeros(self.ids.shape, dtype=torch.bool, device=self.ids.device)
+        found.view(-1)[self.inner_starts] = True
+        return found
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of attention, (B, 1, L, L): 0 for an earlier position of the same document."""
+        if dtype not in self._masks:  # the same for all layers
+            is_seen = (self.ids[:, :, None] == self.ids[:, None, :]).tril()[:, None]
+            mask = torch.zeros(is_seen.shape, dtype=dtype, device=self.ids.device)
+            self._masks[dtype] = mask.masked_fill_(~is_seen, float("-inf"))
+        return self._masks[dtype]
+
+
+def documents_of(document_ids: Tensor | None, input_ids: Tensor) -> Documents | None:
+    """The documents of packed rows of `input_ids` (B, L), on their device. None if every row is one document.
+
+    `document_ids` (B, L) int64, not decreasing in a row. If they are on a GPU, they are copied to the CPU, for which
+    the GPU is waited for. Raises UserError for ids of another type or shape, and for ids that decrease in a row.
+    """
+    if document_ids is None:
+        return None
+    if document_ids.shape != input_ids.shape or document_ids.dtype != torch.int64:
+        found = f"{document_ids.dtype} {tuple(document_ids.shape)}"
+        raise UserError(f"document_ids: got {found}; allowed: int64 {tuple(input_ids.shape)}, one for every input id")
+    ids = document_ids.cpu()
+    if bool((ids[:, 1:] < ids[:, :-1]).any()):
+        raise UserError(
+            "document_ids: an id is smaller than the one before it; allowed: ids that never decrease in a row"
+        )
+    return None if bool((ids[:, :1] == ids).all()) else Documents(ids, input_ids.device)
