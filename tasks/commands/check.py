@@ -1,9 +1,7 @@
 """`python -m tasks.commands.check` checks params.yaml before stages run for hours; `… check PROFILE` a profile.
 
-It lists every problem, in two rounds. The first one checks all values, local paths and files, in less than half a
-second. Only if nothing is wrong, the second one checks URLs, the parent's files, whether the parent can give the
-budgets and sizes, and the benchmarks with lm-eval. It needs the parent's configuration in transformers' classes.
-Importing torch and only these classes takes two to four seconds, because they import torch.distributed and compilers.
+It lists every problem at once: of all values, local paths and files, of URLs, of the parent's files, and of what the
+parent can give: budgets, sizes and lengths.
 """
 
 import argparse
@@ -11,15 +9,20 @@ import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
-from elastic_core.config import ConfigError
+from elastic_core.config import ConfigError, Problems
+from elastic_core.errors import named
+from elastic_core.io.storage import StorageError, StorageUnavailable, is_url
+from tasks.evaluation.benchmark_checks import check_benchmarks
 from tasks.runtime.exit_status import errors_as_text
+from tasks.runtime.preflight import add_family_problems, add_parent_problems
 from tasks.settings import merging, remote_checks
 from tasks.settings.budgets import read_family
-from tasks.settings.load import FILE, check_values, read_file
-from tasks.settings.local_checks import BEFORE_A_RUN
+from tasks.settings.load import FILE, is_sound, raise_problems, read_file, read_sections
+from tasks.settings.local_checks import BEFORE_A_RUN, check_local
 from tasks.settings.profiles import working_directory
-from tasks.settings.schema import Params
+from tasks.settings.schema import Params, located
 
 
 def main(arguments: Sequence[str] = (), root: Path = merging.ROOT) -> None:
@@ -63,27 +66,61 @@ def check_profile(
 
 
 def check(values: Mapping) -> None:
-    """Check all parameters. Raises ConfigError with the problems of the first round that finds any."""
-    settings = check_values(values, FILE, BEFORE_A_RUN)
-    from tasks.evaluation.benchmark_checks import check_benchmarks
-    from tasks.runtime.preflight import check_family, check_parent  # imports torch and transformers
+    """Check all parameters. Raises ConfigError with all problems, in the order of the sections.
 
-    remote_checks.check(settings)
-    check_family(settings, FILE)
-    check_parent(settings, FILE)
-    check_limits(settings, FILE)
-    check_benchmarks(settings.evaluate.benchmarks, f"{FILE}: evaluate.benchmarks")
+    A check is left out if something that it needs has a problem. Raises StorageUnavailable if the only problem is a
+    server that does not answer.
+    """
+    problems = Problems()
+    sections = read_sections(problems, values)
+    check_local(problems, sections, BEFORE_A_RUN)
+    sections = SimpleNamespace(**located(vars(sections)))
+    unavailable = _add_remote_problems(problems, sections)
+    if unavailable is None or not (hasattr(sections, "parent") and is_url(sections.parent.path)):
+        _add_parent_problems(problems, sections)
+    _add_benchmark_problems(problems, sections)
+    _add_limit_problems(problems, sections)
+    if unavailable is not None:
+        with named(FILE):
+            if not problems.found:
+                raise unavailable
+            problems.add(str(unavailable))
+    raise_problems(problems, FILE)
 
 
-def check_limits(settings: Params, where: str) -> None:
-    """Refuse time limits that are shorter than the plan (see `tasks.commands.plan`). Raises ConfigError."""
-    if settings.time_limits and settings.compute.gpus_per_worker:
-        from tasks.commands.plan import check_time_limits, read_parent  # slow, as above
+def _add_remote_problems(problems: Problems, sections: SimpleNamespace) -> StorageUnavailable | None:
+    """Add the problems of URLs. Returns the error of a server that does not answer."""
+    try:
+        remote_checks.add_problems(problems, sections)
+    except StorageUnavailable as error:
+        return error
 
-        try:
-            check_time_limits(settings, read_parent(settings)[0])
-        except ConfigError as error:
-            raise ConfigError("\n".join(f"{where}: {problem}" for problem in error.problems)) from None
+
+def _add_parent_problems(problems: Problems, sections: SimpleNamespace) -> None:
+    try:
+        add_family_problems(problems, sections)
+        add_parent_problems(problems, sections)
+    except StorageUnavailable:
+        raise
+    except StorageError as error:
+        problems.add(f"parent.path: {error}")
+
+
+def _add_benchmark_problems(problems: Problems, sections: SimpleNamespace) -> None:
+    if is_sound(problems, sections, "evaluate.benchmarks"):
+        with problems.collecting():
+            check_benchmarks(sections.evaluate.benchmarks)
+
+
+def _add_limit_problems(problems: Problems, sections: SimpleNamespace) -> None:
+    """Add time limits that are shorter than the plan (see `tasks.commands.plan`), which needs all training sections."""
+    if problems.found or not (sections.time_limits and sections.compute.gpus_per_worker):
+        return
+    from tasks.commands.plan import check_time_limits, read_parent  # here, because it imports torch
+
+    settings = Params(**vars(sections)).completed()
+    with problems.collecting():
+        check_time_limits(settings, read_parent(settings)[0])
 
 
 def _from_where(problem: str, profile: str, own: Mapping, budgets: Mapping, overrides: Sequence[str]) -> str:

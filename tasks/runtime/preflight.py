@@ -20,6 +20,7 @@ from elastic_core.search.space import ElasticSpace
 from tasks.parents.config import read_parent_config
 from tasks.parents.targets import comparable_budgets, metric_of_family, resolve
 from tasks.settings.budgets import check_shares
+from tasks.settings.load import is_sound, raise_problems
 from tasks.settings.local_checks import is_package
 from tasks.settings.schema import Params
 
@@ -29,16 +30,29 @@ def check_family(params: Params, where: str) -> None:
 
     Stage train_short checks again, with the order in which depth really drops layers.
     """
+    problems = Problems()
+    add_family_problems(problems, params)
+    raise_problems(problems, where)
+
+
+def add_family_problems(problems: Problems, params) -> None:
+    """The same for the sections that could be read (`params` has them as attributes), with `problems` found before.
+
+    What depends on a parameter that has a problem is left out. Raises StorageError.
+    """
+    keys = ("parent.path", "parent.rope_scaling")
+    if not is_sound(problems, params, *keys):
+        return
+    if params.parent.path is None and not is_sound(problems, params, "parent.model", "prepare_data.vocab_size"):
+        return
     try:
-        config = read_parent_config(params.parent, params.prepare_data.vocab_size)
-    except (ConfigError, StorageError):
+        with problems.collecting():
+            vocab_size = None if params.parent.path is not None else params.prepare_data.vocab_size
+            add_architecture_problems(problems, params, read_parent_config(params.parent, vocab_size))
+    except StorageError:
         raise
     except UserError as error:
-        raise ConfigError(f"{where}: parent: {error}") from None
-    try:
-        check_architecture(params, config)
-    except ConfigError as error:
-        raise ConfigError("\n".join(f"{where}: {problem}" for problem in error.problems)) from None
+        problems.add(f"parent: {error}")
 
 
 def check_parent(params: Params, where: str) -> None:
@@ -46,6 +60,15 @@ def check_parent(params: Params, where: str) -> None:
 
     The values of the weights are checked when the stage `parent` imports them.
     """
+    problems = Problems()
+    add_parent_problems(problems, params)
+    raise_problems(problems, where)
+
+
+def add_parent_problems(problems: Problems, params) -> None:
+    """The same for the sections that could be read, with `problems` found before. Raises StorageError."""
+    if not is_sound(problems, params, "parent.path"):
+        return
     path = params.parent.path
     if path is None or is_package(path):
         return
@@ -54,39 +77,63 @@ def check_parent(params: Params, where: str) -> None:
     except StorageError:
         raise
     except UserError as error:
-        raise ConfigError(f"{where}: parent.path: {error}") from None
+        problems.add(f"parent.path: {error}")
 
 
 def check_architecture(params: Params, config) -> None:
-    """The same for a parent's configuration that has been read. Raises ConfigError."""
-    problems, metric, targets = Problems(), metric_of_family(params), None
-    with problems.collecting():
-        check_lengths(params, config)
+    """The same as `check_family` for a parent's configuration that has been read. Raises ConfigError."""
+    problems = Problems()
+    add_architecture_problems(problems, params, config)
+    problems.raise_all()
+
+
+def add_architecture_problems(problems: Problems, params, config) -> None:
+    """The same for the sections that could be read, with `problems` found before."""
+    sound = {name: is_sound(problems, params, name, "cost", "budgets") for name in ("budgets", "untrained", "choices")}
+    has_choices, targets = is_sound(problems, params, "choices"), None
+    _add_lengths(problems, params, config)
+    if is_sound(problems, params, "choices.heterogeneous", "extract.heterogeneous"):
+        _add_export_problem(problems, params, config)
+    if sound["budgets"]:
+        with problems.collecting():
+            targets = resolve(params, config)
+    if sound["untrained"]:
+        with problems.collecting():
+            metric = metric_of_family(params)
+            shares(params.untrained, metric, config, "untrained")
+            untrained = shares(comparable_budgets(params), metric, config, "untrained")
+            if targets is not None:
+                check_shares(params.budgets, params.untrained, targets, untrained)
+    if has_choices:
+        with problems.collecting():
+            if sound["choices"] and targets is not None:
+                _check_choices(params, metric_of_family(params), config, targets)
+            else:  # the sizes alone
+                ElasticSpace(config, params.choices, tuple(range(architectures.num_layers(config))))
+
+
+def _add_export_problem(problems: Problems, params, config) -> None:
     if architectures.of(config).MODELING_FILE is None and params.choices.heterogeneous:
         allowed = f"pad, as long as choices.heterogeneous is set for a parent of model_type {config.model_type}"
         problems.require(params.extract.heterogeneous == "pad", "extract.heterogeneous", "remote_code", allowed)
-    with problems.collecting():
-        targets = resolve(params, config)
-    with problems.collecting():
-        shares(params.untrained, metric, config, "untrained")
-        untrained = shares(comparable_budgets(params), metric, config, "untrained")
-        if targets is not None:
-            check_shares(params.budgets, params.untrained, targets, untrained)
-    if targets is not None:
-        with problems.collecting():
-            _check_choices(params, metric, config, targets)
-    problems.raise_all()
 
 
 def check_lengths(params: Params, config) -> None:
     """Refuse sequences that are longer than the parent's position embeddings. Raises ConfigError."""
+    problems = Problems()
+    _add_lengths(problems, params, config)
+    problems.raise_all()
+
+
+def _add_lengths(problems: Problems, params, config) -> None:
     longest = architectures.max_positions(config)
     if longest is None:
         return
     for name in ("rank", "train_short", "train_extended", "evaluate"):
-        length = getattr(params, name).sequence_length
-        allowed = f"up to {longest:,}, the parent's max_position_embeddings; for longer texts set parent.rope_scaling"
-        require(length <= longest, f"{name}.sequence_length", length, allowed)
+        if is_sound(problems, params, key := f"{name}.sequence_length"):
+            length = getattr(params, name).sequence_length
+            allowed = f"up to {longest:,}, the parent's max_position_embeddings"
+            problems.require(length <= longest, key, length, f"{allowed}; for longer texts set parent.rope_scaling")
 
 
 def _check_choices(params: Params, metric: Metric, config, targets: Mapping[str, float]) -> None:

@@ -85,6 +85,18 @@ def raise_problems(problems: Problems, where: str) -> None:
         raise ConfigError("\n".join(f"{where}: {problem}" for problem in found))
 
 
+def is_sound(problems: Problems, sections: SimpleNamespace, *keys: str) -> bool:
+    """Whether the parameters `keys`, such as ``parent.path``, could be read and nothing in `problems` concerns them.
+
+    A check that needs them is left out otherwise: it would say the same again in other words.
+    """
+    wrong = [re.match(r"[\w.]*", problem)[0].split(".") for problem in problems.found]
+    needed = [key.split(".") for key in keys]
+    return all(hasattr(sections, path[0]) for path in needed) and not any(
+        path[: len(other)] == other[: len(path)] for path in needed for other in wrong
+    )
+
+
 def _section_index(problem: str) -> int:
     section = re.match(r"\w*", problem)[0]
     return SECTIONS.index(section) if section in SECTIONS else -1

@@ -4,7 +4,10 @@ Reading params.yaml connects to no server. A stage that needs no server therefor
 stage that uses a remote location checks it here first, within seconds. `python -m tasks.commands.check` checks all.
 """
 
+from collections.abc import Iterable
+
 from elastic_core.config import ConfigError, Problems
+from elastic_core.errors import named
 from elastic_core.io import storage
 from tasks.settings.load import FILE
 from tasks.settings.local_checks import TOKENIZERS
@@ -17,33 +20,34 @@ def check(settings: Params, *sections: str, where: str = FILE) -> None:
     `where` is the start of every error message. Raises ConfigError for a location that cannot be used, and
     StorageUnavailable for a server that does not answer. Both name the parameter.
     """
-    checks = {
-        "prepare_data": _check_corpora,
-        "parent": _check_parent,
-        "extract": _check_destination,
-        "compute": _check_checkpoints,
-    }
     problems = Problems()
-    for section in sections or checks:
-        with problems.collecting():
-            checks[section](settings, where)
-    problems.raise_all()
+    with named(where):
+        add_problems(problems, settings, sections)
+        problems.raise_all()
 
 
-def _check_corpora(settings: Params, where: str) -> None:
+def add_problems(problems: Problems, settings, sections: Iterable[str] = ()) -> None:
+    """The same for `settings` that may lack sections. Raises StorageUnavailable for the first silent server."""
+    for section in sections or CHECKS:
+        if hasattr(settings, section):
+            with problems.collecting():
+                CHECKS[section](settings)
+
+
+def _check_corpora(settings: Params) -> None:
     problems = Problems()
     for name, source in settings.prepare_data.sources.items():
         if storage.is_url(path := source.get("path")):
             with problems.collecting():
-                _check_access(path, f"{where}: prepare_data.sources.{name}.path", writing=False)
+                _check_access(path, f"prepare_data.sources.{name}.path", writing=False)
     problems.raise_all()
 
 
-def _check_parent(settings: Params, where: str) -> None:
+def _check_parent(settings: Params) -> None:
     path = settings.parent.path
     if not storage.is_url(path):  # local_checks.py has checked it
         return
-    key = f"{where}: parent.path"
+    key = "parent.path"
     _check_access(path, key, writing=False)
     names = storage.list_names(path)
     if "config.json" not in names:
@@ -53,14 +57,14 @@ def _check_parent(settings: Params, where: str) -> None:
         raise ConfigError(f"{key}: got {path!r}; allowed: {allowed}")
 
 
-def _check_destination(settings: Params, where: str) -> None:
+def _check_destination(settings: Params) -> None:
     if settings.extract.destination is not None:
-        _check_access(settings.extract.destination, f"{where}: extract.destination", writing=True)
+        _check_access(settings.extract.destination, "extract.destination", writing=True)
 
 
-def _check_checkpoints(settings: Params, where: str) -> None:
+def _check_checkpoints(settings: Params) -> None:
     if storage.is_url(settings.compute.storage):
-        _check_access(settings.compute.storage, f"{where}: compute.storage", writing=True)
+        _check_access(settings.compute.storage, "compute.storage", writing=True)
 
 
 def _check_access(location: str, key: str, writing: bool) -> None:
@@ -70,3 +74,11 @@ def _check_access(location: str, key: str, writing: bool) -> None:
         raise storage.StorageUnavailable(f"{key}: {error}") from None
     except storage.StorageError as error:
         raise ConfigError(f"{key}: {error}") from None
+
+
+CHECKS = {  # section → its check
+    "prepare_data": _check_corpora,
+    "parent": _check_parent,
+    "extract": _check_destination,
+    "compute": _check_checkpoints,
+}

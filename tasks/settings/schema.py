@@ -51,20 +51,27 @@ class Params:
         equal = dict.fromkeys(self.prepare_data.sources, 1.0)
         names = ("rank", "train_short", "train_extended")
         changes = {name: _with_mixture(getattr(self, name), equal) for name in names}
-        parent, evaluate, cost = self.parent, self.evaluate, self.cost
-        if parent.path is not None:
-            parent = replace(parent, path=locate(parent.path))
+        parent, evaluate = self.parent, self.evaluate
         if parent.training is not None:
             parent = replace(parent, training=_with_mixture(parent.training, equal))
         if evaluate.held_out is None:
             evaluate = replace(evaluate, held_out=tuple(self.prepare_data.text_names()))
         if evaluate.tasks is None:
             evaluate = replace(evaluate, tasks=tuple(self.prepare_data.practised_task_names()))
-        if evaluate.benchmarks is not None:
-            evaluate = replace(evaluate, benchmarks=evaluate.benchmarks.located())
-        if cost.table is not None:
-            cost = replace(cost, table=locate(cost.table))
-        return replace(self, **changes, parent=parent, evaluate=evaluate, cost=cost)
+        changes |= located({"parent": parent, "evaluate": evaluate, "cost": self.cost})
+        return replace(self, **changes)
+
+
+def located(sections: dict) -> dict:
+    """The same sections (name → dataclass) with the paths of parent, benchmarks and table where they are found."""
+    found = dict(sections)
+    if "parent" in found and found["parent"].path is not None:
+        found["parent"] = replace(found["parent"], path=locate(found["parent"].path))
+    if "evaluate" in found and found["evaluate"].benchmarks is not None:
+        found["evaluate"] = replace(found["evaluate"], benchmarks=found["evaluate"].benchmarks.located())
+    if "cost" in found and found["cost"].table is not None:
+        found["cost"] = replace(found["cost"], table=locate(found["cost"].table))
+    return found
 
 
 def _with_mixture(section: Rank | Stage, mixture: dict[str, float]) -> Rank | Stage:

@@ -10,7 +10,7 @@ import pytest
 
 from elastic_core.config import ConfigError
 from tasks.commands import check
-from tests.support.committed_params import ROOT, put, write
+from tests.support.committed_params import ROOT, parent_directory, put, use_parent, write
 from tests.support.pipeline.stages import check_parameters
 
 
@@ -128,18 +128,45 @@ def test_a_place_that_cannot_be_written_is_named(values, tmp_path, monkeypatch, 
         check_parameters()
 
 
-def test_the_second_round_lists_all_it_finds_too(values, tmp_path, monkeypatch):
+def test_what_the_parent_cannot_give_is_listed_with_what_is_wrong_without_a_parent(values, tmp_path, monkeypatch):
     values["budgets"] |= {"medium": "9B", "small": "7B"}
     values["choices"] |= {"hidden_size": [40, 32], "depth": [99]}
     write(values, tmp_path, monkeypatch)
     with pytest.raises(ConfigError) as caught:
         check.main()
-    assert [problem.split(": ")[1] for problem in caught.value.problems] == ["budgets.medium", "budgets.small"]
-    values["budgets"] |= {"medium": 0.7, "small": 0.45}
+    assert keys(caught) == ["budgets.medium", "budgets.small", "choices.hidden_size", "choices.depth"]
+    values["budgets"]["small"] = "70%"  # no budget is compared with the parent then
+    values["prepare_data"]["sources"]["mine"] = {"kind": "files", "path": "nowhere/*.txt"}
+    values["train_short"]["steps"] = 0
+    values["evaluate"] = None
+    values["compute"] = {"workers": "two"}
     write(values, tmp_path, monkeypatch)
     with pytest.raises(ConfigError) as caught:
         check.main()
-    assert [problem.split(": ")[1] for problem in caught.value.problems] == ["choices.hidden_size", "choices.depth"]
+    assert keys(caught) == [
+        *("budgets.small", "choices.hidden_size", "choices.depth"),
+        *("prepare_data.sources.mine.path", "train_short.steps", "evaluate", "compute.workers"),
+    ]
+
+
+def keys(caught) -> list[str]:
+    """The parameter of each problem, in the order of the text."""
+    return [problem.split(": ")[1] for problem in caught.value.problems]
+
+
+def test_problems_of_every_kind_are_listed_with_a_directory_as_the_parent(values, tmp_path, monkeypatch):
+    """A budget and a size do not fit its config.json, nor its weights; a step and a source are wrong for any parent."""
+    directory = parent_directory(tmp_path)
+    (directory / "model.safetensors").write_bytes(b"<html>")
+    use_parent(values, directory)
+    values["budgets"]["small"] = "9B"
+    values["rank"]["mixture"] = {"poems": 1.0}
+    values["train_short"]["steps"] = 0
+    values["choices"]["hidden_size"] = [99]
+    write(values, tmp_path, monkeypatch)
+    with pytest.raises(ConfigError) as caught:
+        check.main()
+    assert keys(caught) == ["budgets.small", "choices.hidden_size", "parent.path", "rank.mixture", "train_short.steps"]
 
 
 def test_every_argument_that_is_not_known_is_a_usage_error(tmp_path):

@@ -83,6 +83,7 @@ def test_a_missing_file_is_named_with_the_places_that_were_searched(relative, ch
     workspace = checkout / ".runs" / "own"
     workspace.mkdir(parents=True)
     put("prepare_data", "sources", "mine", "path", "corpus/*.jsonl")(relative)
+    put("evaluate", "benchmarks", None)(relative)
     write(relative, workspace, monkeypatch)
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", "tasks.commands.check"], env=variables, capture_output=True, text=True)
