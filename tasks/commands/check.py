@@ -15,8 +15,8 @@ from elastic_core.config import ConfigError, Problems
 from elastic_core.errors import named
 from elastic_core.io.storage import StorageError, StorageUnavailable, is_url
 from tasks.evaluation.benchmark_checks import check_benchmarks
+from tasks.runtime import garbage_collector
 from tasks.runtime.exit_status import errors_as_text
-from tasks.runtime.preflight import add_family_problems, add_parent_problems
 from tasks.settings import merging, remote_checks
 from tasks.settings.budgets import read_family
 from tasks.settings.load import FILE, is_sound, raise_problems, read_file, read_sections
@@ -96,7 +96,10 @@ def _add_remote_problems(problems: Problems, sections: SimpleNamespace) -> Stora
         return error
 
 
+@garbage_collector.paused()
 def _add_parent_problems(problems: Problems, sections: SimpleNamespace) -> None:
+    from tasks.runtime.preflight import add_family_problems, add_parent_problems  # imports torch and transformers
+
     try:
         add_family_problems(problems, sections)
         add_parent_problems(problems, sections)

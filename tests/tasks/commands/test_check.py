@@ -4,7 +4,6 @@ import os
 import runpy
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -43,17 +42,15 @@ def test_the_command_ends_with_one_line_and_a_status(values, tmp_path, monkeypat
 
 
 def run_check(directory, *arguments):
-    """The ended process of `python -m tasks.commands.check`, and how many seconds it took."""
+    """The ended process of `python -m tasks.commands.check`."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    begin = time.monotonic()
     command = [sys.executable, "-m", "tasks.commands.check", *arguments]
-    done = subprocess.run(command, cwd=directory, env=variables, capture_output=True, text=True)
-    return done, time.monotonic() - begin
+    return subprocess.run(command, cwd=directory, env=variables, capture_output=True, text=True)
 
 
 @pytest.fixture
 def wrong(values, tmp_path, monkeypatch):
-    """Parameters with a mistake of every kind that is found without torch."""
+    """Parameters with a mistake of every kind that is found without the parent's configuration."""
     values["seed"] = "none"
     values["budgets"]["small"] = "70%"
     values["prepare_data"]["sources"]["mine"] = {"kind": "files", "path": "corpus/*.jsonl"}
@@ -70,9 +67,8 @@ def wrong(values, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_all_problems_are_listed_in_the_order_of_the_sections_within_two_seconds(wrong):
-    tries = [run_check(wrong) for _ in range(3)]
-    done = tries[0][0]
+def test_all_problems_are_listed_in_the_order_of_the_sections(wrong):
+    done = run_check(wrong)
     assert done.returncode == 1 and done.stdout == ""
     found = [line.removeprefix("error: params.yaml: ").split(": ")[0] for line in done.stderr.splitlines()]
     assert found == [
@@ -88,20 +84,19 @@ def test_all_problems_are_listed_in_the_order_of_the_sections_within_two_seconds
         "evaluate.benchmarks.include",
         "compute.storage",
     ]
-    assert min(seconds for _, seconds in tries) < 2
 
 
 def test_checking_writes_nothing(wrong, tmp_path):
     before = sorted(wrong.rglob("*"))
     run_check(wrong)
     assert sorted(wrong.rglob("*")) == before
-    assert run_check(tmp_path, "smoke", "--set", "seed=-1", "--budget", "a=3")[0].returncode == 1
+    assert run_check(tmp_path, "smoke", "--set", "seed=-1", "--budget", "a=3").returncode == 1
     assert sorted(wrong.rglob("*")) == before
 
 
 def test_problems_start_with_the_place_of_their_parameter():
     stages = ["--set=train_short.steps=0", "--set=rank={batches: 0}", "--budget=a=1.0", "--budget=b=1.0"]
-    lines = run_check("/", "smoke", "--set=evaluate.limit=0", *stages)[0].stderr.splitlines()
+    lines = run_check("/", "smoke", "--set=evaluate.limit=0", *stages).stderr.splitlines()
     assert [line.split(": ")[1:3] for line in lines] == [
         ["--budget", "budgets"],
         ["--set", "rank.batches"],
@@ -109,7 +104,7 @@ def test_problems_start_with_the_place_of_their_parameter():
         ["--set", "train_short.steps"],
         ["--set", "evaluate.limit"],
     ]
-    lines = run_check("/", "one-gpu", "--set=parent.path=/nowhere")[0].stderr.splitlines()
+    lines = run_check("/", "one-gpu", "--set=parent.path=/nowhere").stderr.splitlines()
     assert lines[0].startswith(
         "error: profiles/one-gpu.yaml: prepare_data.sources.text.path: got '/data/corpus/*.jsonl'"
     )
@@ -171,5 +166,19 @@ def test_problems_of_every_kind_are_listed_with_a_directory_as_the_parent(values
 
 def test_every_argument_that_is_not_known_is_a_usage_error(tmp_path):
     for arguments in (["--sett=a"], ["smoke", "smoke"], ["--budget"]):
-        done, _ = run_check(tmp_path, *arguments)
+        done = run_check(tmp_path, *arguments)
         assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("parent", ["new", "directory"])
+def test_the_check_imports_no_modeling_code_of_transformers_and_no_compiler(values, tmp_path, monkeypatch, parent):
+    """With these, it would take twice as long. What it needs are torch and one class of configurations."""
+    if parent == "directory":
+        use_parent(values, parent_directory(tmp_path))
+    write(values, tmp_path, monkeypatch)
+    slow = {"transformers.modeling_utils", "transformers.activations", "torch._dynamo", "torch.distributed.tensor"}
+    slow |= {"lm_eval", "datasets", "ray", "pandas", "elastic_core.training.loop", "tasks.commands.plan"}
+    code = f"import sys; from tasks.commands import check; check.main(); print({slow} & sys.modules.keys())"
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    assert done.stdout == "params.yaml is valid\nset()\n", done.stderr
