@@ -17,12 +17,6 @@ VENV := .venv
 SETUP := $(VENV)/.ready
 PAGE := .dvc/plots/page.html
 
-export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
-export TOKENIZERS_PARALLELISM ?= true
-# glibc gives large freed blocks back to the kernel at once, and a training step then pays for the page faults.
-export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
-export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
-
 .PHONY: setup run test soak bench dashboard lint
 setup: $(SETUP) $(PAGE)
 
@@ -37,7 +31,7 @@ soak: $(SETUP)
 	$(VENV)/bin/python -m tests.soak --trials $(TRIALS)
 
 bench: $(SETUP)
-	$(VENV)/bin/python -m benchmarks.bench $(SECTIONS)
+	env $$($(VENV)/bin/python -m tasks.runtime.environment) $(VENV)/bin/python -m benchmarks.bench $(SECTIONS)
 
 dashboard: $(SETUP) $(PAGE)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m flows.dashboard

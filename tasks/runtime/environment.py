@@ -1,4 +1,7 @@
-"""Environment variables that make the processes of a stage fast. A variable that is already set keeps its value."""
+"""Environment variables that make the processes of a stage fast. A variable that is already set keeps its value.
+
+`python -m tasks.runtime.environment` prints them for `env`, which starts a process that has them all.
+"""
 
 import os
 
@@ -21,3 +24,7 @@ def set_defaults() -> None:
     """Set the variables for this process and those that it starts. Call it before torch is imported."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    print(*(f"{name}={os.environ.get(name, value)}" for name, value in DEFAULTS.items()))

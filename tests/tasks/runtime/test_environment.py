@@ -26,3 +26,10 @@ def test_threads_wait_as_the_caller_has_chosen_and_else_by_the_default(chosen, e
     if "GOMP_SPINCOUNT" not in done.stderr:
         pytest.skip("torch's OpenMP is not GNU's")
     assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
+
+
+def test_the_variables_are_printed_for_env_with_those_that_the_caller_has_chosen():
+    others = {name: value for name, value in os.environ.items() if name not in DEFAULTS}
+    command = [sys.executable, "-m", "tasks.runtime.environment"]
+    done = subprocess.run(command, env=others | {"OMP_NUM_THREADS": "7"}, capture_output=True, text=True, check=True)
+    assert dict(item.split("=") for item in done.stdout.split()) == DEFAULTS | {"OMP_NUM_THREADS": "7"}
