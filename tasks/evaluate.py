@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from elastic_core.data.loader import TokenData
 from elastic_core.io.atomic import write_text
+from elastic_core.io.json_files import read_json
 from elastic_core.io.provenance_file import read_provenance
 from tasks.evaluation import latency_and_memory, lm_eval_tasks
 from tasks.evaluation.samples import samples
@@ -40,7 +41,7 @@ def main(budget: str) -> None:
         lm_eval_tasks.check_benchmark_tasks(section.benchmarks, f"{FILE}: evaluate.benchmarks", download=True)
     parent = None if budget == "parent" else load_model(PARENT)
     directories = {"parent": PARENT} if budget == "parent" else {v: MODELS / budget / v for v in VERSIONS}
-    submodel = None if budget == "parent" else json.loads((MODELS / budget / "submodel.json").read_text())
+    submodel = None if budget == "parent" else read_json(MODELS / budget / "submodel.json")
     rows = {}
     with progress_bar(f"evaluate {budget}", len(directories), "model") as bar:
         for version, directory in directories.items():

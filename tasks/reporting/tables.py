@@ -1,11 +1,11 @@
 """Makes the tables of the report: results, training, the router's choices, importance. Reads artifacts/."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 
+from elastic_core.io.json_files import read_json
 from elastic_core.model import architectures
 from elastic_core.model.axes import AXES, FIELDS
 from elastic_core.model.submodel import Submodel
@@ -28,7 +28,7 @@ def read_scores(budgets: dict[str, float]) -> Scores:
     `budgets`: name → share of the parent's cost.
     """
     names = ["parent", *sorted(budgets, key=lambda name: -budgets[name])]
-    scores = {name: json.loads((ARTIFACTS / "evaluate" / f"{name}.json").read_text()) for name in names}
+    scores = {name: read_json(ARTIFACTS / "evaluate" / f"{name}.json") for name in names}
     for name, target in budgets.items():
         if target == 1.0:
             del scores[name]["zero_shot"]  # the same model as the parent
@@ -187,7 +187,7 @@ def settled() -> int | None:
 
 def parent_config() -> SimpleNamespace:
     """The parent's config.json as stage rank writes it: with all values, also those that equal a default."""
-    return SimpleNamespace(**json.loads((ARTIFACTS / "rank" / "model" / "config.json").read_text()))
+    return SimpleNamespace(**read_json(ARTIFACTS / "rank" / "model" / "config.json"))
 
 
 def router(scores: Scores, config) -> pd.DataFrame:
@@ -232,7 +232,7 @@ def importance(config) -> pd.DataFrame:
     experts it is the mean over all experts.
     """
     pattern, rows = architectures.pattern(config), []
-    ranking = json.loads((ARTIFACTS / "rank" / "ranking.json").read_text())
+    ranking = read_json(ARTIFACTS / "rank" / "ranking.json")
     for key in sorted(ranking["scores"], key=_sort_key):
         axis, _, layer = key.partition(".")
         scores = _sorted_scores(ranking["scores"][key])
@@ -261,7 +261,7 @@ def _sort_key(key: str) -> tuple[int, int]:
 
 def depth(config) -> pd.DataFrame:
     """The score of every layer in the depth ranking, the least important first. Columns: layer, score."""
-    scores = json.loads((ARTIFACTS / "rank" / "ranking.json").read_text())["depth_scores"]
+    scores = read_json(ARTIFACTS / "rank" / "ranking.json")["depth_scores"]
     pattern = architectures.pattern(config)
     return pd.DataFrame(
         {"layer": [layer_name(layer, pattern) for layer in scores], "score": [float(s) for s in scores.values()]}

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from elastic_core.errors import UserError
 from tasks import report
 from tasks.reporting import charts, columns, figures, tables, vega
 from tasks.settings.load import load
@@ -163,6 +164,14 @@ def workspace(tmp_path_factory):
 def inside(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     return tables.read_scores({"small": 0.4, "full": 1.0, "middle": 0.7})
+
+
+def test_a_damaged_file_of_scores_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_json(Path("artifacts/evaluate/parent.json"), {})
+    Path("artifacts/evaluate/small.json").write_text('{"zero_shot": ')
+    with pytest.raises(UserError, match=r"^artifacts/evaluate/small\.json: is not valid JSON"):
+        tables.read_scores({"small": 0.4})
 
 
 @pytest.fixture(scope="module")
