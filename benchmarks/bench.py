@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.report import FAIL, not_measured, table, write
+from tasks.runs.provenance import processor_name
 
 # Each is a module of benchmarks/sections with a function `rows(quick: bool) -> Iterator[Row]`.
 SECTIONS = ("steps", "scan", "losses", "ranking", "extraction", "serving", "preparation", "checkpoints", "start_up")
@@ -23,16 +24,6 @@ ON_A_GPU = (
     "context of 49,152 tokens: memory, tokens per second",
 )
 RESULTS = Path(__file__).with_name("results")
-
-
-def machine() -> str:
-    """The processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -48,7 +39,7 @@ def main() -> None:
     if not arguments.sections:
         rows += [not_measured("on a GPU", what, "by `python -m benchmarks.gpu`") for what in ON_A_GPU]
     environment = {
-        "machine": machine(),
+        "machine": processor_name(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),

@@ -11,14 +11,12 @@ import statistics
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tasks.runs.provenance import processor_name
 from tasks.settings.sections import LatencyOptions
-
-CPU_INFO = Path("/proc/cpuinfo")  # Linux writes the CPU's model here; `platform` does not know it
 
 
 def tensors_in(value) -> Iterator[Tensor]:
@@ -140,10 +138,8 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 def environment() -> dict:
     """The device, and the versions of Python and of the packages that were used."""
-    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "device": names[0] if names else platform.processor() or platform.machine(),
+        "device": processor_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "lm_eval")},

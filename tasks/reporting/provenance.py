@@ -6,16 +6,16 @@ devices and times of the stages are those in the provenance of the evaluated mod
 
 import json
 import platform
-import shutil
-import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from elastic_core.io.json_files import read_json
 from elastic_core.model import architectures
 from tasks.progress.durations import duration
 from tasks.progress.metrics_file import read_rows
 from tasks.reporting import tables
+from tasks.runs.provenance import git
 from tasks.settings.schema import Params
 
 MANIFEST = tables.ARTIFACTS / "data" / "manifest.json"
@@ -148,16 +148,9 @@ def devices(scores: tables.Scores) -> dict[str, str]:
 
 def commit() -> str | None:
     """The last commit that changed the pipeline's code, and whether files differ from it. None outside of git."""
-    if shutil.which("git") is None:
+    top = git(Path(), "rev-parse", "--show-toplevel")
+    if not top or not (found := git(Path(top), "log", "-1", "--format=%h", "--", *CODE)):
         return None
-
-    def git(*arguments: str, cwd: str | None = None) -> str:
-        done = subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    top = git("rev-parse", "--show-toplevel")
-    if not top or not (found := git("log", "-1", "--format=%h", "--", *CODE, cwd=top)):
-        return None
-    changed = git("status", "--porcelain", "--", *CODE, cwd=top)
+    changed = git(Path(top), "status", "--porcelain", "--", *CODE)
     state = "with changes that are not committed" if changed else "without other changes"
     return f"commit {found}, the last one that changed the pipeline, {state}"

@@ -60,30 +60,35 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def git(directory: Path, *arguments: str) -> str | None:
+    """What a git command prints in `directory`. None if it fails, as outside a repository or where git is missing."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def read_commit(directory: Path, paths: Sequence[str] = CODE) -> tuple[str | None, bool]:
     """The commit of the checkout around `directory`, and whether `paths` are as in it. (None, False) outside git.
 
     By default, `paths` is the pipeline's code, because records have parameters and inputs themselves. With no path, all
     files count.
     """
+    head = git(directory, "rev-parse", "HEAD")
+    return head, head is not None and not git(directory, "status", "--porcelain", "--", *paths)
 
-    def git(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True)
 
-    try:
-        head = git("rev-parse", "HEAD")
-        if head.returncode != 0:
-            return None, False
-        return head.stdout.strip(), not git("status", "--porcelain", "--", *paths).stdout
-    except FileNotFoundError:  # no git on this machine
-        return None, False
+def processor_name() -> str:
+    """The name of this machine's processor. Linux writes it to a file; `platform` does not know it there."""
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def processor() -> str:
     """The name of this machine's processor, with its number of cores."""
-    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+    return f"{processor_name()} ({os.cpu_count()} cores)"
 
 
 def describe_device(device=None, world: int = 1) -> str:
