@@ -17,7 +17,7 @@ from tasks.progress import events
 from tasks.progress.durations import duration
 from tasks.runs import old_runs
 from tasks.runs.job import is_first_process
-from tasks.runtime import environment, stop_with_dvc
+from tasks.runtime import environment, garbage_collector, stop_with_dvc
 from tasks.runtime.exit_status import errors_as_text
 from tasks.runtime.quiet import silence_libraries
 
@@ -36,7 +36,8 @@ def main() -> None:
         print(f"{title} …", flush=True)
     try:
         with errors_as_text():
-            stage = find_stage(name)
+            with garbage_collector.paused():
+                stage = find_stage(name)
             if is_first_process():
                 old_runs.remove_finished()
             stage.main(*arguments)

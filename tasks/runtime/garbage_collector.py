@@ -1,7 +1,7 @@
 """Python's garbage collector during large imports.
 
 torch and transformers make millions of objects that stay. The collector looks through them again and again while they
-are imported, and once more when the process ends: a quarter of the time of a process that does little else.
+are imported, and once more when the process ends. That is a third of the time in which a stage starts.
 """
 
 import contextlib
