@@ -4,7 +4,7 @@ Reading params.yaml connects to no server. A stage that needs no server therefor
 stage that uses a remote location checks it here first, within seconds. `python -m tasks.commands.check` checks all.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from elastic_core.config import ConfigError, Problems
 from elastic_core.errors import named
@@ -37,7 +37,7 @@ def add_problems(problems: Problems, settings, sections: Iterable[str] = ()) -> 
 def _check_corpora(settings: Params) -> None:
     problems = Problems()
     for name, source in settings.prepare_data.sources.items():
-        if storage.is_url(path := source.get("path")):
+        if isinstance(source, Mapping) and storage.is_url(path := source.get("path")):
             with problems.collecting():
                 _check_access(path, f"prepare_data.sources.{name}.path", writing=False)
     problems.raise_all()
@@ -58,7 +58,7 @@ def _check_parent(settings: Params) -> None:
 
 
 def _check_destination(settings: Params) -> None:
-    if settings.extract.destination is not None:
+    if settings.extract.destination:
         _check_access(settings.extract.destination, "extract.destination", writing=True)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from elastic_core.errors import UserError
+from tasks.commands import check as commands
 from tasks.runtime.preflight import check_family
 from tasks.settings import load, merging
 from tasks.settings.budgets import read_family
@@ -63,6 +64,8 @@ def check_values(scratch, values, target: str) -> None:
 @given(values=broken_json(VALUES))
 def test_values(scratch, values):
     check(scratch, as_yaml(values))
+    whole = YAML(typ="safe").load(as_yaml(values))
+    call("params.yaml: all checks", scratch, lambda: commands.check(whole), "params.yaml")
 
 
 @examples(24)
