@@ -20,6 +20,9 @@ from tests.support.runs import assert_same
 ROOT = Path(__file__).resolve().parents[3]
 # One process adds up the terms of a microbatch in another order than two do: float32 rounding, which grows by step.
 LOSS, WEIGHT = 2e-5, 2e-4
+# Adam divides by the size of a gradient, so one that is nearly 0 moves a weight by its rounding. With noise of 1e-7 in
+# the model's weights, one process alone ends with a router weight that differs by 0.0014.
+ROUTER_WEIGHT = 3e-3
 # bfloat16 rounds every product to 3 digits; where a sum is rounded differs too.
 HALF_LOSS, HALF_WEIGHT = 3e-2, 3e-2
 ALONE = Ranks()
@@ -66,7 +69,8 @@ def assert_alike(pair, single, loss=LOSS, weight=WEIGHT):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=50 * loss), ours["step"]
         assert ours["tokens"] == theirs["tokens"]
     for name, value in single["weights"].items():
-        assert (pair["weights"][name] - value).abs().max() <= weight * value.abs().max(), name
+        allowed = max(weight, ROUTER_WEIGHT) if name.startswith("router.") else weight
+        assert (pair["weights"][name] - value).abs().max() <= allowed * value.abs().max(), name
 
 
 @pytest.mark.parametrize(
