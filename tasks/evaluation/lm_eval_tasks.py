@@ -4,13 +4,16 @@ import contextlib
 import difflib
 import logging
 import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
 from datasets.exceptions import DatasetsError
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from jinja2 import TemplateError
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -27,6 +30,7 @@ TASK_ERRORS = (
     *(ImportError, LookupError, TypeError, ValueError, AttributeError, OSError, AssertionError, NotImplementedError),
     *(ArithmeticError, RuntimeError, SyntaxError, NameError, DatasetsError, TemplateError),
 )
+SEED, FEWSHOT_SEED = 0, 1234  # those of lm-eval: of Python; and of numpy, torch and the choice of examples
 RESAMPLES = 1000  # bootstrap, for the standard error of metrics without a formula
 
 
@@ -212,16 +216,20 @@ def _evaluate(
     num_fewshot: int | None = None,
     data_root: str = ".",
 ) -> dict:
-    """lm-eval's results. `data_root`: relative paths in the task files start here."""
+    """lm-eval's results. `data_root`: relative paths in the task files start here.
+
+    They are those of its `simple_evaluate`, which also asks pip for all installed packages. That takes a second.
+    """
     tokenizer = load_tokenizer(data.directory / "tokenizer")
     model = QuietHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
+    random.seed(SEED)
+    np.random.seed(FEWSHOT_SEED)
+    torch.manual_seed(FEWSHOT_SEED)
     with contextlib.chdir(data_root):
-        return simple_evaluate(
-            model=model,
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=limit,
-            num_fewshot=num_fewshot,
-            bootstrap_iters=RESAMPLES,
-            log_samples=False,
-        )
+        loaded = manager.load(list(tasks))
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if own != 0:  # a task without examples stays without
+                task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        return evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
