@@ -1,6 +1,7 @@
 """dvc.yaml: every stage depends on the code that decides its result, and a change re-runs what it must and no more."""
 
 import ast
+import compileall
 import contextlib
 import json
 import re
@@ -188,6 +189,11 @@ def edit(name: str):
     return lambda directory: (directory / name).write_text((directory / name).read_text() + "\n# edited\n")
 
 
+def compile_code(directory: Path) -> None:
+    """What Python does where code is imported."""
+    assert compileall.compile_dir(directory / "elastic_core", quiet=1)
+
+
 @pytest.mark.parametrize(
     "change, expected",
     [
@@ -212,6 +218,7 @@ def edit(name: str):
         (put_json(str(LIBRARIES), "lm_eval", "1.0"), EVALUATIONS),
         (put_json(str(LIBRARIES), "mamba-ssm", "2.3.2"), {"parent", "rank", "train_short", "train_extended"}),
         (edit(TABLE), {"train_short", "report"}),
+        (compile_code, set()),
     ],
 )
 def test_a_change_re_runs_what_it_must(finished, change, expected):
