@@ -244,8 +244,16 @@ def open_binary(location: Location, block_bytes: int = BLOCK_BYTES) -> Iterator[
     with storage_errors(location, "read"):
         filesystem, path = open_filesystem(location)
         file = filesystem.open(path, "rb", block_size=block_bytes, cache_type="none")
-    with file, io.BufferedReader(_RemoteFile(file, location), block_bytes) as reader:
+    with file, _BlockReader(_RemoteFile(file, location), block_bytes) as reader:
         yield reader
+
+
+class _BlockReader(io.BufferedReader):
+    """Requests whole blocks for `read1` too. Python's own requests only the few KiB that a text reader asks for."""
+
+    def read1(self, size: int = -1) -> bytes:
+        self.peek(1)  # fills an empty buffer with a block
+        return super().read1(size)
 
 
 class _RemoteFile(io.RawIOBase):

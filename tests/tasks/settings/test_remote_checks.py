@@ -70,6 +70,9 @@ def test_a_corpus_from_s3_is_that_from_disk_and_is_streamed(s3, corpus, calls):
         assert list(remote.texts(0)) == list(local.texts(0))
         share = 0.5 if path.suffix == ".parquet" else 1.0  # of a table only the text's column
         assert requested(calls, path.stat().st_size) <= share * path.stat().st_size
+        if path.suffix != ".parquet":
+            blocks = -(-path.stat().st_size // storage.BLOCK_BYTES)
+            assert [method for method, _ in calls].count("get_object") == blocks
 
 
 def requested(calls, size):
