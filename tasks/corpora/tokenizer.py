@@ -1,6 +1,7 @@
 """Trains a tokenizer on the corpus, and finds the token that starts a document."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -8,6 +9,10 @@ from transformers import PreTrainedTokenizerFast
 from tasks.corpora.sources import Source
 
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+# Of chat_template.jinja. The first four start the turn of a role, and the last one ends every turn.
+USER, ASSISTANT, SYSTEM, TOOL, END_OF_TURN = "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|end_of_turn|>"
+CHAT_TOKENS = (USER, ASSISTANT, SYSTEM, TOOL, END_OF_TURN)
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 def train_tokenizer(
@@ -21,7 +26,8 @@ def train_tokenizer(
     progress: is called with the number of characters of each text that was read.
 
     The tokenizer has one token that ends a document, starts the next and serves as bos, and another token for padding.
-    It puts bos before a text on its own. So lm-eval presents a prompt exactly as training presents a document.
+    It puts bos before a text on its own. So lm-eval presents a prompt exactly as training presents a document. The
+    tokens of roles and turns belong to its chat template, chat_template.jinja.
     """
     # Generated reasoning has one token per character by design. BPE has nothing to merge there.
     texts = {name: source for name, source in sources.items() if not source.is_generated} or sources
@@ -31,7 +37,7 @@ def train_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, PAD],
+        special_tokens=[END_OF_TEXT, PAD, *CHAT_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -46,6 +52,8 @@ def train_tokenizer(
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PAD,
+        extra_special_tokens=list(CHAT_TOKENS),
+        chat_template=CHAT_TEMPLATE.read_text(encoding="utf-8"),
         clean_up_tokenization_spaces=False,
     )
 

@@ -23,7 +23,7 @@ from tasks.corpora.sources import Source, parse_source
 from tasks.corpora.text_sources import Files
 from tasks.settings.paths import locate
 
-SMALLEST_VOCABULARY = 256 + 2  # one token per byte, and two special tokens
+SMALLEST_VOCABULARY = 256 + 2 + 5  # one token per byte, two special tokens, and those of the chat template
 INSTALL_TRACKING = "pip install --editable '.[tracking]'"
 
 

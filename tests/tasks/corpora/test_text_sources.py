@@ -182,7 +182,7 @@ def test_a_parents_tokenizer_is_used_as_it_is(tmp_path):
         ({"x": {"kind": "files", "path": "a", "held_out": 1.0}}, {}, r"sources\.x\.held_out: got 1.0"),
         ({"a/b": {"kind": "bible"}}, {}, "sources: got 'a/b'"),
         ({}, {}, "one source or more"),
-        ({"x": {"kind": "bible"}}, {"vocab_size": 100}, "vocab_size: got 100; allowed: 258 or more"),
+        ({"x": {"kind": "bible"}}, {"vocab_size": 100}, "vocab_size: got 100; allowed: 263 or more"),
     ],
 )
 def test_a_wrong_section_says_where_to_change_it(sources, values, message):
