@@ -11,11 +11,17 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.data.loader import vocabulary_sha256
-from elastic_core.data.token_files import SPLITS, Manifest, SplitWriter
+from elastic_core.data.token_files import SPLITS, Manifest, Split, SplitWriter
 from elastic_core.data.token_files import Source as SourceEntry
 from elastic_core.errors import UserError
 from elastic_core.io.atomic import whole_directory
-from tasks.corpora.encoding import Encoder, num_cores
+from tasks.corpora import lengths
+from tasks.corpora import sources as corpora
+from tasks.corpora.conversations.encoding import ConversationEncoder
+from tasks.corpora.conversations.rendering import LOST_MESSAGES, LOST_THINKING, ChatTemplate
+from tasks.corpora.conversations.source import Conversations
+from tasks.corpora.encoding import CONTROL_STRINGS, Encoder, num_cores
+from tasks.corpora.inputs import OVERLAPS
 from tasks.corpora.preparation import Begun, Documents, Preparation
 from tasks.corpora.reasoning import write_evaluation
 from tasks.corpora.sources import Source
@@ -31,7 +37,15 @@ from tasks.settings.sections import PrepareData
 OUT = Path("artifacts/data")
 ADVICE_IF_EMPTY = {
     "train": "give it more documents, or lower held_out",
-    "held_out": "give it more documents, or raise held_out",
+    "held_out": "give it more documents, raise held_out, or give held_out_path",
+}
+FEWEST_FOR_A_WARNING, LARGEST_SHARE = 100, 0.01  # of documents that hold special tokens as text
+ADVICE = {
+    CONTROL_STRINGS: "if they are meant as special tokens, set special_tokens: parse, or give the messages themselves "
+    "to kind: conversations",
+    OVERLAPS: "remove them from the training files, or held-out losses are too good",
+    LOST_THINKING: "set chat_template to a template that keeps reasoning_content, to train on it",
+    LOST_MESSAGES: "look at the chat template, or set another one",
 }
 
 
@@ -47,15 +61,36 @@ def main() -> None:
         tokens = sum(entry.num_tokens for source in manifest.sources.values() for entry in source.splits.values())
         record = provenance.end(job.record, time.monotonic() - begin, provenance.describe_device(), tokens=tokens)
         provenance.write_record(record)
-    print_summary(manifest)
+    print_summary(manifest, OUT, {name: lengths.contexts(settings, name) for name in manifest.sources})
 
 
-def print_summary(manifest: Manifest) -> None:
-    """Print a line per source: its tokens, and the rows that were skipped."""
+def print_summary(manifest: Manifest, directory: Path, contexts: Mapping[str, Mapping[str, int]]) -> None:
+    """Print for each source its documents, tokens and skipped rows, and what each stage's sequences lose of them.
+
+    `contexts`: source → stage → sequence_length.
+    """
     for name, source in manifest.sources.items():
-        sizes = ", ".join(f"{entry.num_tokens:,} {split}" for split, entry in source.splits.items())
+        sizes = ", ".join(_size(entry, split) for split, entry in source.splits.items())
         skipped = ", ".join(f"{number:,} {reason}" for reason, number in source.skipped_rows.items())
-        print(f"{name}: {sizes} tokens" + (f"; skipped rows without text: {skipped}" if skipped else ""))
+        print(f"{name}: {sizes}" + (f"; skipped rows: {skipped}" if skipped else ""))
+        for note, number in source.notes.items():
+            print(f"  {number:,} {note}" + (f": {ADVICE[note]}" if note in ADVICE else ""))
+        offsets = np.load(directory / source.splits["train"].offsets, mmap_mode="r")
+        for stage, length in contexts.get(name, {}).items():
+            found = lengths.fit(offsets, length, source.too_long)
+            if found.num_too_long:
+                share = (
+                    f"{found.lost_share:.1%} of the training tokens are lost" if found.lost_share else "none is lost"
+                )
+                print(
+                    f"  {stage}, {length:,} tokens: {found.num_too_long:,} documents are too long, "
+                    f"too_long: {source.too_long}; {share}"
+                )
+
+
+def _size(entry: Split, split: str) -> str:
+    trained = "" if entry.num_trained is None else f" ({entry.num_trained:,} trained)"
+    return f"{entry.num_documents:,} documents and {entry.num_tokens:,} tokens{trained} {split}"
 
 
 def prepare(
@@ -114,32 +149,78 @@ def _tokenise(
         tokenizer_sha256=vocabulary_sha256(tokenizer),
         sources={},
     )
-    encoder = Encoder(tokenizer, manifest, threads or num_cores())
+    encoders = {
+        name: _encoder(name, source, tokenizer, manifest, threads or num_cores()) for name, source in sources.items()
+    }
     for name, source in sources.items():
         if name not in progress.finished:
-            progress = _tokenise_source(name, source, encoder, manifest.dtype, progress, seed)
+            progress = _tokenise_source(name, source, encoders[name], manifest.dtype, progress, seed)
         manifest.sources[name] = progress.finished[name]
     return manifest
 
 
+def _encoder(
+    name: str, source: Source, tokenizer: PreTrainedTokenizerFast, manifest: Manifest, threads: int
+) -> Encoder | ConversationEncoder:
+    """The encoder of a source. Raises UserError for a chat template that cannot be used."""
+    parse = getattr(source, "special_tokens", "text") == "parse"
+    if not isinstance(source, Conversations):
+        return Encoder(tokenizer, manifest, threads, parse)
+    called = f"prepare_data.sources.{name}: {source.chat_template or 'the chat template of the tokenizer'}"
+    options = (source.read_template(), source.template_variables, source.train_on, parse, called)
+    template = ChatTemplate(tokenizer, *options)
+    return ConversationEncoder(tokenizer, manifest, threads, template, _is_masked(source))
+
+
+def _is_masked(source: Source) -> bool:
+    return isinstance(source, Conversations) and source.train_on != "all"
+
+
 def _tokenise_source(
-    name: str, source: Source, encoder: Encoder, dtype: np.dtype, progress: Preparation, seed: int
+    name: str,
+    source: Source,
+    encoder: Encoder | ConversationEncoder,
+    dtype: np.dtype,
+    progress: Preparation,
+    seed: int,
 ) -> Preparation:
     """Write the token files of one source, or what an earlier call has not written of them."""
-    begun = progress.begun.get(name, Begun())
-    writers = {split: SplitWriter(progress.directory, name, split, dtype, begun.written.get(split)) for split in SPLITS}
-    skipped = Counter()  # texts begins at the first document again, so that this counts all rows
-    documents = Documents(source.texts(seed, skipped), begun.num_documents)
+    begun, masked = progress.begun.get(name, Begun()), _is_masked(source)
+    writers = {
+        split: SplitWriter(progress.directory, name, split, dtype, begun.written.get(split), masked) for split in SPLITS
+    }
+    encoder.skipped.update(begun.skipped)
+    encoder.notes.update(begun.notes)
+    skipped, notes = Counter(), Counter()  # sources begin at the first document again, so that these count all rows
+    documents = Documents(corpora.documents(source, seed, skipped, notes), begun.num_documents)
+    warned = False
     with progress_bar(name, source.expected_characters(), "char", scaled=True) as bar:
         bar.update(begun.num_characters)
         while not documents.ended:
             for batch in encoder.encoded(documents.next_part()):
-                writers[batch.split].append(batch.documents, batch.num_bytes)
+                writers[batch.split].append(batch.documents, batch.num_bytes, batch.trained)
                 bar.update(batch.num_characters)
+                warned = warned or _warn(name, encoder.notes[CONTROL_STRINGS], documents.number)
             written = {split: writer.flush() for split, writer in writers.items()}
-            progress = progress.with_begun(name, Begun(documents.number, bar.n, written))
+            counted = dict(encoder.skipped), dict(encoder.notes)
+            progress = progress.with_begun(name, Begun(documents.number, bar.n, written, *counted))
     splits = {split: writer.close() for split, writer in writers.items()}
+    skipped, notes = +(skipped + encoder.skipped), +(notes + encoder.notes)
     for split, entry in splits.items():
         if entry.num_documents == 0:
-            raise UserError(f"prepare_data.sources.{name}: got no document in {split}; {ADVICE_IF_EMPTY[split]}")
-    return progress.with_finished(name, SourceEntry(source.too_long, splits, dict(skipped)))
+            left_out = "".join(f"; {number:,} rows were skipped: {reason}" for reason, number in skipped.items())
+            raise UserError(
+                f"prepare_data.sources.{name}: got no document in {split}; {ADVICE_IF_EMPTY[split]}{left_out}"
+            )
+    return progress.with_finished(name, SourceEntry(source.too_long, splits, dict(skipped), dict(notes)))
+
+
+def _warn(name: str, number: int, num_documents: int) -> bool:
+    """Say early that many documents have special tokens as text. Returns whether it was said."""
+    if num_documents < FEWEST_FOR_A_WARNING or number <= LARGEST_SHARE * num_documents:
+        return False
+    print(
+        f"{name}: {number:,} of the first {num_documents:,} are {CONTROL_STRINGS}: {ADVICE[CONTROL_STRINGS]}",
+        flush=True,
+    )
+    return True

@@ -51,12 +51,14 @@ class Source:
 
     `too_long` says what happens to a document that is longer than a training sequence: it is split into parts,
     truncated at its end, or dropped. `skipped_rows` is the number of rows of its files that were left out, by reason,
-    such as "null" or "empty".
+    such as "null" or "empty". `notes` counts what else one should know of its documents, such as special tokens in
+    their text.
     """
 
     too_long: str
     splits: dict[str, Split]
     skipped_rows: dict[str, int] = dataclasses.field(default_factory=dict)
+    notes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def check(self, require: Require = require) -> None:
         require(self.too_long in TOO_LONG, "too_long", self.too_long, ", ".join(TOO_LONG))

@@ -13,14 +13,18 @@ from elastic_core.errors import UserError
 
 Row = tuple[str, object]  # (place, such as "a.jsonl, line 3"; value: text, None, or what the user has to correct)
 
+Field = str | tuple[str, ...]  # the field to read; or fields that may occur once only, to read the whole object
+
 _BLOCK = 1 << 20  # characters of an array that are read at once
 _SPACE = re.compile(r"[ \t\r\n]*")
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _LONGEST_CUT = 12  # characters of a token other than a string that may be missing its end: \uXXXX\uXXXX
 
 
-def read_lines(file: TextIO, path: str, field: str, hint: str = "") -> Iterator[Row]:
+def read_lines(file: TextIO, path: str, field: Field, hint: str = "") -> Iterator[Row]:
     """Yield (place, value of `field`) for each line of a JSON Lines file; "" for an empty line.
+
+    With a tuple as `field`, the value is the object of the line.
 
     Raises UserError, which names the line, for a line that is not an object with this field. `hint` ends the message
     for a line that is not JSON.
@@ -42,8 +46,8 @@ def read_lines(file: TextIO, path: str, field: str, hint: str = "") -> Iterator[
         yield place, _value(record, line, field, place)
 
 
-def read_array(file: TextIO, path: str, field: str) -> Iterator[Row]:
-    """Yield (place, value of `field`) for each object of an array.
+def read_array(file: TextIO, path: str, field: Field) -> Iterator[Row]:
+    """Yield (place, value of `field`) for each object of an array; the object itself with a tuple as `field`.
 
     Raises UserError, which names line and item, if the array is damaged, incomplete or followed by anything, or if an
     item is not an object with this field.
@@ -65,9 +69,10 @@ def read_array(file: TextIO, path: str, field: str) -> Iterator[Row]:
         raise UserError(f"{path}, line {array.line}: not valid JSON (text after the end of the array)")
 
 
-def find_field(record, field: str, place: str):
+def find_field(record, field: str, place: str, parameter: str = "text_field"):
     """The value of `field`: a name in `record`, or else names in nested objects, joined by dots; None inside a null.
 
+    `parameter`: what the user has to change, if there is no such field.
     Raises UserError, which names `place`, for a record that is not an object and for a missing field.
     """
     if not isinstance(record, dict):
@@ -79,7 +84,7 @@ def find_field(record, field: str, place: str):
         if value is None:
             return None
         if not isinstance(value, dict) or name not in value:
-            raise UserError(f"{place}: no field {field!r} (fields: {quoted(nested_names(record))}); set text_field")
+            raise UserError(f"{place}: no field {field!r} (fields: {quoted(nested_names(record))}); set {parameter}")
         value = value[name]
     return value
 
@@ -159,13 +164,18 @@ class _Array:
         return bool(more)
 
 
-def _value(record, source: str, field: str, place: str):
+def _value(record, source: str, field: Field, place: str):
     """The value of `field` in a record, which was parsed from `source`. Raises UserError for a field that occurs twice.
 
     Python's parser keeps the last of two fields with one name, so a text would be lost. Parsing with a check of all
     objects is slow; it is done only if the name stands twice in `source`. The value that was kept stands behind the
     last name and is at least as long as its text: the search stops that much before the end, and so is short.
     """
+    if isinstance(field, tuple):
+        names = {part for name in field for part in (name, *name.split("."))}
+        if any(source.count(f'"{name}"') > 1 for name in names):
+            json.loads(source, object_pairs_hook=_check_of_names(names, place))
+        return record
     if isinstance(record, dict) and field in record:
         name, value = field, record[field]
     else:

@@ -24,11 +24,16 @@ PART_CHARACTERS = 1 << 26  # of one part; it takes seconds to tokenise
 
 @dataclass(frozen=True)
 class Begun:
-    """The finished parts of one source: how many documents and characters, and what their splits hold."""
+    """The finished parts of one source: how many documents and characters, and what their splits hold.
+
+    `skipped` and `notes` are what the encoder counted in these documents.
+    """
 
     num_documents: int = 0
     num_characters: int = 0
     written: dict[str, Written] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,19 +79,19 @@ class Preparation:
 
 
 class Documents:
-    """The documents of a source, (split, text), in parts. The first `skipped` of them are left out."""
+    """The documents of a source, (split, text or conversation), in parts. The first `skipped` of them are left out."""
 
-    def __init__(self, documents: Iterator[tuple[str, str]], skipped: int = 0):
+    def __init__(self, documents: Iterator[tuple], skipped: int = 0):
         self._documents = islice(documents, skipped, None)
         self.number, self.ended = skipped, False
 
-    def next_part(self) -> Iterator[tuple[str, str]]:
+    def next_part(self) -> Iterator[tuple]:
         """Yield documents of about PART_CHARACTERS, and count them."""
         characters = 0
-        for split, text in self._documents:
+        for split, document in self._documents:
             self.number += 1
-            characters += len(text)
-            yield split, text
+            characters += len(document)
+            yield split, document
             if characters >= PART_CHARACTERS:
                 return
         self.ended = True

@@ -46,11 +46,12 @@ def is_compressed(path: str) -> bool:
     return bool(_format_of(path)[1])
 
 
-def read_rows(path: str, field: str) -> Iterator[Row]:
+def read_rows(path: str, field: json_rows.Field) -> Iterator[Row]:
     """Yield (place, value) for each row of a file: the value of `field`, or a part of a .txt file.
 
     A value is text, None for a null, or something of another type, which the caller has to refuse. `field` may name a
-    field of nested objects: `meta.text`.
+    field of nested objects: `meta.text`. If it is a tuple of fields, the value is the whole row, an object with at
+    least those of them that the file has; none of them may occur twice in a row.
     Raises UserError, which names the file and the line, item or row, for what cannot be read.
     """
     file_format, compression = _format_of(path)
@@ -94,7 +95,7 @@ def _read_txt(file: TextIO, path: str) -> Iterator[Row]:
         line += text.count("\n")
 
 
-def _read_parquet(path: str, field: str) -> Iterator[Row]:
+def _read_parquet(path: str, field: json_rows.Field) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
@@ -102,6 +103,9 @@ def _read_parquet(path: str, field: str) -> Iterator[Row]:
         try:
             # By default whole row groups of the column are read, and one row group may be the whole file.
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=storage.BLOCK_BYTES)
+            if isinstance(field, tuple):
+                yield from _read_records(table, field, path)
+                return
             _check_column(table.schema_arrow, field, path)
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=[field]):
@@ -116,6 +120,31 @@ def _read_parquet(path: str, field: str) -> Iterator[Row]:
                     yield place, json_rows.find_field({name: found}, field, place)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not a readable parquet file ({error})") from None
+
+
+def _read_records(table, fields: tuple[str, ...], path: str) -> Iterator[Row]:
+    """The rows as objects, with the columns of `fields`, or with all if there is none of them."""
+    row, wanted = 0, {part for name in fields for part in (name, name.partition(".")[0])}
+    columns = [name for name in table.schema_arrow.names if name in wanted]
+    for batch in table.iter_batches(batch_size=64, columns=columns or None):
+        try:
+            records = batch.to_pylist()
+        except UnicodeDecodeError as error:
+            place = f"{path}, rows {row + 1} to {row + len(batch)}"
+            raise UserError(f"{place}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
+        for record in records:
+            row += 1
+            yield f"{path}, row {row}", without_nulls(record)
+
+
+def without_nulls(value, is_row: bool = True):
+    """A copy without the nulls inside nested objects: in a table, every object of a column has the fields of all.
+
+    The fields of the row itself are kept.
+    """
+    if isinstance(value, dict):
+        return {k: without_nulls(v, False) for k, v in value.items() if is_row or v is not None}
+    return [without_nulls(item, False) for item in value] if isinstance(value, list) else value
 
 
 def _check_column(schema, field: str, path: str) -> None:

@@ -8,8 +8,8 @@ Each kind of source is a dataclass that describes a section `prepare_data.source
 import ast
 import hashlib
 import importlib.util
-import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from elastic_core.config import Require, require
+from elastic_core.data.token_files import TOO_LONG
 from elastic_core.errors import UserError
-from elastic_core.io import storage
-from tasks.corpora.text_files import check_format, is_compressed, read_rows
+from tasks.corpora import json_rows
+from tasks.corpora.hub_datasets import HubDataset
+from tasks.corpora.inputs import Input, Splitter, check_input, digest_of, group_of
 
 Document = tuple[str, str]  # (split, text)
 
@@ -27,7 +29,7 @@ _FIRST_HELD_OUT_BOOK = 58  # Hebrews; the epistles and Revelation after it are 3
 _HELD_OUT_SUBPACKAGES = ("geometry", "ntheory")  # 3.9 % of sympy's sources
 _SKIPPED_FOLDERS = {"tests", "benchmarks", "_antlr"}  # the last holds generated tables
 _HELD_OUT_PART = 20  # held-out text is limited to max_characters / 20
-_CHARACTERS_PER_COMPRESSED_BYTE = 3  # of common text, roughly
+SPECIAL_TOKENS = ("text", "parse")
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,14 @@ class Bible:
     is_generated: ClassVar[bool] = False
 
     def check(self, require: Require = require) -> None:
-        _check_max_characters(self.max_characters, require)
+        check_max_characters(self.max_characters, require)
 
     def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[Document]:
         """Yield (split, chapter) in the order of the book. `seed` and `skipped` have no effect.
 
         Raises UserError if the package is not installed.
         """
-        return _limit_characters(_read_bible(), self.max_characters)
+        return limit_characters(_read_bible(), self.max_characters)
 
     def expected_characters(self) -> int:
         """Estimate how many characters `texts` yields in all. Progress bars need the number."""
@@ -69,14 +71,14 @@ class Sympy:
     is_generated: ClassVar[bool] = False
 
     def check(self, require: Require = require) -> None:
-        _check_max_characters(self.max_characters, require)
+        check_max_characters(self.max_characters, require)
 
     def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[Document]:
         """Yield (split, source file), ordered by a hash of the path, so that any first part is a random sample.
 
         `seed` and `skipped` have no effect. Raises UserError if the package is not installed.
         """
-        return _limit_characters(_read_sympy(), self.max_characters)
+        return limit_characters(_read_sympy(), self.max_characters)
 
     def expected_characters(self) -> int:
         """Estimate how many characters `texts` yields in all. Progress bars need the number."""
@@ -97,71 +99,87 @@ class Files:
     are skipped and counted.
     """
 
-    path: str  # a glob: "corpus/**/*.jsonl", relative to the working directory, or "s3://bucket/corpus/*.jsonl"
+    path: str | None = None  # a glob: "corpus/**/*.jsonl", relative to the working directory, or "s3://bucket/*.jsonl"
     kind: str = "files"
     text_field: str = "text"
     held_out: float = 0.02  # share of the documents; a hash of the text selects them, so duplicates share a split
+    held_out_path: str | None = None  # a glob: these files are held out, and all of `path` is training text
+    group_field: str | None = None  # all rows with one value of this field are in one split
     max_characters: int | None = None  # of training text; held-out text is limited to a twentieth of it
     strict: bool = False  # refuse the first row without text, instead of skipping all of them
+    special_tokens: str = "text"  # the spelling of a special token in a text: text, or parse (it becomes its id)
+    too_long: str = "split"  # of a document that is longer than a training sequence: split, truncate or drop
+    dataset: str | None = None  # instead of `path`: a data set by its name on the hub, or a directory with one
+    config: str | None = None  # of the data set
+    revision: str | None = None  # of the data set: a commit, tag or branch
+    split: str = "train"  # of the data set
 
-    too_long: ClassVar[str] = "split"  # of a document that is longer than a training sequence
     is_generated: ClassVar[bool] = False
 
     def check(self, require: Require = require) -> None:
-        _check_max_characters(self.max_characters, require)
-        require(0 < self.held_out < 1, "held_out", self.held_out, "more than 0 and less than 1")
+        check_max_characters(self.max_characters, require)
+        check_input(self, require)
+        require(self.too_long in TOO_LONG, "too_long", self.too_long, ", ".join(TOO_LONG))
+        require(self.special_tokens in SPECIAL_TOKENS, "special_tokens", self.special_tokens, ", ".join(SPECIAL_TOKENS))
 
-    def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[Document]:
-        """Yield (split, text), file by file in the order of their names. `seed` has no effect.
+    def texts(self, seed: int, skipped: Counter | None = None, notes: Counter | None = None) -> Iterator[Document]:
+        """Yield (split, text), file by file in the order of their names, `held_out_path` first. `seed` has no effect.
 
-        `skipped` counts the rows without text by reason, "null" or "empty".
+        `skipped` counts the rows without text by reason, "null" or "empty"; `notes` counts training documents that are
+        in `held_out_path` too.
         Raises UserError, which names the file and the line or row and says what is wrong. Raises StorageError for a
         URL that cannot be read.
         """
-        return _limit_characters(self._read(Counter() if skipped is None else skipped), self.max_characters)
+        found = self._read(Counter() if skipped is None else skipped, Counter() if notes is None else notes)
+        return limit_characters(found, self.max_characters, self.held_out_path is None)
 
     def expected_characters(self) -> int:
         """Estimate how many characters `texts` yields in all. Progress bars need the number."""
-        sizes = self.paths().items()
-        total = sum(size * (_CHARACTERS_PER_COMPRESSED_BYTE if is_compressed(path) else 1) for path, size in sizes)
+        total = sum(one.expected_characters() for one in self.inputs())
         return _characters_within_limit(total, self.max_characters)
 
     def paths(self) -> dict[str, int]:
-        """The files that `path` matches, in the order of their names: name → size in bytes. No file is opened.
+        """The files that `path` matches: see `Input.paths`."""
+        return self.inputs()[-1].paths()
 
-        Raises UserError if there is none, and for a file of a format that cannot be read, without permission to read it
-        or behind a broken link.
-        """
-        paths = storage.glob(self.path)
-        if not paths:
-            raise UserError(f"path {self.path!r}: {self._why_nothing_matches()}")
-        for path in paths:
-            check_format(path)
-            if not storage.is_url(path) and not os.access(path, os.R_OK):
-                raise UserError(f"{path}: no permission to read it")
-        return paths
+    def inputs(self) -> list[Input]:
+        """The held-out files, if they are files of their own, and the others."""
+        dataset = HubDataset(self.dataset, self.config, self.split, self.revision) if self.dataset else None
+        own = [] if self.held_out_path is None else [Input(self.held_out_path)]
+        return [*own, Input(self.path, dataset)]
 
-    def _why_nothing_matches(self) -> str:
-        is_url = storage.is_url(self.path)
-        if bool(storage.list_names(self.path)) if is_url else Path(self.path).is_dir():
-            return f"a directory; name its files, such as {storage.join(self.path, '**', '*.jsonl')!r}"
-        return "no file matches it" + ("" if is_url else f" (relative to {Path.cwd()})")
+    def _read(self, skipped: Counter, notes: Counter) -> Iterator[Document]:
+        splitter = Splitter(self.held_out, self.held_out_path is not None, notes)
+        *own, others = self.inputs()
+        for one in own:
+            yield from ((splitter.held_out(digest), text) for text, digest, _ in self._texts(one, skipped))
+        for text, digest, group in self._texts(others, skipped):
+            yield splitter.split(digest, group), text
 
-    def _read(self, skipped: Counter) -> Iterator[Document]:
-        limit, found = int(self.held_out * 2**64), False
-        for path in self.paths():
-            for place, value in read_rows(path, self.text_field):
-                if value is None or (isinstance(value, str) and (not value or value.isspace())):
-                    reason = "null" if value is None else "empty"
-                    if self.strict:
-                        raise UserError(f"{place}: the text is {reason}; `strict: false` skips and counts such rows")
-                    skipped[reason] += 1
-                    continue
-                found = True
-                text, digest = self._checked(value, place)
-                yield ("held_out" if int.from_bytes(digest[:8], "big") < limit else "train"), text
+    def _texts(self, given: Input, skipped: Counter) -> Iterator[tuple[str, bytes, str | None]]:
+        """Yield (text, digest, group). Raises UserError if there is no text."""
+        found = False
+        for place, value in given.rows(self.text_field if self.group_field is None else self._columns()):
+            group = None
+            if self.group_field is not None:
+                if not isinstance(value, dict) and value != "":
+                    raise UserError(f"{place}: has no fields, so group_field {self.group_field!r} cannot be used")
+                if value:
+                    group = group_of(value, self.group_field, place)
+                    value = json_rows.find_field(value, self.text_field, place)
+            if value is None or (isinstance(value, str) and (not value or value.isspace())):
+                reason = "null" if value is None else "empty"
+                if self.strict:
+                    raise UserError(f"{place}: the text is {reason}; `strict: false` skips and counts such rows")
+                skipped[reason] += 1
+                continue
+            found = True
+            yield *self._checked(value, place), group
         if not found:
-            raise UserError(f"path {self.path!r}: the files hold no text")
+            raise UserError(f"{given}: the {'files hold' if given.path else 'data set holds'} no text")
+
+    def _columns(self) -> tuple[str, str]:
+        return self.text_field, self.group_field
 
     def _checked(self, value, place: str) -> tuple[str, bytes]:
         """The text with its line ends unified, and the SHA-256 of its UTF-8 encoding."""
@@ -169,14 +187,14 @@ class Files:
             raise UserError(f"{place}: {self.text_field!r} must be text, got {type(value).__name__}")
         text = value.replace("\r\n", "\n") if "\r" in value else value  # looking for one character is much faster
         try:
-            return text, hashlib.sha256(text.encode()).digest()
+            return text, digest_of(text)
         except UnicodeEncodeError:  # JSON can contain half of a surrogate pair, which UTF-8 cannot encode
             raise UserError(
                 f"{place}: {self.text_field!r} holds a lone surrogate, which is not valid Unicode"
             ) from None
 
 
-def _check_max_characters(value: int | None, require: Require) -> None:
+def check_max_characters(value: int | None, require: Require) -> None:
     require(value is None or value > 0, "max_characters", value, "null, or 1 or more")
 
 
@@ -185,18 +203,21 @@ def _characters_within_limit(total: int, max_characters: int | None) -> int:
     return total if max_characters is None else min(total, max_characters + max_characters // _HELD_OUT_PART)
 
 
-def _limit_characters(documents: Iterator[Document], max_characters: int | None) -> Iterator[Document]:
-    """Limit training text to `max_characters` and held-out text to a twentieth; truncate the last document."""
+def limit_characters(documents: Iterator, max_characters: int | None, held_out_too: bool = True) -> Iterator:
+    """Limit training documents to `max_characters`. The last text is truncated, and the last conversation is whole.
+
+    `held_out_too`: limit held-out documents to a twentieth.
+    """
     if max_characters is None:
         yield from documents
         return
-    left = {"train": max_characters, "held_out": -(-max_characters // _HELD_OUT_PART)}
-    for split, text in documents:
+    left = {"train": max_characters, "held_out": -(-max_characters // _HELD_OUT_PART) if held_out_too else sys.maxsize}
+    for split, document in documents:
         if left[split]:
-            text = text[: left[split]]
-            left[split] -= len(text)
-            yield split, text
-        if not any(left.values()):
+            document = document[: left[split]] if isinstance(document, str) else document
+            left[split] = max(0, left[split] - len(document))
+            yield split, document
+        if not left["train"] and not (held_out_too and left["held_out"]):
             return
 
 

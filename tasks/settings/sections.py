@@ -19,8 +19,7 @@ from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS, MEA
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.stage import Stage
 from tasks.corpora.reasoning import Evaluation
-from tasks.corpora.sources import Source, parse_source
-from tasks.corpora.text_sources import Files
+from tasks.corpora.sources import Source, located, parse_source
 from tasks.settings.paths import locate
 
 SMALLEST_VOCABULARY = 256 + 2 + 5  # one token per byte, two special tokens, and those of the chat template
@@ -53,10 +52,7 @@ class PrepareData:
             with problems.collecting():
                 parsed[name] = parse_source(values, f"sources.{name}")
         problems.raise_all()
-        return {
-            name: replace(source, path=locate(source.path)) if isinstance(source, Files) else source
-            for name, source in parsed.items()
-        }
+        return {name: located(source, locate, os.path.isdir) for name, source in parsed.items()}
 
     def text_names(self) -> list[str]:
         """Names of the sources that are not generated; of all sources, if all are generated."""

@@ -1,0 +1,157 @@
+"""Encodes conversations: tokens as the chat template renders them, and which of them are trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from elastic_core.data.token_files import Manifest
+from elastic_core.errors import UserError
+from elastic_core.io.ordered_map import ordered_map
+from tasks.corpora.conversations.messages import Conversation
+from tasks.corpora.conversations.rendering import MARKERS, START, ChatTemplate, Rendered
+from tasks.corpora.encoding import Batch, batches, plain_encoder
+
+UNTRAINED = "without a trained token"  # a reason why a conversation is skipped
+_LONGEST_HEADER = 64  # characters
+_MOST_HEADERS = 1000
+
+
+class ConversationEncoder:
+    """Encodes conversations as `template` renders them, and nothing is added. `threads`: as of Encoder.
+
+    `skipped` counts the conversations without a trained token, and `notes` what the user should know of the others.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, manifest: Manifest, threads: int, template: ChatTemplate, masked: bool
+    ):
+        self._encoder = plain_encoder(tokenizer, special_as_text=False)
+        self._text_encoder = plain_encoder(tokenizer, special_as_text=True)
+        self._is_special = np.zeros(manifest.vocab_size, bool)
+        self._is_special[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
+        self._headers: dict[str, list[int]] = {}  # the beginning of a turn → its ids; templates have few of them
+        self._template, self._masked = template, masked
+        self._dtype, self._threads = manifest.dtype, threads
+        self.skipped, self.notes = Counter(), Counter()
+
+    def encoded(self, documents: Iterable[tuple[str, Conversation]]) -> Iterator[Batch]:
+        """Encode (split, conversation) in batches. The conversations of a split keep their order.
+
+        Raises UserError, which names the file and the line, for a conversation that cannot be rendered.
+        """
+        # Only this thread renders: a template with marks has a state while it renders.
+        return ordered_map(self._encode, batches(self._rendered(documents)), self._threads)
+
+    def _rendered(self, documents: Iterable[tuple[str, Conversation]]) -> Iterator[tuple[str, Rendered]]:
+        for split, conversation in documents:
+            rendered = self._template.documents(conversation, self.notes)
+            self.skipped[UNTRAINED] += not rendered
+            for document in rendered:
+                try:
+                    document.text.encode()
+                except UnicodeEncodeError:  # JSON can contain half of a surrogate pair
+                    raise UserError(
+                        f"{conversation.place}: holds a lone surrogate, which is not valid Unicode"
+                    ) from None
+                yield split, document
+
+    def _encode(self, batch: tuple[str, list[Rendered]]) -> Batch:
+        split, documents = batch
+        plain = [document.text for document in documents if not document.is_marked]
+        encodings = iter(self._encoder.encode_batch_fast(plain, add_special_tokens=False))
+        ids, masks = [], []
+        for document in documents:
+            if document.is_marked:
+                found, mask = self._encode_marked(document)
+            else:
+                found = np.array(next(encodings).ids, self._dtype)
+                mask = self._mask(document, found) if self._masked else None
+            ids.append(found)
+            masks.append(mask)
+        texts = [MARKERS.sub("", d.text) if d.is_marked else d.text for d in documents]
+        sizes = sum(len(text.encode()) for text in texts), sum(map(len, texts))
+        return Batch(split, ids, *sizes, masks if self._masked else None)
+
+    def _mask(self, document: Rendered, ids: np.ndarray) -> np.ndarray:
+        """Which tokens are trained (L,) bool: those that begin in a span or hold its first character.
+
+        Special tokens are the same in the text and in the ids. From the last one before an end of a span, only a few
+        characters have to be counted in tokens. Offsets of all tokens would take a fifth of the time of encoding.
+        """
+        mask = np.zeros(len(ids), bool)
+        marks = [match.span() for match in self._template.special.finditer(document.text)]
+        positions = np.flatnonzero(self._is_special[ids])
+        if len(marks) == len(positions):
+            edges = [at for span in document.spans for at in span]
+            places = [self._token_at(document.text, ids, marks, positions, at) for at in edges]
+            if None not in places:
+                for start, end in zip(places[::2], places[1::2], strict=True):
+                    mask[start:end] = True
+                return mask
+        encoding = self._encoder.encode(document.text, add_special_tokens=False)  # seldom, and exact for any tokenizer
+        for start, end in document.spans:
+            first, last = _token_of(encoding, start, end, 1), _token_of(encoding, end - 1, start - 1, -1)
+            if first is not None:
+                mask[first : last + 1] = True
+        return mask
+
+    def _token_at(self, text: str, ids: np.ndarray, marks: list, positions: np.ndarray, at: int) -> int | None:
+        """The number of tokens before the character `at`; None if no token ends there, as far as this can be seen."""
+        before = np.searchsorted([end for _, end in marks], at, side="right")  # special tokens that end before `at`
+        begin, first = (marks[before - 1][1], int(positions[before - 1]) + 1) if before else (0, 0)
+        if before < len(marks) and marks[before][0] == at:
+            return int(positions[before])
+        if at == len(text):
+            return len(ids)
+        if begin == at:
+            return first
+        header = text[begin:at]
+        if len(header) > _LONGEST_HEADER or (before < len(marks) and marks[before][0] < at):
+            return None
+        expected = self._headers.get(header)
+        if expected is None:
+            expected = self._encoder.encode(header, add_special_tokens=False).ids
+            if len(self._headers) < _MOST_HEADERS:
+                self._headers[header] = expected
+        end = first + len(expected)
+        return end if ids[first:end].tolist() == expected else None
+
+    def _encode_marked(self, document: Rendered) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and mask of a document in which some special tokens are ordinary text. It is encoded in pieces."""
+        ids, starts = [], []
+        edges = [0, *(match.start() for match in MARKERS.finditer(document.text)), len(document.text)]
+        for begin, end in pairwise(edges):
+            as_text = document.text[begin] == START
+            piece = MARKERS.sub("", document.text[begin:end])
+            found, offsets = _encode_piece(self._text_encoder if as_text else self._encoder, piece, is_first=begin == 0)
+            ids += found
+            starts += [end - len(piece) + start for start in offsets]  # end - len(piece): behind the marker
+        mask = np.full(len(ids), document.spans is None)
+        for start, end in document.spans or ():
+            mask |= (np.array(starts) >= start) & (np.array(starts) < end)
+        return np.array(ids, self._dtype), mask
+
+
+def _encode_piece(encoder: Tokenizer, piece: str, is_first: bool) -> tuple[list[int], list[int]]:
+    """Ids of a piece of a text, and where they start in it.
+
+    A piece inside a text is encoded behind a line end, as in transformers: SentencePiece adds a space to what is first.
+    """
+    if not is_first:
+        line_end = encoder.encode("\n", add_special_tokens=False).ids
+        encoding = encoder.encode("\n" + piece, add_special_tokens=False)
+        if encoding.ids[: len(line_end)] == line_end:
+            return encoding.ids[len(line_end) :], [start - 1 for start, _ in encoding.offsets[len(line_end) :]]
+    encoding = encoder.encode(piece, add_special_tokens=False)
+    return encoding.ids, [start for start, _ in encoding.offsets]
+
+
+def _token_of(encoding, first: int, end: int, step: int) -> int | None:
+    """The token of the first character from `first` on that has one: white space may have none."""
+    return next((t for at in range(first, end, step) if (t := encoding.char_to_token(at)) is not None), None)

@@ -1,0 +1,258 @@
+"""Renders conversations with a tokenizer's chat template, and finds what the assistant says in the rendered text.
+
+The spans of the assistant are those that the template marks with `{% generation %}`. A template without these marks is
+rendered turn by turn: what it writes before a turn (with `add_generation_prompt`) is the prompt, and what it adds is
+the assistant's. This needs that the prompt is the start of the turn. A template may write earlier turns in another way
+than the last one, for example without their thinking. Such turns become documents of their own, each as at inference:
+the messages up to this turn.
+
+A special token that stands in a message is ordinary text: a user must not be able to end a turn. Two characters for
+private use mark it in the rendered text, as in transformers (`sanitize_control_tokens`). Exceptions are `<think>` and
+`</think>` in the assistant's messages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from elastic_core.errors import UserError
+from tasks.corpora.conversations.messages import Conversation
+from tasks.corpora.encoding import CONTROL_STRINGS, any_of, special_tokens
+
+START, END = "\U000f0000", "\U000f0001"  # around a special token that is ordinary text; transformers' own characters
+MARKERS = re.compile(f"[{START}{END}]")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_LONGEST = 64  # characters of a special token
+_THINKING = ("<think>", "</think>")
+_RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+LOST_THINKING = "conversations whose thinking the chat template leaves out"
+LOST_MESSAGES = "conversations with a message that the chat template leaves out"
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One document: rendered text, and the spans of it that are trained, in characters (None: all of it).
+
+    The text has markers (START, END) around special tokens that are ordinary text, if `is_marked`.
+    """
+
+    text: str
+    spans: list[Span] | None
+    is_marked: bool = False
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+class ChatTemplate:
+    """A chat template that renders conversations for training.
+
+    - `template`: a Jinja template; None: the tokenizer's own.
+    - `variables`: further variables of the template, such as `enable_thinking`.
+    - `train_on`: "assistant": its messages; "last_assistant": the last of them; "all": every token.
+    - `parse`: special tokens in messages become their ids, also those of users.
+
+    Raises UserError if there is no template, or if it is not valid.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        template: str | None = None,
+        variables: Mapping | None = None,
+        train_on: str = "assistant",
+        parse: bool = False,
+        name: str = "the tokenizer's chat template",
+    ):
+        if template is None and not tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template; set chat_template to a Jinja file")
+        self._tokenizer, self._template, self._name = tokenizer, template, name
+        self._variables = dict(tokenizer.special_tokens_map) | dict(variables or {})
+        self._train_on, self._parse = train_on, parse
+        tokens = special_tokens(tokenizer)
+        self.special = any_of(tokens)
+        self._special_of_assistant = any_of(token for token in tokens if token not in _THINKING)
+        self._check_syntax()
+
+    def _check_syntax(self) -> None:
+        try:
+            template = self._tokenizer.get_chat_template(self._template)
+            render_jinja_template([], chat_template=template)  # compiles it
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"{self._name}: not a valid template (line {error.lineno}: {error})") from None
+        except ValueError as error:
+            raise UserError(f"{self._name}: {error}") from None
+
+    def documents(self, conversation: Conversation, counts: Counter) -> list[Rendered]:
+        """The documents of a conversation; none, if nothing of it is trained. Mostly it is one.
+
+        `counts` counts conversations of which the user should know. Raises UserError, which names the file and the
+        line, for a conversation that cannot be rendered.
+        """
+        template = self._tokenizer.get_chat_template(self._template, conversation.tools)
+        self._check_tools(conversation, template)
+        conversation, is_marked = (conversation, False) if self._parse else self._marked(conversation)
+        counts[CONTROL_STRINGS] += is_marked
+        targets = [i for i, is_target in enumerate(conversation.is_target) if is_target]
+        if self._train_on == "all":
+            found = [Rendered(self._render(conversation, template)[0], None)]
+        elif not targets:
+            return []
+        elif _GENERATION.search(template):
+            found = [self._by_marks(conversation, template, targets)]
+        else:
+            found = self._by_turns(conversation, template, targets)
+        self._check_complete(conversation, found, counts)
+        return [replace(document, is_marked=is_marked) for document in found if document.spans != []]
+
+    def _check_tools(self, conversation: Conversation, template: str) -> None:
+        """Raise UserError for tools and calls of which the template knows nothing: it would leave them out."""
+        used = {"tools": conversation.tools, "tool_calls": any("tool_calls" in m for m in conversation.messages)}
+        for name, value in used.items():
+            if value and name not in template:
+                raise UserError(f"{conversation.place}: has {name}, but {self._name} has no place for them{_ADVICE}")
+
+    def _marked(self, conversation: Conversation) -> tuple[Conversation, bool]:
+        """The conversation with markers around special tokens in its messages, and whether there are any."""
+        if not any(self.special.search(part) for part in _strings([conversation.messages, conversation.tools])):
+            return conversation, False
+        messages = [
+            _with_markers(m, self._special_of_assistant if m["role"] == "assistant" else self.special)
+            for m in conversation.messages
+        ]
+        tools = _with_markers(conversation.tools, self.special)
+        marked = replace(conversation, messages=messages, tools=tools)
+        return marked, (messages, tools) != (conversation.messages, conversation.tools)
+
+    def _render(
+        self, conversation: Conversation, template: str, end: int | None = None, prompt: bool = False, marks=False
+    ) -> tuple[str, list[Span]]:
+        """The text of the first `end` messages, and the spans that the template marks.
+
+        `prompt`: with the start of an assistant's turn behind them.
+        """
+        try:
+            texts, spans = render_jinja_template(
+                [conversation.messages[:end]],
+                tools=conversation.tools,
+                chat_template=template,
+                return_assistant_tokens_mask=marks,
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
+        except _RENDER_ERRORS as error:
+            raise UserError(f"{conversation.place}: {self._name} cannot render this conversation: {error}") from None
+        return texts[0], [tuple(span) for span in spans[0]] if marks else []
+
+    def _by_marks(self, conversation: Conversation, template: str, targets: list[int]) -> Rendered:
+        text, spans = self._render(conversation, template, marks=True)
+        assistants = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
+        if self._train_on == "last_assistant" or len(targets) < len(assistants):
+            if len(spans) != len(assistants):
+                raise UserError(
+                    f"{conversation.place}: {self._name} marks {len(spans)} parts for {len(assistants)} messages of "
+                    "the assistant, so it is not clear which are trained; set another chat_template"
+                )
+            targets = targets[-1:] if self._train_on == "last_assistant" else targets
+            spans = [span for i, span in zip(assistants, spans, strict=True) if i in targets]
+        found = [(start, self._end_token(text, end)) for start, end in spans if start < end]
+        return Rendered(text, found)
+
+    def _by_turns(self, conversation: Conversation, template: str, targets: list[int]) -> list[Rendered]:
+        targets = targets[-1:] if self._train_on == "last_assistant" else targets
+        turns = {i: self._turn(conversation, template, i) for i in targets}
+        text, documents = self._render(conversation, template)[0], []
+        while turns:
+            inside = [i for i, (turn, _) in turns.items() if text.startswith(turn)]
+            if inside:
+                documents.append(Rendered(text, [turns.pop(i)[1] for i in inside]))
+            if turns:  # written in another way inside the whole: as at inference, when this was the last turn
+                text = turns[max(turns)][0]
+        return documents[::-1]
+
+    def _turn(self, conversation: Conversation, template: str, index: int) -> tuple[str, Span]:
+        """The text of the messages up to the assistant's message `index`, and the span of this message in it."""
+        text = self._render(conversation, template, index + 1)[0]
+        if index:
+            prompt = self._render(conversation, template, index, prompt=True)[0]
+        else:  # many templates cannot render an empty list, so look for the start of a turn behind the message
+            after = self._render(conversation, template, 1, prompt=True)[0]
+            header = after.removeprefix(text)
+            at = text.find(header) if header and after.startswith(text) else -1
+            prompt = text[: at + len(header)] if at >= 0 else "\0"
+        if not text.startswith(prompt):
+            raise UserError(
+                f"{conversation.place}: {self._name} has no marks {{% generation %}}, and the prompt that it writes "
+                f"for message {index + 1} is not the start of how it writes this message, so it is not clear what the "
+                "assistant says; set chat_template to a Jinja file with these marks"
+            )
+        return text, (len(prompt), self._end_of_turn(text, len(prompt)))
+
+    def _end_of_turn(self, text: str, start: int) -> int:
+        """The end of a turn, without white space behind its last special token: nobody generates that."""
+        ends = [token.end() for token in self.special.finditer(text, start)]
+        return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
+
+    def _end_token(self, text: str, end: int) -> int:
+        """The end of a marked span, with the token that ends the turn if the template left it out of its mark."""
+        following = self.special.match(text, end)
+        if following is None:
+            return end
+        last = len(text[:end].rstrip())  # templates often mark a line end too
+        is_inside = any(token.end() == last for token in self.special.finditer(text, max(0, last - _LONGEST), last))
+        return end if is_inside else following.end()
+
+    def _check_complete(self, conversation: Conversation, documents: list[Rendered], counts: Counter) -> None:
+        """Count a conversation of which something is missing in its documents; refuse a missing result of a tool."""
+        texts = [document.text for document in documents]
+        lost_message = lost_thinking = False
+        for number, message in enumerate(conversation.messages, 1):
+            if not _is_in(message["content"], texts):
+                if message["role"] == "tool":
+                    raise UserError(
+                        f"{conversation.place}: {self._name} leaves out message {number}, the result of a tool{_ADVICE}"
+                    )
+                lost_message |= "</think>" not in message["content"]
+                lost_thinking |= "</think>" in message["content"]
+            lost_thinking |= not _is_in(message.get("reasoning_content", ""), texts)
+        counts[LOST_MESSAGES] += lost_message
+        counts[LOST_THINKING] += lost_thinking
+
+
+_ADVICE = "; use a tokenizer whose template knows tools, set chat_template, or remove the row"
+
+
+def _strings(value):
+    """All texts in lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _strings(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _strings(one)
+
+
+def _with_markers(value, pattern: re.Pattern):
+    """A copy of texts, lists and objects, with markers around what the pattern matches."""
+    if isinstance(value, str):
+        return pattern.sub(f"{START}\\g<0>{END}", MARKERS.sub("", value))
+    if isinstance(value, dict):
+        return {name: _with_markers(one, pattern) for name, one in value.items()}
+    return [_with_markers(one, pattern) for one in value] if isinstance(value, list) else value
+
+
+def _is_in(text: str, texts: list[str]) -> bool:
+    text = text.strip()
+    return not text or any(text in one for one in texts)

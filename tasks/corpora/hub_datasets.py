@@ -1,0 +1,85 @@
+"""Reads data sets of the Hugging Face hub row by row with the library `datasets`, also from caches and directories."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic_core.errors import UserError
+from tasks.corpora.text_files import without_nulls
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A data set by its name on the hub, such as "openai/gsm8k", or a local directory with one.
+
+    `config` is the name of one of its configurations, and `revision` a commit, tag or branch (None: main).
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        details = [self.config, self.split, self.revision]
+        return f"dataset {self.name} ({', '.join(str(part) for part in details if part)})"
+
+    def rows(self) -> Iterator[tuple[str, dict]]:
+        """Yield (place, row). Rows are streamed; if the hub cannot be reached, they are read from a local cache.
+
+        Raises UserError for a data set, configuration or split that does not exist, and for one that cannot be reached
+        and is in no cache.
+        """
+        from datasets.exceptions import DatasetsError  # imported here because the import is slow
+        from huggingface_hub.errors import HfHubHTTPError
+        from pyarrow import ArrowException
+
+        try:
+            for number, row in enumerate(self._open(), 1):
+                yield f"{self}, row {number}", without_nulls(row)
+        except UserError:
+            raise
+        except (DatasetsError, HfHubHTTPError, ArrowException, OSError, ValueError, LookupError) as error:
+            raise UserError(f"{self}: cannot be read: {' '.join(str(error).split())}") from None
+
+    def _open(self):
+        import datasets
+
+        if Path(self.name).is_dir():
+            if (Path(self.name) / "dataset_dict.json").is_file():  # written by save_to_disk
+                return datasets.load_from_disk(os.path.join(self.name, self.split))
+            if (Path(self.name) / "state.json").is_file():
+                return datasets.load_from_disk(self.name)
+            return datasets.load_dataset(self.name, self.config, split=self.split, streaming=True)
+        try:
+            return datasets.load_dataset(
+                self.name, self.config, split=self.split, revision=self.revision, streaming=True
+            )
+        except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+            # Not found: also what a data set gives that is in the hub's cache, when the hub cannot be asked.
+            return self._open_cached(error)
+
+    def _open_cached(self, error: Exception):
+        import datasets
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            directory = snapshot_download(self.name, repo_type="dataset", revision=self.revision, local_files_only=True)
+            return datasets.load_dataset(directory, self.config, split=self.split, streaming=True)
+        except LocalEntryNotFoundError:
+            pass
+        offline = datasets.DownloadConfig(local_files_only=True)
+        try:
+            return datasets.load_dataset(
+                self.name, self.config, split=self.split, revision=self.revision, download_config=offline
+            )
+        except (ConnectionError, datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{self}: cannot be reached ({reason}), and is in no local cache (HF_DATASETS_CACHE, HF_HUB_CACHE); "
+                "check the name and the connection, or give a local directory"
+            ) from None
