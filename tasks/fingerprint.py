@@ -3,7 +3,7 @@
 DVC runs this stage every time, because only it can see whether these inputs have changed. It is quick: see
 elastic_core/io/fingerprints.py. A later stage runs again if the file that it depends on has changed:
 
-- ``corpora.json``: the files of each source in section `prepare_data`
+- ``corpora.json``: the files of each source in section `prepare_data`, with its held-out files and its chat template
 - ``parent.json``: the files of the parent at `parent.path`; ``tokenizer.json``: those of its tokenizer alone
 - ``benchmarks.json``: the task files of section `evaluate.benchmarks`, and the data files that they name
 - ``libraries.json``: the versions of the libraries that dvc.yaml lists
@@ -21,6 +21,7 @@ from elastic_core.io.atomic import write_text
 from elastic_core.io.fingerprints import DigestCache, fingerprint
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
 from tasks.corpora.benchmark_files import check_task_files, data_places
+from tasks.corpora.sources import Source, paths_of
 from tasks.settings.load import load
 from tasks.settings.local_checks import PACKAGE, is_package
 from tasks.settings.schema import Params
@@ -51,9 +52,23 @@ def write(path: Path, read: Callable[[], dict]) -> None:
 
 
 def corpora(settings: Params, cache: DigestCache) -> dict:
-    """Source → fingerprint of its files. Sources from packages have none: their versions are in libraries.json."""
+    """Source → field → fingerprint of its files, or name and revision of a data set of the hub.
+
+    Sources from packages have none: their versions are in libraries.json.
+    """
     sources = settings.prepare_data.parsed_sources()
-    return {name: fingerprint(source.path, cache) for name, source in sources.items() if hasattr(source, "path")}
+    found = {name: _fields(source, cache) for name, source in sources.items()}
+    return {name: fields for name, fields in found.items() if fields}
+
+
+def _fields(source: Source, cache: DigestCache) -> dict:
+    fields = {}
+    for name, value in paths_of(source).items():
+        if name == "dataset" and not Path(value).is_dir():
+            fields[name] = {"name": value, "revision": source.revision}
+        else:
+            fields[name] = fingerprint(value, cache)
+    return fields
 
 
 def parent(settings: Params, cache: DigestCache) -> dict:

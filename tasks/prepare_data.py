@@ -166,7 +166,7 @@ def _encoder(
     parse = getattr(source, "special_tokens", "text") == "parse"
     if not isinstance(source, Conversations):
         return Encoder(tokenizer, manifest, threads, parse)
-    called = f"prepare_data.sources.{name}: {source.chat_template or 'the chat template of the tokenizer'}"
+    called = f"{source.chat_template or 'the chat template'} (of prepare_data.sources.{name})"
     options = (source.read_template(), source.template_variables, source.train_on, parse, called)
     template = ChatTemplate(tokenizer, *options)
     return ConversationEncoder(tokenizer, manifest, threads, template, _is_masked(source))

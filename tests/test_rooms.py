@@ -235,9 +235,15 @@ def test_optional_packages_are_imported_in_one_file_each():
         for path in files(package):
             for name in tops(path) & OPTIONAL:
                 users.setdefault(name, set()).add(name_of(path))
-    # lm-eval's tasks are templates of jinja2, so its errors are asked for there.
-    templates = {"tasks/reporting/page.py", "tasks/evaluation/lm_eval_tasks.py"}
-    several = {"dvc": DVC, "jinja2": templates, "ray": RAY}
+    # lm-eval's tasks and chat templates are templates of jinja2, so its errors are asked for there. lm-eval reads its
+    # data with `datasets`, and parquet files and data sets are tables of pyarrow.
+    templates = {"tasks/corpora/conversations/rendering.py", "tasks/evaluation/lm_eval_tasks.py"}
+    several = {
+        "datasets": {"tasks/corpora/hub_datasets.py", "tasks/evaluation/lm_eval_tasks.py"},
+        "dvc": DVC,
+        "jinja2": {"tasks/reporting/page.py"} | templates,
+        "ray": RAY,
+    }
     assert {name: paths for name, paths in users.items() if len(paths) > 1} == several
     assert users["lm_eval"] == {"tasks/evaluation/lm_eval_tasks.py"}
     assert users["altair"] == {"tasks/reporting/charts.py"}

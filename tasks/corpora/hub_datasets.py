@@ -35,14 +35,13 @@ class HubDataset:
         """
         from datasets.exceptions import DatasetsError  # imported here because the import is slow
         from huggingface_hub.errors import HfHubHTTPError
-        from pyarrow import ArrowException
 
         try:
             for number, row in enumerate(self._open(), 1):
                 yield f"{self}, row {number}", without_nulls(row)
         except UserError:
             raise
-        except (DatasetsError, HfHubHTTPError, ArrowException, OSError, ValueError, LookupError) as error:
+        except (DatasetsError, HfHubHTTPError, OSError, ValueError, LookupError) as error:
             raise UserError(f"{self}: cannot be read: {' '.join(str(error).split())}") from None
 
     def _open(self):

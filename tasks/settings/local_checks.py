@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from elastic_core.config import ConfigError, Problems, Require, require
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from tasks.corpora.benchmark_files import check_task_files
-from tasks.corpora.text_sources import Files
+from tasks.corpora.inputs import Input
+from tasks.corpora.sources import paths_of
 from tasks.settings.paths import PACKAGE, checkouts_of, locate
 from tasks.settings.sections import Benchmarks
 
@@ -55,14 +57,23 @@ def _check_table(problems: Problems, cost) -> None:
 def _check_corpora(problems: Problems, prepare_data) -> None:
     """Check that the files of every source are there, and that their suffix is known."""
     for name, source in prepare_data.parsed_sources().items():
-        if not isinstance(source, Files) or storage.is_url(source.path):
-            continue
-        key, given = f"prepare_data.sources.{name}.path", prepare_data.sources[name]["path"]
-        if problems.require(bool(storage.glob(source.path)), key, given, f"files; {_nothing_found(given)}"):
-            try:
-                source.expected_characters()
-            except UserError as error:
-                problems.add(f"{key}: {error}")
+        for field, path in paths_of(source).items():
+            key, given = f"prepare_data.sources.{name}.{field}", prepare_data.sources[name][field]
+            if field == "chat_template":
+                problems.require(os.path.isfile(path), key, given, f"a Jinja file; {_nothing_found(given)}")
+            elif field == "dataset":
+                is_name = os.path.isdir(path) or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given) is not None
+                problems.require(is_name, key, given, "a name on the Hugging Face hub, or a directory")
+            elif not storage.is_url(path):
+                _check_files(problems, key, given, path)
+
+
+def _check_files(problems: Problems, key: str, given: str, path: str) -> None:
+    if problems.require(bool(storage.glob(path)), key, given, f"files; {_nothing_found(given)}"):
+        try:
+            Input(path).paths()
+        except UserError as error:
+            problems.add(f"{key}: {error}")
 
 
 def _nothing_found(path: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from elastic_core.config import ConfigError, Problems
 from elastic_core.errors import named
 from elastic_core.io import storage
+from tasks.corpora.sources import PATHS
 from tasks.settings.load import FILE
 from tasks.settings.local_checks import TOKENIZERS
 from tasks.settings.schema import Params
@@ -37,9 +38,11 @@ def add_problems(problems: Problems, settings, sections: Iterable[str] = ()) -> 
 def _check_corpora(settings: Params) -> None:
     problems = Problems()
     for name, source in settings.prepare_data.sources.items():
-        if isinstance(source, Mapping) and storage.is_url(path := source.get("path")):
-            with problems.collecting():
-                _check_access(path, f"prepare_data.sources.{name}.path", writing=False)
+        values = source if isinstance(source, Mapping) else {}  # a section that could not be read is named elsewhere
+        for field in PATHS:
+            if storage.is_url(path := values.get(field)):
+                with problems.collecting():
+                    _check_access(path, f"prepare_data.sources.{name}.{field}", writing=False)
     problems.raise_all()
 
 
