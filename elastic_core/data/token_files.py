@@ -144,10 +144,10 @@ class SplitWriter:
         assert (trained is not None) == (self._trained is not None)
         ends = self._tokens.size + np.cumsum([len(ids) for ids in documents], dtype=np.int64)
         self._offsets.append(ends)
-        for ids in documents:
-            self._tokens.append(ids)
-        for ids, mask in zip(documents, trained or (), strict=trained is not None):
-            assert len(ids) == len(mask)
+        self._tokens.append(_joined(documents, self._tokens.dtype))
+        if trained is not None:
+            assert [len(mask) for mask in trained] == [len(ids) for ids in documents]
+            mask = _joined(trained, self._trained.dtype)
             self._trained.append(mask)
             self._num_trained += int(np.count_nonzero(mask))
         self._num_bytes += num_bytes
@@ -170,6 +170,10 @@ class SplitWriter:
         return [self._tokens, self._offsets] + ([] if self._trained is None else [self._trained])
 
 
+def _joined(parts: Sequence[Sequence | np.ndarray], dtype: np.dtype) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype), *(np.asarray(part, dtype=dtype) for part in parts)])
+
+
 class _ArrayWriter:
     """Appends values to a one-dimensional .npy file.
 
@@ -178,15 +182,14 @@ class _ArrayWriter:
     """
 
     def __init__(self, path: Path, dtype: np.dtype, size: int = 0):
-        self.path, self.size = path, size
-        self._dtype = dtype
+        self.path, self.size, self.dtype = path, size, dtype
         self._file = path.open("r+b" if size else "wb")
         self._write_header()
         self._file.truncate(self._file.tell() + size * dtype.itemsize)
         self._file.seek(0, os.SEEK_END)
 
     def append(self, values) -> None:
-        array = np.asarray(values, dtype=self._dtype)
+        array = np.asarray(values, dtype=self.dtype)
         self._file.write(array.tobytes())
         self.size += len(array)
 
@@ -200,5 +203,5 @@ class _ArrayWriter:
         self._file.close()
 
     def _write_header(self) -> None:
-        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (self.size,)}
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.size,)}
         np.lib.format.write_array_header_1_0(self._file, header)

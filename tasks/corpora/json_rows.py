@@ -172,9 +172,10 @@ def _value(record, source: str, field: Field, place: str):
     last name and is at least as long as its text: the search stops that much before the end, and so is short.
     """
     if isinstance(field, tuple):
-        names = {part for name in field for part in (name, *name.split("."))}
-        if any(source.count(f'"{name}"') > 1 for name in names):
-            json.loads(source, object_pairs_hook=_check_of_names(names, place))
+        names = [name for name in field if "." in name or name in record] if isinstance(record, dict) else []
+        if any(source.count(f'"{name.rpartition(".")[2]}"') > 1 for name in names):
+            parts = {part for name in names for part in (name, *name.split("."))}
+            json.loads(source, object_pairs_hook=_check_of_names(parts, place))
         return record
     if isinstance(record, dict) and field in record:
         name, value = field, record[field]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -54,7 +56,7 @@ class ConversationEncoder:
             self.skipped[UNTRAINED] += not rendered
             for document in rendered:
                 try:
-                    document.text.encode()
+                    document.text.isascii() or document.text.encode()
                 except UnicodeEncodeError:  # JSON can contain half of a surrogate pair
                     raise UserError(
                         f"{conversation.place}: holds a lone surrogate, which is not valid Unicode"
@@ -75,8 +77,8 @@ class ConversationEncoder:
             ids.append(found)
             masks.append(mask)
         texts = [MARKERS.sub("", d.text) if d.is_marked else d.text for d in documents]
-        sizes = sum(len(text.encode()) for text in texts), sum(map(len, texts))
-        return Batch(split, ids, *sizes, masks if self._masked else None)
+        num_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+        return Batch(split, ids, num_bytes, sum(map(len, texts)), masks if self._masked else None)
 
     def _mask(self, document: Rendered, ids: np.ndarray) -> np.ndarray:
         """Which tokens are trained (L,) bool: those that begin in a span or hold its first character.
@@ -86,7 +88,7 @@ class ConversationEncoder:
         """
         mask = np.zeros(len(ids), bool)
         marks = [match.span() for match in self._template.special.finditer(document.text)]
-        positions = np.flatnonzero(self._is_special[ids])
+        positions = np.flatnonzero(self._is_special[ids]).tolist()
         if len(marks) == len(positions):
             edges = [at for span in document.spans for at in span]
             places = [self._token_at(document.text, ids, marks, positions, at) for at in edges]
@@ -101,12 +103,12 @@ class ConversationEncoder:
                 mask[first : last + 1] = True
         return mask
 
-    def _token_at(self, text: str, ids: np.ndarray, marks: list, positions: np.ndarray, at: int) -> int | None:
+    def _token_at(self, text: str, ids: np.ndarray, marks: list, positions: list[int], at: int) -> int | None:
         """The number of tokens before the character `at`; None if no token ends there, as far as this can be seen."""
-        before = np.searchsorted([end for _, end in marks], at, side="right")  # special tokens that end before `at`
-        begin, first = (marks[before - 1][1], int(positions[before - 1]) + 1) if before else (0, 0)
+        before = bisect.bisect_right(marks, at, key=itemgetter(1))  # special tokens that end before `at`
+        begin, first = (marks[before - 1][1], positions[before - 1] + 1) if before else (0, 0)
         if before < len(marks) and marks[before][0] == at:
-            return int(positions[before])
+            return positions[before]
         if at == len(text):
             return len(ids)
         if begin == at:

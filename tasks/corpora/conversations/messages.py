@@ -93,7 +93,7 @@ def conversation(record, fields: Fields, place: str) -> Conversation:
         messages, num_prompts = _messages(find_field(record, name, place), name, place), 0
         if isinstance(system := record.get("system"), str) and system and messages[0].get("role") != "system":
             messages, num_prompts = [{"role": "system", "content": system}, *messages], 1
-    converted = [_message(message, f"{place}, message {i}") for i, message in enumerate(messages, 1)]
+    converted = [_message(message, place) for message in messages]
     if not any(message["content"].strip() or len(message) > 2 for message in converted):
         raise NoContent("empty")
     targets = [
@@ -130,17 +130,13 @@ def _message(given: dict, place: str) -> dict:
     if not isinstance(role, str) or role not in ROLES:
         raise UserError(f"{place}: unknown role {role!r}; allowed: {', '.join(ROLES)}")
     message = {"role": ROLES[role], "content": _text(given.get("value" if is_sharegpt else "content"), place)}
-    reasoning = next((given[name] for name in _REASONING if given.get(name) is not None), None)
-    if reasoning is not None:
-        message["reasoning_content"] = _text(reasoning, place)
-    if calls := _parsed(given.get("tool_calls"), "tool_calls", place):
-        message["tool_calls"] = _calls(calls, place)
-    elif role in _CALL_ROLES:
+    if role in _CALL_ROLES:
         calls = _parsed(message["content"], role, place)
         calls = calls if isinstance(calls, list) else [calls]
         message["tool_calls"] = _calls([{"type": "function", "function": call} for call in calls], place)
         message["content"] = ""
-    message |= {name: given[name] for name in _KEPT if given.get(name) is not None}
+    if len(given) > 2:
+        _add_more(message, given, place)
     if message["content"] is None:
         if message["role"] != "assistant" or not (message.get("tool_calls") or message.get("reasoning_content")):
             raise NoContent("null")
@@ -148,10 +144,22 @@ def _message(given: dict, place: str) -> dict:
     return message
 
 
+def _add_more(message: dict, given: dict, place: str) -> None:
+    """Add what a message has besides its role and content."""
+    reasoning = next((given[name] for name in _REASONING if given.get(name) is not None), None)
+    if reasoning is not None:
+        message["reasoning_content"] = message["thinking"] = _text(reasoning, place)
+    if calls := _parsed(given.get("tool_calls"), "tool_calls", place):
+        message["tool_calls"] = _calls(calls, place)
+    message |= {name: given[name] for name in _KEPT if given.get(name) is not None}
+
+
 def _text(value, place: str) -> str | None:
     """The text of a content: a string, or parts of type text."""
     if value is None:
         return None
+    if type(value) is str and "\r" not in value:
+        return value
     if isinstance(value, list):
         parts = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in value]
         others = [part for part in parts if part.get("type", "text") != "text" or not isinstance(part.get("text"), str)]
