@@ -83,14 +83,14 @@ def conversation(record, fields: Fields, place: str) -> Conversation:
         raise UserError(f"{place}: 'tools' must be a list, got {_kind(tools)}")
     name = fields.messages or next((name for name in _LISTS if name in record), None)
     if fields.prompt or fields.completion or (name is None and {"prompt", "completion"} <= record.keys()):
-        prompt = _side(record, fields.prompt or "prompt", "user", place)
-        completion = _side(record, fields.completion or "completion", "assistant", place)
+        prompt = _side(record, fields.prompt or "prompt", "user", "prompt_field", place)
+        completion = _side(record, fields.completion or "completion", "assistant", "completion_field", place)
         messages, num_prompts = [*prompt, *completion], len(prompt)
     elif name is None:
         found = quoted(nested_names(record))
         raise UserError(f"{place}: no conversation (fields: {found}); allowed: {FORMS}; or set `field`")
     else:
-        messages, num_prompts = _messages(find_field(record, name, place), name, place), 0
+        messages, num_prompts = _messages(find_field(record, name, place, "field"), name, place), 0
         if isinstance(system := record.get("system"), str) and system and messages[0].get("role") != "system":
             messages, num_prompts = [{"role": "system", "content": system}, *messages], 1
     converted = [_message(message, place) for message in messages]
@@ -103,9 +103,9 @@ def conversation(record, fields: Fields, place: str) -> Conversation:
     return Conversation(place, converted, tools, targets)
 
 
-def _side(record: dict, name: str, role: str, place: str) -> list[dict]:
+def _side(record: dict, name: str, role: str, parameter: str, place: str) -> list[dict]:
     """The messages of a prompt or a completion, which is a text or a list of messages."""
-    value = find_field(record, name, place)
+    value = find_field(record, name, place, parameter)
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, name, place)
 
 
