@@ -1,6 +1,6 @@
 """Where a run comes from: parent, data, budgets, stages, code, packages and devices. The only module that looks there.
 
-Most of it is in params.yaml, in artifacts/data/manifest.json and in the metrics of the training stages. The commits,
+Most of it is in params.yaml, in artifacts/data and in the metrics of the training stages. The commits,
 devices and times of the stages are those in the provenance of the evaluated models.
 """
 
@@ -10,28 +10,18 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from elastic_core.io.json_files import read_json
 from elastic_core.model import architectures
 from tasks.progress.durations import duration
 from tasks.progress.metrics_file import read_rows
 from tasks.reporting import tables
+from tasks.reporting.data import MISSING, Table, data_tables
 from tasks.runs.provenance import git
 from tasks.settings.schema import Params
 
-MANIFEST = tables.ARTIFACTS / "data" / "manifest.json"
+DATA = tables.ARTIFACTS / "data"
 FAMILY, MODELS = tables.ARTIFACTS / "train_extended" / "model", tables.ARTIFACTS / "models"
 CODE = ("tasks", "elastic_core", "params.yaml", "profiles", "requirements.lock")  # what decides results
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "ray", "lm_eval", "dvc")
-MISSING = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A small table: its title, the names of its columns, and rows of text."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ def collect(settings: Params, scores: tables.Scores, config) -> Provenance:
             + f" (directories {', '.join(tables.LABELS)})",
             "parameters": "params.yaml, at the end of this page",
         },
-        [data_table(settings), stages_table(scores)],
+        [*data_tables(settings, DATA), stages_table(scores)],
     )
 
 
@@ -72,18 +62,6 @@ def describe_budgets(settings: Params) -> str:
     if settings.untrained:
         text += f"; not trained: {', '.join(f'{name}: {budget}' for name, budget in settings.untrained.items())}"
     return f"{text}; counted in {settings.cost.metric.replace('_', ' ')}"
-
-
-def data_table(settings: Params) -> Table:
-    """A row per source: its kind, and the documents and tokens of both splits."""
-    rows = []
-    for name, source in read_json(MANIFEST)["sources"].items():
-        section = settings.prepare_data.sources.get(name, {})
-        kind = " ".join(str(section[key]) for key in ("kind", "path") if section.get(key))
-        splits = source["splits"]
-        tokens = (f"{splits[split]['num_tokens']:,}" for split in ("train", "held_out"))
-        rows.append((name, kind or MISSING, f"{splits['train']['num_documents']:,}", *tokens))
-    return Table("Data", ("source", "kind", "documents to train on", "tokens to train on", "held-out tokens"), rows)
 
 
 def stages_table(scores: tables.Scores) -> Table:

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from elastic_core.data.token_files import Manifest, Source, SplitWriter
 from elastic_core.errors import UserError
 from tasks import report
 from tasks.reporting import charts, columns, figures, tables, vega
@@ -147,8 +148,13 @@ def workspace(tmp_path_factory):
     for name, rows in stages.items():
         (artifacts / name).parent.mkdir(parents=True, exist_ok=True)
         (artifacts / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    splits = {"train": {"num_tokens": 1000, "num_documents": 7}, "held_out": {"num_tokens": 100, "num_documents": 1}}
-    write_json(artifacts / "data" / "manifest.json", {"sources": {"prose": {"splits": splits}}})
+    manifest = Manifest(CONFIG["vocab_size"], 0, 0, "", {"prose": Source("drop", {}, {"null": 3})})
+    (artifacts / "data").mkdir()
+    for split, documents in (("train", [10, 10, 100, 120, 160, 200, 400]), ("held_out", [100])):
+        writer = SplitWriter(artifacts / "data", "prose", split, manifest.dtype)
+        writer.append([[1] * length for length in documents], num_bytes=1)
+        manifest.sources["prose"].splits[split] = writer.close()
+    manifest.write(artifacts / "data")
     values = copy.deepcopy(COMMITTED)
     values["budgets"] = {"full": 1.0, "small": 0.4}
     values["untrained"] = {"middle": 0.7}
@@ -442,7 +448,9 @@ def test_samples_are_shown(made):
 def test_the_report_says_where_it_comes_from(made):
     html, markdown = (made / "report.html").read_text(), (made / "report.md").read_text()
     head, rows = "| stage | steps | tokens | time | device | commit |", markdown.splitlines()
-    assert "| prose | bible | 7 | 1,000 | 100 |" in rows and head in rows
+    assert "| prose | bible | 7 | 1,000 | 1,000 | 100 | 3 null |" in rows and head in rows
+    assert "| 8 to 15 | 2 (2.0%) |" in rows and "| 16 to 31 | – |" in rows and "| 256 to 511 | 1 (40.0%) |" in rows
+    assert "| prose | train_short | 48 | drop | 5 | 98.2% |" in rows  # 18 of 993 labels are left
     assert "| parent | 2 | 200 | – | – | – |" in rows
     assert "| train_short | 3 | 300 | 5 min | A Chip (2 cores) | 0123abc with changes |" in rows
     for words in (
