@@ -48,6 +48,7 @@ LARGEST_ROOM = 12
 CORE = {"torch", "transformers", "numpy", "safetensors", "tokenizers"}
 # torch itself needs fsspec; botocore and aiohttp, which s3fs brings, are asked for their errors.
 STORAGE = {"elastic_core/io/filesystem.py": {"fsspec", "botocore", "aiohttp"}}
+TEMPLATE_ERRORS = {"elastic_core/data/chat_template.py": {"jinja2"}}  # torch needs it; chat templates are its templates
 CONFIG_ERRORS = {"elastic_core/model/hf.py": {"huggingface_hub"}}  # the errors of transformers' configurations
 KERNELS = {"elastic_core/model/ops/kernels.py": {"mamba_ssm", "causal_conv1d"}}  # where they are installed, on a GPU
 OPTIONAL = {
@@ -208,7 +209,7 @@ def test_the_core_needs_little(path):
         CORE
         | {"elastic_core"}
         | sys.stdlib_module_names
-        | (STORAGE | KERNELS | CONFIG_ERRORS).get(name_of(path), set())
+        | (STORAGE | KERNELS | CONFIG_ERRORS | TEMPLATE_ERRORS).get(name_of(path), set())
     )
     if path.name.endswith(".py.txt"):  # travels with exported models, so it knows transformers only
         allowed = (allowed | {"huggingface_hub"}) - {"elastic_core"}
@@ -237,11 +238,11 @@ def test_optional_packages_are_imported_in_one_file_each():
                 users.setdefault(name, set()).add(name_of(path))
     # lm-eval's tasks and chat templates are templates of jinja2, so its errors are asked for there. lm-eval reads its
     # data with `datasets`, and parquet files and data sets are tables of pyarrow.
-    templates = {"tasks/corpora/conversations/rendering.py", "tasks/evaluation/lm_eval_tasks.py"}
+    templates = {"tasks/reporting/page.py", "tasks/evaluation/lm_eval_tasks.py", *TEMPLATE_ERRORS}
     several = {
         "datasets": {"tasks/corpora/hub_datasets.py", "tasks/evaluation/lm_eval_tasks.py"},
         "dvc": DVC,
-        "jinja2": {"tasks/reporting/page.py"} | templates,
+        "jinja2": templates | {"tasks/corpora/conversations/rendering.py"},
         "ray": RAY,
     }
     assert {name: paths for name, paths in users.items() if len(paths) > 1} == several

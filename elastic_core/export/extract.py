@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_core.data import special_tokens
 from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io.atomic import whole_directory
 from elastic_core.io.provenance_file import copy_provenance
 from elastic_core.io.tensor_files import Entry, Stored
-from elastic_core.io.tokenizer_files import copy_tokenizer
 from elastic_core.model import architectures, hf
 from elastic_core.model.axes import PER_LAYER, WIDTHS
 from elastic_core.model.dims import kept_rows, layer_index, layer_of
@@ -45,6 +45,8 @@ def extract(
       computes the same and loads everywhere. A homogeneous submodel needs neither: it is a stock directory.
     - `dtype`: the element type of the written tensors (None: as stored).
 
+    The tokenizer and its chat template come along, and generation stops at the same tokens (see special_tokens.py).
+
     Raises UserError for wrong arguments, an unknown budget, or sizes that the architecture cannot express.
     """
     if heterogeneous not in ("remote_code", "pad"):
@@ -58,7 +60,8 @@ def extract(
         submodel_or_budget = elastic_checkpoint.find_submodel(elastic_directory, submodel_or_budget)
     submodel = submodel_or_budget.resolve(config)
     pad = heterogeneous == "pad" and not submodel.is_homogeneous
-    changes = config_changes(config, submodel, pad)
+    generation = special_tokens.generation_values(config, elastic_directory)
+    changes = config_changes(config, submodel, pad) | special_tokens.token_ids(generation)
     tensors = _sliced_tensors(hf.TensorReader(elastic_directory), config, submodel, pad, dtype)
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")
@@ -68,7 +71,7 @@ def extract(
         if "auto_map" in changes:
             file = architectures.of(config).MODELING_FILE
             (partial / file).write_text(resources.files("elastic_core.export").joinpath(file + ".txt").read_text())
-        copy_tokenizer(elastic_directory, partial)
+        special_tokens.write_text_files(partial, elastic_directory, generation)
         copy_provenance(elastic_directory, partial)
     return submodel
 

@@ -17,9 +17,10 @@ import os
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
 from elastic_core.cost.metrics import num_parameters
+from elastic_core.data.special_tokens import generation_values
 from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint
 from elastic_core.export.padding import check_padding
@@ -52,6 +53,7 @@ class NestedModel:
             self.chain = nested_chain(self.config, [*self.budgets.values(), *path, full_submodel(self.config)])
         self._orders: dict[Dim, Tensor | None] = {}
         self._models: dict[Submodel, PreTrainedModel] = {}
+        self._generation = generation_values(self.config, directory)  # as `extract` writes it
         self.weights: dict[str, Tensor] = {}  # by parameter name, with rows and columns in stored order
         reader = hf.TensorReader(directory)
         reader.check(architectures.shapes(self.config))
@@ -85,6 +87,7 @@ class NestedModel:
     def generate(self, input_ids: Tensor, budget: BudgetLike, **options) -> Tensor:
         """transformers' `generate` with the model of a budget: input_ids (B, L) int64 → (B, L + new tokens).
 
+        It stops at the same tokens as the extracted model, and has the same defaults: those of generation_config.json.
         Rows of different lengths are padded on the left, and `attention_mask` (B, L) is 0 at padding. Raises UserError
         for other padding (see `check_padding`), and for a budget as `submodel` does.
         """
@@ -166,7 +169,16 @@ class NestedModel:
                 name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
             set_parameter(model, name, weight, positions)
         architectures.of(self.config).finish(model, weight.device)
+        model.generation_config = self._generation_config()
         return model.eval()
+
+    def _generation_config(self) -> GenerationConfig:
+        try:
+            return GenerationConfig.from_dict(self._generation)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.directory}/generation_config.json: transformers does not accept it ({error}); correct the file"
+            ) from None
 
 
 def nested_chain(config, submodels: list[Submodel]) -> list[Submodel]:

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+TOKENIZERS = ("tokenizer.json", "vocab.json")  # transformers can make a fast tokenizer from either file
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -14,10 +15,14 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+MORE_TEMPLATES = "additional_chat_templates"  # a directory of templates with a name, such as tool_use.jinja
 
 
 def copy_tokenizer(source: str | os.PathLike, directory: Path) -> None:
-    """Copy the tokenizer files and generation_config.json to `directory`, as far as `source` has them."""
+    """Copy tokenizer files, chat templates and generation_config.json to `directory`, as far as `source` has them."""
     for name in TOKENIZER_FILES:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, directory / name)
+    for template in sorted((Path(source) / MORE_TEMPLATES).glob("*.jinja")):
+        (directory / MORE_TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, directory / MORE_TEMPLATES / template.name)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_core.data import special_tokens
 from elastic_core.io.atomic import whole_directory
 from elastic_core.io.tensor_files import Entry
-from elastic_core.io.tokenizer_files import copy_tokenizer
 from elastic_core.model import architectures, hf
 from elastic_core.model.dims import Layout
 from elastic_core.model.documents import Documents, documents_of
@@ -115,8 +115,8 @@ class ElasticModel(nn.Module):
     def save_pretrained(self, directory: str | os.PathLike, tokenizer_from: str | os.PathLike | None = None) -> None:
         """Write a Hugging Face directory of the whole model, complete or not at all.
 
-        `tokenizer_from` is a directory with the tokenizer to copy. Raises UserError if `directory` exists and is not a
-        model directory.
+        `tokenizer_from` is a directory with the tokenizer and chat template to copy. The special tokens are the same in
+        all files (see special_tokens.py). Raises UserError if `directory` exists and is not a model directory.
         """
         parameters = dict(self.named_parameters())
         self.write(directory, ((name, parameters[name].detach().cpu()) for name in self.layout), tokenizer_from)
@@ -134,11 +134,12 @@ class ElasticModel(nn.Module):
             entry = Entry(parameters[name].dtype, tuple(parameters[name].shape))
             entries |= hf.disk_entries(name, entry, disk_name)
         written = (found for name, rows in tensors for found in hf.disk_tensors(name, rows, disk_name))
+        generation = special_tokens.generation_values(self.config, tokenizer_from)
+        changes = special_tokens.token_ids(generation) | {"dtype": str(self._any_matrix().dtype).removeprefix("torch.")}
         with whole_directory(directory) as partial:
-            hf.write_config(partial, self.config, dtype=str(self._any_matrix().dtype).removeprefix("torch."))
+            hf.write_config(partial, self.config, **changes)
             hf.write_tensors(partial, entries, written)
-            if tokenizer_from is not None:
-                copy_tokenizer(tokenizer_from, partial)
+            special_tokens.write_text_files(partial, tokenizer_from, generation)
 
     def slice(
         self,

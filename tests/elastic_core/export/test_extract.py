@@ -14,6 +14,7 @@ from elastic_core.cost.metrics import num_parameters
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io import tensor_files
 from elastic_core.model import hf
+from tests.support.models.chat import chat_tokenizer
 from tests.support.models.parents import (
     CONFIGS,
     random_config,
@@ -260,11 +261,13 @@ def test_types_without_a_kept_layer_make_no_export_heterogeneous(parent, tmp_pat
 
 
 def test_tokenizer_and_generation_files_come_along(parent, tmp_path):
-    (parent / "tokenizer.json").write_text('{"a": 1}')
-    (parent / "chat_template.jinja").write_text("{{ x }}")
+    chat_tokenizer().save_pretrained(parent)
     extract(parent, Submodel(hidden_size=9), tmp_path / "out")
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_bytes() == (parent / name).read_bytes()
+    given = json.loads((parent / "generation_config.json").read_text())
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert written == given | {"bos_token_id": 0, "eos_token_id": [0, 5], "pad_token_id": 1}
 
 
 # Whole or not at all
