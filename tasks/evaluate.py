@@ -19,6 +19,7 @@ from elastic_core.io.atomic import write_text
 from elastic_core.io.json_files import read_json
 from elastic_core.io.provenance_file import read_provenance
 from tasks.evaluation import latency_and_memory, lm_eval_tasks
+from tasks.evaluation.benchmark_checks import check_chat_template
 from tasks.evaluation.samples import samples
 from tasks.evaluation.text_scores import count_parameters, first_tokens, held_out_scores
 from tasks.progress.bars import progress_bar
@@ -38,6 +39,7 @@ def main(budget: str) -> None:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     transformers.utils.logging.disable_progress_bar()
     if budget == "parent":  # the first of these stages; a bad benchmark should not wait for the other scores
+        check_chat_template(section.benchmarks, DATA / "tokenizer", f"{FILE}: evaluate.benchmarks")
         lm_eval_tasks.check_benchmark_tasks(section.benchmarks, f"{FILE}: evaluate.benchmarks", download=True)
     parent = None if budget == "parent" else load_model(PARENT)
     directories = {"parent": PARENT} if budget == "parent" else {v: MODELS / budget / v for v in VERSIONS}

@@ -27,6 +27,7 @@ from elastic_core.search.selection import Member
 from elastic_core.training.distributed import model_files, placement
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.run import Run
+from tasks.evaluation.benchmark_checks import check_chat_template
 from tasks.parents import gguf
 from tasks.parents.config import new_config, read_parent_config
 from tasks.parents.tokenizer import load_tokenizer
@@ -52,6 +53,8 @@ def main() -> None:
     check_family(settings, FILE)
     check_parent(settings, FILE)
     check_stages(settings, data)
+    name = settings.parent.path or "the tokenizer that prepare_data trains"
+    check_chat_template(settings.evaluate.benchmarks, DATA / "tokenizer", f"{FILE}: evaluate.benchmarks", name)
     if settings.parent.path is not None:
         begin = time.monotonic()
         with started("parent") as job:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from jinja2 import TemplateError
 
 from elastic_core.errors import UserError
+from elastic_core.io.tokenizer_files import ADVICE
 
 # What transformers and the template itself raise for messages that the template does not accept.
 RENDER_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
-ADVICE = "copy chat_template.jinja (older models: tokenizer_config.json) from the instruct model of the same family"
 ANSWER = "elastic answer"  # plain words, which no template changes
 
 Messages = Sequence[Mapping]  # each with `role` and `content`, as in OpenAI's interface

@@ -16,6 +16,15 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 MORE_TEMPLATES = "additional_chat_templates"  # a directory of templates with a name, such as tool_use.jinja
+# Where to get a chat template, in messages.
+ADVICE = "copy chat_template.jinja (older models: tokenizer_config.json) from the instruct model of the same family"
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Whether the tokenizer files of a local directory have a chat template. Reads little."""
+    config = directory / "tokenizer_config.json"
+    is_inside = config.is_file() and b'"chat_template"' in config.read_bytes()
+    return is_inside or (directory / "chat_template.jinja").is_file() or (directory / MORE_TEMPLATES).is_dir()
 
 
 def copy_tokenizer(source: str | os.PathLike, directory: Path) -> None:

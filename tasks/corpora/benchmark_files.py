@@ -1,6 +1,7 @@
-"""Checks a user's task files for lm-eval before anything runs: names, groups, tags, data files, modules.
+"""Checks benchmarks before anything runs: options of answers, and a user's task files for lm-eval.
 
-It needs no lm-eval. What only lm-eval can tell is checked in tasks/evaluation/lm_eval_tasks.py.
+Of task files, it checks names, groups, tags, data files and modules. It needs no lm-eval. What only lm-eval can tell is
+checked in tasks/evaluation/lm_eval_tasks.py.
 
 A task file defines a task, or a group of tasks. A task may carry tags, and a tag names all tasks that carry it.
 """
@@ -16,7 +17,49 @@ from typing import Any
 
 import yaml
 
-from elastic_core.config import ConfigError
+from elastic_core.config import ConfigError, Require
+
+
+def _is_number(value, least: float, most: float = float("inf")) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+def _are_texts(value) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return isinstance(texts, (list, tuple)) and all(isinstance(text, str) and text for text in texts)
+
+
+GENERATION = {  # what `gen_kwargs` may have: name → (whether a value is allowed, the text for the message)
+    "max_gen_toks": (lambda value: type(value) is int and value >= 1, "most tokens of an answer, 1 or more"),
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    "temperature": (lambda value: _is_number(value, 0), "0 (always the most likely token) or more"),
+    "top_p": (lambda value: _is_number(value, 0, 1) and value > 0, "above 0, up to 1"),
+    "top_k": (lambda value: type(value) is int and value >= 0, "0 (all tokens) or more"),
+    "min_p": (lambda value: _is_number(value, 0, 1), "0 to 1"),
+    "repetition_penalty": (lambda value: _is_number(value, 0) and value > 0, "above 0"),
+    "until": (_are_texts, "a text or a list of texts that end an answer, in place of those of the task"),
+}
+
+
+def check_answer_options(section, require: Require) -> None:
+    """Check how section `evaluate.benchmarks` has prompts written, and answers generated and read."""
+    template, end = section.apply_chat_template, section.think_end_token
+    require(template != "", "apply_chat_template", template, "true, false, or the name of a chat template")
+    require("" not in section.stop, "stop", section.stop, "texts that are not empty")
+    for name in () if template else ("fewshot_as_multiturn", "enable_thinking"):
+        value = getattr(section, name)
+        require(value is None, name, value, "null, because apply_chat_template is false")
+    text = "the text that ends thinking, such as </think>"
+    if template and section.enable_thinking:
+        require(end is not None, "think_end_token", end, f"{text}, because enable_thinking is true")
+    require(end != "", "think_end_token", end, f"{text}, or null")
+    for name, value in section.gen_kwargs.items():
+        if require(name in GENERATION, "gen_kwargs", name, ", ".join(GENERATION)):
+            is_allowed, allowed = GENERATION[name]
+            require(is_allowed(value), f"gen_kwargs.{name}", value, allowed)
+    if section.gen_kwargs.get("do_sample") is True:
+        value = section.gen_kwargs.get("temperature")
+        require(value not in (None, 0), "gen_kwargs.temperature", value, "above 0, because do_sample is true")
 
 
 class Function(str):
@@ -39,6 +82,14 @@ def read_task_file(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_TaskLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
+
+
+def is_chat_task(directory: Path, name: str) -> bool:
+    """Whether prompts of a task that prepare_data wrote are written with the chat template.
+
+    Its file ``<name>.yaml`` says so with ``apply_chat_template: true`` in `metadata`.
+    """
+    return bool(read_task_file(directory / f"{name}.yaml").get("metadata", {}).get("apply_chat_template", False))
 
 
 @dataclass(frozen=True)

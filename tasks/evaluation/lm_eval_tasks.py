@@ -4,24 +4,22 @@ import contextlib
 import difflib
 import logging
 import math
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
 from datasets.exceptions import DatasetsError
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from jinja2 import TemplateError
-from lm_eval import evaluate
+from lm_eval import simple_evaluate
 from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import TokenData
 from elastic_core.data.tokenizer import load_tokenizer
-from tasks.corpora.benchmark_files import TaskFile, check_task_files
+from tasks.corpora.benchmark_files import TaskFile, check_task_files, is_chat_task
 from tasks.settings.sections import Benchmarks, Evaluate
 
 METRICS = ("acc_norm", "acc", "exact_match")  # a task shows the first of these that it has, else its first metric
@@ -30,15 +28,52 @@ TASK_ERRORS = (
     *(ImportError, LookupError, TypeError, ValueError, AttributeError, OSError, AssertionError, NotImplementedError),
     *(ArithmeticError, RuntimeError, SyntaxError, NameError, DatasetsError, TemplateError),
 )
-SEED, FEWSHOT_SEED = 0, 1234  # those of lm-eval: of Python; and of numpy, torch and the choice of examples
 RESAMPLES = 1000  # bootstrap, for the standard error of metrics without a formula
 
 
-class QuietHFLM(HFLM):
-    """lm-eval's adapter of a transformers model, without its progress bars."""
+class Model(HFLM):
+    """lm-eval's adapter of a transformers model for the tasks of a section, without its progress bars.
+
+    An answer ends at the model's own stop ids, at the stop texts of its task, and at those of the section.
+    """
+
+    def __init__(self, section: Benchmarks, model, tokenizer):
+        is_chat, think_end = bool(section.apply_chat_template), section.think_end_token
+        if think_end in tokenizer.get_added_vocab():  # as a text, it would be gone: special tokens are not decoded
+            think_end = tokenizer.convert_tokens_to_ids(think_end)
+        if isinstance(section.apply_chat_template, str):  # lm-eval does not hand the name on
+            tokenizer.chat_template = tokenizer.get_chat_template(section.apply_chat_template)
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=section.batch_size,
+            device="cpu",
+            add_bos_token=False if is_chat else None,  # the template writes bos itself
+            think_end_token=think_end,
+            enable_thinking=section.enable_thinking,
+        )
+        self._stop = section.stop
 
     def generate_until(self, requests, disable_tqdm=True):
+        for request in requests:
+            options = request.args[1]
+            until = options.get("until") or []
+            until = [until] if isinstance(until, str) else until
+            options["until"] = [*until, *(text for text in self._stop if text not in until)]
+            most = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+            if most >= self.max_length:
+                raise ConfigError(
+                    f"evaluate.benchmarks: {request.task_name} asks for answers of up to {most:,} tokens, and the "
+                    f"model has a context of {self.max_length:,}; set gen_kwargs: {{max_gen_toks: …}} to less"
+                )
         return super().generate_until(requests, disable_tqdm=True)
+
+    def _model_generate(self, context, max_length, stop, **options):
+        if self.think_end_token is not None:  # a stop text ends the answer, and not the thinking before it
+            stop = []
+        if self.model.generation_config.max_new_tokens is not None:  # transformers would prefer it to max_length
+            options["max_new_tokens"] = max_length - context.shape[1]
+        return super()._model_generate(context, max_length, stop, **options)
 
     def loglikelihood(self, requests, disable_tqdm=True):
         return super().loglikelihood(requests, disable_tqdm=True)
@@ -51,11 +86,21 @@ def reasoning_scores(section: Evaluate, data: TokenData, model) -> dict:
     """Task → exact match (0 to 1), its standard error, the exact match of guessing, and the number of items."""
     if not section.tasks:
         return {}
-    manager = _manager(data.directory / "lm_eval")
-    results = _evaluate(section.tasks, data, model, manager, section.task_batch_size, section.limit)
+    directory = data.directory / "lm_eval"
+    manager, scores = _manager(directory), {}
+    for is_chat in (False, True):
+        tasks = tuple(task for task in section.tasks if is_chat_task(directory, task) == is_chat)
+        options = Benchmarks(
+            tasks, limit=section.limit, batch_size=section.task_batch_size, apply_chat_template=is_chat
+        )
+        scores |= _reasoning_scores(_evaluate(options, data, model, manager)) if tasks else {}
+    return {task: scores[task] for task in section.tasks}
+
+
+def _reasoning_scores(results: dict) -> dict:
     scores = {}
-    for task in section.tasks:
-        value = float(results["results"][task]["exact_match,answer"])
+    for task, values in results["results"].items():
+        value = float(values["exact_match,answer"])
         metadata = results["configs"][task]["metadata"]
         num_items = results["n-samples"][task]["effective"]
         scores[task] = {
@@ -76,9 +121,7 @@ def benchmark_scores(section: Benchmarks | None, data: TokenData, model) -> dict
     if section is None:
         return {}
     manager = _manager(_include(section))
-    results = _evaluate(
-        section.tasks, data, model, manager, section.batch_size, section.limit, section.num_fewshot, section.data_root
-    )
+    results = _evaluate(section, data, model, manager)
     shown = [task for name in section.tasks for task in _shown(name, results, manager)]
     return {task: _summary(task, results) for task in dict.fromkeys(shown)}
 
@@ -110,11 +153,17 @@ def check_benchmark_tasks(
     with contextlib.chdir(section.data_root), _quiet():
         for name in section.tasks:
             try:
-                manager.load([name])
+                tasks = manager.load([name])["tasks"]
             except TASK_ERRORS as error:
                 file = manager.task_index[name].yaml_path or f"tag {name}"
                 text = " ".join(str(error).split())
                 raise ConfigError(f"{where}.tasks: {name} ({file}): {type(error).__name__}: {text}") from None
+            for task, found in tasks.items() if section.enable_thinking else ():
+                if found.OUTPUT_TYPE != "generate_until":
+                    raise ConfigError(
+                        f"{where}.enable_thinking: got true; allowed: null or false, because {task} generates no "
+                        f"answer (output_type {found.OUTPUT_TYPE})"
+                    )
 
 
 def _check_metrics(leaf: TaskFile) -> None:
@@ -206,30 +255,28 @@ def _manager(include: Path | None) -> TaskManager:
     return TaskManager(include_path=include and str(include.resolve()), include_defaults=include is None)
 
 
-def _evaluate(
-    tasks: tuple[str, ...],
-    data: TokenData,
-    model,
-    manager: TaskManager,
-    batch_size: int,
-    limit: int | None,
-    num_fewshot: int | None = None,
-    data_root: str = ".",
-) -> dict:
-    """lm-eval's results. `data_root`: relative paths in the task files start here.
+def _evaluate(section: Benchmarks, data: TokenData, model, manager: TaskManager) -> dict:
+    """lm-eval's results for the tasks of a section. Relative paths in the task files start at its `data_root`."""
+    model = Model(section, model, load_tokenizer(data.directory / "tokenizer"))
+    as_turns = section.fewshot_as_multiturn
+    with contextlib.chdir(section.data_root):
+        return simple_evaluate(
+            model=model,
+            tasks=list(section.tasks),
+            task_manager=manager,
+            limit=section.limit,
+            num_fewshot=section.num_fewshot,
+            system_instruction=section.system_instruction,
+            apply_chat_template=bool(section.apply_chat_template),
+            fewshot_as_multiturn=bool(section.apply_chat_template) if as_turns is None else as_turns,
+            gen_kwargs=_generation(section.gen_kwargs) or None,
+            bootstrap_iters=RESAMPLES,
+            log_samples=False,
+        )
 
-    They are those of its `simple_evaluate`, which also asks pip for all installed packages. That takes a second.
-    """
-    tokenizer = load_tokenizer(data.directory / "tokenizer")
-    model = QuietHFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
-    random.seed(SEED)
-    np.random.seed(FEWSHOT_SEED)
-    torch.manual_seed(FEWSHOT_SEED)
-    with contextlib.chdir(data_root):
-        loaded = manager.load(list(tasks))
-        for task in loaded["tasks"].values():
-            own = task.get_config("num_fewshot")
-            if own != 0:  # a task without examples stays without
-                task.set_config(key="num_fewshot", value=(own or 0) if num_fewshot is None else num_fewshot)
-            task.set_fewshot_seed(seed=FEWSHOT_SEED)
-        return evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
+
+def _generation(given: dict) -> dict:
+    """`gen_kwargs` with `do_sample`, if they say by the temperature whether to sample: the task may say otherwise."""
+    if "temperature" in given and "do_sample" not in given:
+        return given | {"do_sample": given["temperature"] > 0}
+    return dict(given)

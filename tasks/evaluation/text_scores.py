@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_core.data.loader import IGNORED_LABEL, Batch, TokenData, held_out_batches
+from elastic_core.errors import UserError
 from tasks.settings.sections import Evaluate
 
 
@@ -34,24 +35,34 @@ def text_scores(model, parent, batches: Iterator[Batch]) -> tuple[float, float, 
 def held_out_scores(section: Evaluate, data: TokenData, model, parent) -> dict:
     """Loss and KL in nats per token and bits per byte, for every held-out source and for all sources together.
 
-    KL is given for all sources together only. `tokens` is the number of predicted tokens.
+    KL is given for all sources together only. `tokens` is the number of predicted tokens: of a conversation only those
+    that are trained, such as the assistant's. Bits per byte are of the sources of text, in which all tokens are
+    predicted; without such a source there are none. Raises UserError for a source without a token to predict.
     """
-    scores, totals = {}, [0.0, 0.0, 0, 0.0]
+    scores, totals, of_text = {}, [0.0, 0.0, 0], [0.0, 0.0]
     for source in section.held_out:
         batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
         loss, kl, tokens = text_scores(model, parent, batches)
-        num_bytes = tokens * data.bytes_per_token(source, "held_out")
-        totals = [total + value for total, value in zip(totals, (loss, kl, tokens, num_bytes), strict=True)]
-        scores[f"loss_{source}"] = loss / tokens
-        scores[f"bits_per_byte_{source}"] = loss / math.log(2) / num_bytes
-        scores[f"tokens_{source}"] = tokens
-    loss, kl, tokens, num_bytes = totals
-    return scores | {
-        "loss": loss / tokens,
-        "kl_to_parent": kl / tokens,
-        "bits_per_byte": loss / math.log(2) / num_bytes,
-        "tokens": tokens,
-    }
+        if tokens == 0:
+            raise UserError(
+                f"evaluate.held_out: {source} has no trained token in the first {section.sequence_length} tokens of "
+                "its documents; raise evaluate.sequence_length or evaluate.max_tokens"
+            )
+        totals = [total + value for total, value in zip(totals, (loss, kl, tokens), strict=True)]
+        scores |= {f"loss_{source}": loss / tokens, f"tokens_{source}": tokens}
+        if is_text(data, source):
+            num_bytes = tokens * data.bytes_per_token(source, "held_out")
+            of_text = [of_text[0] + loss, of_text[1] + num_bytes]
+            scores[f"bits_per_byte_{source}"] = loss / math.log(2) / num_bytes
+    if of_text[1]:
+        scores["bits_per_byte"] = of_text[0] / math.log(2) / of_text[1]
+    loss, kl, tokens = totals
+    return scores | {"loss": loss / tokens, "kl_to_parent": kl / tokens, "tokens": tokens}
+
+
+def is_text(data: TokenData, source: str) -> bool:
+    """Whether all held-out tokens of a source are predicted, as in text. In conversations only a part is."""
+    return data.trained(source, "held_out") is None
 
 
 def first_tokens(data: TokenData, source: str, number: int) -> Tensor:

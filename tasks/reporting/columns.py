@@ -6,7 +6,7 @@ from elastic_core.cost.latency import Throughput, Timed
 from elastic_core.cost.memory import Memory
 from tasks.parents.targets import metric_of_family
 from tasks.reporting import predictions
-from tasks.reporting.tables import Scores
+from tasks.reporting.tables import Scores, conversations
 
 TASKS = {
     "chains": "sums modulo 10 of {n} steps, with worked steps before the answer",
@@ -55,7 +55,7 @@ def describe(settings, scores: Scores) -> dict[str, Column]:
         predicted = _memory(metric, parent)
     elif isinstance(metric, Timed):
         predicted = _time(metric, parent)
-    scored = _tasks(settings, parent) | _benchmarks(parent)
+    scored = _tasks(settings, parent) | _benchmarks(settings, parent)
     return _size(parent) | predicted | _text(settings, parent) | _cost(parent) | scored
 
 
@@ -116,7 +116,10 @@ def _time(metric: Timed, parent: dict) -> dict[str, Column]:
 def _text(settings, parent: dict) -> dict[str, Column]:
     section = settings.evaluate
     tokens = ", ".join(f"{parent[f'tokens_{source}']:,} of {source}" for source in section.held_out)
+    chats = conversations(parent)
     where = f"On {parent['tokens']:,} held-out tokens ({tokens}), in sequences of {section.sequence_length} tokens."
+    if chats:
+        where += f" Of {' and '.join(chats)}, only the trained tokens count, such as the assistant's."
     columns = {
         "loss": Column("loss", "nats/token", f"Cross-entropy with the next token, averaged over tokens. {where}"),
         "kl_to_parent": Column(
@@ -130,14 +133,17 @@ def _text(settings, parent: dict) -> dict[str, Column]:
             "The share of the loss between the zero-shot slice and the parent that training recovered.",
             ".3f",
         ),
-        "bits_per_byte": Column(
-            "bpb",
-            "bits/byte",
-            "The same cross-entropy in bits, divided by the bytes of the text, for all sources together.",
-        ),
     }
+    if "bits_per_byte" in parent:
+        all_of = "all sources of text" if chats else "all sources"
+        how = f"The same cross-entropy in bits, divided by the bytes of the text, for {all_of} together."
+        columns["bits_per_byte"] = Column("bpb", "bits/byte", how)
     for source in section.held_out:
-        columns[f"bits_per_byte_{source}"] = Column(f"bpb {source}", "bits/byte", f"The same, for {source} only.")
+        if source in chats:
+            how = f"Cross-entropy as in loss, for {source} only: the trained tokens of held-out conversations."
+            columns[f"loss_{source}"] = Column(f"loss {source}", "nats/token", how)
+        else:
+            columns[f"bits_per_byte_{source}"] = Column(f"bpb {source}", "bits/byte", f"The same, for {source} only.")
     return columns
 
 
@@ -221,9 +227,12 @@ def _tasks(settings, parent: dict) -> dict[str, Column]:
     return columns
 
 
-def _benchmarks(parent: dict) -> dict[str, Column]:
-    columns = {}
+def _benchmarks(settings, parent: dict) -> dict[str, Column]:
+    columns, section = {}, settings.evaluate.benchmarks
+    chat = (
+        " Prompts were written with the chat template." if section is not None and section.apply_chat_template else ""
+    )
     for task, result in parent["benchmarks"].items():
-        how = f"The mean over {result['items']} items of lm-eval's task of this name. ± is the standard error."
+        how = f"The mean over {result['items']} items of lm-eval's task of this name. ± is the standard error.{chat}"
         columns[task] = Column(task, result["metric"].replace("_", " "), how, ".3f")
     return columns

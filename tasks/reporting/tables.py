@@ -69,6 +69,7 @@ def _text_and_cost(values: dict) -> dict:
     memory, latency = values["memory"], values["latency"]
     return {
         **{name: value for name, value in values.items() if name.startswith("bits_per_byte")},
+        **{f"loss_{source}": values[f"loss_{source}"] for source in conversations(values)},
         **_ratios("latency_ratio", latency["per_token_ratio"], latency["per_token_ratio_quartiles"]),
         **_ratios("prefill_ratio", latency["prefill_ratio"], latency["prefill_ratio_quartiles"]),
         "ms_per_token": 1000 * latency["per_token_seconds"],
@@ -77,6 +78,12 @@ def _text_and_cost(values: dict) -> dict:
         "cache_mib": memory["cache_bytes"] / MIB,
         "memory_mib": (memory["weight_bytes"] + memory["cache_bytes"]) / MIB,
     }
+
+
+def conversations(values: dict) -> list[str]:
+    """The held-out sources in which only a part of the tokens is predicted. They have no bits per byte."""
+    sources = [name.removeprefix("loss_") for name in values if name.startswith("loss_")]
+    return [source for source in sources if f"bits_per_byte_{source}" not in values]
 
 
 def _ratios(name: str, ratio: float, quartiles: list[float]) -> dict:
@@ -111,7 +118,8 @@ def metrics(frame: pd.DataFrame, tasks: list[str]) -> dict[str, dict]:
     """Budget → a few numbers to compare between runs. Seconds are left out, because they depend on the machine."""
     names = ["parameters", "share", "loss", "kl_to_parent", "bits_per_byte", "latency_ratio"]
     names += ["weight_mib", "cache_mib", *tasks]
-    rows = finals(frame).set_index("budget")[names].astype(object)
+    present = [name for name in names if name in frame]  # conversations have no bits per byte
+    rows = finals(frame).set_index("budget")[present].astype(object)
     return {
         budget: {name: value if isinstance(value, int) else float(f"{value:.6g}") for name, value in row.items()}
         for budget, row in rows.iterrows()

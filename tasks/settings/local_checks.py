@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from elastic_core.config import ConfigError, Problems, Require, require
 from elastic_core.errors import UserError
 from elastic_core.io import storage
-from elastic_core.io.tokenizer_files import TOKENIZERS
+from elastic_core.io.tokenizer_files import ADVICE, TOKENIZERS, has_chat_template
 from tasks.corpora.benchmark_files import check_task_files
 from tasks.corpora.inputs import Input
 from tasks.corpora.sources import paths_of
@@ -46,6 +46,16 @@ def _check_parent(problems: Problems, parent) -> None:
 def _check_benchmarks(problems: Problems, evaluate) -> None:
     if evaluate.benchmarks is not None:
         check_benchmarks(evaluate.benchmarks, "evaluate.benchmarks", problems.require)
+
+
+def _check_chat_template(problems: Problems, evaluate, parent) -> None:
+    """Check a local parent for a chat template. Stage `parent` checks others, and what the template can do."""
+    given = evaluate.benchmarks.apply_chat_template if evaluate.benchmarks is not None else False
+    if not given or parent.path is None or is_package(parent.path) or storage.is_url(parent.path):
+        return
+    directory = Path(locate(parent.path))
+    allowed = f"false, because {directory} has no chat template; {ADVICE}"
+    problems.require(has_chat_template(directory), "evaluate.benchmarks.apply_chat_template", given, allowed)
 
 
 def _check_table(problems: Problems, cost) -> None:
@@ -98,7 +108,12 @@ def _check_workspace(problems: Problems) -> None:
 
 
 # check → the sections that it needs, which become its arguments after `problems`
-OF_EVERY_STAGE = {_check_parent: ("parent",), _check_benchmarks: ("evaluate",), _check_table: ("cost",)}
+OF_EVERY_STAGE = {
+    _check_parent: ("parent",),
+    _check_benchmarks: ("evaluate",),
+    _check_chat_template: ("evaluate", "parent"),
+    _check_table: ("cost",),
+}
 BEFORE_A_RUN = {
     **OF_EVERY_STAGE,
     _check_corpora: ("prepare_data",),

@@ -18,6 +18,7 @@ from elastic_core.model.rope_scaling import check_rope_scaling
 from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS, MEASURES
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.stage import Stage
+from tasks.corpora.benchmark_files import check_answer_options
 from tasks.corpora.reasoning import Evaluation
 from tasks.corpora.sources import Source, located, parse_source
 from tasks.settings.paths import locate
@@ -195,6 +196,13 @@ class Benchmarks:
     limit: int | None = None
     num_fewshot: int | None = None  # null: the task's own number
     batch_size: int = 8
+    apply_chat_template: bool | str = False  # write prompts with the tokenizer's chat template, or the one of this name
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool | None = None  # examples as turns of a conversation; null: with a chat template
+    gen_kwargs: dict[str, Any] = field(default_factory=dict)  # of generative tasks, in place of the task's own values
+    stop: tuple[str, ...] = ()  # texts that end an answer, beside those of the task
+    think_end_token: str | None = None  # the answer begins after this text, such as </think>
+    enable_thinking: bool | None = None  # the switch of this name in the chat template; null: the template's default
 
     def check(self, require: Require = require) -> None:
         require(bool(self.tasks), "tasks", self.tasks, "one or more; or benchmarks: null")
@@ -202,6 +210,7 @@ class Benchmarks:
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more, or null")
         require(self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", self.num_fewshot, "0 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        check_answer_options(self, require)
 
     def located(self) -> Benchmarks:
         """The same with absolute paths (paths.py)."""
@@ -217,7 +226,7 @@ class Evaluate:
     length of the sequence with which the cache is measured.
     """
 
-    held_out: tuple[str, ...] | None = None  # null: all sources of running text
+    held_out: tuple[str, ...] | None = None  # null: all texts and conversations that are not generated
     tasks: tuple[str, ...] | None = None  # null: the tasks of prepare_data.evaluation whose kind of source is there
     max_tokens: int = 16384
     sequence_length: int = 256

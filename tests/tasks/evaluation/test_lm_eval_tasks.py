@@ -1,6 +1,5 @@
 """Benchmarks through lm-eval: scores against the model's own probabilities, and what is refused before a run."""
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -9,13 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from lm_eval import simple_evaluate
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core.config import ConfigError, load
-from tasks.evaluation import lm_eval_tasks
 from tasks.evaluation.lm_eval_tasks import benchmark_scores
 from tasks.settings.local_checks import check_benchmarks
 from tasks.settings.sections import Benchmarks
@@ -70,32 +65,6 @@ def test_scores_are_those_of_the_models_own_probabilities(here):
     group = benchmark_scores(Benchmarks(("both",), "files", "root"), data, model)["both"]
     assert (group["metric"], group["items"], group["value"]) == ("acc", 4, means["acc"])
     json.dumps(scores)
-
-
-@pytest.mark.parametrize("num_fewshot", [None, 0, 2])
-def test_results_are_those_of_simple_evaluate(here, num_fewshot):
-    """With the examples that lm-eval puts before each question, and with the errors that it finds by resampling."""
-    for name in ("letters", "last"):
-        path = here / "files" / f"{name}.yaml"
-        path.write_text(path.read_text() + "fewshot_split: test\n" + ("num_fewshot: 1\n" if name == "last" else ""))
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(here / "data/tokenizer")
-    model, manager = tiny_model(tokenizer), TaskManager(include_path=str(here / "files"), include_defaults=False)
-    tasks = ("both", "last")
-    found = lm_eval_tasks._evaluate(
-        tasks, SimpleNamespace(directory=Path("data")), model, manager, 3, 3, num_fewshot, "root"
-    )
-    with contextlib.chdir("root"):
-        expected = simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3, device="cpu"),
-            tasks=list(tasks),
-            task_manager=manager,
-            limit=3,
-            num_fewshot=num_fewshot,
-            bootstrap_iters=lm_eval_tasks.RESAMPLES,
-            log_samples=False,
-        )
-    for name in ("results", "groups", "group_subtasks", "n-shot", "n-samples"):
-        assert found.get(name) == expected.get(name), name
 
 
 def test_no_benchmarks():

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -216,6 +217,27 @@ def test_results(inside):
     }
     assert {name: row[name] for name in expected} == pytest.approx(expected)
     assert frame["gap_closed"].isna().tolist() == [True] * 3 + [False] * 6  # the parent's own architecture has no gap
+
+
+def test_conversations_have_a_loss_and_no_bits_per_byte(inside):
+    """Beside a text, and without any text."""
+    settings, scores = load(), copy.deepcopy(inside)
+    settings = replace(settings, evaluate=replace(settings.evaluate, held_out=("prose", "talk")))
+    for values in (values for versions in scores.values() for values in versions.values()):
+        values |= {"loss_talk": 1.5, "tokens_talk": 50}
+    described, frame = columns.describe(settings, scores), tables.results(scores)
+    assert described["loss_talk"].title == "loss talk, nats/token" and set(frame["loss_talk"]) == {1.5}
+    assert "50 of talk" in described["loss"].how and "Of talk, only the trained tokens" in described["loss"].how
+    assert (
+        "for all sources of text together" in described["bits_per_byte"].how and "bits_per_byte_talk" not in described
+    )
+    for values in (values for versions in scores.values() for values in versions.values()):
+        del values["bits_per_byte"], values["bits_per_byte_prose"]
+    described, frame = columns.describe(settings, scores), tables.results(scores)
+    assert not any(name.startswith("bits") for name in [*described, *frame])
+    assert tables.metrics(frame, [])["small"].keys() == tables.metrics(tables.results(inside), [])["small"].keys() - {
+        "bits_per_byte"
+    }
 
 
 def test_metrics_of_the_last_versions(inside):

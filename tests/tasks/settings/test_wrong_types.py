@@ -19,6 +19,10 @@ OPENED = ("cost", "parent", "prepare_data", "evaluate", "compute")  # sections w
 BASE = copy.deepcopy(COMMITTED)
 BASE["prepare_data"]["sources"]["mine"] = {"kind": "files", "path": "corpus/*.txt", "text_field": "text"}
 BASE["evaluate"]["benchmarks"] = {"tasks": ["piqa"], "include": None, "data_root": ".", "limit": 5}
+BASE["evaluate"]["benchmarks"] |= {
+    **{"apply_chat_template": True, "system_instruction": "Be brief.", "fewshot_as_multiturn": True, "stop": ["Q:"]},
+    **{"gen_kwargs": {"temperature": 0.5}, "think_end_token": "</think>", "enable_thinking": True},
+}
 BASE["untrained"] = {"compact": 0.57}
 BASE["train_short"]["loss_by_budget"] = {"full": {"ce_weight": 1.0}}
 
