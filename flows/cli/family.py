@@ -60,7 +60,7 @@ def extract(
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The text to go on from.")],
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; with --chat, what the user says.")],
     directory: Annotated[
         Path | None,
         typer.Option(
@@ -72,6 +72,16 @@ def generate(
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", help="0 takes the likeliest token, 1 the model's own spread.")
     ] = 0.0,
+    chat: Annotated[
+        bool, typer.Option("--chat", "-c", help="Write the prompt with the model's chat template.")
+    ] = False,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="With --chat: the system message.", show_default=False)
+    ] = None,
+    think: Annotated[
+        bool | None,
+        typer.Option("--think/--no-think", help="With --chat: whether to think first.", show_default="the template's"),
+    ] = None,
 ) -> None:
     """Print the continuation of a prompt by one member of the family, as it comes.
 
@@ -80,15 +90,19 @@ def generate(
 
     - `elastic generate --budget small "In the beginning"`
     - `elastic generate --model models/small "In the beginning" --temperature 0.8`
+    - `elastic generate --budget small --chat "What is six times seven?"`
     """
     with clear_errors("stopped"):
+        if not chat and (system is not None or think is not None):
+            name = "--system" if system is not None else "--think" if think else "--no-think"
+            raise UserError(f"{name}: needs --chat, which writes the prompt with the model's chat template")
         from tasks.commands import find_family
 
         directory = find_family.find(directory)
         print(f"{directory}{f', budget {budget}' if budget else ''}", file=sys.stderr)
-        from tasks.commands.generate import generate
+        from tasks.commands.generate import Chat, generate
 
-        generate(directory, budget, prompt, max_new_tokens, temperature)
+        generate(directory, budget, prompt, max_new_tokens, temperature, Chat(system, think) if chat else None)
 
 
 def inspect(

@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -11,24 +12,44 @@ import transformers
 from transformers import AutoModelForCausalLM, TextStreamer
 
 from elastic_core import extract
+from elastic_core.data.chat_template import knows_thinking, prompt_ids
 from elastic_core.data.tokenizer import load_tokenizer
 from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io.json_files import read_json
+from elastic_core.io.tokenizer_files import TOKENIZERS
 from elastic_core.model.architectures.nemotron_h import MODELING_FILE
 from tasks.commands.extract import find_budget
 from tasks.commands.inspect import open_model
-from tasks.settings.local_checks import TOKENIZERS
+
+
+@dataclass(frozen=True)
+class Chat:
+    """How a prompt is written as a user's message: after a system message, and with or without thinking.
+
+    With `think` None, the chat template decides.
+    """
+
+    system: str | None = None
+    think: bool | None = None
 
 
 def generate(
-    directory: Path, budget: str | None, prompt: str, max_new_tokens: int = 100, temperature: float = 0.0
+    directory: Path,
+    budget: str | None,
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    chat: Chat | None = None,
 ) -> list[int]:
     """Print the continuation of `prompt` token by token, and return its token ids.
+
+    It ends at the stop ids of generation_config.json.
 
     directory: a family or an extracted model. A family needs a `budget`: its member is extracted to a temporary
         directory, so that transformers runs exactly the model that would be served. An extracted model takes None.
     temperature: 0 always takes the most likely token; above 0 tokens are sampled.
+    chat: the prompt is a user's message, and its continuation is the assistant's answer. None: a text.
 
     Raises UserError for what the caller has to change.
     """
@@ -39,13 +60,15 @@ def generate(
     if not any((directory / name).is_file() for name in TOKENIZERS):
         raise UserError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's tokenizer to it")
     with _quiet():
+        if chat is not None:  # before a member is extracted
+            _prompt_ids(load_tokenizer(directory, trust_remote_code=False), prompt, chat)
         with _plain_model(directory, budget) as plain:
             trust = {"trust_remote_code": _has_our_code(plain)}
             tokenizer = load_tokenizer(plain, directory, **trust)
             with _errors_of_transformers(directory):
                 model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
         with _errors_of_transformers(directory):
-            return _continue(model, tokenizer, prompt, max_new_tokens, temperature)
+            return _continue(model, tokenizer, _prompt_ids(tokenizer, prompt, chat), max_new_tokens, temperature)
 
 
 @contextlib.contextmanager
@@ -62,24 +85,39 @@ def _errors_of_transformers(directory: Path) -> Iterator[None]:
         ) from None
 
 
-def _continue(model, tokenizer, prompt: str, max_new_tokens: int, temperature: float) -> list[int]:
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
-    length = encoded["input_ids"].shape[1]
-    if length == 0:
+def _prompt_ids(tokenizer, prompt: str, chat: Chat | None) -> list[int]:
+    """The token ids of a text, or of a user's message and the beginning of the answer."""
+    plain = tokenizer(prompt)["input_ids"]
+    if not prompt or not plain:
         raise UserError("prompt: got no tokens; allowed: a text that is not empty")
+    if chat is None:
+        return plain
+    system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
+    if chat.think is not None and tokenizer.chat_template and not knows_thinking(tokenizer):
+        raise UserError(
+            f"--{'' if chat.think else 'no-'}think: the chat template has no switch enable_thinking; allowed: neither "
+            "--think nor --no-think; some models are told in --system, by /think or /no_think"
+        )
+    options = {} if chat.think is None else {"enable_thinking": chat.think}
+    return prompt_ids(tokenizer, [*system, {"role": "user", "content": prompt}], "--chat", **options)
+
+
+def _continue(model, tokenizer, prompt: list[int], max_new_tokens: int, temperature: float) -> list[int]:
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    input_ids = torch.tensor([prompt], device=model.device)
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
+    pad = end[0] if isinstance(end, list) else end
     output = model.generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token_id=pad if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         eos_token_id=end,
         **({"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}),
     )
-    return output[0, length:].tolist()
+    return output[0, len(prompt) :].tolist()
 
 
 @contextlib.contextmanager
