@@ -223,7 +223,9 @@ def workspace(tmp_path_factory):
     vocabulary = {word: i for i, word in enumerate(["<end>", "In", "the", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(family)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    fast.chat_template = "{% for message in messages %}In {{ message.content }} {% endfor %}{{ enable_thinking }} the"
+    fast.save_pretrained(family)
     return workspace
 
 

@@ -132,7 +132,8 @@ def check_elastic(words: list[str], complete: bool) -> None:
     assert words[0] in group.commands, f"elastic {words[0]}"
     command = group.commands[words[0]]
     help_text = call(words[0], "--help")
-    known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    known |= {"--help"}
     for word in words[1:]:
         option = word.partition("=")[0]
         assert not word.startswith("-") or option in known, f"elastic {words[0]} has no {option}"

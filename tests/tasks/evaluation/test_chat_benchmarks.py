@@ -1,10 +1,12 @@
 """Benchmarks with a chat template: what the model is shown, where its answers end, and what is scored of them."""
 
+import json
 import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import lm_eval
 import pytest
 import torch
 import yaml
@@ -14,11 +16,13 @@ from elastic_core.data.chat_template import prompt_ids
 from elastic_core.errors import UserError
 from tasks.evaluation.benchmark_checks import check_chat_template
 from tasks.evaluation.lm_eval_tasks import benchmark_scores, check_benchmark_tasks
-from tasks.settings.local_checks import OF_EVERY_STAGE, check_local
+from tasks.settings.local_checks import OF_EVERY_STAGE, check_benchmarks, check_local
 from tasks.settings.sections import Benchmarks
 from tests.support.models.chat import CHATML, LLAMA3, chat_tokenizer, reciter, write_lm_eval_task
 from tests.support.models.letters import CHOICE
 
+ROOT = Path(__file__).resolve().parents[3]
+SHARED = ROOT.parent / "shared/data"
 DATA = SimpleNamespace(directory=Path("data"))
 THINKING = "<think>9Question:8</think>42<|im_end|>"  # with a stop text inside the thinking
 
@@ -135,6 +139,43 @@ def test_system_prompt_and_examples_are_turns(here):
     assert [prompt.count(f"<|im_start|>{role}\n") for role in ("system", "user", "assistant")] == [1, 1, 1]
     _, prompts, _ = score(section(limit=1), "42")
     assert prompts == ["six times seven"]  # without the template
+
+
+def test_gsm8k_of_lm_eval_reads_local_data(here):
+    """The task file of the documentation: lm-eval's own file, with five examples as turns and two filters."""
+    rows = [{"question": f"{i} and {i}?", "answer": f"Add them.\n#### {2 * i}"} for i in range(8)]
+    (here / "root/gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "include": f"{lm_eval.__path__[0]}/tasks/gsm8k/gsm8k.yaml",
+        **{"task": "gsm8k_here", "tag": None, "dataset_path": "json", "dataset_name": None},
+        "dataset_kwargs": {"data_files": {"train": "gsm8k.jsonl", "test": "gsm8k.jsonl"}},
+    }
+    write(task)
+    given = section(tasks=["gsm8k_here"], apply_chat_template=True, limit=4, gen_kwargs={"max_gen_toks": 8})
+    check_benchmarks(given, "here")
+    check_benchmark_tasks(given, "here")
+    tokenizer = chat_tokenizer()
+    model = reciter(tokenizer, "so 4.<|im_end|>", 5)
+    model.config.max_position_embeddings = 1024
+    with Recorder(model) as recorder:
+        result = benchmark_scores(given, DATA, model)["gsm8k_here"]
+    prompts = [tokenizer.decode(ids) for ids in recorder.prompts]
+    assert all(prompt.count("<|im_start|>assistant\n") == 6 for prompt in prompts) and result["items"] == 4
+    assert result["all"]["exact_match,flexible-extract"] == 0.25  # of 0, 2, 4 and 6
+    assert result["all"]["exact_match,strict-match"] == 0  # there is no ####
+
+
+@pytest.mark.skipif(not (SHARED / "gsm8k/test.jsonl").is_file(), reason="no ../shared/data beside the checkout")
+def test_a_users_task_file_on_local_data(here):
+    (here / "files").rename(here / "other")
+    given = section(
+        tasks=["local_gsm8k"], include=str(SHARED / "lmeval_examples"), data_root=str(ROOT), limit=2,
+        apply_chat_template=True,
+    )  # fmt: skip
+    check_benchmark_tasks(given, "here")
+    model = reciter(chat_tokenizer(), "# 1<|im_end|>", 5)
+    model.config.max_position_embeddings = 2048
+    assert benchmark_scores(given, DATA, model)["local_gsm8k"]["items"] == 2
 
 
 def test_a_template_is_chosen_by_its_name(here):
