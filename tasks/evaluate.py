@@ -19,10 +19,10 @@ from elastic_core.io.atomic import write_text
 from elastic_core.io.json_files import read_json
 from elastic_core.io.provenance_file import read_provenance
 from tasks.evaluation import latency_and_memory, lm_eval_tasks
-from tasks.evaluation.benchmark_checks import check_chat_template
 from tasks.evaluation.samples import samples
 from tasks.evaluation.text_scores import count_parameters, first_tokens, held_out_scores
 from tasks.progress.bars import progress_bar
+from tasks.runtime.chat_templates import check_chat_template
 from tasks.settings.load import FILE, load
 from tasks.settings.sections import Evaluate
 

@@ -27,12 +27,12 @@ from elastic_core.search.selection import Member
 from elastic_core.training.distributed import model_files, placement
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.run import Run
-from tasks.evaluation.benchmark_checks import check_chat_template
 from tasks.parents import gguf
 from tasks.parents.config import new_config, read_parent_config
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.runs import provenance
 from tasks.runs.job import LOCAL, Job, started
+from tasks.runtime.chat_templates import check_chat_template
 from tasks.runtime.preflight import check_family, check_parent
 from tasks.settings import remote_checks
 from tasks.settings.load import FILE, load
@@ -53,8 +53,6 @@ def main() -> None:
     check_family(settings, FILE)
     check_parent(settings, FILE)
     check_stages(settings, data)
-    name = settings.parent.path or "the tokenizer that prepare_data trains"
-    check_chat_template(settings.evaluate.benchmarks, DATA / "tokenizer", f"{FILE}: evaluate.benchmarks", name)
     if settings.parent.path is not None:
         begin = time.monotonic()
         with started("parent") as job:
@@ -160,10 +158,15 @@ def work(arguments: dict, ranks: Ranks) -> None:
 
 
 def check_stages(settings: Params, data: TokenData) -> None:
-    """Raise ConfigError if the data is too short for the sequences of a later stage.
+    """Raise UserError for what a later stage would find wrong with the data or its tokenizer.
 
-    The check is made here, so that the error comes before any training.
+    That is data too short for its sequences, and benchmarks that need another chat template. The check is made here, so
+    that the error comes before any training.
     """
+    owner = settings.parent.path or "the tokenizer of prepare_data"
+    check_chat_template(
+        settings.evaluate.benchmarks, data.directory / "tokenizer", f"{FILE}: evaluate.benchmarks", owner
+    )
     sections = {"rank": settings.rank, "train_short": settings.train_short, "train_extended": settings.train_extended}
     for name, section in sections.items():
         try:

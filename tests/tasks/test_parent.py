@@ -1,6 +1,8 @@
 """Stage parent: an imported parent that cannot be used is refused before it is written."""
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from elastic_core.io.tokenizer_files import copy_tokenizer
 from elastic_core.model import hf
 from tasks import parent
 from tasks.prepare_data import prepare
-from tasks.settings.sections import Parent
+from tasks.settings.sections import Benchmarks, Parent
 from tests.support.committed_params import put, use_parent, write
 from tests.support.models.parents import random_ids, relative_error, save_random_parent
 from tests.support.pipeline.corpora import configure, texts, write_jsonl
@@ -50,6 +52,21 @@ def change(directory, edit) -> None:
     tensors = load_file(directory / SINGLE)
     edit(tensors)
     save_file(tensors, directory / SINGLE, {"format": "pt"})
+
+
+def test_benchmarks_without_a_chat_template_are_refused_before_any_training(data, tmp_path):
+    """With a parent at a URL or in a package, the tokenizer is known only now."""
+    shutil.copytree(data.directory, tmp_path / "data")
+    (tmp_path / "data/tokenizer/chat_template.jinja").unlink(missing_ok=True)
+    section = SimpleNamespace(mixture={"mine": 1.0}, sequence_length=8)
+    settings = SimpleNamespace(rank=section, train_short=section, train_extended=section, seed=0)
+    settings.parent, settings.evaluate = Parent("s3://models/mine"), SimpleNamespace(benchmarks=None)
+    parent.check_stages(settings, TokenData(tmp_path / "data"))
+    settings.evaluate.benchmarks = Benchmarks(("gsm8k",), apply_chat_template=True)
+    with pytest.raises(
+        UserError, match=r"benchmarks\.apply_chat_template \(s3://models/mine\): .* has no chat template"
+    ):
+        parent.check_stages(settings, TokenData(tmp_path / "data"))
 
 
 @pytest.mark.parametrize("url", [False, True])

@@ -14,8 +14,8 @@ import yaml
 from elastic_core.config import ConfigError, Problems, load
 from elastic_core.data.chat_template import prompt_ids
 from elastic_core.errors import UserError
-from tasks.evaluation.benchmark_checks import check_chat_template
 from tasks.evaluation.lm_eval_tasks import benchmark_scores, check_benchmark_tasks
+from tasks.runtime.chat_templates import check_chat_template
 from tasks.settings.local_checks import OF_EVERY_STAGE, check_benchmarks, check_local
 from tasks.settings.sections import Benchmarks
 from tests.support.models.chat import CHATML, LLAMA3, chat_tokenizer, reciter, write_lm_eval_task
