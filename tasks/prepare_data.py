@@ -18,13 +18,12 @@ from elastic_core.io.atomic import whole_directory
 from tasks.corpora import lengths
 from tasks.corpora import sources as corpora
 from tasks.corpora.conversations.encoding import ConversationEncoder
-from tasks.corpora.conversations.rendering import LOST_MESSAGES, LOST_THINKING, ChatTemplate
-from tasks.corpora.conversations.source import Conversations
+from tasks.corpora.conversations.rendering import LOST_MESSAGES, LOST_THINKING, ChatTemplate, read_template
 from tasks.corpora.encoding import CONTROL_STRINGS, Encoder, num_cores
 from tasks.corpora.inputs import OVERLAPS
 from tasks.corpora.preparation import Begun, Documents, Preparation
 from tasks.corpora.reasoning import write_evaluation
-from tasks.corpora.sources import Source
+from tasks.corpora.sources import Source, is_conversation
 from tasks.corpora.tokenizer import document_start, train_tokenizer
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.progress.bars import progress_bar
@@ -78,13 +77,10 @@ def print_summary(manifest: Manifest, directory: Path, contexts: Mapping[str, Ma
         offsets = np.load(directory / source.splits["train"].offsets, mmap_mode="r")
         for stage, length in contexts.get(name, {}).items():
             found = lengths.fit(offsets, length, source.too_long)
-            if found.num_too_long:
-                share = (
-                    f"{found.lost_share:.1%} of the training tokens are lost" if found.lost_share else "none is lost"
-                )
+            if found.lost_share:
                 print(
-                    f"  {stage}, {length:,} tokens: {found.num_too_long:,} documents are too long, "
-                    f"too_long: {source.too_long}; {share}"
+                    f"  {stage}: {found.num_too_long:,} documents are longer than {length:,} tokens "
+                    f"(too_long: {source.too_long}); {found.lost_share:.1%} of the training tokens are lost"
                 )
 
 
@@ -164,16 +160,16 @@ def _encoder(
 ) -> Encoder | ConversationEncoder:
     """The encoder of a source. Raises UserError for a chat template that cannot be used."""
     parse = getattr(source, "special_tokens", "text") == "parse"
-    if not isinstance(source, Conversations):
+    if not is_conversation(source):
         return Encoder(tokenizer, manifest, threads, parse)
     called = f"{source.chat_template or 'the chat template'} (of prepare_data.sources.{name})"
-    options = (source.read_template(), source.template_variables, source.train_on, parse, called)
+    options = (read_template(source.chat_template), source.template_variables, source.train_on, parse, called)
     template = ChatTemplate(tokenizer, *options)
     return ConversationEncoder(tokenizer, manifest, threads, template, _is_masked(source))
 
 
 def _is_masked(source: Source) -> bool:
-    return isinstance(source, Conversations) and source.train_on != "all"
+    return is_conversation(source) and source.train_on != "all"
 
 
 def _tokenise_source(

@@ -1,17 +1,19 @@
-"""Generated reasoning data: arithmetic that needs worked steps, and recall that needs a long context.
+"""Generated reasoning as conversations: arithmetic that needs worked steps, and recall that needs a long context.
 
-- A *chain* such as `7+5-3:7+5=2;2-3=9#9` is a sequence of sums and differences modulo 10, computed from left to right.
-  Every step is written out, and the answer follows `#`. Some chains, such as `7+5-3#9`, have no worked steps. They are
-  the control: worked steps help only if the score with them is higher.
-- A *recall* such as `a5b3c7?c7a5` lists pairs of a key and a value, then asks for some keys and gives their values.
+- A *chain* is a sequence of sums and differences modulo 10, computed from left to right. To `7+5-3` the assistant
+  answers `7+5=2;2-3=9#9`: every step is written out, and the result follows `#`. Some users ask `7+5-3#` and get `9`
+  without steps. They are the control: worked steps help only if the score with them is higher.
+- In a *recall* the user lists pairs of a key and a value and asks for some keys, `a5b3c7?c?a`. The assistant answers
+  with these pairs, `c7a5`.
 
 Two digits never stand side by side, and neither do two letters. A tokenizer that separates digits, letters and other
 characters therefore spends exactly one token on each character.
 
-A hash of the prompt alone decides whether the prompt is held out. So no held-out prompt is in any training data,
-whatever the run, the seed or the number of documents.
+A hash of the expression or of the pairs alone decides whether a conversation is held out. So no held-out prompt is in
+any training data, whatever the run, the seed or the number of documents.
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from elastic_core.config import Require, require
+from tasks.corpora.conversations.messages import Conversation
 
 _HELD_OUT_SHARE = 0.05
 _FEWEST_HELD_OUT_STEPS = 3  # shorter chains are all used for training, because there are too few of them
@@ -30,7 +33,7 @@ _KEYS = string.ascii_letters
 _MOST_ITEMS = 2000  # 80,000 chains have three steps, and one in twenty (4000) is held out
 
 _TASK = """\
-# Made by prepare_data; data/tokenizer presents a prompt as training does, after the token that starts a document.
+# Made by prepare_data. The chat template of data/tokenizer presents a prompt as training does.
 task: {name}
 custom_dataset: !function items.load
 dataset_kwargs: {{file: {name}.jsonl}}
@@ -71,12 +74,15 @@ class Chains:
     """Section `prepare_data.sources.<name>` with kind `chains`: sums and differences modulo 10."""
 
     kind: str = "chains"
-    documents: int = 60_000  # both splits together
+    documents: int = 60_000  # conversations, both splits together
     max_steps: int = 12
     step_weights: tuple[float, ...] | None = None  # relative frequency of 1, 2, ... max_steps steps; null: equal
-    direct_share: float = 0.1  # share of the documents without worked steps
+    direct_share: float = 0.1  # share of the conversations without worked steps
+    chat_template: str | None = None  # a Jinja file; null: the tokenizer's chat template
 
-    too_long: ClassVar[str] = "drop"  # of a document that is longer than a training sequence
+    template_variables: ClassVar[dict] = {}
+    train_on: ClassVar[str] = "assistant"
+    too_long: ClassVar[str] = "drop"  # of a conversation that is longer than a training sequence
     is_generated: ClassVar[bool] = True
 
     def check(self, require: Require = require) -> None:
@@ -85,36 +91,44 @@ class Chains:
         require(0 <= self.direct_share < 1, "direct_share", self.direct_share, "0 or more and less than 1")
         _check_weights("step_weights", self.step_weights, self.max_steps, require)
 
-    def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[tuple[str, str]]:
-        """Yield (split, chain). The same seed gives the same chains. `skipped` has no effect."""
+    def conversations(self, seed: int) -> Iterator[tuple[str, Conversation]]:
+        """Yield (split, conversation). The same seed gives the same conversations."""
         rng = random.Random(f"chains {seed}")
         lengths = rng.choices(range(1, self.max_steps + 1), self.step_weights, k=self.documents)
-        for steps in lengths:
-            prompt = draw_chain(rng, steps)
-            split = "held_out" if steps >= _FEWEST_HELD_OUT_STEPS and is_held_out(prompt) else "train"
+        for number, steps in enumerate(lengths):
+            expression = draw_chain(rng, steps)
+            split = "held_out" if steps >= _FEWEST_HELD_OUT_STEPS and is_held_out(expression) else "train"
             direct = rng.random() < self.direct_share
-            yield split, direct_chain(prompt) if direct else worked_chain(prompt)
+            turns = direct_chain(expression) if direct else worked_chain(expression)
+            yield split, _conversation(f"chain {number}", turns)
+
+    def texts(self, seed: int) -> Iterator[tuple[str, str]]:
+        """Yield (split, text of the messages), to train a tokenizer on."""
+        return ((split, one.text()) for split, one in self.conversations(seed))
 
     def expected_characters(self) -> int:
-        """Estimate how many characters `texts` yields in all. Progress bars need the number."""
+        """Estimate how many characters `conversations` yields in all. Progress bars need the number."""
         steps = _weighted_mean(self.max_steps, self.step_weights, 1)
-        return round(self.documents * (2 * steps + 3 + (1 - self.direct_share) * 6 * steps))
+        return round(self.documents * (2 * steps + 2 + (1 - self.direct_share) * (6 * steps + 1)))
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Section `prepare_data.sources.<name>` with kind `recall`: documents of 2 to `max_pairs` pairs.
+    """Section `prepare_data.sources.<name>` with kind `recall`: 2 to `max_pairs` pairs.
 
-    Each asks for several keys (multi-query recall).
+    Each conversation asks for several keys (multi-query recall).
     """
 
     kind: str = "recall"
-    documents: int = 20_000  # both splits together
+    documents: int = 20_000  # conversations, both splits together
     max_pairs: int = 24
     pair_weights: tuple[float, ...] | None = None  # relative frequency of 2, 3, ... max_pairs pairs; null: equal
-    max_queries: int = 8  # the most keys that a document asks for
+    max_queries: int = 8  # the most keys that a conversation asks for
+    chat_template: str | None = None  # a Jinja file; null: the tokenizer's chat template
 
-    too_long: ClassVar[str] = "drop"  # of a document that is longer than a training sequence
+    template_variables: ClassVar[dict] = {}
+    train_on: ClassVar[str] = "assistant"
+    too_long: ClassVar[str] = "drop"  # of a conversation that is longer than a training sequence
     is_generated: ClassVar[bool] = True
 
     def check(self, require: Require = require) -> None:
@@ -123,20 +137,24 @@ class Recall:
         require(self.max_queries > 0, "max_queries", self.max_queries, "1 or more")
         _check_weights("pair_weights", self.pair_weights, self.max_pairs - 1, require)
 
-    def texts(self, seed: int, skipped: Counter | None = None) -> Iterator[tuple[str, str]]:
-        """Yield (split, pairs and queries). The same seed gives the same documents. `skipped` has no effect."""
+    def conversations(self, seed: int) -> Iterator[tuple[str, Conversation]]:
+        """Yield (split, conversation). The same seed gives the same conversations."""
         rng = random.Random(f"recall {seed}")
         lengths = rng.choices(range(2, self.max_pairs + 1), self.pair_weights, k=self.documents)
-        for num_pairs in lengths:
+        for number, num_pairs in enumerate(lengths):
             pairs = draw_pairs(rng, num_pairs)
             split = "held_out" if is_held_out("".join(pairs)) else "train"
             asked = rng.sample(pairs, min(num_pairs, self.max_queries))
-            yield split, "".join(pairs) + "?" + "".join(asked)
+            yield split, _conversation(f"recall {number}", recall_turns(pairs, asked))
+
+    def texts(self, seed: int) -> Iterator[tuple[str, str]]:
+        """Yield (split, text of the messages), to train a tokenizer on."""
+        return ((split, one.text()) for split, one in self.conversations(seed))
 
     def expected_characters(self) -> int:
-        """Estimate how many characters `texts` yields in all. Progress bars need the number."""
+        """Estimate how many characters `conversations` yields in all. Progress bars need the number."""
         pairs = _weighted_mean(self.max_pairs - 1, self.pair_weights, 2)
-        return round(self.documents * (2 * pairs + 1 + 2 * min(pairs, self.max_queries)))
+        return round(self.documents * (2 * pairs + 4 * min(pairs, self.max_queries)))
 
 
 @dataclass(frozen=True)
@@ -165,19 +183,30 @@ def draw_chain(rng: random.Random, steps: int) -> str:
     return rng.choice(string.digits) + "".join(rng.choice("+-") + rng.choice(string.digits) for _ in range(steps))
 
 
-def worked_chain(expression: str) -> str:
-    """The document of an expression with worked steps: `7+5-3:7+5=2;2-3=9#9`."""
+def worked_chain(expression: str) -> tuple[str, str]:
+    """Request and answer with worked steps: `7+5-3` and `7+5=2;2-3=9#9`."""
     value, steps = expression[0], []
     for operator, digit in zip(expression[1::2], expression[2::2], strict=True):
         result = (int(value) + int(operator + digit)) % 10
         steps.append(f"{value}{operator}{digit}={result}")
         value = str(result)
-    return f"{expression}:{';'.join(steps)}#{value}"
+    return expression, f"{';'.join(steps)}#{value}"
 
 
-def direct_chain(expression: str) -> str:
-    """The document of an expression without worked steps: `7+5-3#9`."""
-    return expression + worked_chain(expression)[-2:]
+def direct_chain(expression: str) -> tuple[str, str]:
+    """Request and answer without worked steps: `7+5-3#` and `9`."""
+    return f"{expression}#", worked_chain(expression)[1][-1]
+
+
+def recall_turns(pairs: list[str], asked: list[str]) -> tuple[str, str]:
+    """Request and answer: `a5b3c7?c?a` and `c7a5`."""
+    return "".join(pairs) + "".join(f"?{pair[0]}" for pair in asked), "".join(asked)
+
+
+def _conversation(place: str, turns: tuple[str, str]) -> Conversation:
+    request, answer = turns
+    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+    return Conversation(place, messages, None, [False, True])
 
 
 def draw_pairs(rng: random.Random, num_pairs: int) -> list[str]:
@@ -201,30 +230,33 @@ def write_evaluation(directory: Path, config: Evaluation, seed: int) -> None:
     directory.mkdir()
     (directory / "items.py").write_text(_ITEMS_MODULE, encoding="utf-8")
     for steps in config.chains:
-        items = _draw_items(lambda rng, n=steps: _chain_item(rng, n, ":"), config.items, f"chains {steps} {seed}")
+        draw = functools.partial(_chain_item, steps=steps, write=worked_chain)
+        items = _draw_items(draw, config.items, f"chains {steps} {seed}")
         _write_task(directory, f"chains_{steps}", items, r"#(\d)", 6 * steps + 2, {"num_steps": steps})
     for steps in config.chains_direct:
-        items = _draw_items(lambda rng, n=steps: _chain_item(rng, n, "#"), config.items, f"direct {steps} {seed}")
+        draw = functools.partial(_chain_item, steps=steps, write=direct_chain)
+        items = _draw_items(draw, config.items, f"direct {steps} {seed}")
         _write_task(directory, f"chains_direct_{steps}", items, r"^(\d)", 1, {"num_steps": steps})
     for num_pairs in config.recall:
         items = _draw_items(lambda rng, n=num_pairs: _recall_item(rng, n), config.items, f"recall {num_pairs} {seed}")
-        most_frequent = [Counter(prompt[1:-2:2]).most_common(1)[0][0] for prompt in items]
+        most_frequent = [Counter(prompt[1 : 2 * num_pairs : 2]).most_common(1)[0][0] for prompt in items]
         hits = sum(guess == answer for guess, answer in zip(most_frequent, items.values(), strict=True))
         metadata = {"num_pairs": num_pairs, "chance_in_context": round(hits / len(items), 4)}
-        _write_task(directory, f"recall_{num_pairs}", items, r"^(\d)", 1, metadata)
+        _write_task(directory, f"recall_{num_pairs}", items, r"^[A-Za-z](\d)", 2, metadata)
 
 
-def _chain_item(rng: random.Random, steps: int, separator: str) -> tuple[str, str, str]:
+def _chain_item(rng: random.Random, steps: int, write: Callable) -> tuple[str, str, str]:
     """(The text whose hash decides the split, the prompt, the answer.)"""
     expression = draw_chain(rng, steps)
-    return expression, expression + separator, worked_chain(expression)[-1]
+    prompt, answer = write(expression)
+    return expression, prompt, answer[-1]
 
 
 def _recall_item(rng: random.Random, num_pairs: int) -> tuple[str, str, str]:
     """(The text whose hash decides the split, the prompt, the answer.)"""
     pairs = draw_pairs(rng, num_pairs)
-    key, answer = rng.choice(pairs)
-    return "".join(pairs), f"{''.join(pairs)}?{key}", answer
+    asked = rng.choice(pairs)
+    return "".join(pairs), recall_turns(pairs, [asked])[0], asked[1]
 
 
 def _draw_items(draw: Callable, num_items: int, seed: str) -> dict[str, str]:
@@ -242,7 +274,7 @@ def _write_task(
 ) -> None:
     rows = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in items.items()]
     (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    metadata = json.dumps({"version": 1.0, "chance": 0.1} | metadata)
+    metadata = json.dumps({"version": 2.0, "chance": 0.1, "apply_chat_template": True} | metadata)
     text = _TASK.format(name=name, pattern=pattern, max_gen_toks=max_gen_toks, metadata=metadata)
     (directory / f"{name}.yaml").write_text(text, encoding="utf-8")
 

@@ -16,6 +16,7 @@ KINDS = {
     **{"bible": Bible, "sympy": Sympy, "files": Files, "conversations": Conversations},
     **{"chains": Chains, "recall": Recall},
 }
+CHATS = (Conversations, Chains, Recall)
 PATHS = ("path", "held_out_path", "chat_template", "dataset")  # fields that name local files or URLs
 
 
@@ -28,6 +29,11 @@ def parse_source(values, where: str) -> Source:
     if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"{where}.kind: got {kind!r}; allowed: {', '.join(KINDS)}")
     return config.load(KINDS[kind], values, where)
+
+
+def is_conversation(source: Source) -> bool:
+    """Whether the documents of a source are conversations."""
+    return isinstance(source, CHATS)
 
 
 def paths_of(source: Source) -> dict[str, str]:
@@ -52,4 +58,6 @@ def documents(
     """
     if isinstance(source, Conversations):
         return source.documents(seed, skipped, notes)
-    return source.texts(seed, skipped, notes) if isinstance(source, Files) else source.texts(seed, skipped)
+    if isinstance(source, Files):
+        return source.texts(seed, skipped, notes)
+    return source.conversations(seed) if source.is_generated else source.texts(seed)

@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
@@ -52,6 +53,16 @@ class Rendered:
 
     def __len__(self) -> int:
         return len(self.text)
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of a Jinja file; None for None, the tokenizer's own. Raises UserError if it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template {path!r}: cannot read it ({error})") from None
 
 
 class ChatTemplate:

@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from elastic_core.config import Require, require
@@ -89,15 +88,6 @@ class Conversations:
         dataset = HubDataset(self.dataset, self.config, self.split, self.revision) if self.dataset else None
         own = [] if self.held_out_path is None else [Input(self.held_out_path)]
         return [*own, Input(self.path, dataset)]
-
-    def read_template(self) -> str | None:
-        """The text of `chat_template`; None for the tokenizer's own. Raises UserError if it cannot be read."""
-        if self.chat_template is None:
-            return None
-        try:
-            return Path(self.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"chat_template {self.chat_template!r}: cannot read it ({error})") from None
 
     def _read(self, skipped: Counter, notes: Counter) -> Iterator[tuple[str, Conversation]]:
         splitter = Splitter(self.held_out, self.held_out_path is not None, notes)
