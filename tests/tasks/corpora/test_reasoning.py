@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import yaml
@@ -11,10 +11,12 @@ from transformers import AutoTokenizer
 
 from elastic_core import config
 from elastic_core.config import ConfigError
-from elastic_core.data.loader import PackedSequences, TokenData
+from elastic_core.data.loader import TokenData
 from tasks.corpora.reasoning import Chains, Evaluation, Recall, write_evaluation
-from tasks.corpora.tokenizer import END_OF_TEXT
+from tasks.corpora.tokenizer import ASSISTANT, END_OF_TEXT, END_OF_TURN, USER
+from tasks.evaluation import lm_eval_tasks
 from tasks.prepare_data import PrepareData, prepare
+from tasks.settings.sections import Benchmarks
 from tests.support.models.tiny_reasoner import tiny_model
 
 CHAINS = Chains(documents=4000, max_steps=8, direct_share=0.2)
@@ -40,15 +42,24 @@ def read_items(directory, task):
     return [json.loads(line) for line in (directory / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def turns(source, seed):
+    """(split, request, answer) of every conversation."""
+    for split, one in source.conversations(seed):
+        request, answer = one.messages
+        assert (request["role"], answer["role"]) == ("user", "assistant") and one.is_target == [False, True]
+        yield split, request["content"], answer["content"]
+
+
 def test_every_worked_step_is_right():
-    for _, text in CHAINS.texts(seed=1):
-        expression, rest = re.fullmatch(r"(\d(?:[+-]\d)*)(.*)", text).groups()
+    for _, request, text in turns(CHAINS, seed=1):
+        expression = request.removesuffix("#")
         answer = eval(expression) % 10  # Python's own arithmetic, all at once
-        assert text[-2:] == f"#{answer}"
-        if rest[0] == "#":
+        if request != expression:
+            assert text == str(answer)
             continue
+        assert text[-2:] == f"#{answer}"
         digits, value = re.findall(r"[+-]\d", expression), expression[0]
-        steps = rest[1:-2].split(";")
+        steps = text[:-2].split(";")
         assert len(steps) == len(digits)
         for step, operation in zip(steps, digits, strict=True):
             left, result = step.split("=")
@@ -57,26 +68,27 @@ def test_every_worked_step_is_right():
 
 
 def test_recall_answers_are_in_the_pairs():
-    for _, text in RECALL.texts(seed=1):
-        pairs, queries = text.split("?")
+    for _, request, answer in turns(RECALL, seed=1):
+        pairs, *queries = request.split("?")
         known = dict(zip(pairs[::2], pairs[1::2], strict=True))
         assert 2 <= len(known) == len(pairs) // 2 <= 12
-        asked = dict(zip(queries[::2], queries[1::2], strict=True))
-        assert len(asked) == len(queries) // 2 == min(len(known), 8)
+        asked = dict(zip(answer[::2], answer[1::2], strict=True))
+        assert list(asked) == queries and len(asked) == len(answer) // 2 == min(len(known), 8)
         assert asked.items() <= known.items()
 
 
 @pytest.mark.parametrize("source", [CHAINS, RECALL], ids=["chains", "recall"])
 def test_the_seed_decides_the_documents(source):
-    first = list(source.texts(seed=1))
-    assert first == list(source.texts(seed=1)) and first != list(source.texts(seed=2))
+    first = list(turns(source, seed=1))
+    assert first == list(turns(source, seed=1)) and first != list(turns(source, seed=2))
     assert len(first) == source.documents
 
 
 def test_formats_and_lengths_come_in_their_shares():
     weights = (0, 0, 3, 1)
-    found = [text for _, text in Chains(documents=4000, max_steps=4, step_weights=weights, direct_share=0.25).texts(0)]
-    direct = [text for text in found if ":" not in text]
+    source = Chains(documents=4000, max_steps=4, step_weights=weights, direct_share=0.25)
+    found = [request for _, request, _ in turns(source, 0)]
+    direct = [text for text in found if text.endswith("#")]
     assert 0.22 < len(direct) / len(found) < 0.28
     steps = [len(re.match(r"[\d+-]+", text).group()) // 2 for text in found]
     assert set(steps) == {3, 4} and 0.72 < steps.count(3) / len(steps) < 0.78
@@ -86,41 +98,46 @@ def test_formats_and_lengths_come_in_their_shares():
 def test_no_held_out_prompt_is_ever_trained_on(tmp_path, seed):
     write_evaluation(tmp_path / "lm_eval", SMALL, seed=7)
     splits = {"train": set(), "held_out": set()}
-    for source, end in ((CHAINS, "[:#]"), (RECALL, r"\?")):
-        for split, text in source.texts(seed):
-            splits[split].add(re.split(end, text)[0])
+    for source in (CHAINS, RECALL):
+        for split, request, _ in turns(source, seed):
+            splits[split].add(re.split("[#?]", request)[0])
     assert not splits["train"] & splits["held_out"]
     assert all(re.fullmatch(r"\d([+-]\d){3,}", p) for p in splits["held_out"] if not p[0].isalpha())
     assert 0.03 < len(splits["held_out"]) / len(splits["train"]) < 0.07
     for task in ("chains_3", "chains_6", "chains_direct_6", "recall_8"):
-        prompts = {re.split(r"[:#?]", item["prompt"])[0] for item in read_items(tmp_path / "lm_eval", task)}
+        prompts = {re.split("[#?]", item["prompt"])[0] for item in read_items(tmp_path / "lm_eval", task)}
         assert len(prompts) == 60 and not prompts & splits["train"]
 
 
-def test_documents_cost_one_token_per_character(data_directory):
+def test_conversations_cost_one_token_per_character(data_directory):
     tokenizer = AutoTokenizer.from_pretrained(data_directory / "tokenizer")
     for source in (CHAINS, RECALL):
-        for _, text in islice(source.texts(seed=3), 300):
-            assert tokenizer.tokenize(text) == list(text)
-    manifest = TokenData(data_directory).manifest
-    for name in ("chains", "recall"):
-        for entry in manifest.sources[name].splits.values():
-            assert entry.num_tokens == entry.num_bytes + 2 * entry.num_documents
+        for _, *texts in islice(turns(source, seed=3), 300):
+            assert all(tokenizer.tokenize(text) == list(text) for text in texts)
+    data = TokenData(data_directory)
+    for name, source in (("chains", CHAINS), ("recall", RECALL)):
+        for split in ("train", "held_out"):
+            entry, found = data.manifest.sources[name].splits[split], [t for t in turns(source, 0) if t[0] == split]
+            assert entry.num_documents == len(found)
+            # The tokens of bos, of the roles and of the ends of the turns; the answer and its end are trained.
+            assert entry.num_tokens == sum(len(request) + len(answer) + 5 for _, request, answer in found)
+            assert entry.num_trained == sum(len(answer) + 1 for _, _, answer in found)
 
 
 def test_training_and_lm_eval_show_a_prompt_alike(data_directory):
-    from lm_eval.models.huggingface import HFLM
-
+    """The ids of a prompt are the start of a training document, and the trained tokens come after it."""
+    data = TokenData(data_directory)
     tokenizer = AutoTokenizer.from_pretrained(data_directory / "tokenizer")
-    sequences = PackedSequences(TokenData(data_directory), {"chains": 1, "recall": 1}, 128, seed=0)
-    rows = sequences.batch(0, 40)[0].tolist()
-    assert all(row[0] == tokenizer.eos_token_id for row in rows)
-    model = HFLM(pretrained=tiny_model(tokenizer), tokenizer=tokenizer, device="cpu")
-    for row in rows:
-        text = tokenizer.decode(row[1:]).split(END_OF_TEXT)[0]
-        prompt = re.match(r".*?[:#?]", text).group()
-        shown = model.tok_batch_encode([prompt])[0][0].tolist()
-        assert shown == row[: len(shown)]
+    options = Benchmarks(("none",), apply_chat_template=True)
+    model = lm_eval_tasks.Model(options, tiny_model(tokenizer), tokenizer)
+    for name in ("chains", "recall"):
+        tokens, offsets, trained = (read(name, "train") for read in (data.tokens, data.offsets, data.trained))
+        for start, end in islice(pairwise(offsets.tolist()), 40):
+            request = tokenizer.decode(tokens[start:end]).split(USER)[1].split(END_OF_TURN)[0]
+            prompt = model.apply_chat_template([{"role": "user", "content": request}])
+            shown = model.tok_batch_encode([prompt])[0][0].tolist()
+            assert shown == tokens[start : start + len(shown)].tolist()
+            assert not trained[start : start + len(shown)].any() and trained[start + len(shown) : end].all()
 
 
 def run_tasks(directory, model):
@@ -129,7 +146,8 @@ def run_tasks(directory, model):
 
     manager = TaskManager(include_path=str(directory / "lm_eval"), include_defaults=False)
     tasks = sorted(manager.all_tasks)
-    results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, bootstrap_iters=0, log_samples=True)
+    options = {"apply_chat_template": True, "bootstrap_iters": 0, "log_samples": True}
+    results = simple_evaluate(model=model, tasks=tasks, task_manager=manager, **options)
     return tasks, results
 
 
@@ -156,7 +174,8 @@ def test_the_tasks_run_and_stop_early_and_follow_their_files(data_directory, tmp
             assert results["results"][task]["exact_match,answer"] == 0
             assert results["configs"][task]["metadata"]["chance"] == 0.1
             shown = [sample["arguments"][0][0] for sample in results["samples"][task]]
-            assert shown == [item["prompt"] for item in read_items(moved / "lm_eval", task)]
+            start, end = f"{END_OF_TEXT}{USER}", f"{END_OF_TURN}{ASSISTANT}"
+            assert shown == [start + item["prompt"] + end for item in read_items(moved / "lm_eval", task)]
     finally:
         moved.rename(data_directory)
 
@@ -171,13 +190,20 @@ def test_right_answers_count_and_new_items_are_noticed(tmp_path):
             return [self.answer(i, request.args[0]) for i, request in enumerate(requests)]
 
         def answer(self, i, prompt):
-            if prompt[-1] == ":":
-                expression = prompt[:-1]
-                return f"0+0=0;{expression[:3]}=5#{eval(expression) % 10}"
+            if prompt[0].isalpha():
+                value = prompt[prompt.index(prompt[-1]) + 1]
+                return prompt[-1] + (value if i % 10 else str((int(value) + 1) % 10))
             if prompt[-1] == "#":
                 return str(eval(prompt[:-1]) % 10)
-            value = prompt[prompt.index(prompt[-1]) + 1]
-            return value if i % 10 else str((int(value) + 1) % 10)
+            return f"0+0=0;{prompt[:3]}=5#{eval(prompt) % 10}"
+
+        def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            return chat_history[-1]["content"]
+
+        tokenizer_name = "none"
+
+        def chat_template(self, name):
+            return ""
 
         def loglikelihood(self, requests):
             raise NotImplementedError
