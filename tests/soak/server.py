@@ -28,8 +28,8 @@ def prefect_server(directory: Path) -> Iterator[dict[str, str]]:
         open(directory / "server.log", "w") as log,
         guarded(command, cwd=directory, env=variables, stdout=log, stderr=subprocess.STDOUT) as process,
     ):
-        deadline = time.monotonic() + 90
-        while not _answers(url):
+        deadline, client = time.monotonic() + 90, httpx.Client(timeout=5)
+        while not _answers(client, url):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(
                     f"the Prefect server did not start: {(directory / 'server.log').read_text()[-2000:]}"
@@ -38,7 +38,7 @@ def prefect_server(directory: Path) -> Iterator[dict[str, str]]:
         yield {"PREFECT_API_URL": url}
 
 
-def _answers(url: str) -> bool:
+def _answers(client: httpx.Client, url: str) -> bool:
     with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"{url}/health", timeout=5).status_code == 200
+        return client.get(f"{url}/health").status_code == 200
     return False

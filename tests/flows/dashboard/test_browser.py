@@ -92,15 +92,17 @@ def smoke(ui):
 
 
 @pytest.fixture(scope="module")
-def finished(dashboard, smoke):
+def finished(dashboard, ui, smoke):
     """The same run when it has ended."""
-    wait_for(lambda: ended(dashboard, smoke), 15 * MINUTES, "the smoke profile to end")
+    wait_for_end(dashboard, ui, smoke, 15 * MINUTES)
     assert dashboard.state(smoke) == "Completed", dashboard.logs(smoke)
     return smoke
 
 
-def ended(dashboard: Dashboard, run: str) -> bool:
-    return dashboard.state(run) in ("Completed", "Failed", "Crashed", "Cancelled")
+def wait_for_end(dashboard: Dashboard, ui, run: str, seconds: float) -> None:
+    ui.rest()
+    ends = ("Completed", "Failed", "Crashed", "Cancelled")
+    wait_for(lambda: dashboard.state(run) in ends, seconds, "the run to end", every=1)
 
 
 def seconds_of_stages(dashboard: Dashboard, run: str) -> float:
@@ -217,7 +219,7 @@ def test_the_same_run_again_is_cached(dashboard, ui, finished):
     ui.choose("profile", "smoke")
     ui.choose("from_stage", LATE)
     again = ui.submit()
-    wait_for(lambda: ended(dashboard, again), 5 * MINUTES, "the second run to end")
+    wait_for_end(dashboard, ui, again, 5 * MINUTES)
     ui.open_run(again, "Task Runs")
     cached = len(STAGES) - STAGES.index(LATE) + 1  # and the stage that looks for changed inputs, which runs always
     expect(ui.page.get_by_text("Cached", exact=True)).to_have_count(cached, timeout=1000 * pages.SECONDS)
@@ -243,7 +245,7 @@ def test_two_runs_are_compared(dashboard, ui, finished):
     ui.parameter("before").locator("textarea").fill(name)
     ui.parameter("after").locator("textarea").fill("another")
     comparing = ui.submit()
-    wait_for(lambda: ended(dashboard, comparing), 3 * MINUTES, "the comparison")
+    wait_for_end(dashboard, ui, comparing, 3 * MINUTES)
     ui.open_run(comparing, "Artifacts")
     ui.open_artifact("comparison")
     head, *rows = ui.rows()

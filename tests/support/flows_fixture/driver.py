@@ -17,12 +17,12 @@ import psutil
 MARK = "FLOWS_TEST_MARK"  # in the environment of what a test starts, inherited by every descendant
 
 
-def wait_for(condition, seconds: float, what: str):
-    """The first true value of `condition()`."""
+def wait_for(condition, seconds: float, what: str, every: float = 0.1):
+    """The first true value of `condition()`, which is asked for `every` so many seconds."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
+        time.sleep(every)
     return value
 
 
@@ -69,6 +69,8 @@ class Dashboard:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         self.environment = {**kept, **settings}
         self.process = None
+        # One for all calls, because making one takes longer than a call. The server may be another one at each call.
+        self.client = httpx.Client(timeout=20, limits=httpx.Limits(max_keepalive_connections=0))
 
     def start(self) -> None:
         """Start it and wait until it is ready."""
@@ -106,7 +108,7 @@ class Dashboard:
     def post(self, path: str, **body):
         """Call the API; 503 means that SQLite was busy, and Prefect's own clients also try again."""
         for _ in range(10):
-            reply = httpx.post(f"{self.url}/{path}", json=body, timeout=20)
+            reply = self.client.post(f"{self.url}/{path}", json=body)
             if reply.status_code != 503:
                 break
             time.sleep(0.5)

@@ -32,6 +32,12 @@ NEW_NETWORK = 0x40000000  # CLONE_NEWNET of linux/sched.h
 CLICK_SECONDS = 10  # to wait for the answer to a click on Submit
 SECONDS = 60  # to wait for something in a page: cores may be busy
 
+# Pages draw five times per second instead of sixty. Here a processor draws what otherwise a graphics card does.
+FEWER_FRAMES = """
+window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 200);
+window.cancelAnimationFrame = number => clearTimeout(number);
+"""
+
 # How many colours an image has; one that failed to load has none.
 COLOURS = """image => {
   if (!image.complete || !image.naturalWidth) return 0;
@@ -74,6 +80,7 @@ class Ui:
         self.context, self.address, self.screenshots = context, address, screenshots
         self.outside: list[str] = []  # what the pages asked of other hosts
         context.set_default_timeout(1000 * SECONDS)
+        context.add_init_script(FEWER_FRAMES)
         self.waiting = 0  # runs that the form has asked for, without an answer yet
         context.on("request", lambda request: self._note(request.url))
         context.on("request", lambda request: self._count(request, 1))
@@ -142,6 +149,10 @@ class Ui:
         run = answer.json()["id"]
         self.open_run(run)
         return run
+
+    def rest(self) -> None:
+        """Show nothing. The page of a run is drawn anew all the time, which takes a core away from the run."""
+        self.page.goto("about:blank")
 
     def open_run(self, run: str, tab: str = "Logs") -> None:
         """A run's page."""
