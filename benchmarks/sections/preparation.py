@@ -1,6 +1,7 @@
 """Data preparation against one core of `tokenizers`, and in little memory."""
 
 import functools
+import json
 import os
 import statistics
 import sys
@@ -22,6 +23,7 @@ from tasks.corpora.tokenizer import train_tokenizer
 from tasks.prepare_data import PrepareData, prepare
 
 SHARE_OF_CORES = 0.8
+RATE_OF_TEXTS = 0.9
 VOCABULARY = 16384
 REPEATS = 3
 NO_TASKS = Evaluation(chains=(), chains_direct=(), recall=(), items=1)  # no text is encoded for them
@@ -45,6 +47,7 @@ def rows(quick: bool) -> Iterator[Row]:
         tokenizer = train_tokenizer({"code": source}, vocabulary, min(characters, 4_000_000), 0, lambda _: None)
         tokenizer.save_pretrained(directory / "own")
         yield from against_one_core(directory, source, quick)
+        yield from against_text(directory, source, quick)
         if sys.platform != "linux":
             yield not_measured("preparation, memory", "peak", "reads /proc")
             return
@@ -90,6 +93,40 @@ def against_one_core(directory: Path, source: Files, quick: bool) -> Iterator[Ro
     goal = SHARE_OF_CORES * num_cores()
     yield at_least("preparation, speed of one core of tokenizers", what, ratio, goal, note)
     yield measured("preparation, processor time of the encoding alone", what, f"{work:.2f} ×")
+
+
+def against_text(directory: Path, source: Files, quick: bool) -> Iterator[Row]:
+    """Conversations against texts of the same content: processor time of the whole stage per character."""
+    text = "".join(text for _, text in source.texts(0))
+    for what, answer in (("answers of 4,000 characters", 4000), ("answers of 400 characters", 400)):
+        step, part = 300 + answer, text[: len(text) if answer > 400 else len(text) // 4]
+        pairs = [(part[at : at + 300], part[at + 300 : at + step]) for at in range(0, len(part) - step, step)]
+        rows = {
+            "texts": [{"text": f"{user}\n{assistant}"} for user, assistant in pairs],
+            "conversations": [{"prompt": user, "completion": assistant} for user, assistant in pairs],
+        }
+        configs = {}
+        for name, given in rows.items():
+            path = directory / f"{name}.{answer}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
+            section = {"kind": "files" if name == "texts" else name, "path": str(path), "held_out": 0.2}
+            configs[name] = PrepareData(sources={"mine": section}, evaluation=NO_TASKS)
+        seconds = {name: [] for name in configs}
+
+        def timed(name: str, configs=configs, seconds=seconds) -> None:
+            begin = time.process_time()
+            prepare(configs[name], directory / "own", directory / "data", 0)
+            seconds[name].append(time.process_time() - begin)
+
+        with mock.patch.dict(os.environ, TOKENIZERS_PARALLELISM="false"):
+            ways = {name: functools.partial(timed, name) for name in configs}
+            in_turn(ways, 1 if quick else REPEATS, lambda: rmtree(directory / "data", ignore_errors=True))
+        ratio = median_ratio(seconds, "texts", "conversations")
+        check = "preparation, conversations: characters per second and core, of texts"
+        if quick or answer < 4000:
+            yield measured(check, what, f"{ratio:.2f} ×")
+        else:
+            yield at_least(check, what, ratio, RATE_OF_TEXTS)
 
 
 def memory(directory: Path, file_bytes: float, limit: float) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
@@ -34,7 +35,7 @@ class ConversationEncoder:
         self, tokenizer: PreTrainedTokenizerFast, manifest: Manifest, threads: int, template: ChatTemplate, masked: bool
     ):
         self._encoder = plain_encoder(tokenizer, special_as_text=False)
-        self._text_encoder = plain_encoder(tokenizer, special_as_text=True)
+        self._tokenizer = tokenizer
         self._is_special = np.zeros(manifest.vocab_size, bool)
         self._is_special[[i for i, token in tokenizer.added_tokens_decoder.items() if token.special]] = True
         self._headers: dict[str, list[int]] = {}  # the beginning of a turn → its ids; templates have few of them
@@ -49,6 +50,10 @@ class ConversationEncoder:
         """
         # Only this thread renders: a template with marks has a state while it renders.
         return ordered_map(self._encode, batches(self._rendered(documents)), self._threads)
+
+    @functools.cached_property
+    def _text_encoder(self) -> Tokenizer:
+        return plain_encoder(self._tokenizer, special_as_text=True)
 
     def _rendered(self, documents: Iterable[tuple[str, Conversation]]) -> Iterator[tuple[str, Rendered]]:
         for split, conversation in documents:

@@ -182,8 +182,8 @@ class ChatTemplate:
 
     def _by_turns(self, conversation: Conversation, template: str, targets: list[int]) -> list[Rendered]:
         targets = targets[-1:] if self._train_on == "last_assistant" else targets
-        turns = {i: self._turn(conversation, template, i) for i in targets}
         text, documents = self._render(conversation, template)[0], []
+        turns = {i: self._turn(conversation, template, i, text) for i in targets}
         while turns:
             inside = [i for i, (turn, _) in turns.items() if text.startswith(turn)]
             if inside:
@@ -192,9 +192,10 @@ class ChatTemplate:
                 text = turns[max(turns)][0]
         return documents[::-1]
 
-    def _turn(self, conversation: Conversation, template: str, index: int) -> tuple[str, Span]:
+    def _turn(self, conversation: Conversation, template: str, index: int, whole: str) -> tuple[str, Span]:
         """The text of the messages up to the assistant's message `index`, and the span of this message in it."""
-        text = self._render(conversation, template, index + 1)[0]
+        is_last = index + 1 == len(conversation.messages)
+        text = whole if is_last else self._render(conversation, template, index + 1)[0]
         if index:
             prompt = self._render(conversation, template, index, prompt=True)[0]
         else:  # many templates cannot render an empty list, so look for the start of a turn behind the message
