@@ -1,4 +1,4 @@
-"""Strategies that break valid files: bytes, JSON values, and JSON files."""
+"""Strategies that break valid files: bytes, JSON values, JSON files and safetensors files."""
 
 import copy
 import json
@@ -59,6 +59,23 @@ def broken_file(valid, most: int = 3):
     text = json.dumps(valid).encode()
     as_json = broken_json(valid, most).map(lambda value: json.dumps(value).encode())
     return st.one_of(as_json, as_json, as_json, broken_bytes([text], most), json_values.map(json.dumps).map(str.encode))
+
+
+def header_of(data: bytes) -> tuple[dict, bytes]:
+    """The header of a safetensors file, and the bytes of its tensors."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+@st.composite
+def broken_tensors(draw, valid: bytes) -> bytes:
+    """A safetensors file with broken bytes, or with a broken header in front of the same tensors."""
+    if draw(st.booleans()):
+        return draw(broken_bytes([valid]))
+    header, rest = header_of(valid)
+    text = json.dumps(draw(broken_json(header))).encode()
+    length = draw(st.sampled_from([len(text), len(text), len(text) + 1, 0, 2**63, 10**8]))
+    return length.to_bytes(8, "little") + text + rest
 
 
 def _paths(value, path=()):

@@ -24,7 +24,7 @@ from elastic_core.errors import UserError
 SECONDS = 2.0  # of CPU time: other tests that run at the same time do not count
 MEMORY_BYTES = 3 << 29  # of address space, so that an allocation of a claimed size fails instead of filling the memory
 LONGEST_MESSAGE = 3000  # characters
-QUICK_EXAMPLES = 760  # so many examples, about, have all tests together without FUZZ
+QUICK_EXAMPLES = 800  # so many examples, about, have all tests together without FUZZ
 CALLS, FAULTS = Counter(), {}  # by target: how many calls; the distinct faults
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
