@@ -1,12 +1,15 @@
 """Reading JSON files that users copy or edit."""
 
 import json
+import math
 
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.filesystem import Location, is_url
 
 ADVICE = "copy or write the file again"
+MOST_LEVELS = 100  # of lists and objects in each other; libraries copy them by recursion, which Python limits
+LARGEST_INTEGER, LARGEST_FLOAT = (1 << 63) - 1, (2 - 2**-23) * 2.0**127  # of int64 and of float32
 _NAMES = {
     **{dict: "an object ({…})", list: "a list", str: "a text", bool: "true or false", type(None): "null"},
     **{int: "an integer", float: "a finite number"},
@@ -39,8 +42,35 @@ def parse_json(data: bytes, name: Location, shape=dict):
         raise UserError(f"{name}: is not valid JSON ({error}); {ADVICE}") from None
     except RecursionError:
         raise UserError(f"{name}: is not valid JSON (nested too deeply); {ADVICE}") from None
+    if _levels(content) > MOST_LEVELS:
+        raise UserError(f"{name}: is nested too deeply; allowed: {MOST_LEVELS} levels; {ADVICE}")
     check_shape(content, shape, name)
     return content
+
+
+def check_numbers(content, name: Location) -> None:
+    """Raise UserError, which starts with `name`, for a number that no tensor can hold, at any depth.
+
+    Integers have to fit into int64 and numbers with a fraction into float32. Infinity and NaN are accepted.
+    """
+    left = [("", content)]
+    while left:
+        place, value = left.pop()
+        parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        left += [(f"{place}.{key}".strip("."), part) for key, part in parts]
+        if isinstance(value, float) and math.isfinite(value) and abs(value) > LARGEST_FLOAT:
+            raise UserError(f"{name}: {place}={value}; allowed: up to {LARGEST_FLOAT:.2g}, which float32 can hold")
+        if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+            raise UserError(f"{name}: {place} is an integer of {value.bit_length()} bits; allowed: 63 bits and a sign")
+
+
+def _levels(content) -> int:
+    """How deep lists and objects are nested; counts up to one more than `MOST_LEVELS`."""
+    levels, level = 0, [content]
+    while levels <= MOST_LEVELS and (level := [value for value in level if isinstance(value, (dict, list))]):
+        levels += 1
+        level = [part for value in level for part in (value.values() if isinstance(value, dict) else value)]
+    return levels
 
 
 def check_shape(value, shape, name: Location) -> None:

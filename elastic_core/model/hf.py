@@ -13,7 +13,7 @@ from elastic_core.errors import UserError
 from elastic_core.io import storage, tensor_files
 from elastic_core.io.directory_transfer import local_files
 from elastic_core.io.filesystem import Location
-from elastic_core.io.json_files import read_json
+from elastic_core.io.json_files import check_numbers, read_json
 from elastic_core.io.tensor_files import Entry, Rows, Stored
 from elastic_core.io.tensor_headers import read_raw_header
 from elastic_core.model import architectures
@@ -58,6 +58,7 @@ def build_config(values: Mapping, directory: str, build: Callable[[type], PreTra
     """
     config_class = architectures.config_class(values.get("model_type"), directory)
     where = f"{directory}/config.json"
+    check_numbers(values, where)
     for name in SIZES:  # before transformers makes lists of these lengths
         _check_size(name, values.get(name), where)
     try:

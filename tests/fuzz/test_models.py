@@ -15,7 +15,7 @@ from elastic_core.model.parent_files import check_logits, check_parent_files
 from tasks.commands.generate import generate
 from tasks.commands.inspect import inspect_checkpoint
 from tests.support.fuzzing import directories
-from tests.support.fuzzing.broken import broken_bytes, broken_file, broken_json, json_values
+from tests.support.fuzzing.broken import broken_file, broken_tensors, header_of, json_values
 from tests.support.fuzzing.calls import call, examples
 
 IDS = torch.arange(4)[None]
@@ -49,6 +49,10 @@ def read(scratch, directory, target: str) -> dict:
     return ends
 
 
+def nested(levels: int) -> list:
+    return [nested(levels - 1)] if levels else []
+
+
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 FOUND = [  # values that had been accepted, or had ended in another error
     *(("llama", {name: size}) for name in ("num_hidden_layers", "head_dim", "vocab_size") for size in (10**9, 10**30)),
@@ -61,6 +65,11 @@ FOUND = [  # values that had been accepted, or had ended in another error
         ("nemotron_h", change)
         for change in ({"mamba_num_heads": -2}, {"mlp_hidden_act": "x"}, {"layers_block_type": []})
     ),
+    *(("nemotron_h", {"chunk_size": size}) for size in (0, -1, 2**31, 2**63 - 1)),
+    *(("nemotron_h", {"routed_scaling_factor": factor}) for factor in (10**30, -(10**400))),
+    ("nemotron_h", {"time_step_min": 1e308}),
+    *(("llama", {"pad_token_id": token}) for token in (9, -10)),
+    ("qwen3", {"other": nested(800)}),
 ]
 
 
@@ -107,22 +116,6 @@ def test_tokenizers_that_were_found(parents, change):
     for reader in (load_tokenizer, check_parent_files):
         end = call("found", parents, lambda reader=reader: reader(directory), directory / "tokenizer.json")
         assert isinstance(end, UserError)
-
-
-def header_of(data: bytes) -> tuple[dict, bytes]:
-    length = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + length]), data[8 + length :]
-
-
-@st.composite
-def broken_tensors(draw, valid: bytes) -> bytes:
-    """A safetensors file with broken bytes, or with a broken header in front of the same tensors."""
-    if draw(st.booleans()):
-        return draw(broken_bytes([valid]))
-    header, rest = header_of(valid)
-    text = json.dumps(draw(broken_json(header))).encode()
-    length = draw(st.sampled_from([len(text), len(text), len(text) + 1, 0, 2**63, 10**8]))
-    return length.to_bytes(8, "little") + text + rest
 
 
 @pytest.mark.parametrize("architecture", directories.CONFIGS)

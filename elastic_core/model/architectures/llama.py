@@ -38,6 +38,7 @@ def norm_eps(config) -> float:
 def requirements(config) -> list[tuple[bool, str]]:
     """Conditions on a configuration, each as (holds, message if it does not hold)."""
     sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    padding, vocab = config.pad_token_id, config.vocab_size
     return [
         (
             config.num_attention_heads % config.num_key_value_heads == 0,
@@ -47,6 +48,10 @@ def requirements(config) -> list[tuple[bool, str]]:
         *rope_requirements(config, head_dim(config)),
         activation_requirement("hidden_act", config.hidden_act),
         (not sliding, "sliding_attention in layer_types; allowed: 'full_attention' in all layers"),
+        (
+            padding is None or -vocab <= padding < vocab,
+            f"pad_token_id={padding}; allowed: null, or a token below vocab_size={vocab}",
+        ),
     ]
 
 

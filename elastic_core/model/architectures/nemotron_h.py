@@ -26,6 +26,7 @@ EMBEDDINGS, FINAL_NORM = "embeddings", "norm_f"
 WIDE = (ffn.CORRECTION,)
 MODELING_FILE = "modeling_elastic_nemotron_h.py"
 REMOTE_CLASSES = ("ElasticNemotronHConfig", "ElasticNemotronHForCausalLM")
+MOST_CHUNK = 1 << 11  # tokens; transformers computes with matrices of chunk × chunk for every head
 CHARACTERS = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "mlp": "-", "moe": "E"}
 
 
@@ -45,6 +46,7 @@ def requirements(config) -> list[tuple[bool, str]]:
         ),
         activation_requirement("mlp_hidden_act", config.mlp_hidden_act),
         (config.mamba_hidden_act == "silu", f"mamba_hidden_act={config.mamba_hidden_act!r}; allowed: 'silu'"),
+        (1 <= config.chunk_size <= MOST_CHUNK, f"chunk_size={config.chunk_size}; allowed: 1 to {MOST_CHUNK:,}"),
     ]
 
 
