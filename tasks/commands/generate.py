@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from elastic_core import extract
 from elastic_core.data.chat_template import knows_thinking, prompt_ids
 from elastic_core.data.tokenizer import load_tokenizer
 from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
-from elastic_core.io.json_files import read_json
+from elastic_core.io.json_files import check_numbers, check_shape, read_json
 from elastic_core.io.tokenizer_files import TOKENIZERS
 from elastic_core.model.architectures.nemotron_h import MODELING_FILE
 from tasks.commands.extract import find_budget
@@ -32,6 +32,16 @@ class Chat:
 
     system: str | None = None
     think: bool | None = None
+
+
+GENERATION_FILE = "generation_config.json"
+# The values in it that count: where a text ends, and which tokens are taken. Others are for other kinds of models and
+# ways of decoding, and transformers does not check them.
+USED = {
+    **dict.fromkeys(("top_k?", "no_repeat_ngram_size?"), (int, type(None))),
+    **dict.fromkeys(("top_p?", "min_p?", "typical_p?", "repetition_penalty?"), (float, type(None))),
+    **{"eos_token_id?": (int, [int], type(None)), "suppress_tokens?": ([int], type(None))},
+}
 
 
 def generate(
@@ -67,6 +77,8 @@ def generate(
             tokenizer = load_tokenizer(plain, directory, **trust)
             with _errors_of_transformers(directory):
                 model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
+            if (directory / GENERATION_FILE).is_file():
+                model.generation_config = _read_generation(directory / GENERATION_FILE)
         with _errors_of_transformers(directory):
             return _continue(model, tokenizer, _prompt_ids(tokenizer, prompt, chat), max_new_tokens, temperature)
 
@@ -83,6 +95,14 @@ def _errors_of_transformers(directory: Path) -> Iterator[None]:
             f"{directory}: transformers cannot use it ({type(error).__name__}: {error}); correct "
             "generation_config.json or config.json, or copy them again"
         ) from None
+
+
+def _read_generation(path: Path) -> GenerationConfig:
+    """The values that count of a generation_config.json. Raises UserError for a wrong type or size."""
+    values = {name: value for name, value in read_json(path).items() if f"{name}?" in USED}
+    check_shape(values, USED, path)
+    check_numbers(values, path)
+    return GenerationConfig(**values)
 
 
 def _prompt_ids(tokenizer, prompt: str, chat: Chat | None) -> list[int]:
@@ -107,7 +127,7 @@ def _continue(model, tokenizer, prompt: list[int], max_new_tokens: int, temperat
     input_ids = torch.tensor([prompt], device=model.device)
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
-    pad = end[0] if isinstance(end, list) else end
+    pad = end[0] if isinstance(end, list) and end else end
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),

@@ -100,7 +100,9 @@ def test_a_latency_table_without_a_part(scratch):
     "name, change",
     [
         *(("generation_config.json", {"max_new_tokens": value}) for value in (-1, {}, [1])),
-        ("generation_config.json", {"repetition_penalty": "x"}),
+        *(("generation_config.json", {"repetition_penalty": value}) for value in ("x", float("nan"), 1e308)),
+        *(("generation_config.json", {"eos_token_id": value}) for value in (1e308, [None], [[0]], True, 10**30)),
+        *(("generation_config.json", {"suppress_tokens": value}) for value in ([None], [{}], [10**30])),
         ("tokenizer_config.json", {"model_max_length": "x"}),
     ],
 )
@@ -110,6 +112,34 @@ def test_generation_files_that_were_found(scratch, name, change):
     (directory / name).write_text(json.dumps(values | change))
     end = call("found", scratch, lambda: generate(directory, "small", "ab", 2), directory)
     assert isinstance(end, UserError)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"guidance_scale": 10**30}, {"prefill_chunk_size": 0}, {"assistant_early_exit": True}),
+        *({"encoder_no_repeat_ngram_size": 2**31}, {"forced_eos_token_id": {}}, {"decoder_start_token_id": 1e308}),
+    ],
+    ids=str,
+)
+def test_other_ways_of_decoding_have_no_effect(scratch, change):
+    """They are for other kinds of models, and transformers checks few of them. What is generated is the same."""
+    directory = directories.copy(scratch / "memory", scratch / "found")
+    tokens = generate(directory, "small", "ab", 4)
+    values = json.loads((directory / "generation_config.json").read_text())
+    (directory / "generation_config.json").write_text(json.dumps(values | change))
+    assert call("found", scratch, lambda: generate(directory, "small", "ab", 4), directory) == tokens
+
+
+def test_any_token_of_a_list_ends_a_text(scratch):
+    """Also where the tokenizer has no token for padding."""
+    directory = directories.copy(scratch / "memory", scratch / "found")
+    (directory / "generation_config.json").write_text("{}")
+    first, *_ = tokens = generate(directory, "small", "ab", 4)
+    unused = next(token for token in range(9) if token not in tokens)
+    for ends, expected in (([unused, first], [first]), ([unused], tokens)):
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        assert generate(directory, "small", "ab", 4) == expected
 
 
 @pytest.mark.parametrize("budget", [0, "0", "0B", float("nan"), -1.0])
