@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from tokenizers import Tokenizer
 
 from elastic_core.errors import UserError
 from elastic_core.io.filesystem import Location
-from elastic_core.io.json_files import read_json
+from elastic_core.io.json_files import parse_json, read_content
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
 
 # What transformers raises for files with JSON of another structure than it expects.
@@ -51,11 +50,12 @@ def check_json_file(path: Location, name: Location | None = None) -> None:
 
     A tokenizer.json has to hold a tokenizer: the library transformers does not say what is wrong with it.
     """
-    content = read_json(path, name)
+    data = read_content(path)
+    content = parse_json(data, name or path)
     if not str(path).endswith("tokenizer.json"):
         return
     try:
-        Tokenizer.from_buffer(json.dumps(content).encode())
+        Tokenizer.from_buffer(data)  # the bytes, because a name that is there twice is lost in `content`
     except ValueError as error:
         raise UserError(f"{name or path}: is not a tokenizer ({error}); copy it again") from None
     if not isinstance(content.get("added_tokens"), list):

@@ -24,12 +24,15 @@ def read_json(path: Location, name: Location | None = None, shape=dict):
 
     Raises UserError for a damaged file, and for JSON of another shape.
     """
+    return parse_json(read_content(path), name or path, shape)
+
+
+def read_content(path: Location) -> bytes:
+    """The bytes of a JSON file, local or at a URL."""
     if is_url(path):
-        data = storage.read_bytes(path)
-    else:
-        with open(path, "rb") as file:
-            data = file.read()
-    return parse_json(data, name or path, shape)
+        return storage.read_bytes(path)
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def parse_json(data: bytes, name: Location, shape=dict):

@@ -104,6 +104,7 @@ BAD_TOKENIZERS = [
     {"added_tokens": [{"id": 0, "content": "a"}]},
     {"post_processor": {"type": "x"}},
     {"model": {"type": "WordLevel", "vocab": {"a": 0.5}, "unk_token": "a"}},
+    ('"lstrip"', '"lstrip": false, "lstrip"'),
 ]
 
 
@@ -111,8 +112,9 @@ BAD_TOKENIZERS = [
 def test_tokenizers_that_were_found(parents, change):
     """The library tokenizers raises a plain Exception for them, which names no file."""
     directory = directories.copy(parents / "llama", parents / "found")
-    values = json.loads((directory / "tokenizer.json").read_text())
-    (directory / "tokenizer.json").write_text(json.dumps(values | change))
+    text = (directory / "tokenizer.json").read_text()
+    broken = json.dumps(json.loads(text) | change) if isinstance(change, dict) else text.replace(*change)
+    (directory / "tokenizer.json").write_text(broken)
     for reader in (load_tokenizer, check_parent_files):
         end = call("found", parents, lambda reader=reader: reader(directory), directory / "tokenizer.json")
         assert isinstance(end, UserError)
