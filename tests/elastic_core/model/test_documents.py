@@ -9,6 +9,9 @@ from elastic_core.errors import UserError
 from elastic_core.model import architectures, layers
 from elastic_core.model.dims import elastic_units
 from elastic_core.model.documents import documents_of
+from elastic_core.model.ops import kernels
+from elastic_core.model.ops.conv import causal_conv_silu
+from elastic_core.model.ops.ssd import ssd
 from tests.support.models.parents import (
     random_config,
     random_elastic,
@@ -103,3 +106,42 @@ def test_wrong_ids_are_refused(document_ids, words):
     model = random_elastic(0)
     with pytest.raises(UserError, match=words):
         model(torch.tensor([[1, 2, 3]]), document_ids=document_ids)
+
+
+def starts_of(ids: torch.Tensor) -> torch.Tensor:
+    """The first positions of documents, from the ids that a kernel of a GPU gets (B, L)."""
+    starts = torch.zeros(ids.shape, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    return starts
+
+
+def varlen_oracle(query, key, value, ends, ends_of_keys, longest, longest_key, *, window_size, enable_gqa):
+    """Flash attention's variable-length function, with its arguments: one call per document."""
+    lengths = ends.diff().tolist()
+    assert ends.dtype == torch.int32 and ends is ends_of_keys and longest == longest_key == max(lengths)
+    assert window_size == (-1, 0) and enable_gqa and query.dim() == 3  # causal, (positions, heads, channels)
+    parts = zip(*(t.split(lengths) for t in (query, key, value)), strict=True)
+    return torch.cat([layers._attention(*(t[None] for t in part), is_causal=True)[0] for part in parts])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_of_a_gpu_are_told_the_documents(kind, seed, monkeypatch):
+    """Functions with the kernels' arguments, computed by torch: each gets the documents in its own form."""
+    kernel_of = {
+        kernels._causal_conv1d: lambda x, weight, bias, ids: causal_conv_silu(
+            x.transpose(1, 2), weight.unsqueeze(1), bias, starts_of(ids).flatten().nonzero().flatten()
+        ).transpose(1, 2),
+        kernels._mamba_scan: lambda *tensors: ssd(*tensors[:6], starts=starts_of(tensors[6])),
+        kernels._mamba_norm: None,
+    }
+    monkeypatch.setattr(kernels, "_kernel", lambda find, *_: kernel_of[find])
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_oracle)
+    monkeypatch.setattr(layers, "_attention_by_document", layers._variable_length_attention)
+    monkeypatch.setattr(layers, "LONGEST_MASK", 0)
+    model = random_elastic(seed, KINDS[kind](seed))
+    ids, document_ids = random_documents(seed, model.config.vocab_size)
+    with torch.no_grad():
+        packed = model(ids, document_ids=document_ids)
+        monkeypatch.undo()
+        assert relative_error(packed, alone(ids, document_ids, model)) < 1e-5
