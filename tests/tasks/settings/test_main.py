@@ -8,12 +8,16 @@ import time
 from tests.support.committed_params import ROOT, put, write
 
 
-def check_quickly(directory):
+def check_quickly(directory, *profiles):
     """The ended process, and how many seconds it took."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     begin = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "tasks.settings"], cwd=directory, env=variables, capture_output=True, text=True
+        [sys.executable, "-m", "tasks.settings", *profiles],
+        cwd=directory,
+        env=variables,
+        capture_output=True,
+        text=True,
     )
     return done, time.monotonic() - begin
 
@@ -38,3 +42,12 @@ def test_what_needs_the_parents_configuration_is_left_to_the_other_check(values,
     put("budgets", "small", "9B")(values)
     write(values, tmp_path, monkeypatch)
     assert check_quickly(tmp_path)[0].returncode == 0
+
+
+def test_profiles_are_checked_without_the_files_that_they_name(tmp_path):
+    """Their parents and corpora are on other machines."""
+    done, _ = check_quickly(tmp_path, "one-gpu", "nemotron-nano-12b-v2")
+    lines = "profiles/one-gpu.yaml is valid\nprofiles/nemotron-nano-12b-v2.yaml is valid\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, lines, "")
+    done, _ = check_quickly(tmp_path, "no-such-profile")
+    assert done.returncode == 1 and "profile: got 'no-such-profile'; allowed: default" in done.stderr

