@@ -57,6 +57,17 @@ def is_url(location: Location) -> bool:
     return isinstance(location, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", location) is not None
 
 
+def why_impossible(path: str | os.PathLike) -> str | None:
+    """Why no file can have this path (a name is too long, or has characters that no name can have), or None."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return None
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    return None
+
+
 def scheme_of(location: Location) -> str:
     """The part before ``://`` in lower case; ``file`` for a local path."""
     return location.split("://")[0].lower() if is_url(location) else "file"

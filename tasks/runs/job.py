@@ -14,7 +14,8 @@ from pathlib import Path
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
-from elastic_core.io.json_files import read_json
+from elastic_core.io.filesystem import why_impossible
+from elastic_core.io.json_files import ADVICE, read_json
 from tasks.runs import from_the_start, lock, provenance
 from tasks.runs.key import Inputs, read_inputs
 from tasks.settings.schema import Params
@@ -142,9 +143,19 @@ def read_run(directory: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        return read_json(path, shape=SHAPE)
+        record = read_json(path, shape=SHAPE)
+        _check_place(record["checkpoints"], directory)
+        return record
     except UserError as error:
         raise UserError(f"{error}; or remove {directory}, and the run starts anew") from None
+
+
+def _check_place(checkpoints: str, directory: Path) -> None:
+    """Raise UserError unless a run in `directory` can have its checkpoints there: all files in it may be removed."""
+    problem = None if storage.is_url(checkpoints) else why_impossible(directory.parents[1] / checkpoints)
+    if problem is not None or not checkpoints.endswith(f"/{directory.name}"):
+        problem = problem or f"allowed: a directory or URL that ends in /{directory.name}"
+        raise UserError(f"{directory / RUN}: checkpoints={checkpoints!r}; {problem}; {ADVICE}")
 
 
 def remove_files(location: str) -> None:

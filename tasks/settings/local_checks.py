@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from elastic_core.config import ConfigError, Problems, Require, require
 from elastic_core.errors import UserError
 from elastic_core.io import storage
+from elastic_core.io.filesystem import why_impossible
 from elastic_core.io.tokenizer_files import ADVICE, TOKENIZERS, has_chat_template
 from tasks.corpora.benchmark_files import check_task_files
 from tasks.corpora.inputs import Input
@@ -128,12 +129,8 @@ def why_not_writable(directory: Path) -> str | None:
     while not os.path.exists(directory):
         if os.path.islink(directory):
             return f"{directory} is a link to something that does not exist"
-        try:
-            os.lstat(directory)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except (OSError, ValueError) as error:  # too long, or with characters that no name can have
-            return getattr(error, "strerror", None) or str(error)
+        if (problem := why_impossible(directory)) is not None:
+            return problem
         directory = directory.parent
     try:
         with tempfile.TemporaryFile(dir=directory):

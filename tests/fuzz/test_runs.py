@@ -226,7 +226,15 @@ def test_rankings_that_were_found(scratch, content):
     assert isinstance(call("found", scratch, lambda: Ranking.load(path), path), UserError)
 
 
-@pytest.mark.parametrize("content", [{}, {**RECORD, "checkpoints": None}, {**RECORD, "continues": {}}], ids=range(3))
+BAD_PLACES = (None, "", "/", ".", "checkpoints", "x" * 300 + "/rank-0123", "y/" * 3000 + "rank-0123")
+BAD_PLACES += ("\ud800/rank-0123", "\0/rank-0123", "s3://bucket/another")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {**RECORD, "continues": {}}, *({**RECORD, "checkpoints": place} for place in BAD_PLACES)],
+    ids=range(12),
+)
 def test_run_json_that_was_found(scratch, content):
     file = scratch / "workspace" / "checkpoints" / "rank-0123" / "run.json"
     file.parent.mkdir(parents=True, exist_ok=True)
