@@ -55,9 +55,17 @@ def _short(value) -> str:
 
 
 def _row(kind: str, name: str, old, new) -> dict:
-    both = [isinstance(value, int | float) and not isinstance(value, bool) for value in (old, new)]
-    change = f"{new - old:+.4g}" if all(both) else "–"
-    return {"what": kind, "name": name, "before": _shown(old), "after": _shown(new), "change": change}
+    return {"what": kind, "name": name, "before": _shown(old), "after": _shown(new), "change": _change(old, new)}
+
+
+def _change(old, new) -> str:
+    """By how much two numbers differ; a dash for other values and for integers that are too large for a float."""
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in (old, new)):
+        return "–"
+    try:
+        return f"{new - old:+.4g}"
+    except OverflowError:
+        return "–"
 
 
 def _shown(value):

@@ -15,6 +15,8 @@ from elastic_core.io.tokenizer_files import TOKENIZER_FILES
 # What transformers raises for files with JSON of another structure than it expects.
 LOAD_ERRORS = (ImportError, OSError, ValueError, LookupError, TypeError, AttributeError)
 
+WITH_UNKNOWN = ("WordLevel", "WordPiece")  # models that need a token for words that they do not know
+
 
 def load_tokenizer(directory: str | os.PathLike, name: str | os.PathLike | None = None, **options):
     """The tokenizer of a local directory.
@@ -60,3 +62,6 @@ def check_json_file(path: Location, name: Location | None = None) -> None:
         raise UserError(f"{name or path}: is not a tokenizer ({error}); copy it again") from None
     if not isinstance(content.get("added_tokens"), list):
         raise UserError(f"{name or path}: is not a tokenizer (no added_tokens); copy it again")
+    model = content["model"]
+    if model.get("type") in WITH_UNKNOWN and model["unk_token"] not in model["vocab"]:  # fails at the first such word
+        raise UserError(f"{name or path}: its unk_token {model['unk_token']!r} is not in its vocabulary; copy it again")

@@ -104,6 +104,7 @@ BAD_TOKENIZERS = [
     {"added_tokens": [{"id": 0, "content": "a"}]},
     {"post_processor": {"type": "x"}},
     {"model": {"type": "WordLevel", "vocab": {"a": 0.5}, "unk_token": "a"}},
+    {"model": {"type": "WordLevel", "vocab": {}, "unk_token": "a"}},
     ('"lstrip"', '"lstrip": false, "lstrip"'),
 ]
 

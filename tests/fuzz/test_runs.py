@@ -181,6 +181,18 @@ def test_finished_runs(scratch, data):
     call("finished runs", scratch, lambda: differences.changes(directory.parent / "a", directory), directory)
 
 
+@pytest.mark.parametrize("old, new", [(0, 10**400), (-(10**400), 0.5), (10**400, float("inf"))])
+def test_changes_of_numbers_that_no_float_holds(scratch, old, new):
+    for name, seed in (("a", old), ("b", new)):
+        directory = scratch / records.NAMED / name
+        directory.mkdir(parents=True, exist_ok=True)
+        files = {"run.json": FINISHED | {"name": name}, "results.json": RESULTS, "params.yaml": {"seed": seed}}
+        for file, content in files.items():
+            (directory / file).write_text(json.dumps(content).replace("Infinity", ".inf"))
+    (row,) = call("found", scratch, lambda: differences.changes(directory.parent / "a", directory))
+    assert row["name"] == "seed" and row["change"] == "–"
+
+
 @examples(24)
 @given(data=st.data())
 def test_latency_table(scratch, data):

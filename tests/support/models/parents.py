@@ -136,7 +136,7 @@ def save_random_parent(directory, seed: int, config=None) -> PreTrainedModel:
 
 def write_tokenizer(directory) -> None:
     """A tokenizer of one token, where a test needs a directory that has one."""
-    Tokenizer(WordLevel({"a": 0})).save(str(directory / "tokenizer.json"))
+    Tokenizer(WordLevel({"a": 0}, "a")).save(str(directory / "tokenizer.json"))
 
 
 def random_elastic(seed: int, config=None) -> ElasticModel:
