@@ -55,6 +55,8 @@ def _check_chat_template(problems: Problems, evaluate, parent) -> None:
     if not given or parent.path is None or is_package(parent.path) or storage.is_url(parent.path):
         return
     directory = Path(locate(parent.path))
+    if not directory.is_dir():
+        return  # `_check_parent` says so
     allowed = f"false, because {directory} has no chat template; {ADVICE}"
     problems.require(has_chat_template(directory), "evaluate.benchmarks.apply_chat_template", given, allowed)
 

@@ -86,8 +86,12 @@ def test_a_profile_fits_its_parent(parent, tmp_path, request):
 
 @pytest.mark.parametrize("name", PARENTS)
 def test_a_parent_that_is_not_there_is_named(name, tmp_path):
-    with pytest.raises(ConfigError, match=r"parent\.path: got '/models/.*'; allowed: a Hugging Face directory"):
+    """And it is the only problem: nothing is said about a chat template that cannot be there."""
+    with pytest.raises(
+        ConfigError, match=r"parent\.path: got '/models/.*'; allowed: a Hugging Face directory"
+    ) as error:
         load(write(name, tmp_path))
+    assert len(error.value.problems) == 1
 
 
 @pytest.mark.parametrize("name", OF_SMOLLM2)
