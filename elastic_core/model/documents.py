@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import functools
+import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +19,11 @@ class Documents:
     - `positions` (B, L) int64: the number of each position in its document, from 0.
     - `inner_starts` (N,) int64: the first positions of documents, without those at the start of a row. They are
       numbers of positions in all rows, one row after another.
+    - `is_inner_start` (B, L) bool: the same positions.
     - `lengths`: the number of positions of every document, one row after another.
+    - `cumulative_lengths` (N + 1,) int32: 0, and the end of every document, as numbers of positions in all rows.
+    - `uncompiled(function, *args)` calls a function that reads `lengths`, or one of the tensors that are as long as
+      there are documents. torch.compile must not trace it: it would make new graphs for every batch.
     """
 
     def __init__(self, document_ids: Tensor, device: torch.device):
@@ -32,15 +38,12 @@ class Documents:
         self.ids = document_ids.to(torch.int32).to(device, non_blocking=True)
         self.positions = positions.view(batch, length).to(device, non_blocking=True)
         self.inner_starts = starts[starts % length > 0].to(device, non_blocking=True)
+        is_start[:, 0] = False
+        self.is_inner_start = is_start.to(device, non_blocking=True)
         self.cumulative_lengths = torch.cat([starts, ends[-1:]]).to(torch.int32).to(device, non_blocking=True)
         self._masks: dict[torch.dtype, Tensor] = {}
-
-    @cached_property
-    def is_inner_start(self) -> Tensor:
-        """Whether a document starts at a position, except at the start of a row, (B, L) bool."""
-        found = torch.zeros(self.ids.shape, dtype=torch.bool, device=self.ids.device)
-        found.view(-1)[self.inner_starts] = True
-        return found
+        # Whoever compiles has imported the compiler. Without it, its import would take a second.
+        self.uncompiled = _disabled_call() if "torch._dynamo" in sys.modules else _call
 
     def mask(self, dtype: torch.dtype) -> Tensor:
         """What is added to the scores of attention, (B, 1, L, L): 0 for an earlier position of the same document."""
@@ -49,6 +52,15 @@ class Documents:
             mask = torch.zeros(is_seen.shape, dtype=dtype, device=self.ids.device)
             self._masks[dtype] = mask.masked_fill_(~is_seen, float("-inf"))
         return self._masks[dtype]
+
+
+def _call(function: Callable[..., Tensor], *args) -> Tensor:
+    return function(*args)
+
+
+@functools.cache  # one function in all batches: graphs are valid for this function only
+def _disabled_call() -> Callable[..., Tensor]:
+    return torch.compiler.disable(_call)
 
 
 def documents_of(document_ids: Tensor | None, input_ids: Tensor) -> Documents | None:

@@ -56,11 +56,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
     if documents is None:
         y = _attention(query, key, value, is_causal=True)
     elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        y = _variable_length_attention(query, key, value, documents)
+        y = documents.uncompiled(_variable_length_attention, query, key, value, documents)
     elif query.shape[1] <= LONGEST_MASK:
         y = _attention(query, key, value, attn_mask=documents.mask(query.dtype))
     else:
-        y = _attention_by_document(query, key, value, documents)
+        y = documents.uncompiled(_attention_by_document, query, key, value, documents)
     return y.flatten(2)
 
 

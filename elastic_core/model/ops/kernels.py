@@ -39,9 +39,16 @@ def conv_silu(
         problem = f"a convolution over {taps} positions, but it supports {', '.join(map(str, WIDTHS))}"
     kernel = _kernel(_causal_conv1d, x.device, dtype, problem)
     if kernel is None:
-        return causal_conv_silu(x, weight, bias, None if documents is None else documents.inner_starts)
+        if documents is None:
+            return causal_conv_silu(x, weight, bias)
+        return documents.uncompiled(_conv_of_documents, x, weight, bias, documents)
     x = _aligned(x.to(dtype)).transpose(1, 2)
     return kernel(x, weight.squeeze(1), bias, None if documents is None else documents.ids).transpose(1, 2)
+
+
+def _conv_of_documents(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents) -> Tensor:
+    # The tensor of starts is read here, where torch.compile does not see its size.
+    return causal_conv_silu(x, weight, bias, documents.inner_starts)
 
 
 def scan(

@@ -119,7 +119,8 @@ def compile_blocks(model: ElasticModel) -> None:
 
     torch.compile makes a graph for every shape of a layer: one per budget, the full one (also the teacher's), and that
     of the soft mode, each with and without gradients. torch allows 8 graphs per function by default, and further shapes
-    run uncompiled without a warning. So the limit is raised.
+    run uncompiled without a warning. So the limit is raised. What depends on the number of documents in a batch is not
+    compiled (see `Documents.uncompiled`), so that batches with other documents use the same graphs.
     """
     limit = GRAPHS_PER_LAYER * len(model.model.layers)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)

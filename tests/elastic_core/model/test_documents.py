@@ -87,6 +87,40 @@ def test_documents_in_low_precision():
         assert relative_error(packed, alone(ids, document_ids, model)) < 0.05
 
 
+def ids_of(lengths: list[int], length: int) -> torch.Tensor:
+    """Document ids (B, length) of documents that fill the rows."""
+    return torch.repeat_interleave(torch.tensor(lengths)).view(-1, length)
+
+
+@pytest.mark.parametrize(("kind", "longest_mask"), [("nemotron_h", 4), ("llama", 256)])
+def test_batches_with_other_documents_make_no_new_graphs(kind, longest_mask, monkeypatch):
+    """Layers that are compiled as in training. With a graph for every batch, a run would compile to its end."""
+    monkeypatch.setattr(layers, "LONGEST_MASK", longest_mask)
+    config, graphs = KINDS[kind](0), []
+    if kind == "nemotron_h":
+        config.layers_block_type = ["linear_attention", "full_attention"]  # those that mix positions
+    else:
+        config.num_hidden_layers = 1
+    model, plain = random_elastic(0, config), random_elastic(0, config)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+        for block in model.model.layers:
+            for part in block.children():
+                part.compile(dynamic=False, backend=backend)
+        made = []
+        for seed, lengths in enumerate(([5, 3, 8], [1, 7, 2, 6], [8, 1, 1, 1, 1, 4])):
+            ids = torch.randint(0, model.config.vocab_size, (2, 8), generator=torch.Generator().manual_seed(seed))
+            logits, expected = (each(ids, document_ids=ids_of(lengths, 8)) for each in (model, plain))
+            logits.square().mean().backward()
+            assert relative_error(logits, expected) < 1e-5
+            made.append(len(graphs))
+    assert 0 < made[0] == made[-1], made
+
+
 def test_rows_of_one_document_need_no_masks():
     ids = torch.zeros(2, 5, dtype=torch.int64)
     assert documents_of(torch.tensor([[4] * 5, [7] * 5]), ids) is None
