@@ -12,6 +12,7 @@ from elastic_core.model.documents import Documents
 from elastic_core.model.ops.norm import rms_norm
 from elastic_core.model.slicing import Slice
 
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 LONGEST_MASK = 256  # positions; in longer rows, a call per document costs less than a mask over all pairs of positions
 CAUSAL = (-1, 0)  # the window of variable-length attention: any number of earlier positions, no later ones
 
@@ -55,13 +56,18 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
     """
     if documents is None:
         y = _attention(query, key, value, is_causal=True)
-    elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        y = documents.uncompiled(_variable_length_attention, query, key, value, documents)
-    elif query.shape[1] <= LONGEST_MASK:
+    elif has_mask(query.shape[1], query.dtype, query.is_cuda):
         y = _attention(query, key, value, attn_mask=documents.mask(query.dtype))
+    elif query.is_cuda and query.dtype in LOW_PRECISION:
+        y = documents.uncompiled(_variable_length_attention, query, key, value, documents)
     else:
         y = documents.uncompiled(_attention_by_document, query, key, value, documents)
     return y.flatten(2)
+
+
+def has_mask(length: int, dtype: torch.dtype, on_gpu: bool) -> bool:
+    """Whether attention scores all pairs of positions in rows of documents, and a mask hides other documents."""
+    return length <= LONGEST_MASK and not (on_gpu and dtype in LOW_PRECISION)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:

@@ -18,9 +18,9 @@ Names and sizes
 
 Layers and their cost in training
 
-- `Block(config, layer, layout)`: a layer with `forward(x, sliced, documents)`, in which documents (documents.py) do not see
-  each other.
-- `mixing_flops(config, sizes, kept, length, on_gpu)`: operations that do not multiply weights (ops/flops.py).
+- `Block(config, layer, layout)`: a layer with `forward(x, sliced, documents)`. Documents (documents.py) do not see each
+  other.
+- `mixing_flops(config, sizes, kept, length, pairs, on_gpu)`: operations that do not multiply weights (ops/flops.py).
 - `scan_block(config, layer, sequences)`: the positions that the scan of a layer processes at one time, or None.
 
 Files

@@ -150,12 +150,14 @@ def kept_state(config) -> dict[str, Layout]:
 # Cost in training
 
 
-def mixing_flops(config, sizes: Mapping[str, int], kept: Iterable[int], length: int, on_gpu: bool) -> Flops:
+def mixing_flops(
+    config, sizes: Mapping[str, int], kept: Iterable[int], length: int, pairs: float, on_gpu: bool
+) -> Flops:
     """Operations on one sequence in the kept layers that multiply no weights: attention, and Qwen3's norms of heads."""
     total, size = Flops(), head_dim(config)
     for i in kept:
         heads = sizes[f"attention_heads.{i}"]
-        total += attention_flops(length, heads, size)
+        total += attention_flops(pairs, heads, size)
         if config.model_type == "qwen3":
             total += norm_flops(length * (heads + config.num_key_value_heads), size)
     return total

@@ -150,12 +150,14 @@ def kept_state(config) -> dict[str, Layout]:
 # Cost in training
 
 
-def mixing_flops(config, sizes: Mapping[str, int], kept: Iterable[int], length: int, on_gpu: bool) -> Flops:
+def mixing_flops(
+    config, sizes: Mapping[str, int], kept: Iterable[int], length: int, pairs: float, on_gpu: bool
+) -> Flops:
     """Operations on one sequence in the kept layers that multiply no weights: attention and the scan."""
     total, types = Flops(), pattern(config)
     for i in kept:
         if types[i] == "*":
-            total += attention_flops(length, sizes[f"attention_heads.{i}"], config.head_dim)
+            total += attention_flops(pairs, sizes[f"attention_heads.{i}"], config.head_dim)
         elif types[i] == "M":
             heads, channels = sizes[f"mamba_heads.{i}"], sizes[f"mamba_channels.{i}"]
             total += scan_flops(length, heads, channels, config.n_groups, config.ssm_state_size, on_gpu)

@@ -2,8 +2,9 @@
 
 elastic_core/training/estimate/flops.py adds the products with weights. The formulas:
 
-- Attention over L positions with A heads of D channels: 4·L²·A·D in the forward pass. The backward pass computes the
-  scores again and has 5/2 of that. All L·L scores count, although causal kernels skip half of them.
+- Attention with A heads of D channels over S pairs of positions: 4·S·A·D in the forward pass. The backward pass
+  computes the scores again and has 5/2 of that. A document of l positions has l² pairs. All of them count, although
+  causal kernels skip half of them. A row of L positions that is one document has L² pairs.
 - A norm of width K, per token: 4·K in the backward pass.
 - The scan in chunks of Q positions, with H heads of P channels, G groups and N states, per token (the terms with N·H·P
   only if there is more than one chunk):
@@ -33,9 +34,9 @@ class Flops:
         return Flops(self.forward * factor, self.backward * factor)
 
 
-def attention_flops(length: int, heads: int, head_dim: int) -> Flops:
-    """Softmax attention of one sequence with `heads` query heads."""
-    return Flops(1, 2.5) * (4 * length**2 * heads * head_dim)
+def attention_flops(pairs: float, heads: int, head_dim: int) -> Flops:
+    """Softmax attention of one sequence with `heads` query heads, over `pairs` pairs of positions."""
+    return Flops(1, 2.5) * (4 * pairs * heads * head_dim)
 
 
 def norm_flops(vectors: int, width: int) -> Flops:

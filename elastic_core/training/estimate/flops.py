@@ -15,25 +15,43 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from elastic_core.model import architectures
 from elastic_core.model.dims import Fixed, Layout, is_matrix, layer_index
+from elastic_core.model.layers import has_mask
 from elastic_core.model.ops.flops import Flops, norm_flops
 from elastic_core.model.submodel import Submodel, full_submodel
 
 
-def pass_flops(config, length: int, submodel: Submodel | None = None, on_gpu: bool = False) -> Flops:
+def pass_flops(
+    config, length: int, submodel: Submodel | None = None, on_gpu: bool = False, pairs: float | None = None
+) -> Flops:
     """The FLOPs of one sequence of `length` tokens: forward and backward pass of `submodel` (None: the parent).
 
     `on_gpu`: count the state space scan with the chunks that it has on a GPU; they are longer.
+    `pairs`: the pairs of positions that attention scores (see `attention_pairs`). None: all, as in a row that is one
+    document.
     """
+    pairs = length**2 if pairs is None else pairs
     submodel = (submodel or full_submodel(config)).resolve(config)
     sizes, kept = submodel.sizes(config), submodel.kept_layers
-    total = architectures.of(config).mixing_flops(config, sizes, kept, length, on_gpu)
+    total = architectures.of(config).mixing_flops(config, sizes, kept, length, pairs, on_gpu)
     for name, dims in multiplied(config).items():
         layer, count = layer_index(name), math.prod(dim.count(sizes) for dim in dims)
         if layer is None or layer in kept:
             total += norm_flops(length, count) if len(dims) == 1 else Flops(2, 4) * (length * count)
     return total
+
+
+def attention_pairs(length: int, document_length: float, dtype: torch.dtype, on_gpu: bool) -> float:
+    """The pairs of positions that attention scores in a row of `length` positions with several documents.
+
+    Documents of l positions each, Σl = `length`, have Σl² pairs: `length` times the mean length of documents over
+    positions, Σl²/Σl, which is `document_length`. Short rows may have a mask instead, and then all pairs are scored.
+    `dtype` is the type of the activations.
+    """
+    return length * (length if has_mask(length, dtype, on_gpu) else document_length)
 
 
 def multiplied(config) -> Layout:
