@@ -171,6 +171,19 @@ class PackedSequences:
         return int(self._orders[source][1][position])
 
 
+def mean_document_length(data: TokenData, mixture: Mapping[str, float], sequence_length: int) -> float:
+    """The mean length, in positions, of the documents in packed sequences; a mean over positions: Σl²/Σl.
+
+    A document counts with its part, if it is longer than a sequence. Sources count with their share of the sequences.
+    Padding counts as documents of this length. No tokens are read. Raises UserError as `PackedSequences` does.
+    """
+    shares, total = _positive_shares(mixture, data), 0.0
+    for source, share in shares.items():
+        lengths = _parts(data, source, "train", sequence_length)[1].astype(np.float64)
+        total += share * float(np.square(lengths).sum() / lengths.sum())
+    return total / sum(shares.values())
+
+
 def held_out_batches(
     data: TokenData, source: str, sequence_length: int, batch_size: int, max_tokens: int | None = None
 ) -> Iterator[Batch]:

@@ -14,6 +14,7 @@ from elastic_core.data.loader import (
     TokenData,
     check_tokenizer,
     held_out_batches,
+    mean_document_length,
     vocabulary_sha256,
 )
 from elastic_core.data.token_files import SPLITS, TOO_LONG, Manifest, Source, SplitWriter
@@ -79,6 +80,18 @@ def test_a_batch_is_its_samples_one_by_one_in_any_division(data):
     for i in reversed(range(300)):
         for one, all_rows in zip(fresh.batch(7 + i, 1), batch, strict=True):
             assert torch.equal(one[0], all_rows[i])
+
+
+def test_the_mean_length_of_documents_is_that_of_the_rows(data):
+    """The pairs of positions in the same document, counted in the rows that are read; only padding differs."""
+    mixture, count = {"prose": 0.5, "code": 0.2, "chains": 0.3}, 2000
+    ids = PackedSequences(data, mixture, LENGTH, seed=3).batch(0, count).document_ids
+    pairs = (ids[:, :, None] == ids[:, None, :]).sum().item() / count
+    assert mean_document_length(data, mixture, LENGTH) * LENGTH == pytest.approx(pairs, rel=0.03)
+    whole = {"prose": 1.0, "chains": 0.0}  # documents of 100 positions in rows of 10
+    assert mean_document_length(data, whole, 10) == 10
+    with pytest.raises(ValueError, match="unknown source 'verse'"):
+        mean_document_length(data, {"verse": 1.0}, LENGTH)
 
 
 @pytest.mark.parametrize("source", ["prose", "chains"])
