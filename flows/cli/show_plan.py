@@ -127,10 +127,28 @@ def notes(plan: dict) -> list[str]:
         lines.append(f"hours:  {hardware['utilisation']:.0%} of {text} TFLOP/s per GPU, recomputation counted as work")
     if (counted := plan["memory"] or plan["time"]) is not None:
         lines.append(f"budgets: shares of {amount(plan, plan['parent']['cost'])} {unit}, for {counted['setting']}")
+    lines += documents(plan)
     if plan["parent"]["active_parameters"]:
         lines.append("experts: memory as if tokens asked all of a layer's experts alike, operations of those they ask")
     lines.append(f"memory: {size(round(hardware['usable']))} of {size(round(hardware['memory']))} are there to be used")
     lines.append(f"rank:   holds {size(round(plan['rank']['at_least']))} or more on every worker; it is not sharded")
+    return lines
+
+
+def documents(plan: dict) -> list[str]:
+    """How long documents are: attention does not cross their ends."""
+    if (reason := plan["documents"]["unknown_because"]) is not None:
+        return [f"documents: one per row, because {reason}; attention costs at most this"]
+    stages = plan["stages"]
+    lengths = ", ".join(f"{stage['document_length']:,.0f} in {name}" for name, stage in stages.items())
+    lines = [f"documents: mean length in tokens, over tokens: {lengths}, in {plan['documents']['data']}"]
+    masked = [
+        name
+        for name, stage in stages.items()
+        if stage["attention_pairs"] > stage["document_length"] * stage["sequence_length"]
+    ]
+    if masked:
+        lines.append(f"        rows are short in {', '.join(masked)}: there attention scores all pairs, with a mask")
     return lines
 
 

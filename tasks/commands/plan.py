@@ -15,6 +15,7 @@ from elastic_core.config import ConfigError, Problems
 from elastic_core.cost.latency import Timed, as_latency
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import Metric, exact_cost
+from elastic_core.data.loader import TokenData, mean_document_length
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.model import architectures, hf
@@ -36,12 +37,14 @@ from tasks.parents.targets import metric_of_family, resolve
 from tasks.runtime.preflight import check_architecture
 from tasks.settings.load import read
 from tasks.settings.local_checks import check_parent, is_package
-from tasks.settings.merging import ROOT, file_of, parameters
-from tasks.settings.profiles import working_directory
+from tasks.settings.merging import ROOT, file_of, parameters, read_override
+from tasks.settings.profiles import working_directory, workspace_of
 from tasks.settings.schema import Params
 
 TOLERANCE = 0.01  # a member may differ from its budget by this share of it
 PARENTS = ROOT / "profiles" / "parents"  # the config.json of some parents
+DATA = Path("artifacts/data")  # of stage prepare_data, in a workspace
+DECIDE_DATA = ("seed", "prepare_data", "parent")  # the sections with parameters of prepare_data
 
 
 def plan_profile(
@@ -62,13 +65,13 @@ def plan_profile(
         settings = read(values, file_of(profile))
         if is_package(settings.parent.path):
             check_parent(settings.parent.path, f"{file_of(profile)}: parent.path")
-        return make_plan(settings, *read_parent(settings, config), hardware)
+        return make_plan(settings, *read_parent(settings, config), hardware, find_data(profile, overrides))
 
 
-def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict:
+def make_plan(settings: Params, config, source: str, hardware: Hardware, data: Path) -> dict:
     """The whole plan, as plain values.
 
-    source: where the parent's `config` was read, for the output.
+    source: where the parent's `config` was read, for the output. data: the directory that prepare_data writes.
 
     `counted` is the family's metric. Costs are in its unit: a number of parameters, bytes if `memory` is set, or
     milliseconds per token if `time` is set. `deviation` is the member's distance from its target, as a share of the
@@ -79,7 +82,11 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict
     check_architecture(settings, config)  # the same check as in a run
     metric = as_latency(metric)
     full = exact_cost(metric, config)
-    stages = {name: describe_stage(name, settings, config, members, hardware, pieces) for name in stages_of(settings)}
+    lengths, reason = document_lengths(settings, data)
+    stages = {
+        name: describe_stage(name, settings, config, members, hardware, pieces, lengths[name])
+        for name in stages_of(settings)
+    }
     rank = describe_rank(config, hardware)
     return {
         "parent": {"config": source, "cost": full, **describe_member(config, Submodel())},
@@ -98,6 +105,7 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware) -> dict
             }
             for name, submodel in members.items()
         },
+        "documents": {"data": str(data), "unknown_because": reason},
         "hardware": {**dataclasses.asdict(hardware), "usable": hardware.usable},
         "stages": stages,
         "rank": rank,
@@ -140,7 +148,8 @@ def _find_parent(settings: Params, config: Path | None):
 def check_time_limits(settings: Params, config) -> None:
     """Refuse time limits of training stages that are shorter than the plan. Raises ConfigError.
 
-    Hours are those of H100s at 40 % of their peak, the default of `elastic plan`. On CPUs, no hours are planned.
+    Hours are those of H100s at 40 % of their peak, the default of `elastic plan`. On CPUs, no hours are planned. The
+    lengths of documents may be unknown yet, so this counts the least that attention can cost: documents of one token.
     """
     limits = {name: limit for name, limit in settings.time_limits.items() if name in stages_of(settings)}
     if not limits or not use_gpus(settings.compute):
@@ -148,10 +157,41 @@ def check_time_limits(settings: Params, config) -> None:
     problems, hardware = Problems(), Hardware()
     members, _, _ = find_members(settings, config, resolve(settings, config))
     for name, limit in limits.items():
-        hours = describe_work(name, settings, config, members, hardware)["hours"]
+        hours = describe_work(name, settings, config, members, hardware, document_length=1.0)["hours"]
         allowed = f"{hours:,.1f} hours or more, which H100s need at {hardware.utilisation:.0%} of their peak"
         problems.require(limit >= hours, f"time_limits.{name}", limit, allowed)
     problems.raise_all()
+
+
+# --- the documents ---------------------------------------------------------------------------------------------------
+
+
+def find_data(profile: str, overrides: Iterable[str]) -> Path:
+    """The directory that prepare_data writes, or has written, in a run of this profile.
+
+    If a run with these overrides has none, and if they change no parameter of prepare_data: the one of the profile.
+    """
+    data = workspace_of(profile, overrides=overrides) / DATA
+    if data.is_dir() or any(read_override(text)[0][0] in DECIDE_DATA for text in overrides):
+        return data
+    return workspace_of(profile) / DATA
+
+
+def document_lengths(settings: Params, data: Path) -> tuple[dict[str, float | None], str | None]:
+    """Training stage → mean length of its documents (see `mean_document_length`), and None.
+
+    If the directory `data` does not tell them: every length is None, and the reason.
+    """
+    stages = stages_of(settings)
+    if not data.is_dir():
+        return dict.fromkeys(stages), "prepare_data has not run"
+    try:
+        tokens = TokenData(data)
+        return {
+            name: mean_document_length(tokens, stage.mixture, stage.sequence_length) for name, stage in stages.items()
+        }, None
+    except UserError as error:
+        return dict.fromkeys(stages), str(error)
 
 
 # --- the family ------------------------------------------------------------------------------------------------------

@@ -10,12 +10,14 @@ import math
 import re
 from dataclasses import dataclass
 
+import torch
+
 from elastic_core.config import require
 from elastic_core.cost.budgets import parse
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.errors import UserError
 from elastic_core.model.submodel import Submodel, full_submodel
-from elastic_core.training.estimate.flops import pass_flops
+from elastic_core.training.estimate.flops import attention_pairs, pass_flops
 from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
 from elastic_core.training.estimate.step_memory import Peak, Workload, step_peak
 from elastic_core.training.stage import Stage
@@ -61,11 +63,18 @@ class Hardware:
 
 
 def describe_stage(
-    name: str, settings: Params, config, members: dict[str, Submodel], hardware: Hardware, pieces: dict
+    name: str,
+    settings: Params,
+    config,
+    members: dict[str, Submodel],
+    hardware: Hardware,
+    pieces: dict,
+    document_length: float | None,
 ) -> dict:
     """The plan of one stage as plain values. Bytes are per worker.
 
-    members: budget → submodel. pieces: a cache that is shared between stages, because counting is slow.
+    members: budget → submodel. pieces: a cache that is shared between stages, because counting is slow. For
+    document_length see `describe_work`.
     """
     peak = stage_peak(name, settings, config, pieces)
     changes = find_changes(name, settings, config, hardware, pieces)
@@ -75,7 +84,7 @@ def describe_stage(
         "total": peak.total,
         "moment": peak.moment,
         "fits": peak.total <= hardware.usable,
-        **describe_work(name, settings, config, members, hardware),
+        **describe_work(name, settings, config, members, hardware, document_length),
         "changes": changes,
         "shorter": find_shorter(name, settings, config, hardware, pieces, changes),
     }
@@ -130,24 +139,35 @@ def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
     return step_peak(pieces[setting, gates], make_workload(name, settings))
 
 
-def describe_work(name: str, settings: Params, config, members: dict[str, Submodel], hardware: Hardware) -> dict:
+def describe_work(
+    name: str,
+    settings: Params,
+    config,
+    members: dict[str, Submodel],
+    hardware: Hardware,
+    document_length: float | None,
+) -> dict:
     """Tokens, FLOPs by kind, and hours of a stage.
 
-    FLOPs include recomputation, because `utilisation` refers to all FLOPs that the hardware computes.
+    document_length: the mean length of the documents in a row, in positions, over positions; None: a row is one
+    document. FLOPs include recomputation, because `utilisation` refers to all FLOPs that the hardware computes.
     """
     stage, compute = stages_of(settings)[name], settings.compute
     flops = dict.fromkeys(("student", "recomputed", "teacher"), 0.0)
     length, on_gpu = stage.sequence_length, use_gpus(compute)
     shares = {"parent": 1.0} if name == "parent" else stage.budget_shares or dict.fromkeys(settings.budgets, 1.0)
     soft_share = settings.routing.share if learns_softly(name, settings) else 0.0
-    teacher_pass = pass_flops(config, length, on_gpu=on_gpu)
+    pairs = float(length**2)
+    if document_length is not None:
+        pairs = attention_pairs(length, document_length, getattr(torch, stage.precision), on_gpu)
+    teacher_pass = pass_flops(config, length, on_gpu=on_gpu, pairs=pairs)
     for budget, share in shares.items():
         sequences = share / sum(shares.values()) * stage.steps * stage.batch_size
         for submodel, part in (
             (full_submodel(config), soft_share),
             (members.get(budget, full_submodel(config)), 1 - soft_share),
         ):
-            student_pass = pass_flops(config, length, submodel, on_gpu)
+            student_pass = pass_flops(config, length, submodel, on_gpu, pairs)
             flops["student"] += sequences * part * (student_pass.forward + student_pass.backward)
             if compute.execution.activation_checkpointing:  # of everything except the head
                 head = 2 * length * config.vocab_size * submodel.hidden_size
@@ -158,6 +178,8 @@ def describe_work(name: str, settings: Params, config, members: dict[str, Submod
         peak = PEAKS[stage.precision]
     hours = None if peak is None else total / (peak * hardware.utilisation) / 3600
     return {
+        "document_length": document_length,
+        "attention_pairs": pairs,
         "tokens": stage.num_tokens(),
         "steps": stage.steps,
         "flops": flops,
