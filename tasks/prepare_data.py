@@ -1,4 +1,4 @@
-"""Stage `prepare_data`: turn text sources into token files, and write the tokenizer and the evaluation tasks."""
+"""Stage `prepare_data`: turn texts and conversations into token files, and write the tokenizer and the evaluation tasks."""
 
 from __future__ import annotations
 
@@ -162,6 +162,11 @@ def _encoder(
     parse = getattr(source, "special_tokens", "text") == "parse"
     if not is_conversation(source):
         return Encoder(tokenizer, manifest, threads, parse)
+    if source.is_generated and not tokenizer.chat_template:
+        raise UserError(
+            f"prepare_data.sources.{name}: kind {source.kind} needs a chat template, and the tokenizer has none; add "
+            "chat_template.jinja to the parent's directory, or use other sources"
+        )
     called = f"{source.chat_template or 'the chat template'} (of prepare_data.sources.{name})"
     options = (read_template(source.chat_template), source.template_variables, source.train_on, parse, called)
     template = ChatTemplate(tokenizer, *options)

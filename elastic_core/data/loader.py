@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
     A label is the next token of the same document, or IGNORED_LABEL where no token is learnt: in the padding of a row,
     and before tokens that are not trained, such as the prompts of a conversation. `document_ids` counts the documents
-    of a row from 0; padding is one more document.
+    of a row from 0. Padding is one more document, with the number L.
     """
 
     input_ids: torch.Tensor
@@ -287,7 +287,7 @@ def _read_batch(
             if trained is not None:
                 labels[row, begin:end][~trained[first + 1 : first + length + 1]] = IGNORED_LABEL
             document_ids[row, begin:end] = number
-        document_ids[row, end:] = len(parts)
+        document_ids[row, end:] = sequence_length
     if (largest := max(input_ids.max(), labels.max())) >= manifest.vocab_size:
         raise UserError(
             f"{data.directory}: holds the token id {largest}, but vocab_size in manifest.json is "

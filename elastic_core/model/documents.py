@@ -15,7 +15,7 @@ from elastic_core.errors import UserError
 class Documents:
     """Where documents begin in rows of L positions; B rows.
 
-    - `ids` (B, L) int32 on the device of the model: the number of each position's document, not decreasing in a row.
+    - `ids` (B, L) int32 on the device of the model: the number of each position's document in its row, from 0.
     - `positions` (B, L) int64: the number of each position in its document, from 0.
     - `inner_starts` (N,) int64: the first positions of documents, without those at the start of a row. They are
       numbers of positions in all rows, one row after another.
@@ -35,7 +35,7 @@ class Documents:
         ends = torch.cat([starts[1:], torch.tensor([batch * length])])
         positions = torch.arange(batch * length) - starts.repeat_interleave(ends - starts)
         self.lengths: list[int] = (ends - starts).tolist()
-        self.ids = document_ids.to(torch.int32).to(device, non_blocking=True)
+        self.ids = (is_start.cumsum(1) - 1).to(torch.int32).to(device, non_blocking=True)
         self.positions = positions.view(batch, length).to(device, non_blocking=True)
         self.inner_starts = starts[starts % length > 0].to(device, non_blocking=True)
         is_start[:, 0] = False

@@ -3,6 +3,9 @@
 Every forward takes a `Slice` and computes only with the kept part of the parameters.
 """
 
+import functools
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +14,8 @@ from elastic_core.model.dims import Layout
 from elastic_core.model.documents import Documents
 from elastic_core.model.ops.norm import rms_norm
 from elastic_core.model.slicing import Slice
+
+logger = logging.getLogger(__name__)
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 LONGEST_MASK = 256  # positions; in longer rows, a call per document costs less than a mask over all pairs of positions
@@ -58,7 +63,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
         y = _attention(query, key, value, is_causal=True)
     elif has_mask(query.shape[1], query.dtype, query.is_cuda):
         y = _attention(query, key, value, attn_mask=documents.mask(query.dtype))
-    elif query.is_cuda and query.dtype in LOW_PRECISION:
+    elif _has_flash_attention(query.device, query.dtype, query.shape[-1]):
         y = documents.uncompiled(_variable_length_attention, query, key, value, documents)
     else:
         y = documents.uncompiled(_attention_by_document, query, key, value, documents)
@@ -68,6 +73,21 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
 def has_mask(length: int, dtype: torch.dtype, on_gpu: bool) -> bool:
     """Whether attention scores all pairs of positions in rows of documents, and a mask hides other documents."""
     return length <= LONGEST_MASK and not (on_gpu and dtype in LOW_PRECISION)
+
+
+@functools.cache
+def _has_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's variable-length attention runs there. If only the GPU or the heads do not fit, it is logged."""
+    if device.type != "cuda" or dtype not in LOW_PRECISION:
+        return False
+    problem = None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        problem = "the GPU is older than compute capability 8.0"
+    elif head_dim % 8 or head_dim > 256:
+        problem = f"heads of {head_dim} channels, but it needs a multiple of 8, at most 256"
+    if problem is not None:
+        logger.warning(f"variable-length attention is not used; documents are computed one by one. Reason: {problem}")
+    return problem is None
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:

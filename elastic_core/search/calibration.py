@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, int64
 
@@ -24,8 +25,9 @@ class Texts(NamedTuple):
 def calibration_texts(batches: Iterable[Tensor | Batch], num_parts: int = 1) -> list[Texts]:
     """The texts of batches, which are token ids (B, L) int64 with L ≥ 2, each row one document, or a loader's batches.
 
-    Every batch is divided into at most `num_parts` parts of equally many rows. Raises UserError for other tensors, and
-    if there is no batch.
+    Every batch is divided into at most `num_parts` parts of equally many rows. Padding is left out: where a part has
+    some, its rows become one row of all their documents, which do not see each other. Raises UserError for other
+    tensors, and if there is no batch.
     """
     batches = [batch if isinstance(batch, Batch) else Batch(batch, None, None) for batch in batches]
     tensors = [batch.input_ids for batch in batches]
@@ -41,7 +43,12 @@ def _divided(batch: Batch, num_parts: int) -> list[Batch]:
 
 
 def _texts(batch: Batch) -> Texts:
-    ids, labels = batch.input_ids, batch.labels
+    ids, labels, numbers = batch
     if labels is None:
         labels = F.pad(ids[:, 1:], (0, 1), value=IGNORED_LABEL)
-    return Texts(ids, labels.to(ids.device), documents_of(batch.document_ids, ids))
+    labels = labels.to(ids.device)
+    if numbers is not None and not bool((is_text := numbers < ids.shape[1]).all()):
+        rows = torch.arange(len(numbers))[:, None] * ids.shape[1]  # no two rows have the same number of a document
+        ids, labels = (t[is_text.to(t.device)][None] for t in (ids, labels))
+        numbers = (numbers + rows)[is_text][None]
+    return Texts(ids, labels, documents_of(numbers, ids))

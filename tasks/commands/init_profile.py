@@ -158,7 +158,7 @@ def _evaluation(profile: Profile) -> list[tuple[str, str]]:
     cached, prompt = min(1024, max(8, profile.held_out_tokens // 4)), min(64, max(4, profile.held_out_tokens // 8))
     return [
         (f"extract: {{dtype: {profile.dtype}}}", "element type of the extracted models, here the parent's"),
-        ("evaluate:", "on the CPU; held_out and tasks are left out: all text sources, and no test tasks"),
+        ("evaluate:", "on the CPU; held_out and tasks are left out: all sources, and no test tasks"),
         (f"  max_tokens: {tokens}", "per source"),
         (f"  sequence_length: {length}", "tokens per sequence"),
         ("  batch_size: 1", "sequences per batch"),

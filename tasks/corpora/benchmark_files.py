@@ -84,14 +84,6 @@ def read_task_file(path: Path) -> Any:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
 
 
-def is_chat_task(directory: Path, name: str) -> bool:
-    """Whether prompts of a task that prepare_data wrote are written with the chat template.
-
-    Its file ``<name>.yaml`` says so with ``apply_chat_template: true`` in `metadata`.
-    """
-    return bool(read_task_file(directory / f"{name}.yaml").get("metadata", {}).get("apply_chat_template", False))
-
-
 @dataclass(frozen=True)
 class TaskFile:
     """A task or group: the file that defines it, the files that this one includes, and the values of all of them."""

@@ -78,8 +78,8 @@ class Chains:
     max_steps: int = 12
     step_weights: tuple[float, ...] | None = None  # relative frequency of 1, 2, ... max_steps steps; null: equal
     direct_share: float = 0.1  # share of the conversations without worked steps
-    chat_template: str | None = None  # a Jinja file; null: the tokenizer's chat template
 
+    chat_template: ClassVar[None] = None  # the tokenizer's, as in the test tasks
     template_variables: ClassVar[dict] = {}
     train_on: ClassVar[str] = "assistant"
     too_long: ClassVar[str] = "drop"  # of a conversation that is longer than a training sequence
@@ -124,8 +124,8 @@ class Recall:
     max_pairs: int = 24
     pair_weights: tuple[float, ...] | None = None  # relative frequency of 2, 3, ... max_pairs pairs; null: equal
     max_queries: int = 8  # the most keys that a conversation asks for
-    chat_template: str | None = None  # a Jinja file; null: the tokenizer's chat template
 
+    chat_template: ClassVar[None] = None  # the tokenizer's, as in the test tasks
     template_variables: ClassVar[dict] = {}
     train_on: ClassVar[str] = "assistant"
     too_long: ClassVar[str] = "drop"  # of a conversation that is longer than a training sequence
@@ -274,7 +274,7 @@ def _write_task(
 ) -> None:
     rows = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in items.items()]
     (directory / f"{name}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    metadata = json.dumps({"version": 2.0, "chance": 0.1, "apply_chat_template": True} | metadata)
+    metadata = json.dumps({"version": 2.0, "chance": 0.1} | metadata)
     text = _TASK.format(name=name, pattern=pattern, max_gen_toks=max_gen_toks, metadata=metadata)
     (directory / f"{name}.yaml").write_text(text, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Sources of running text: two corpora from pip packages, and the user's own files.
+"""Sources of text: two corpora from pip packages, and the user's own files.
 
 Each kind of source is a dataclass that describes a section `prepare_data.sources.<name>` of params.yaml. Its method
 `texts` yields (split, text) pairs one by one, so a corpus may be larger than the memory. It counts rows without text in

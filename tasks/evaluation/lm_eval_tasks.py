@@ -19,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import TokenData
 from elastic_core.data.tokenizer import load_tokenizer
-from tasks.corpora.benchmark_files import TaskFile, check_task_files, is_chat_task
+from tasks.corpora.benchmark_files import TaskFile, check_task_files
 from tasks.settings.sections import Benchmarks, Evaluate
 
 METRICS = ("acc_norm", "acc", "exact_match")  # a task shows the first of these that it has, else its first metric
@@ -86,21 +86,13 @@ def reasoning_scores(section: Evaluate, data: TokenData, model) -> dict:
     """Task → exact match (0 to 1), its standard error, the exact match of guessing, and the number of items."""
     if not section.tasks:
         return {}
-    directory = data.directory / "lm_eval"
-    manager, scores = _manager(directory), {}
-    for is_chat in (False, True):
-        tasks = tuple(task for task in section.tasks if is_chat_task(directory, task) == is_chat)
-        options = Benchmarks(
-            tasks, limit=section.limit, batch_size=section.task_batch_size, apply_chat_template=is_chat
-        )
-        scores |= _reasoning_scores(_evaluate(options, data, model, manager)) if tasks else {}
-    return {task: scores[task] for task in section.tasks}
-
-
-def _reasoning_scores(results: dict) -> dict:
+    options = Benchmarks(
+        section.tasks, limit=section.limit, batch_size=section.task_batch_size, apply_chat_template=True
+    )
+    results = _evaluate(options, data, model, _manager(data.directory / "lm_eval"))
     scores = {}
-    for task, values in results["results"].items():
-        value = float(values["exact_match,answer"])
+    for task in section.tasks:
+        value = float(results["results"][task]["exact_match,answer"])
         metadata = results["configs"][task]["metadata"]
         num_items = results["n-samples"][task]["effective"]
         scores[task] = {

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from elastic_core.data.chat_template import prompt_ids
 from elastic_core.data.loader import TokenData
-from tasks.corpora.benchmark_files import is_chat_task
 from tasks.evaluation.text_scores import first_tokens, is_text
 from tasks.settings.sections import Evaluate
 
@@ -49,14 +48,10 @@ def _prompts(section: Evaluate, data: TokenData, tokenizer) -> Iterator[tuple[di
         yield {"source": source} | texts, prompt, is_chat
     directory = data.directory / "lm_eval"
     for task in first_of_each_kind(section.tasks):
-        item, is_chat = first_item(directory / f"{task}.jsonl"), is_chat_task(directory, task)
-        if is_chat:
-            ids = prompt_ids(tokenizer, [{"role": "user", "content": item["prompt"]}])
-        else:
-            ids = tokenizer(item["prompt"])["input_ids"]
-        prompt = torch.tensor([ids])
-        shown = _text(tokenizer, prompt, is_chat) if is_chat else item["prompt"]
-        yield {"source": task, "prompt": shown, "expected": item["answer"]}, prompt, is_chat
+        item = first_item(directory / f"{task}.jsonl")
+        prompt = torch.tensor([prompt_ids(tokenizer, [{"role": "user", "content": item["prompt"]}])])
+        shown = _text(tokenizer, prompt, is_chat=True)
+        yield {"source": task, "prompt": shown, "expected": item["answer"]}, prompt, True
 
 
 def first_turn(data: TokenData, source: str, most: int, number: int) -> tuple[Tensor, Tensor]:

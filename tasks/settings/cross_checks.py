@@ -63,7 +63,7 @@ def check_parent_training(params, require: Require) -> None:
 def check_evaluate(params, require: Require) -> None:
     section = params.evaluate
     if section.held_out is not None:
-        allowed = "one source or more; without this parameter, all text sources"
+        allowed = "one source or more; without this parameter, all that are not generated"
         require(len(section.held_out) > 0, "evaluate.held_out", section.held_out, allowed)
         _check_sources(params, "evaluate.held_out", section.held_out, require)
     known = params.prepare_data.task_names()

@@ -55,7 +55,7 @@ class Params:
         if parent.training is not None:
             parent = replace(parent, training=_with_mixture(parent.training, equal))
         if evaluate.held_out is None:
-            evaluate = replace(evaluate, held_out=tuple(self.prepare_data.text_names()))
+            evaluate = replace(evaluate, held_out=tuple(self.prepare_data.not_generated_names()))
         if evaluate.tasks is None:
             evaluate = replace(evaluate, tasks=tuple(self.prepare_data.practised_task_names()))
         changes |= located({"parent": parent, "evaluate": evaluate, "cost": self.cost})

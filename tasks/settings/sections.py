@@ -29,7 +29,7 @@ INSTALL_TRACKING = "pip install --editable '.[tracking]'"
 
 @dataclass(frozen=True)
 class PrepareData:
-    """Section `prepare_data`: the text sources, the tokenizer that is trained on them, and the reasoning tasks."""
+    """Section `prepare_data`: the sources, the tokenizer that is trained on them, and the reasoning tasks."""
 
     sources: dict[str, Any]  # name → a section with `kind` and the fields of that kind's dataclass
     vocab_size: int = 1024  # the most tokens of the new tokenizer; unused if the parent brings its tokenizer
@@ -55,7 +55,7 @@ class PrepareData:
         problems.raise_all()
         return {name: located(source, locate, os.path.isdir) for name, source in parsed.items()}
 
-    def text_names(self) -> list[str]:
+    def not_generated_names(self) -> list[str]:
         """Names of the sources that are not generated; of all sources, if all are generated."""
         names = [name for name, source in self.parsed_sources().items() if not source.is_generated]
         return names or list(self.sources)

@@ -9,18 +9,22 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from elastic_core import ElasticModel, Submodel, rank, sort_
+from elastic_core.data.loader import IGNORED_LABEL, Batch
 from elastic_core.errors import UserError
 from elastic_core.model.dims import elastic_units
 from elastic_core.search import depth_ranking
 from elastic_core.search.calibration import calibration_texts
 from elastic_core.search.depth_ranking import LogitError, rank_layers
 from elastic_core.search.importance import Ranking, score_mamba
+from elastic_core.search.ranking_methods import DEPTH_METHODS
 from elastic_core.search.ranking_state import RankingState
 from tests.support.models.parents import (
     CONFIGS,
     random_config,
     random_elastic,
     random_ids,
+    random_llama_config,
+    random_moe_config,
     randomise,
     relative_error,
     save_random_parent,
@@ -451,3 +455,28 @@ def test_a_model_without_finite_or_different_logits_is_refused(depth_method, dam
         damage(model)
     with pytest.raises(UserError, match=message):
         rank(model, [random_ids(model.config, 0)], depth_method=depth_method)
+
+
+@pytest.mark.parametrize("method", DEPTH_METHODS)
+@pytest.mark.parametrize("kind", [random_config, random_moe_config, random_llama_config])
+def test_packed_documents_are_ranked_as_each_alone(kind, method):
+    """Documents do not see each other, and padding does not count."""
+    config = kind(1)
+    model, generator = random_elastic(1, config), torch.Generator().manual_seed(0)
+    lengths = [[5, 2, 6], [9], [3, 3, 4]]  # of rows of 13 positions: two have padding
+    ids, labels = torch.zeros(3, 13, dtype=torch.int64), torch.full((3, 13), IGNORED_LABEL)
+    numbers, alone = torch.full((3, 13), 13), []
+    for row, parts in enumerate(lengths):
+        start = 0
+        for number, length in enumerate(parts):
+            tokens = torch.randint(0, config.vocab_size, (length,), generator=generator)
+            part = slice(start, start + length)
+            ids[row, part], numbers[row, part], start = tokens, number, start + length
+            labels[row, start - length : start - 1] = tokens[1:]
+            alone.append(tokens[None])
+    options = {"depth_method": method, "measure": "output_norm"}
+    packed, single = rank(model, [Batch(ids, labels, numbers)], **options), rank(model, alone, **options)
+    for key, scores in single.scores.items():
+        assert relative_error(packed.scores[key], scores) < 1e-5, key
+    assert packed.depth == single.depth
+    assert packed.depth_scores == pytest.approx(single.depth_scores, rel=1e-4)
