@@ -3,8 +3,8 @@
 - A *chain* is a sequence of sums and differences modulo 10, computed from left to right. To `7+5-3` the assistant
   answers `7+5=2;2-3=9#9`: every step is written out, and the result follows `#`. Some users ask `7+5-3#` and get `9`
   without steps. They are the control: worked steps help only if the score with them is higher.
-- In a *recall* the user lists pairs of a key and a value and asks for some keys, `a5b3c7?c?a`. The assistant answers
-  with these pairs, `c7a5`.
+- In a *recall* the user lists pairs of a key and a value and asks for one key, `a5b3c7?c`, and the assistant answers
+  `7`. In further turns, the user asks for further keys: `a`, and the assistant answers `5`.
 
 Two digits never stand side by side, and neither do two letters. A tokenizer that separates digits, letters and other
 characters therefore spends exactly one token on each character.
@@ -19,7 +19,7 @@ import json
 import random
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -100,7 +100,7 @@ class Chains:
             split = "held_out" if steps >= _FEWEST_HELD_OUT_STEPS and is_held_out(expression) else "train"
             direct = rng.random() < self.direct_share
             turns = direct_chain(expression) if direct else worked_chain(expression)
-            yield split, _conversation(f"chain {number}", turns)
+            yield split, _conversation(f"chain {number}", [turns])
 
     def texts(self, seed: int) -> Iterator[tuple[str, str]]:
         """Yield (split, text of the messages), to train a tokenizer on."""
@@ -116,7 +116,7 @@ class Chains:
 class Recall:
     """Section `prepare_data.sources.<name>` with kind `recall`: 2 to `max_pairs` pairs.
 
-    Each conversation asks for several keys (multi-query recall).
+    Each conversation asks for several keys, one in each turn (multi-query recall).
     """
 
     kind: str = "recall"
@@ -154,7 +154,7 @@ class Recall:
     def expected_characters(self) -> int:
         """Estimate how many characters `conversations` yields in all. Progress bars need the number."""
         pairs = _weighted_mean(self.max_pairs - 1, self.pair_weights, 2)
-        return round(self.documents * (2 * pairs + 4 * min(pairs, self.max_queries)))
+        return round(self.documents * (2 * pairs + 1 + 2 * min(pairs, self.max_queries)))
 
 
 @dataclass(frozen=True)
@@ -198,15 +198,16 @@ def direct_chain(expression: str) -> tuple[str, str]:
     return f"{expression}#", worked_chain(expression)[1][-1]
 
 
-def recall_turns(pairs: list[str], asked: list[str]) -> tuple[str, str]:
-    """Request and answer: `a5b3c7?c?a` and `c7a5`."""
-    return "".join(pairs) + "".join(f"?{pair[0]}" for pair in asked), "".join(asked)
+def recall_turns(pairs: list[str], asked: list[str]) -> list[tuple[str, str]]:
+    """Requests and answers: `a5b3c7?c` and `7`, then `a` and `5`."""
+    (key, value), *others = asked
+    return [("".join(pairs) + f"?{key}", value), *((key, value) for key, value in others)]
 
 
-def _conversation(place: str, turns: tuple[str, str]) -> Conversation:
-    request, answer = turns
-    messages = [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
-    return Conversation(place, messages, None, [False, True])
+def _conversation(place: str, turns: Sequence[tuple[str, str]]) -> Conversation:
+    roles = ("user", "assistant")
+    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+    return Conversation(place, messages, None, [False, True] * len(turns))
 
 
 def draw_pairs(rng: random.Random, num_pairs: int) -> list[str]:
@@ -242,7 +243,7 @@ def write_evaluation(directory: Path, config: Evaluation, seed: int) -> None:
         most_frequent = [Counter(prompt[1 : 2 * num_pairs : 2]).most_common(1)[0][0] for prompt in items]
         hits = sum(guess == answer for guess, answer in zip(most_frequent, items.values(), strict=True))
         metadata = {"num_pairs": num_pairs, "chance_in_context": round(hits / len(items), 4)}
-        _write_task(directory, f"recall_{num_pairs}", items, r"^[A-Za-z](\d)", 2, metadata)
+        _write_task(directory, f"recall_{num_pairs}", items, r"^(\d)", 1, metadata)
 
 
 def _chain_item(rng: random.Random, steps: int, write: Callable) -> tuple[str, str, str]:
@@ -255,8 +256,8 @@ def _chain_item(rng: random.Random, steps: int, write: Callable) -> tuple[str, s
 def _recall_item(rng: random.Random, num_pairs: int) -> tuple[str, str, str]:
     """(The text whose hash decides the split, the prompt, the answer.)"""
     pairs = draw_pairs(rng, num_pairs)
-    asked = rng.choice(pairs)
-    return "".join(pairs), recall_turns(pairs, [asked])[0], asked[1]
+    ((prompt, answer),) = recall_turns(pairs, [rng.choice(pairs)])
+    return "".join(pairs), prompt, answer
 
 
 def _draw_items(draw: Callable, num_items: int, seed: str) -> dict[str, str]:
