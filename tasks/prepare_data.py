@@ -1,4 +1,4 @@
-"""Stage `prepare_data`: turn texts and conversations into token files, and write the tokenizer and the evaluation tasks."""
+"""Stage `prepare_data`: turn texts and conversations into token files, and write tokenizer and evaluation tasks."""
 
 from __future__ import annotations
 
