@@ -2,8 +2,8 @@
 
 Predicted is what `elastic plan` says of stage 1 (while the router learns) and stage 2; measured is what torch's
 allocator holds at most, exactly, during real steps on the CPU, of the profile's parent with random weights and tokens
-(the one in params.yaml takes ten seconds on one core). Prints predicted, measured, and their ratio. With `--set
-compute.workers=1` the process is the only rank of a sharded group.
+(the one in params.yaml takes ten seconds on one core), with two documents in every row. Prints predicted, measured, and
+their ratio. With `--set compute.workers=1` the process is the only rank of a sharded group.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def make_run(config, settings: Params, name: str, ranks: Ranks) -> Run:
         place(random_model(config), ranks, settings.compute.execution, stage.precision, frozen)
         for frozen in (False, True)
     )
-    data = RandomTokens(config.vocab_size, stage.sequence_length)
+    data = RandomTokens(config.vocab_size, stage.sequence_length, document=-(-stage.sequence_length // 2))
     if name == "train_short":
         layers = tuple(range(architectures.num_layers(config)))
         space = ElasticSpace(config, settings.choices, layers, metric=metric_of_family(settings))

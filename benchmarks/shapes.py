@@ -36,10 +36,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """Stands in for the data: token ids that are a function of the sequence's number."""
+    """Stands in for the data: token ids that are a function of the sequence's number.
+
+    Every row has documents of `document` tokens (None: it is one document).
+    """
 
     vocab: int
     length: int
+    document: int | None = None
 
     def batch(self, first: int, count: int) -> Batch:
         rows = [
@@ -47,7 +51,8 @@ class RandomTokens:
             for i in range(count)
         ]
         ids = torch.stack(rows)
-        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros_like(ids[:, 1:]))
+        numbers = torch.arange(self.length) // (self.document or self.length)
+        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), numbers.repeat(count, 1))
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from elastic_core.model import architectures
-from elastic_core.model.layers import Norm, part_of
+from elastic_core.model.documents import Documents
+from elastic_core.model.layers import LOW_PRECISION, Norm, has_mask, part_of
 from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import full_sizes
 from elastic_core.training.distributed.execution import Execution
@@ -134,7 +135,8 @@ def extrapolate(count: Callable[[int], PieceMemory], length: int, lengths: tuple
 class Pieces:
     """The memory of the pieces of a training step that trains the full model.
 
-    With `gates`, as while the router learns: every axis has gates, and the gates get gradients.
+    With `gates`, as while the router learns: every axis has gates, and the gates get gradients. Rows have several
+    documents, as packed rows have; how many does not matter.
     """
 
     def __init__(self, config, setting: TrainingSetting, gates: bool = False):
@@ -161,6 +163,20 @@ class Pieces:
         """
         return extrapolate(lambda count: self._count_tail(count, has_teacher), tokens, LOSS_LENGTHS)
 
+    def mask(self, sequences: int, length: int) -> float:
+        """The bytes of the mask that hides other documents. All layers use the same one, and no piece counts it."""
+        has_attention = bool(architectures.kept_state(self.config)["kv_cache"])
+        if length == 1 or not has_attention or not has_mask(length, self.setting.dtype, self.setting.gpu):
+            return 0.0
+        return float(sequences * length**2 * self.setting.dtype.itemsize)
+
+    def _documents(self, sequences: int, length: int) -> Documents | None:
+        """Two documents in every row. None if layers allocate the same without: fused kernels make no copies."""
+        if length == 1 or (self.setting.gpu and self.setting.dtype in LOW_PRECISION):
+            return None
+        ids = (torch.arange(length) >= length // 2).long().repeat(sequences, 1)
+        return Documents(ids, ids.device)
+
     def _count_layer(self, character: str, sequences: int, length: int) -> PieceMemory:
         """`layer` without extrapolation."""
         index = self.pattern.index(character)
@@ -169,7 +185,10 @@ class Pieces:
         # fake CPU tensors: on the meta device torch would choose the attention that stores all scores, while on fake
         # tensors it chooses the fused one, as on a GPU.
         on_meta = self.setting.gpu and architecture.scan_block(self.config, index, sequences) is not None
-        with torch.device("meta") if on_meta else FakeTensorMode():
+        documents = None if on_meta else self._documents(sequences, length)
+        with torch.device("meta") if on_meta else FakeTensorMode(allow_non_fake_inputs=True):
+            if documents is not None and self.mask(sequences, length):
+                documents.mask(self.setting.dtype)  # before anything is counted
             block = architecture.Block(self.config, index, part_of(self.layout, f"model.layers.{index}"))
             block = self._in_training_precision(block)
             if self.setting.execution.activation_checkpointing:
@@ -177,7 +196,7 @@ class Pieces:
             shape = (sequences, length, self.config.hidden_size)
             source = torch.empty(shape, dtype=self.setting.dtype, requires_grad=True)
             sliced = self._slice()
-            memory = measure(lambda x: block(x, sliced), source, self.setting, block)
+            memory = measure(lambda x: block(x, sliced, documents), source, self.setting, block)
         return self._with_casts(memory, block) if on_meta else memory
 
     def _with_casts(self, memory: PieceMemory, block: nn.Module) -> PieceMemory:

@@ -93,7 +93,8 @@ def step_moments(pieces: Pieces, load: Workload, gradients: float) -> Iterator[t
     gathered, reduced_block, reduced_root, embeddings = sharding_bytes(pieces, load)
     layers = [pieces.layer(character, load.sequences, load.length) for character in pieces.pattern]
     tail = pieces.tail(load.sequences * load.length, load.has_teacher)
-    kept, existing = 0.0, gradients if load.accumulates else 0.0  # existing: bytes of the gradients at this moment
+    kept = pieces.mask(load.sequences, load.length)
+    existing = gradients if load.accumulates else 0.0  # bytes of the gradients at this moment
     teacher = hidden if load.has_teacher else 0.0
     for index, layer in enumerate(layers):
         yield f"forward pass of layer {index} ({pieces.pattern[index]})", {

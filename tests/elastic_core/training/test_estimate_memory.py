@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 from benchmarks import gpu, memory
 from elastic_core import ElasticModel
 from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.estimate.piece_memory import LiveBytes, Pieces, TrainingSetting, extrapolate
 from elastic_core.training.estimate.step_memory import (
     FLOAT32,
@@ -16,6 +17,7 @@ from elastic_core.training.estimate.step_memory import (
     state_bytes,
     step_peak,
 )
+from tasks.commands.plan_stages import stage_peak
 from tasks.parents.config import new_config
 from tasks.settings.load import read
 from tasks.settings.merging import parameters
@@ -72,6 +74,17 @@ def test_real_steps_of_the_default_parent_take_what_is_predicted(case):
     config = new_config(settings.parent.model, settings.prepare_data.vocab_size)
     for name, peak, real in memory.compare(settings, config):
         assert abs(peak.total / real - 1) < 0.08, (name, peak, real)
+
+
+@pytest.mark.parametrize("length", [256, 257])  # with a mask, and with a call per document
+def test_documents_are_predicted(length):
+    """They take more than 1 % in such rows, which this does not allow."""
+    values = f"sequence_length={length}", "batch_size=2"
+    settings = read(parameters(overrides=[*(f"train_extended.{value}" for value in values)]), "params.yaml")
+    config = new_config(settings.parent.model, settings.prepare_data.vocab_size)
+    peak = stage_peak("train_extended", settings, config, {})
+    real = memory.measured(config, settings, "train_extended", Ranks())
+    assert abs(peak.total / real - 1) < 0.002, (peak, real)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
