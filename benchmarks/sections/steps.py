@@ -15,7 +15,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from benchmarks.comparison import in_turn, median_ratio
+from benchmarks.comparison import MB, in_turn, median_ratio, peak_allocated
 from benchmarks.report import Row, at_most, measured
 from benchmarks.shapes import RandomTokens, Shape, random_model
 from elastic_core import ElasticModel, Submodel, extract
@@ -30,6 +30,8 @@ from elastic_core.training.stage import Loss, Routing, Stage
 
 PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
 ALONE, MASKED, SOFT, TRANSFORMERS = 1.05, 0.55, 1.10, 0.6
+ISOLATED, ISOLATED_MEMORY = 1.10, 1.02
+DOCUMENT = 16  # tokens of a document: several in every row
 HALF = Submodel(88, None, 256, 6, 24, 4)  # of the default parent's FLOPs
 # Wide enough for matrix products to be most of a pass: where a budget's cost is its FLOPs.
 WIDE, HALF_OF_WIDE = Shape("wide", 512, "M-M*-M-", 4096, 256, 4), Submodel(384, None, 1024, 12, 56, 6)
@@ -53,6 +55,8 @@ def rows(quick: bool) -> Iterator[Row]:
     yield from gates(config, params, sizes["train_short"], repeats)
     for name, size in sizes.items():
         yield from whole_steps(config, params, name, size, repeats)
+    for name, size in sizes.items():
+        yield from isolation(config, name, size, repeats)
 
 
 def parent_config(params: dict) -> NemotronHConfig:
@@ -155,20 +159,38 @@ def make_router(config: NemotronHConfig, params: dict) -> Router:
 
 def whole_steps(config: NemotronHConfig, params: dict, name: str, size: tuple[int, int], repeats: int) -> Iterator[Row]:
     """A step of training against the same with transformers' model, at its own chunk size and at one that suits it."""
-    stage = Stage(
-        size[1], size[0], steps=10**6, learning_rate=1e-3, mixture={"random": 1.0}, loss=Loss(0.0, 1.0),
-        budget_shares={"full": 1.0},
-    )  # fmt: skip
     data = RandomTokens(config.vocab_size, size[1])
-    model, teacher = random_model(config, 0), random_model(config, 1)
-    members = {"full": Member(1.0, model.full)}
-    run = Run(model, stage, data, {"full": 1.0}, members, None, Routing(), teacher)
+    run = make_run(config, data, size)
     ways = {"ours": functools.partial(train_step, run), "theirs": transformers_step(config, data, size)}
     yield compare("whole step against transformers", f"{name}, {tokens(size)}", ways, repeats, TRANSFORMERS)
     config = NemotronHConfig(**{**config.to_dict(), "chunk_size": 32})
     times = in_turn({**ways, "theirs": transformers_step(config, data, size)}, repeats)
     what = f"{name}, {tokens(size)}, their chunk_size 32"
     yield measured("whole step against transformers", what, f"{median_ratio(times, 'ours', 'theirs'):.2f} ×")
+
+
+def make_run(config: NemotronHConfig, data: RandomTokens, size: tuple[int, int]) -> Run:
+    stage = Stage(
+        size[1], size[0], steps=10**6, learning_rate=1e-3, mixture={"random": 1.0}, loss=Loss(0.0, 1.0),
+        budget_shares={"full": 1.0},
+    )  # fmt: skip
+    model, teacher = random_model(config, 0), random_model(config, 1)
+    members = {"full": Member(1.0, model.full)}
+    return Run(model, stage, data, {"full": 1.0}, members, None, Routing(), teacher)
+
+
+def isolation(config: NemotronHConfig, name: str, size: tuple[int, int], repeats: int) -> Iterator[Row]:
+    """A step of rows of documents that do not see each other, against the same step of rows without documents."""
+    check, what = "documents against none", f"{name}, {tokens(size)}, documents of {DOCUMENT}"
+    data = {
+        way: RandomTokens(config.vocab_size, size[1], long) for way, long in (("documents", DOCUMENT), ("none", None))
+    }
+    runs = {way: make_run(config, rows, size) for way, rows in data.items()}
+    ways = {way: functools.partial(train_step, run) for way, run in runs.items()}
+    yield compare(f"{check}, time", what, ways, repeats, ISOLATED)
+    peaks = {way: peak_allocated(take) for way, take in ways.items()}
+    note = f" ({peaks['documents'] / MB:.1f} MB)"
+    yield at_most(f"{check}, memory", what, peaks["documents"] / peaks["none"], ISOLATED_MEMORY, note)
 
 
 def transformers_step(config: NemotronHConfig, data: RandomTokens, size: tuple[int, int]) -> Callable[[], None]:

@@ -27,7 +27,14 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_small_shapes_of_steps_scan_and_losses(run):
     printed = run("steps", "scan", "losses")
-    for check in ("hard pass against masks", "soft pass", "whole step", "scan = transformers'", "chunked loss = whole"):
+    for check in (
+        "hard pass against masks",
+        "soft pass",
+        "whole step",
+        "documents against",
+        "scan = transformers'",
+        "chunked loss = whole",
+    ):
         assert f"| {check}" in printed
 
 
