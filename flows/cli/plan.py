@@ -37,7 +37,8 @@ def plan(
 ) -> None:
     """Tell what the training of a profile takes: sizes of the family, memory of a GPU, operations and hours.
 
-    It needs the parent's config.json only: no weights, no data, no GPU. Where a stage does not fit, it says what to
+    It needs the parent's config.json only: no weights, no data, no GPU. If prepare_data has run, it counts attention by
+    the lengths of the documents. Where a stage does not fit, it says what to
     change and ends with status 1.
 
     - `elastic plan nemotron-nano-12b-v2`: the paper's run

@@ -93,3 +93,13 @@ def test_data_that_do_not_fit_are_not_counted(workspaces):
     assert f"documents: one per row, because mixture: unknown source 'code'; {directory} has" in call("plan", "smoke")
     (directory / "manifest.json").unlink()
     assert f"because {directory}: not a data directory" in call("plan", "smoke")
+
+
+def test_time_limits_are_compared_with_the_least(workspaces):
+    """Documents may be short, so a limit below the hours of rows that are one document is not refused."""
+    name, profile = "train_extended", "nemotron-nano-12b-v2"
+    settings = read(parameters(profile, overrides=[f"time_limits={{{name}: 60}}"]), profile)
+    config, source = plan.read_parent(settings)
+    planned = plan.make_plan(settings, config, source, Hardware(), workspaces / "nothing")
+    assert planned["stages"][name]["hours"] > settings.time_limits[name]
+    plan.check_time_limits(settings, config)
