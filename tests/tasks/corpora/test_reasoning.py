@@ -43,15 +43,16 @@ def read_items(directory, task):
 
 
 def turns(source, seed):
-    """(split, request, answer) of every conversation."""
+    """(split, requests, answers) of every conversation; of a chain, there is one of each."""
     for split, one in source.conversations(seed):
-        request, answer = one.messages
-        assert (request["role"], answer["role"]) == ("user", "assistant") and one.is_target == [False, True]
-        yield split, request["content"], answer["content"]
+        assert [message["role"] for message in one.messages] == ["user", "assistant"] * (len(one.messages) // 2)
+        assert one.is_target == [message["role"] == "assistant" for message in one.messages]
+        texts = [message["content"] for message in one.messages]
+        yield split, texts[::2], texts[1::2]
 
 
 def test_every_worked_step_is_right():
-    for _, request, text in turns(CHAINS, seed=1):
+    for _, (request,), (text,) in turns(CHAINS, seed=1):
         expression = request.removesuffix("#")
         answer = eval(expression) % 10  # Python's own arithmetic, all at once
         if request != expression:
@@ -68,12 +69,12 @@ def test_every_worked_step_is_right():
 
 
 def test_recall_answers_are_in_the_pairs():
-    for _, request, answer in turns(RECALL, seed=1):
-        pairs, *queries = request.split("?")
+    for _, (first, *others), answers in turns(RECALL, seed=1):
+        pairs, query = first.split("?")
         known = dict(zip(pairs[::2], pairs[1::2], strict=True))
         assert 2 <= len(known) == len(pairs) // 2 <= 12
-        asked = dict(zip(answer[::2], answer[1::2], strict=True))
-        assert list(asked) == queries and len(asked) == len(answer) // 2 == min(len(known), 8)
+        asked = dict(zip([query, *others], answers, strict=True))
+        assert len(asked) == len(answers) == min(len(known), 8)
         assert asked.items() <= known.items()
 
 
@@ -87,7 +88,7 @@ def test_the_seed_decides_the_documents(source):
 def test_formats_and_lengths_come_in_their_shares():
     weights = (0, 0, 3, 1)
     source = Chains(documents=4000, max_steps=4, step_weights=weights, direct_share=0.25)
-    found = [request for _, request, _ in turns(source, 0)]
+    found = [request for _, (request,), _ in turns(source, 0)]
     direct = [text for text in found if text.endswith("#")]
     assert 0.22 < len(direct) / len(found) < 0.28
     steps = [len(re.match(r"[\d+-]+", text).group()) // 2 for text in found]
@@ -99,7 +100,7 @@ def test_no_held_out_prompt_is_ever_trained_on(tmp_path, seed):
     write_evaluation(tmp_path / "lm_eval", SMALL, seed=7)
     splits = {"train": set(), "held_out": set()}
     for source in (CHAINS, RECALL):
-        for split, request, _ in turns(source, seed):
+        for split, (request, *_), _ in turns(source, seed):
             splits[split].add(re.split("[#?]", request)[0])
     assert not splits["train"] & splits["held_out"]
     assert all(re.fullmatch(r"\d([+-]\d){3,}", p) for p in splits["held_out"] if not p[0].isalpha())
@@ -112,16 +113,17 @@ def test_no_held_out_prompt_is_ever_trained_on(tmp_path, seed):
 def test_conversations_cost_one_token_per_character(data_directory):
     tokenizer = AutoTokenizer.from_pretrained(data_directory / "tokenizer")
     for source in (CHAINS, RECALL):
-        for _, *texts in islice(turns(source, seed=3), 300):
-            assert all(tokenizer.tokenize(text) == list(text) for text in texts)
+        for _, requests, answers in islice(turns(source, seed=3), 300):
+            assert all(tokenizer.tokenize(text) == list(text) for text in requests + answers)
     data = TokenData(data_directory)
     for name, source in (("chains", CHAINS), ("recall", RECALL)):
         for split in ("train", "held_out"):
             entry, found = data.manifest.sources[name].splits[split], [t for t in turns(source, 0) if t[0] == split]
             assert entry.num_documents == len(found)
-            # The tokens of bos, of the roles and of the ends of the turns; the answer and its end are trained.
-            assert entry.num_tokens == sum(len(request) + len(answer) + 5 for _, request, answer in found)
-            assert entry.num_trained == sum(len(answer) + 1 for _, _, answer in found)
+            # A token of bos, and of each turn one of its role and one of its end; answers and their ends are trained.
+            expected = sum(1 + sum(len(text) + 2 for text in requests + answers) for _, requests, answers in found)
+            assert entry.num_tokens == expected
+            assert entry.num_trained == sum(len(answer) + 1 for _, _, answers in found for answer in answers)
 
 
 def test_training_and_lm_eval_show_a_prompt_alike(data_directory):
@@ -137,7 +139,10 @@ def test_training_and_lm_eval_show_a_prompt_alike(data_directory):
             prompt = model.apply_chat_template([{"role": "user", "content": request}])
             shown = model.tok_batch_encode([prompt])[0][0].tolist()
             assert shown == tokens[start : start + len(shown)].tolist()
-            assert not trained[start : start + len(shown)].any() and trained[start + len(shown) : end].all()
+            answer = tokens[start + len(shown) : end].tolist()
+            answer = answer[: answer.index(tokenizer.convert_tokens_to_ids(END_OF_TURN)) + 1]
+            mask = trained[start : start + len(shown) + len(answer)].tolist()
+            assert mask == [False] * len(shown) + [True] * len(answer)
 
 
 def run_tasks(directory, model):
@@ -192,7 +197,7 @@ def test_right_answers_count_and_new_items_are_noticed(tmp_path):
         def answer(self, i, prompt):
             if prompt[0].isalpha():
                 value = prompt[prompt.index(prompt[-1]) + 1]
-                return prompt[-1] + (value if i % 10 else str((int(value) + 1) % 10))
+                return value if i % 10 else str((int(value) + 1) % 10)
             if prompt[-1] == "#":
                 return str(eval(prompt[:-1]) % 10)
             return f"0+0=0;{prompt[:3]}=5#{eval(prompt) % 10}"
