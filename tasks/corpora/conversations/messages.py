@@ -22,6 +22,7 @@ _CALL_ROLES = ("function_call", "tool_call")  # roles of messages that hold a ca
 _REASONING = ("reasoning_content", "reasoning", "thinking")  # names of the same field
 _LISTS = ("messages", "conversations", "conversation")  # fields that may hold a list of messages
 _KEPT = ("name", "tool_call_id")
+_MAIN = frozenset(("role", "content", "from", "value"))  # what most messages have, and nothing else
 FORMS = "messages (role, content), conversations (from, value), or prompt and completion"
 
 
@@ -91,8 +92,6 @@ def conversation(record, fields: Fields, place: str) -> Conversation:
         raise UserError(f"{place}: no conversation (fields: {found}); allowed: {FORMS}; or set `field`")
     else:
         messages, num_prompts = _messages(find_field(record, name, place, "field"), name, place), 0
-        if isinstance(system := record.get("system"), str) and system and messages[0].get("role") != "system":
-            messages, num_prompts = [{"role": "system", "content": system}, *messages], 1
     converted = [_message(message, place) for message in messages]
     if not any(message["content"].strip() or len(message) > 2 for message in converted):
         raise NoContent("empty")
@@ -100,6 +99,8 @@ def conversation(record, fields: Fields, place: str) -> Conversation:
         message["role"] == "assistant" and i >= num_prompts and given.get("weight", 1) != 0
         for i, (message, given) in enumerate(zip(converted, messages, strict=True))
     ]
+    if isinstance(system := record.get("system"), str) and system and converted[0]["role"] != "system":
+        converted, targets = [{"role": "system", "content": _text(system, place)}, *converted], [False, *targets]
     return Conversation(place, converted, tools, targets)
 
 
@@ -131,11 +132,11 @@ def _message(given: dict, place: str) -> dict:
         raise UserError(f"{place}: unknown role {role!r}; allowed: {', '.join(ROLES)}")
     message = {"role": ROLES[role], "content": _text(given.get("value" if is_sharegpt else "content"), place)}
     if role in _CALL_ROLES:
-        calls = _parsed(message["content"], role, place)
-        calls = calls if isinstance(calls, list) else [calls]
-        message["tool_calls"] = _calls([{"type": "function", "function": call} for call in calls], place)
-        message["content"] = ""
-    if len(given) > 2:
+        calls = _parsed(message["content"], role, place) or []
+        calls = _objects(calls if isinstance(calls, list) else [calls], role, place)
+        message["tool_calls"] = [_call({"type": "function", "function": call}) for call in calls]
+        message["content"] = None
+    if not given.keys() <= _MAIN:
         _add_more(message, given, place)
     if message["content"] is None:
         if message["role"] != "assistant" or not (message.get("tool_calls") or message.get("reasoning_content")):
@@ -150,7 +151,7 @@ def _add_more(message: dict, given: dict, place: str) -> None:
     if reasoning is not None:
         message["reasoning_content"] = message["thinking"] = _text(reasoning, place)
     if calls := _parsed(given.get("tool_calls"), "tool_calls", place):
-        message["tool_calls"] = _calls(calls, place)
+        message["tool_calls"] = [_call(call) for call in _objects(calls, "tool_calls", place)]
     message |= {name: given[name] for name in _KEPT if given.get(name) is not None}
 
 
@@ -172,14 +173,16 @@ def _text(value, place: str) -> str | None:
     return value.replace("\r\n", "\n") if "\r" in value else value
 
 
-def _calls(calls, place: str) -> list[dict]:
-    """Calls of tools. Arguments that are JSON text become an object, which is what chat templates expect."""
+def _objects(calls, name: str, place: str) -> list[dict]:
+    """The calls of tools in a field. Raises UserError if they are not a list of objects."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UserError(f"{place}: 'tool_calls' must be a list of objects, got {_kind(calls)}")
-    return [_call(call) for call in calls]
+        found = "a list with other things" if isinstance(calls, list) else _kind(calls)
+        raise UserError(f"{place}: {name!r} must be a list of objects, got {found}")
+    return calls
 
 
 def _call(call: dict) -> dict:
+    """A call of a tool. Arguments that are JSON text become an object, which is what chat templates expect."""
     if isinstance(call.get("function"), dict):
         return call | {"function": _call(call["function"])}
     arguments = call.get("arguments")
@@ -194,8 +197,10 @@ def _call(call: dict) -> dict:
 
 def _parsed(value, name: str, place: str):
     """The value itself, or what its JSON text holds: columns of tables often hold text."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str):
         return value or None
+    if not value.strip():
+        return None
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:

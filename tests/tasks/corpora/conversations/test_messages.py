@@ -65,6 +65,32 @@ def test_roles_thinking_calls_and_line_ends():
     assert message["content"] == "" and message["reasoning_content"] == "hm" and message["tool_calls"] == [call]
 
 
+def test_calls_and_thinking_need_no_content():
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    for more in ({"tool_calls": [call]}, {"reasoning_content": "hm"}, {"thinking": "hm"}):
+        message = read({"messages": [USER, {"role": "assistant"} | more]}).messages[1]
+        assert message["content"] == "" and message.items() >= more.items()
+    given = [{"from": "human", "value": "a"}, {"from": "gpt", "thinking": "hm"}]
+    assert read({"conversations": given}).messages[1]["reasoning_content"] == "hm"
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"prompt": "2 + 2?", "completion": "4"}, "Be short."),
+        ({"prompt": [USER], "completion": [ANSWER]}, "Be short."),
+        ({"messages": [USER, ANSWER]}, "Be short."),
+        ({"prompt": [{"role": "system", "content": "Own."}, USER], "completion": "4"}, "Own."),
+        ({"messages": [{"role": "developer", "content": "Own."}, USER, ANSWER]}, "Own."),
+        ({"conversations": [{"from": "system", "value": "Own."}, USER, ANSWER]}, "Own."),
+    ],
+)
+def test_the_system_text_of_a_row_stands_once_in_front(row, text):
+    found = read(row | {"system": "Be short."})
+    assert found.messages == [{"role": "system", "content": text}, USER, ANSWER]
+    assert found.is_target == [False, False, True]
+
+
 def test_only_completions_and_messages_with_weight_are_targets():
     found = read({"prompt": [USER, ANSWER, USER], "completion": "5"})
     assert found.is_target == [False, False, False, True]
@@ -79,6 +105,10 @@ def test_only_completions_and_messages_with_weight_are_targets():
         ({"messages": []}, "empty"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "null"),
         ({"messages": [{"role": "user", "content": None}, ANSWER]}, "null"),
+        ({"messages": [USER, {"role": "assistant", "name": "bot"}]}, "null"),
+        ({"conversations": [USER, {"from": "function_call"}]}, "null"),
+        ({"conversations": [USER, {"from": "function_call", "value": " "}]}, "null"),
+        ({"conversations": [USER, {"from": "tool_call", "value": "null"}]}, "null"),
         ({"prompt": None, "completion": "4"}, "null"),
         ({"prompt": " ", "completion": ""}, "empty"),
     ],
@@ -100,6 +130,10 @@ def test_rows_without_a_conversation(row, reason):
         ({"messages": [{"role": "user", "content": 3}]}, "the content must be text or a list of parts, got int"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url' cannot be"),
         ({"messages": [USER, ANSWER | {"tool_calls": "{"}]}, "'tool_calls' is text that is not JSON"),
+        (
+            {"messages": [USER, {"role": "tool_call", "content": "[3]"}]},
+            "'tool_call' must be a list of objects, got a",
+        ),
         ({"messages": [USER], "tools": {"a": 1}}, "'tools' must be a list, got dict"),
         ({"prompt": "a", "completion": 3}, "'completion' must be a list of messages, got int"),
     ],
