@@ -10,7 +10,7 @@ from elastic_core.errors import UserError
 from elastic_core.io.tokenizer_files import ADVICE
 
 # What transformers and the template itself raise for messages that the template does not accept.
-RENDER_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
+RENDER_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 ANSWER = "elastic answer"  # plain words, which no template changes
 
 Messages = Sequence[Mapping]  # each with `role` and `content`, as in OpenAI's interface
@@ -33,9 +33,11 @@ def render(tokenizer, messages: Messages, where: str = "chat template", **option
     """The text that the tokenizer's chat template writes for `messages`.
 
     `options`: of transformers' `apply_chat_template`, such as ``add_generation_prompt=True`` or variables of the
-    template. Raises UserError, which starts with `where`, if the template refuses the messages or there is none.
+    template, or `chat_template`, the text of another one. Raises UserError, which starts with `where`, if the template
+    refuses the messages or there is none.
     """
-    require_chat_template(tokenizer, where)
+    if options.get("chat_template") is None:
+        require_chat_template(tokenizer, where)
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except RENDER_ERRORS as error:
@@ -56,16 +58,15 @@ def knows_thinking(tokenizer) -> bool:
     return any("enable_thinking" in text for text in texts)
 
 
-def end_of_turn_id(tokenizer) -> int | None:
+def end_of_turn_id(tokenizer, **options) -> int | None:
     """The token that the chat template writes after an assistant's content, such as that of ``<|im_end|>``.
 
-    None without a template, if the template cannot write a plain conversation, and if it writes ordinary text there.
+    `options`: see `render`. None without a template, if the template cannot write a plain conversation, and if it
+    writes ordinary text there.
     """
-    if not tokenizer.chat_template:
-        return None
     messages = [{"role": "user", "content": "elastic question"}, {"role": "assistant", "content": ANSWER}]
     try:
-        text = render(tokenizer, messages)
+        text = render(tokenizer, messages, **options)
     except UserError:
         return None
     _, found, rest = text.rpartition(ANSWER)

@@ -13,6 +13,7 @@ private use mark it in the rendered text, as in transformers (`sanitize_control_
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ import jinja2
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from elastic_core.data.chat_template import RENDER_ERRORS, end_of_turn_id
 from elastic_core.errors import UserError
 from tasks.corpora.conversations.messages import Conversation
 from tasks.corpora.encoding import CONTROL_STRINGS, any_of, special_tokens
@@ -32,7 +34,6 @@ MARKERS = re.compile(f"[{START}{END}]")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _LONGEST = 64  # characters of a special token
 _THINKING = ("<think>", "</think>")
-_RENDER_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 LOST_THINKING = "conversations whose thinking the chat template leaves out"
 LOST_MESSAGES = "conversations with a message that the chat template leaves out"
@@ -92,6 +93,7 @@ class ChatTemplate:
         self._train_on, self._parse = train_on, parse
         tokens = special_tokens(tokenizer)
         self.special = any_of(tokens)
+        self._ends: dict[str, str | None] = {}  # template → the token that ends a turn
         self._special_of_assistant = any_of(token for token in tokens if token not in _THINKING)
         self._check_syntax()
 
@@ -162,7 +164,7 @@ class ChatTemplate:
                 return compiled.render(messages=conversation.messages[:end], **values), []
             with compiled.environment.activate_tracker(blocks, spans):
                 blocks.extend(compiled.generate(messages=conversation.messages[:end], **values))
-        except _RENDER_ERRORS as error:
+        except RENDER_ERRORS as error:
             raise UserError(f"{conversation.place}: {self._name} cannot render this conversation: {error}") from None
         return "".join(blocks), spans
 
@@ -176,8 +178,13 @@ class ChatTemplate:
                     "the assistant, so it is not clear which are trained; set another chat_template"
                 )
             targets = targets[-1:] if self._train_on == "last_assistant" else targets
-            spans = [span for i, span in zip(assistants, spans, strict=True) if i in targets]
-        found = [(start, self._end_token(text, end)) for start, end in spans if start < end]
+            assistants, spans = targets, [span for i, span in zip(assistants, spans, strict=True) if i in targets]
+        places = assistants if len(spans) == len(assistants) else [assistants[-1]] * len(spans)
+        found = [
+            (start, end + len(self._left_out(text, end, conversation, template, i)))
+            for i, (start, end) in zip(places, spans, strict=True)
+            if start < end
+        ]
         return Rendered(text, found)
 
     def _by_turns(self, conversation: Conversation, template: str, targets: list[int]) -> list[Rendered]:
@@ -216,14 +223,34 @@ class ChatTemplate:
         ends = [token.end() for token in self.special.finditer(text, start)]
         return ends[-1] if ends and not text[ends[-1] :].strip() else len(text)
 
-    def _end_token(self, text: str, end: int) -> int:
-        """The end of a marked span, with the token that ends the turn if the template left it out of its mark."""
+    def _token_behind(self, text: str, end: int) -> str | None:
+        """The special token behind a marked span, unless the span itself ends with one."""
         following = self.special.match(text, end)
         if following is None:
-            return end
+            return None
         last = len(text[:end].rstrip())  # templates often mark a line end too
         is_inside = any(token.end() == last for token in self.special.finditer(text, max(0, last - _LONGEST), last))
-        return end if is_inside else following.end()
+        return None if is_inside else following.group()
+
+    def _left_out(self, text: str, end: int, conversation: Conversation, template: str, index: int) -> str:
+        """The token that ends the turn of message `index`, if the template left it out of its mark; else "".
+
+        It also stands behind a plain answer, or behind this message when nothing follows it. Another token begins the
+        next message.
+        """
+        token = self._token_behind(text, end)
+        if token is None:
+            return ""
+        if template not in self._ends:
+            found = end_of_turn_id(self._tokenizer, chat_template=template, **self._variables)
+            self._ends[template] = None if found is None else self._tokenizer.convert_ids_to_tokens(found)
+        if token == self._ends[template]:
+            return token
+        try:
+            text, spans = self._render(conversation, template, index + 1, marks=True)
+        except UserError:  # some templates refuse to end there
+            return ""
+        return token if spans and self._token_behind(text, spans[-1][1]) == token else ""
 
     def _check_complete(self, conversation: Conversation, documents: list[Rendered], counts: Counter) -> None:
         """Count a conversation of which something is missing in its documents; refuse a missing result of a tool."""
@@ -270,5 +297,10 @@ def _with_markers(value, pattern: re.Pattern):
 
 
 def _is_in(text: str, texts: list[str]) -> bool:
+    """Whether one of `texts` holds the text, as it is or as JSON text, which some templates write."""
     text = text.strip()
-    return not text or any(text in one for one in texts)
+    if any(text in one for one in texts):
+        return True
+    # Not in ASCII if it has markers: these are gone then, so that its special tokens would become tokens.
+    forms = {json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, START not in text)}
+    return any(form in one for form in forms for one in texts)

@@ -43,6 +43,21 @@ def test_a_prompt_has_only_the_tokens_of_the_template(template):
     assert render(tokenizer, USER) in render(tokenizer, USER, add_generation_prompt=True)
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{{ 1 // 0 }}", "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "{{ none.x.y }}", "{{ 'a' + 1 }}"],
+)
+def test_every_error_of_a_template_is_one_of_the_user(template):
+    with pytest.raises(UserError, match="here: cannot write these messages"):
+        render(chat_tokenizer(template), USER, "here")
+
+
+def test_another_template_than_the_tokenizers_own():
+    tokenizer = chat_tokenizer(None)
+    end = end_of_turn_id(tokenizer, chat_template=LLAMA3)
+    assert end == tokenizer.convert_tokens_to_ids("<|eot_id|>") is not None
+
+
 def test_thinking_is_a_switch_of_some_templates():
     assert [knows_thinking(chat_tokenizer(t)) for t in (CHATML, LLAMA3, None)] == [True, False, False]
     tokenizer = chat_tokenizer(CHATML)

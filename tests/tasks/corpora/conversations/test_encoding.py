@@ -92,6 +92,23 @@ def test_the_token_that_ends_a_turn_is_trained_where_marks_leave_it_out():
     assert encode(tokenizer, chats())[0] == encode(tokenizer, chats(), template=CHATML_MARKED)[0]
 
 
+def test_a_token_that_begins_the_next_turn_is_not_trained():
+    endless = CHATML_MARKED.replace(" + '<|im_end|>'", "").replace("{{- '\\n' }}\n", "")
+    assert "im_end" not in endless
+    tokenizer = chat_tokenizer(endless)
+    for messages in (chat("a", "one", "b", "two"), chat("a", "one", "b", "two", "c")):
+        found, _ = encode(tokenizer, [messages])
+        assert said(tokenizer, found) == ["onetwo"]
+    # A call of a tool may end with another token than an answer.
+    calling = endless.replace(
+        "{%- endgeneration %}", "{%- endgeneration %}{{- '<|end_header_id|>' if message.tool_calls }}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    messages = [*chat("a"), {"role": "assistant", "content": "call", "tool_calls": [call]}, *chat("b", "two")]
+    tokenizer = chat_tokenizer(calling)
+    assert said(tokenizer, encode(tokenizer, [messages])[0]) == ["call<|end_header_id|>two"]
+
+
 def test_all_tokens_have_no_mask():
     tokenizer = chat_tokenizer(CHATML)
     given = list(chats())
@@ -161,6 +178,8 @@ def test_what_cannot_be_rendered_is_named_by_its_line():
         encode(chat_tokenizer(chat_templates.STRICT), given)
     with pytest.raises(UserError, match=r"a, line 1: .*'undefined_thing' is undefined"):
         encode(chat_tokenizer("{{ undefined_thing.x }}"), given)
+    with pytest.raises(UserError, match=r"a, line 1: .*cannot render this conversation: maximum recursion depth"):
+        encode(chat_tokenizer("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"), given)
     with pytest.raises(UserError, match=r"not a valid template .line 1"):
         encode(chat_tokenizer("{% for %}"), given)
     with pytest.raises(UserError, match=r"the tokenizer has no chat template; set chat_template"):
@@ -185,6 +204,13 @@ def test_tools_are_rendered_or_refused():
     found, _ = encode(tokenizer, [messages], tools=tools)
     assert "".join(said(tokenizer, found)).count('<tool_call>{"name": "add", "arguments": {"a": 19}}') == 1
     assert '"name": "add"' in tokenizer.decode(found[0][0]).split("19 + 23?")[0]
+    messages[2]["content"] = '{"sum": "42",\n"größer": true}'
+    for written in ("tojson", "tojson(ensure_ascii=true)"):
+        escaped = STRIPPING.replace(
+            "message.content + '<|im_end|>\\n' }}", f"(message.content | {written}) + '<|im_end|>' }}}}", 1
+        )
+        found, _ = encode(chat_tokenizer(escaped), [messages])
+        assert r"{\"sum\": \"42\",\n" in tokenizer.decode(found[-1][0])
     with pytest.raises(UserError, match=r"a, line 1: has tools, but .* has no place for them"):
         encode(chat_tokenizer(CHATML), [messages], tools=tools)
     with pytest.raises(UserError, match=r"a, line 1: has tool_calls, but"):
