@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +38,10 @@ ADVICE_IF_EMPTY = {
     "train": "give it more documents, or lower held_out",
     "held_out": "give it more documents, raise held_out, or give held_out_path",
 }
+ADVICE_FOR_TEXTS = {CONTROL_STRINGS: ", or give the messages themselves to kind: conversations"}
 FEWEST_FOR_A_WARNING, LARGEST_SHARE = 100, 0.01  # of documents that hold special tokens as text
 ADVICE = {
-    CONTROL_STRINGS: "if they are meant as special tokens, set special_tokens: parse, or give the messages themselves "
-    "to kind: conversations",
+    CONTROL_STRINGS: "if they are meant as special tokens, set special_tokens: parse",
     OVERLAPS: "remove them from the training files, or held-out losses are too good",
     LOST_THINKING: "set chat_template to a template that keeps reasoning_content, to train on it",
     LOST_MESSAGES: "look at the chat template, or set another one",
@@ -60,20 +60,23 @@ def main() -> None:
         tokens = sum(entry.num_tokens for source in manifest.sources.values() for entry in source.splits.values())
         record = provenance.end(job.record, time.monotonic() - begin, provenance.describe_device(), tokens=tokens)
         provenance.write_record(record)
-    print_summary(manifest, OUT, {name: lengths.contexts(settings, name) for name in manifest.sources})
+    chats = {name for name, source in settings.prepare_data.parsed_sources().items() if is_conversation(source)}
+    print_summary(manifest, OUT, {name: lengths.contexts(settings, name) for name in manifest.sources}, chats)
 
 
-def print_summary(manifest: Manifest, directory: Path, contexts: Mapping[str, Mapping[str, int]]) -> None:
+def print_summary(
+    manifest: Manifest, directory: Path, contexts: Mapping[str, Mapping[str, int]], chats: Container[str] = ()
+) -> None:
     """Print for each source its documents, tokens and skipped rows, and what each stage's sequences lose of them.
 
-    `contexts`: source → stage → sequence_length.
+    `contexts`: source → stage → sequence_length. `chats`: the sources that hold conversations.
     """
     for name, source in manifest.sources.items():
         sizes = ", ".join(_size(entry, split) for split, entry in source.splits.items())
         skipped = ", ".join(f"{number:,} {reason}" for reason, number in source.skipped_rows.items())
         print(f"{name}: {sizes}" + (f"; skipped rows: {skipped}" if skipped else ""))
         for note, number in source.notes.items():
-            print(f"  {number:,} {note}" + (f": {ADVICE[note]}" if note in ADVICE else ""))
+            print(f"  {number:,} {note}{_advice(note, name in chats)}")
         offsets = np.load(directory / source.splits["train"].offsets, mmap_mode="r")
         for stage, length in contexts.get(name, {}).items():
             found = lengths.fit(offsets, length, source.too_long)
@@ -82,6 +85,11 @@ def print_summary(manifest: Manifest, directory: Path, contexts: Mapping[str, Ma
                     f"  {stage}: {found.num_too_long:,} documents are longer than {length:,} tokens "
                     f"(too_long: {source.too_long}); {found.lost_share:.1%} of the training tokens are lost"
                 )
+
+
+def _advice(note: str, is_chat: bool) -> str:
+    """What the user can do about a note."""
+    return f": {ADVICE[note]}{'' if is_chat else ADVICE_FOR_TEXTS.get(note, '')}" if note in ADVICE else ""
 
 
 def _size(entry: Split, split: str) -> str:
@@ -201,7 +209,7 @@ def _tokenise_source(
             for batch in encoder.encoded(documents.next_part()):
                 writers[batch.split].append(batch.documents, batch.num_bytes, batch.trained)
                 bar.update(batch.num_characters)
-                warned = warned or _warn(name, encoder.notes[CONTROL_STRINGS], documents.number)
+                warned = warned or _warn(name, source, encoder.notes[CONTROL_STRINGS], documents.number)
             written = {split: writer.flush() for split, writer in writers.items()}
             counted = dict(encoder.skipped), dict(encoder.notes)
             progress = progress.with_begun(name, Begun(documents.number, bar.n, written, *counted))
@@ -216,12 +224,13 @@ def _tokenise_source(
     return progress.with_finished(name, SourceEntry(source.too_long, splits, dict(skipped), dict(notes)))
 
 
-def _warn(name: str, number: int, num_documents: int) -> bool:
+def _warn(name: str, source: Source, number: int, num_documents: int) -> bool:
     """Say early that many documents have special tokens as text. Returns whether it was said."""
     if num_documents < FEWEST_FOR_A_WARNING or number <= LARGEST_SHARE * num_documents:
         return False
     print(
-        f"{name}: {number:,} of the first {num_documents:,} are {CONTROL_STRINGS}: {ADVICE[CONTROL_STRINGS]}",
+        f"{name}: {number:,} of the first {num_documents:,} are {CONTROL_STRINGS}"
+        f"{_advice(CONTROL_STRINGS, is_conversation(source))}",
         flush=True,
     )
     return True

@@ -144,8 +144,20 @@ def test_a_template_of_ones_own_and_what_is_said_of_it(tmp_path, capsys):
     prepare_data.print_summary(manifest, tmp_path / "data", {"mine": {"rank": 20, "train_short": 999}})
     said = capsys.readouterr().out
     assert "1 conversations whose thinking the chat template leaves out: set chat_template" in said
-    assert "rank, 20 tokens: 2 documents are too long, too_long: drop; 100.0% of the training tokens are lost" in said
+    assert (
+        "rank: 2 documents are longer than 20 tokens (too_long: drop); 100.0% of the training tokens are lost" in said
+    )
     assert "train_short" not in said and "(54 trained) held_out" in said
+
+
+def test_the_advice_on_special_tokens_is_of_the_kind(tmp_path, capsys):
+    chat_tokenizer(CHATML).save_pretrained(tmp_path / "parent")
+    rows = [row | {"prompt": f"{row['prompt']} <|im_end|>"} for row in many()]
+    section = {"kind": "conversations", "path": write(tmp_path / "a.jsonl", rows), "held_out": 0.2}
+    manifest = prepare(configure({"mine": section}), tmp_path / "parent", tmp_path / "data", seed=0)
+    prepare_data.print_summary(manifest, tmp_path / "data", {}, {"mine"})
+    said = capsys.readouterr().out
+    assert said.count("special tokens, set special_tokens: parse\n") == 2 and "kind: conversations" not in said
 
 
 @pytest.mark.parametrize(
