@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_core.errors import UserError
+from elastic_core.io.storage import StorageUnavailable
 from tasks.corpora.text_files import without_nulls
 
 
@@ -30,22 +31,26 @@ class HubDataset:
     def rows(self) -> Iterator[tuple[str, dict]]:
         """Yield (place, row). Rows are streamed; if the hub cannot be reached, they are read from a local cache.
 
-        Raises UserError for a data set, configuration or split that does not exist, and for one that cannot be reached
-        and is in no cache.
+        Raises UserError for a data set, configuration or split that does not exist, and StorageUnavailable for a hub
+        that does not answer, if the data set is in no cache.
         """
         from datasets.exceptions import DatasetsError  # imported here because the import is slow
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.utils import httpx
 
+        # datasets raises a RuntimeError where it finds a script instead of rows.
+        errors = (DatasetsError, httpx.HTTPError, OSError, ValueError, LookupError, RuntimeError)
         try:
             for number, row in enumerate(self._open(), 1):
                 yield f"{self}, row {number}", without_nulls(row)
         except UserError:
             raise
-        except (DatasetsError, HfHubHTTPError, OSError, ValueError, LookupError) as error:
-            raise UserError(f"{self}: cannot be read: {' '.join(str(error).split())}") from None
+        except errors as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise _kind(error)(f"{self}: cannot be read: {reason}") from None
 
     def _open(self):
         import datasets
+        from huggingface_hub.utils import httpx
 
         if Path(self.name).is_dir():
             if (Path(self.name) / "dataset_dict.json").is_file():  # written by save_to_disk
@@ -57,7 +62,7 @@ class HubDataset:
             return datasets.load_dataset(
                 self.name, self.config, split=self.split, revision=self.revision, streaming=True
             )
-        except (ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
+        except (ConnectionError, httpx.TransportError, datasets.exceptions.DatasetNotFoundError) as error:
             # Not found: also what a data set gives that is in the hub's cache, when the hub cannot be asked.
             return self._open_cached(error)
 
@@ -65,6 +70,7 @@ class HubDataset:
         import datasets
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.utils import httpx
 
         try:
             directory = snapshot_download(self.name, repo_type="dataset", revision=self.revision, local_files_only=True)
@@ -76,9 +82,24 @@ class HubDataset:
             return datasets.load_dataset(
                 self.name, self.config, split=self.split, revision=self.revision, download_config=offline
             )
-        except (ConnectionError, datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
-            reason = " ".join(str(error).split())
-            raise UserError(
+        except (ConnectionError, httpx.TransportError, datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise _kind(error)(
                 f"{self}: cannot be reached ({reason}), and is in no local cache (HF_DATASETS_CACHE, HF_HUB_CACHE); "
                 "check the name and the connection, or give a local directory"
             ) from None
+
+
+def _kind(error: BaseException | None) -> type[UserError]:
+    """StorageUnavailable if the hub did not answer or was too busy, so that the same request may succeed later."""
+    from huggingface_hub import is_offline_mode
+    from huggingface_hub.utils import httpx
+
+    while error is not None and not is_offline_mode():
+        if isinstance(error, (ConnectionError, TimeoutError, httpx.TransportError)):
+            return StorageUnavailable
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None and (status >= 500 or status == 429):
+            return StorageUnavailable
+        error = error.__cause__
+    return UserError

@@ -18,7 +18,6 @@ from tasks.corpora.json_rows import Field, Row, find_field
 from tasks.corpora.text_files import check_format, is_compressed, read_rows
 
 _CHARACTERS_PER_COMPRESSED_BYTE = 3  # of common text, roughly
-_CHARACTERS_OF_A_DATASET = 100_000_000  # only for a progress bar: nobody says how large it is
 OVERLAPS = "training documents that are held out too"
 
 
@@ -42,10 +41,10 @@ class Input:
             for path in self.paths():
                 yield from read_rows(path, field)
 
-    def expected_characters(self) -> int:
-        """Estimate the number of characters of all rows."""
+    def expected_characters(self) -> int | None:
+        """Estimate the number of characters of all rows. None for a data set: nobody says how large it is."""
         if self.path is None:
-            return _CHARACTERS_OF_A_DATASET
+            return None
         sizes = self.paths().items()
         return sum(size * (_CHARACTERS_PER_COMPRESSED_BYTE if is_compressed(path) else 1) for path, size in sizes)
 

@@ -11,7 +11,7 @@ import importlib.util
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -133,10 +133,9 @@ class Files:
         found = self._read(Counter() if skipped is None else skipped, Counter() if notes is None else notes)
         return limit_characters(found, self.max_characters, self.held_out_path is None)
 
-    def expected_characters(self) -> int:
-        """Estimate how many characters `texts` yields in all. Progress bars need the number."""
-        total = sum(one.expected_characters() for one in self.inputs())
-        return _characters_within_limit(total, self.max_characters)
+    def expected_characters(self) -> int | None:
+        """Estimate how many characters `texts` yields in all, for progress bars. None: nobody knows."""
+        return expected_characters(self.inputs(), self.max_characters)
 
     def paths(self) -> dict[str, int]:
         """The files that `path` matches: see `Input.paths`."""
@@ -201,6 +200,14 @@ def check_max_characters(value: int | None, require: Require) -> None:
 def _characters_within_limit(total: int, max_characters: int | None) -> int:
     """How many of `total` characters the limit allows, in both splits together."""
     return total if max_characters is None else min(total, max_characters + max_characters // _HELD_OUT_PART)
+
+
+def expected_characters(inputs: Iterable[Input], max_characters: int | None) -> int | None:
+    """Estimate how many characters the limit allows of all inputs. None if there is no limit and no known size."""
+    sizes = [one.expected_characters() for one in inputs]
+    if None in sizes:
+        return None if max_characters is None else _characters_within_limit(sys.maxsize, max_characters)
+    return _characters_within_limit(sum(sizes), max_characters)
 
 
 def limit_characters(documents: Iterator, max_characters: int | None, held_out_too: bool = True) -> Iterator:

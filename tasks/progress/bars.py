@@ -8,8 +8,8 @@ from tqdm import tqdm
 LOG_SECONDS = 10.0
 
 
-def progress_bar(what: str, total: int, unit: str, scaled: bool = False) -> tqdm:
-    """A bar to `update`, as a context manager. `scaled`: write large numbers as 1.2M."""
+def progress_bar(what: str, total: int | None, unit: str, scaled: bool = False) -> tqdm:
+    """A bar to `update`, as a context manager. `total`: None if unknown. `scaled`: write large numbers as 1.2M."""
     options = {"desc": what, "total": total, "unit": unit, "unit_scale": scaled, "disable": False}
     if sys.stderr.isatty():
         return tqdm(**options, leave=False, dynamic_ncols=True)

@@ -14,7 +14,7 @@ from elastic_core.errors import UserError
 from tasks.corpora.conversations.messages import Conversation, Fields, NoContent, conversation
 from tasks.corpora.hub_datasets import HubDataset
 from tasks.corpora.inputs import Input, Splitter, check_input, digest_of, group_of
-from tasks.corpora.text_sources import SPECIAL_TOKENS, check_max_characters, limit_characters
+from tasks.corpora.text_sources import SPECIAL_TOKENS, check_max_characters, expected_characters, limit_characters
 
 TRAIN_ON = ("assistant", "all", "last_assistant")
 
@@ -79,9 +79,9 @@ class Conversations:
         """Yield (split, text of the messages), to train a tokenizer on."""
         return ((split, one.text()) for split, one in self.documents(seed))
 
-    def expected_characters(self) -> int:
-        """Estimate how many characters `documents` yields in all. Progress bars need the number."""
-        return sum(one.expected_characters() for one in self.inputs())
+    def expected_characters(self) -> int | None:
+        """Estimate how many characters `documents` yields in all, for progress bars. None: nobody knows."""
+        return expected_characters(self.inputs(), self.max_characters)
 
     def inputs(self) -> list[Input]:
         """The held-out files, if they are files of their own, and the others."""

@@ -6,10 +6,13 @@ from itertools import pairwise
 
 import datasets
 import pytest
+from huggingface_hub.utils import httpx
 
 from elastic_core.data.loader import TokenData
 from elastic_core.errors import UserError
 from elastic_core.io.fingerprints import DigestCache
+from elastic_core.io.storage import StorageUnavailable
+from tasks.corpora.conversations.source import Conversations
 from tasks.corpora.encoding import CONTROL_STRINGS
 from tasks.corpora.hub_datasets import HubDataset
 from tasks.corpora.inputs import OVERLAPS
@@ -110,8 +113,9 @@ def test_a_data_set_of_the_hub_without_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "none")
     with pytest.raises(
         UserError, match=r"me/chats \(train\): cannot be reached .*is in no local cache .*local directory"
-    ):
+    ) as caught:
         list(HubDataset("me/chats").rows())
+    assert type(caught.value) is UserError  # nobody asked the hub, so a later start would not help
     cached, commit = tmp_path / "datasets--me--chats", "a" * 40
     (cached / "snapshots" / commit).mkdir(parents=True)
     (cached / "refs").mkdir()
@@ -119,6 +123,47 @@ def test_a_data_set_of_the_hub_without_the_hub(tmp_path, monkeypatch):
     (cached / "snapshots" / commit / "train.jsonl").write_text('{"text": "from the cache"}\n')
     for revision in (None, commit):
         assert [row for _, row in HubDataset("me/chats", revision=revision).rows()] == [{"text": "from the cache"}]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionError("Couldn't reach 'me/chats' on the Hub (ConnectTimeout)"), StorageUnavailable),
+        (TimeoutError(), StorageUnavailable),
+        (httpx.ReadTimeout("slow"), StorageUnavailable),
+        (httpx.ConnectError("refused"), StorageUnavailable),
+        (httpx.TooManyRedirects("again"), UserError),
+        (datasets.exceptions.DatasetNotFoundError("no such data set"), UserError),
+        (RuntimeError("Dataset scripts are no longer supported, but found chats.py"), UserError),
+    ],
+)
+def test_a_hub_that_does_not_answer_may_do_so_later(tmp_path, monkeypatch, error, kind):
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(UserError, match=r"^dataset me/chats \(train\): cannot be re\w+") as caught:
+        list(HubDataset("me/chats").rows())
+    assert type(caught.value) is kind
+
+
+def test_a_directory_with_a_script_is_refused(tmp_path):
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "chats.py").write_text("")
+    with pytest.raises(UserError, match=r"chats \(train\): cannot be read: Dataset scripts are no longer supported"):
+        list(HubDataset(str(tmp_path / "chats")).rows())
+
+
+@pytest.mark.parametrize("kind", [Files, Conversations])
+def test_expected_characters_are_within_the_limit(tmp_path, kind):
+    (tmp_path / "a.jsonl").write_text("x" * 500)
+    path = str(tmp_path / "a.jsonl")
+    assert kind(path=path).expected_characters() == 500
+    assert kind(path=path, max_characters=100).expected_characters() == 105
+    assert kind(dataset="me/chats").expected_characters() is None
+    assert kind(dataset="me/chats", max_characters=100).expected_characters() == 105
 
 
 def test_fingerprints_see_every_input(tmp_path):
