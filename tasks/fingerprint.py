@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.fingerprints import DigestCache, fingerprint
-from elastic_core.io.tokenizer_files import TOKENIZER_FILES
+from elastic_core.io.tokenizer_files import is_tokenizer_file
 from tasks.corpora.benchmark_files import check_task_files, data_places
 from tasks.corpora.sources import Source, paths_of
 from tasks.settings.load import load
@@ -78,10 +78,10 @@ def parent(settings: Params, cache: DigestCache) -> dict:
 
 def tokenizer(settings: Params, cache: DigestCache) -> dict:
     """The same for the files of the parent's tokenizer: other weights do not change the data."""
-    return _parent(settings, cache, only={"config.json", *TOKENIZER_FILES})
+    return _parent(settings, cache, only=is_tokenizer_file)
 
 
-def _parent(settings: Params, cache: DigestCache, only: set[str] | None) -> dict:
+def _parent(settings: Params, cache: DigestCache, only: Callable[[str], bool] | None) -> dict:
     path = settings.parent.path
     if path is None:
         return {}

@@ -19,7 +19,7 @@ from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.directory_transfer import download_directory
-from elastic_core.io.tokenizer_files import TOKENIZER_FILES
+from elastic_core.io.tokenizer_files import is_tokenizer_file
 from elastic_core.model import architectures, hf
 from elastic_core.model.parent_files import check_logits, check_weights
 from elastic_core.model.weight_files import weight_file_names
@@ -117,7 +117,7 @@ def download_parent(path: str, copy: Path) -> None:
     """Download configuration, tokenizer and weights of a model from a URL to the directory `copy`."""
     weights = weight_file_names(path)
     shutil.rmtree(copy, ignore_errors=True)
-    download_directory(path, copy, only={"config.json", *TOKENIZER_FILES, *weights})
+    download_directory(path, copy, only=lambda name: is_tokenizer_file(name) or name in weights)
 
 
 def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:

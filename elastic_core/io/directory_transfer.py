@@ -8,7 +8,7 @@ only when it is complete.
 import glob
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
@@ -38,12 +38,12 @@ def upload_directory(source: Path, location: Location, last: str = "config.json"
 
 
 def download_directory(
-    location: Location, target: Path, last: str = "config.json", only: Set[str] | None = None
+    location: Location, target: Path, last: str = "config.json", only: Callable[[str], bool] | None = None
 ) -> None:
     """Copy the files below `location` to the new local directory `target`, which appears complete or not at all.
 
-    `only` holds the relative names of the files to copy (None: all). A download that was interrupted continues where
-    it stopped, as long as nothing has changed at `location`.
+    `only` says of the relative name of a file whether to copy it (None: copy all). A download that was interrupted
+    continues where it stopped, as long as nothing has changed at `location`.
     Raises StorageError for a `target` that exists, a location without the file `last` (see `upload_directory`), and a
     location that changes during the download.
     """
@@ -55,7 +55,7 @@ def download_directory(
         raise StorageError(
             f"{location}: has no {last}; it is another kind of directory, or its upload was not finished"
         )
-    wanted = {name: version for name, version in sorted(versions.items()) if only is None or name in only}
+    wanted = {name: version for name, version in sorted(versions.items()) if only is None or only(name)}
     # The key names these versions of these files, so files of another version are never continued.
     key = sha256(repr(wanted).encode()).hexdigest()[:12]
     partial = target.with_name(f".{target.name}.{key}.partial")
@@ -83,8 +83,8 @@ def download_files(location: Location, names: Iterable[str], directory: Path) ->
 
 
 @contextmanager
-def local_files(location: Location, names: tuple[str, ...]) -> Iterator[Path]:
-    """A local directory with the small files `names`, as far as `location` has them.
+def local_files(location: Location, only: Callable[[str], bool]) -> Iterator[Path]:
+    """A local directory with some small files of `location`: `only` says of a relative name whether to have it.
 
     For a URL it is a temporary copy. For a local path it is that directory itself.
     """
@@ -92,5 +92,5 @@ def local_files(location: Location, names: tuple[str, ...]) -> Iterator[Path]:
         yield Path(location)
         return
     with TemporaryDirectory() as directory:
-        download_files(location, set(names) & set(storage.list_names(location)), directory)
+        download_files(location, filter(only, storage.versions(location)), directory)
         yield Path(directory)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from elastic_core.errors import UserError
@@ -23,14 +24,14 @@ from elastic_core.io.json_files import read_json
 SMALL_BYTES = 64 << 20
 
 
-def fingerprint(location: storage.Location, cache: DigestCache, only: set[str] | None = None) -> dict:
+def fingerprint(location: storage.Location, cache: DigestCache, only: Callable[[str], bool] | None = None) -> dict:
     """The fingerprint of the files that match a pattern or are below a location: {"files", "bytes", "sha256"}.
 
-    `only`: the names of files that count (None: all). Python's compiled files do not count. Where nothing is, the
-    number of files is 0. Raises StorageError for a server that cannot be used.
+    `only` says of the relative name of a file whether it counts (None: all do). Python's compiled files do not count.
+    Where nothing is, the number of files is 0. Raises StorageError for a server that cannot be used.
     """
     found = {name: state for name, state in storage.states(location).items() if "__pycache__" not in name}
-    names = [name for name in found if only is None or name in only]
+    names = [name for name in found if only is None or only(name)]
     digest = hashlib.sha256()
     for name in names:
         size, version = found[name]

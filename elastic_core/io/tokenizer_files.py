@@ -20,6 +20,16 @@ MORE_TEMPLATES = "additional_chat_templates"  # a directory of templates with a 
 ADVICE = "copy chat_template.jinja (older models: tokenizer_config.json) from the instruct model of the same family"
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Whether the tokenizer of a model directory depends on a file; `name` is relative to the directory.
+
+    config.json is one: it says of which class the tokenizer is.
+    """
+    directory, _, last = name.rpartition("/")
+    is_template = directory == MORE_TEMPLATES and last.endswith(".jinja")
+    return is_template or name == "config.json" or name in TOKENIZER_FILES
+
+
 def has_chat_template(directory: Path) -> bool:
     """Whether the tokenizer files of a local directory have a chat template. Reads little."""
     config = directory / "tokenizer_config.json"

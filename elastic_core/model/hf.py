@@ -40,7 +40,7 @@ CONFIG_ERRORS = (StrictDataclassError, LookupError, TypeError, ValueError, Attri
 
 def read_config(directory: Location) -> PreTrainedConfig:
     """Read the configuration of a directory or URL and check that this library supports it; else raise UserError."""
-    with local_files(directory, ("config.json",)) as local:
+    with local_files(directory, lambda name: name == "config.json") as local:
         return _read_config(local, str(directory))
 
 
@@ -83,7 +83,7 @@ def read_values(local: Path, directory: str) -> dict:
 
 
 def _values_at(directory: Location) -> dict:
-    with local_files(directory, ("config.json",)) as local:
+    with local_files(directory, lambda name: name == "config.json") as local:
         return read_values(local, str(directory))
 
 

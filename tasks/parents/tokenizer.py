@@ -9,7 +9,7 @@ from elastic_core.data.tokenizer import load_tokenizer as load_local_tokenizer
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.directory_transfer import local_files
-from elastic_core.io.tokenizer_files import TOKENIZER_FILES
+from elastic_core.io.tokenizer_files import is_tokenizer_file
 from tasks.parents.gguf_file import Gguf
 from tasks.settings.local_checks import find_package_file, is_package
 
@@ -26,7 +26,7 @@ def load_tokenizer(source: str | Path) -> PreTrainedTokenizerFast:
             return load_tokenizer(written)
     if not storage.is_url(source) and not Path(source).is_dir():
         raise UserError(f"tokenizer {str(source)!r}: no such directory; parent.path is a model's directory, or null")
-    with local_files(source, ("config.json", *TOKENIZER_FILES)) as local:
+    with local_files(source, is_tokenizer_file) as local:
         tokenizer = load_local_tokenizer(local, source)
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {str(source)!r}: needs a fast tokenizer (tokenizer.json)")

@@ -13,12 +13,15 @@ from elastic_core import ElasticModel
 from elastic_core.config import ConfigError, load
 from elastic_core.data.loader import TokenData
 from elastic_core.errors import UserError
+from elastic_core.io.fingerprints import DigestCache
 from elastic_core.io.tokenizer_files import copy_tokenizer
 from elastic_core.model import hf
-from tasks import parent
+from tasks import fingerprint, parent
+from tasks.parents.tokenizer import load_tokenizer
 from tasks.prepare_data import prepare
 from tasks.settings.sections import Benchmarks, Parent
 from tests.support.committed_params import put, use_parent, write
+from tests.support.models.chat_templates import CHATML, LLAMA3
 from tests.support.models.parents import random_ids, relative_error, save_random_parent
 from tests.support.pipeline.corpora import configure, texts, write_jsonl
 from tests.support.pipeline.stages import check_parameters, run_stage
@@ -67,6 +70,26 @@ def test_benchmarks_without_a_chat_template_are_refused_before_any_training(data
         UserError, match=r"benchmarks\.apply_chat_template \(s3://models/mine\): .* has no chat template"
     ):
         parent.check_stages(settings, TokenData(tmp_path / "data"))
+
+
+def test_templates_with_names_are_files_of_the_tokenizer(tied, tmp_path):
+    """At a URL and in a download they are as in the directory, and the data depend on them, but on no weights."""
+    tokenizer, templates = load_tokenizer(tied), {"default": CHATML, "tool_use": LLAMA3}
+    tokenizer.chat_template = templates
+    tokenizer.save_pretrained(tied)
+    parent.download_parent(f"file://{tied}", tmp_path / "copy")
+    for place in (f"file://{tied}", tmp_path / "copy"):
+        assert load_tokenizer(place).chat_template == templates
+
+    def seen():
+        settings = SimpleNamespace(parent=Parent(str(tied)))
+        return fingerprint.tokenizer(settings, DigestCache(tmp_path / "digests.json"))
+
+    first = seen()
+    change(tied, lambda tensors: tensors.popitem())
+    assert seen() == first
+    (tied / "additional_chat_templates/tool_use.jinja").write_text(CHATML)
+    assert seen() != first
 
 
 @pytest.mark.parametrize("url", [False, True])

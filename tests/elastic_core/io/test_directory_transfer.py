@@ -21,7 +21,7 @@ def test_a_directory_goes_there_and_back(place, tmp_path):
     upload_directory(other, url)  # what the new one lacks is gone
     download_directory(url, tmp_path / "second")
     assert files_below(tmp_path / "second") == files_below(other)
-    download_directory(url, tmp_path / "part", only={"config.json", "absent"})
+    download_directory(url, tmp_path / "part", only={"config.json", "absent"}.__contains__)
     assert files_below(tmp_path / "part") == {"config.json": b"{}22"}
     with pytest.raises(StorageError, match="exists already"):
         download_directory(url, tmp_path / "part")
@@ -107,10 +107,10 @@ def test_a_download_does_not_mix_two_versions(place, tmp_path, monkeypatch):
 
 
 def test_small_files_are_copied_next_to_no_weights(place):
-    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+    for name in ("config.json", "sub/more.jinja", "model.safetensors"):
         storage.write_bytes(storage.join(place, name), name.encode())
-    with local_files(place, ("config.json", "tokenizer.json", "vocab.json")) as local:
+    with local_files(place, {"config.json", "sub/more.jinja", "vocab.json"}.__contains__) as local:
         assert (local / "config.json").read_bytes() == b"config.json"
-        assert (local / "tokenizer.json").is_file() and not (local / "vocab.json").exists()
+        assert (local / "sub" / "more.jinja").is_file() and not (local / "vocab.json").exists()
         assert storage.is_url(place) != (local / "model.safetensors").exists()
     assert local.exists() != storage.is_url(place)
