@@ -90,6 +90,33 @@ def test_stages_depend_on_their_code(stage):
     assert not [dep for dep in listed if is_in(ROOT / dep, NO_RESULT)]
 
 
+def libraries_of(stage: str) -> set[str]:
+    """The libraries whose versions re-run a stage."""
+    entry = STAGES[stage]
+    return set(fingerprint._listed(entry.get("do", entry)))
+
+
+def imported_libraries(path: Path) -> set[str]:
+    """The libraries that a file imports, by the name of their package where it is that of the module."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("stage", [name for name in STAGES if name not in (ALWAYS, "report")])
+def test_stages_depend_on_the_libraries_of_their_code(stage):
+    """A library that decides the result of one stage decides that of every stage whose code imports it.
+
+    Two exceptions: the data do not depend on torch, whose tensors only readers of the data make, and the report
+    computes little itself: it draws the results of other stages.
+    """
+    decide = set().union(*map(libraries_of, STAGES))
+    code = code_of(stage.removesuffix("_parent").removesuffix("_untrained"))
+    used = set().union(*map(imported_libraries, code - {SECTIONS}))
+    assert sorted(used & decide - libraries_of(stage)) == (["torch"] if stage == "prepare_data" else [])
+
+
 def dvc(directory: Path, *arguments: str) -> str:
     """What a DVC command that has to succeed says."""
     done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=directory, capture_output=True, text=True)
@@ -215,6 +242,7 @@ def compile_code(directory: Path) -> None:
         (put_json("artifacts/inputs/tokenizer.json", "path", "elsewhere"), {"prepare_data"}),
         (put_json("artifacts/inputs/benchmarks.json", "data", {}), EVALUATIONS),
         (put_json(str(LIBRARIES), "torch", "1.0"), EVERYTHING - {"prepare_data", "report"}),
+        *((put_json(str(LIBRARIES), name, "1.0"), EVERYTHING - {"report"}) for name in ("jinja2", "tokenizers")),
         (put_json(str(LIBRARIES), "lm_eval", "1.0"), EVALUATIONS),
         (put_json(str(LIBRARIES), "mamba-ssm", "2.3.2"), {"parent", "rank", "train_short", "train_extended"}),
         (edit(TABLE), {"train_short", "report"}),
