@@ -10,16 +10,20 @@ elastic_core/io/fingerprints.py. A later stage runs again if the file that it de
 """
 
 import json
+import re
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from ruamel.yaml import YAML
 
+from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.fingerprints import DigestCache, fingerprint
+from elastic_core.io.json_files import read_json
 from elastic_core.io.tokenizer_files import is_tokenizer_file
+from tasks.corpora import hub_datasets
 from tasks.corpora.benchmark_files import check_task_files, data_places
 from tasks.corpora.sources import Source, paths_of
 from tasks.settings.load import load
@@ -29,6 +33,7 @@ from tasks.settings.schema import Params
 OUT = Path("artifacts/inputs")
 LIBRARIES = OUT / "libraries.json"
 CACHE = Path("checkpoints/digests.json")
+COMMIT = re.compile("[0-9a-f]{40}")  # in full; a shorter name may be a branch
 
 
 def main() -> None:
@@ -52,23 +57,44 @@ def write(path: Path, read: Callable[[], dict]) -> None:
 
 
 def corpora(settings: Params, cache: DigestCache) -> dict:
-    """Source → field → fingerprint of its files, or name and revision of a data set of the hub.
+    """Source → field → fingerprint of its files, or name, revision and commit of a data set of the hub.
 
     Sources from packages have none: their versions are in libraries.json.
     """
     sources = settings.prepare_data.parsed_sources()
-    found = {name: _fields(source, cache) for name, source in sources.items()}
+    before = _last(OUT / "corpora.json")
+    found = {name: _fields(source, cache, before.get(name, {})) for name, source in sources.items()}
     return {name: fields for name, fields in found.items() if fields}
 
 
-def _fields(source: Source, cache: DigestCache) -> dict:
+def _last(path: Path) -> dict:
+    """The fingerprints of the last time."""
+    try:
+        return read_json(path, shape={str: dict})
+    except (OSError, UserError):  # it does not exist yet or is damaged
+        return {}
+
+
+def _fields(source: Source, cache: DigestCache, before: dict) -> dict:
+    """Field → fingerprint. `before`: that of the last time."""
     fields = {}
     for name, value in paths_of(source).items():
         if name == "dataset" and not Path(value).is_dir():
-            fields[name] = {"name": value, "revision": source.revision}
+            fields[name] = _hub_dataset(value, source.revision, before.get(name))
         else:
             fields[name] = fingerprint(value, cache)
     return fields
+
+
+def _hub_dataset(name: str, revision: str | None, before: dict | None) -> dict:
+    """Name and revision; of a branch or tag also the commit that it is at, or was at when the hub last told it."""
+    given = {"name": name, "revision": revision}
+    if COMMIT.fullmatch(revision or ""):
+        return given
+    if (commit := hub_datasets.commit_of(name, revision)) is not None:
+        return given | {"commit": commit}
+    is_same = before is not None and given.items() <= before.items()
+    return before if is_same else given
 
 
 def parent(settings: Params, cache: DigestCache) -> dict:

@@ -11,6 +11,22 @@ from elastic_core.errors import UserError
 from elastic_core.io.storage import StorageUnavailable
 from tasks.corpora.text_files import without_nulls
 
+SECONDS = 5.0  # to wait for the hub's answer
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a data set on the hub is at now (None: main). None if the hub does not tell.
+
+    The hub does not tell it offline, and of a data set or revision that it does not have.
+    """
+    from huggingface_hub import HfApi  # imported here because the import is slow
+    from huggingface_hub.errors import HTTPError  # the base of what its HTTP library raises
+
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=SECONDS).sha
+    except (HTTPError, OSError, ValueError):
+        return None
+
 
 @dataclass(frozen=True)
 class HubDataset:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from itertools import pairwise
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -12,6 +13,8 @@ from elastic_core.data.loader import TokenData
 from elastic_core.errors import UserError
 from elastic_core.io.fingerprints import DigestCache
 from elastic_core.io.storage import StorageUnavailable
+from tasks import fingerprint
+from tasks.corpora import hub_datasets
 from tasks.corpora.conversations.source import Conversations
 from tasks.corpora.encoding import CONTROL_STRINGS
 from tasks.corpora.hub_datasets import HubDataset
@@ -166,7 +169,31 @@ def test_expected_characters_are_within_the_limit(tmp_path, kind):
     assert kind(dataset="me/chats", max_characters=100).expected_characters() == 105
 
 
-def test_fingerprints_see_every_input(tmp_path):
+def test_a_branch_of_a_hub_data_set_has_the_commit_in_its_fingerprint(tmp_path, monkeypatch):
+    """That of the last time, if the hub does not answer. A commit needs no answer."""
+    monkeypatch.chdir(tmp_path)
+    answers, asked = iter([None, "a" * 40, None, "b" * 40, None]), []
+    monkeypatch.setattr(hub_datasets, "commit_of", lambda *names: asked.append(names) or next(answers))
+
+    def take(revision):
+        section = configure({"hub": {"kind": "conversations", "dataset": "me/chats", "revision": revision}})
+        settings = SimpleNamespace(prepare_data=section)
+        fingerprint.write(fingerprint.OUT / "corpora.json", lambda: corpora(settings, DigestCache("digests.json")))
+        return json.loads((fingerprint.OUT / "corpora.json").read_text())["hub"]["dataset"]
+
+    first = {"name": "me/chats", "revision": None}
+    assert [take(None) for _ in range(4)] == [first, *(first | {"commit": c * 40} for c in "aab")]
+    assert take("v1") == {"name": "me/chats", "revision": "v1"}  # the known commit is that of another branch
+    assert take("c" * 40) == {"name": "me/chats", "revision": "c" * 40}
+    assert asked == [("me/chats", None)] * 4 + [("me/chats", "v1")]
+
+
+def test_the_hub_is_not_waited_for_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert hub_datasets.commit_of("me/chats", None) is hub_datasets.commit_of("no name", "main") is None
+
+
+def test_fingerprints_see_every_input(tmp_path, monkeypatch):
     """Held-out files, templates and data sets: a change of any of them changes the fingerprint of the source."""
 
     class Settings:
@@ -180,6 +207,7 @@ def test_fingerprints_see_every_input(tmp_path):
     hub = {"kind": "conversations", "dataset": "me/chats", "revision": "v1"}
     local = {"kind": "files", "dataset": str(tmp_path / "local")}
     Settings.prepare_data = configure({"mine": section, "hub": hub, "local": local, "prose": {"kind": "bible"}})
+    monkeypatch.chdir(tmp_path)
     first = corpora(Settings, DigestCache(tmp_path / "digests.json"))
     assert first["hub"] == {"dataset": {"name": "me/chats", "revision": "v1"}} and set(first) == {
         "mine",
