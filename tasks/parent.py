@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from elastic_core import ElasticModel
 from elastic_core.config import ConfigError
-from elastic_core.data.loader import PackedSequences, TokenData, check_tokenizer
+from elastic_core.data.loader import IGNORED_LABEL, PackedSequences, TokenData, check_tokenizer, held_out_batches
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
@@ -38,7 +38,7 @@ from tasks.settings import remote_checks
 from tasks.settings.load import FILE, load
 from tasks.settings.local_checks import is_package
 from tasks.settings.schema import Params
-from tasks.settings.sections import Parent
+from tasks.settings.sections import Evaluate, Parent
 from tasks.training.family import run_to_end, training_record
 from tasks.training.start import run_stage
 
@@ -160,8 +160,8 @@ def work(arguments: dict, ranks: Ranks) -> None:
 def check_stages(settings: Params, data: TokenData) -> None:
     """Raise UserError for what a later stage would find wrong with the data or its tokenizer.
 
-    That is data too short for its sequences, and benchmarks that need another chat template. The check is made here, so
-    that the error comes before any training.
+    That is data too short for its sequences, held-out data without a token to predict, and benchmarks that need another
+    chat template. The check is made here, so that the error comes before any training.
     """
     owner = settings.parent.path or "the tokenizer of prepare_data"
     check_chat_template(
@@ -173,3 +173,19 @@ def check_stages(settings: Params, data: TokenData) -> None:
             PackedSequences(data, section.mixture, section.sequence_length, settings.seed)
         except UserError as error:
             raise ConfigError(f"{FILE}: {name}: {error}") from None
+    for source in settings.evaluate.held_out:
+        check_held_out(settings.evaluate, data, source)
+
+
+def check_held_out(section: Evaluate, data: TokenData, source: str) -> None:
+    """Raise ConfigError unless evaluation reads a token to predict of a held-out source. Mostly reads one batch."""
+    batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
+    try:
+        has_any = any(bool((batch.labels != IGNORED_LABEL).any()) for batch in batches)
+    except UserError as error:
+        raise ConfigError(f"{FILE}: evaluate.held_out, evaluate.sequence_length: {error}") from None
+    if not has_any:
+        raise ConfigError(
+            f"{FILE}: evaluate.held_out: {source} has no trained token in what evaluation reads of its documents; "
+            f"raise evaluate.sequence_length ({section.sequence_length:,}) or max_tokens ({section.max_tokens:,})"
+        )

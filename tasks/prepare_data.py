@@ -39,6 +39,7 @@ ADVICE_IF_EMPTY = {
     "held_out": "give it more documents, raise held_out, or give held_out_path",
 }
 ADVICE_FOR_TEXTS = {CONTROL_STRINGS: ", or give the messages themselves to kind: conversations"}
+NAMES = {"train": "training", "held_out": "held-out"}  # of the splits, in messages
 FEWEST_FOR_A_WARNING, LARGEST_SHARE = 100, 0.01  # of documents that hold special tokens as text
 ADVICE = {
     CONTROL_STRINGS: "if they are meant as special tokens, set special_tokens: parse",
@@ -77,13 +78,14 @@ def print_summary(
         print(f"{name}: {sizes}" + (f"; skipped rows: {skipped}" if skipped else ""))
         for note, number in source.notes.items():
             print(f"  {number:,} {note}{_advice(note, name in chats)}")
-        offsets = np.load(directory / source.splits["train"].offsets, mmap_mode="r")
         for stage, length in contexts.get(name, {}).items():
+            split = lengths.split_of(stage)
+            offsets = np.load(directory / source.splits[split].offsets, mmap_mode="r")
             found = lengths.fit(offsets, length, source.too_long)
             if found.lost_share:
                 print(
-                    f"  {stage}: {found.num_too_long:,} documents are longer than {length:,} tokens "
-                    f"(too_long: {source.too_long}); {found.lost_share:.1%} of the training tokens are lost"
+                    f"  {stage}: {found.num_too_long:,} {NAMES[split]} documents are longer than {length:,} tokens "
+                    f"(too_long: {source.too_long}); {found.lost_share:.1%} of the {NAMES[split]} tokens are lost"
                 )
 
 

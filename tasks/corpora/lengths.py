@@ -50,14 +50,24 @@ def fit(offsets: np.ndarray, sequence_length: int, too_long: str) -> Fit:
 
 
 def contexts(settings, source: str) -> dict[str, int]:
-    """Stage → sequence_length, for the stages that train or calibrate on a source. `settings`: all of params.yaml."""
+    """Stage → sequence_length, for the stages that read a source. `settings`: all of params.yaml.
+
+    They train or calibrate on it, or evaluate on its held-out documents (see `split_of`).
+    """
     stages = {
         "parent": settings.parent.training if settings.parent.path is None else None,
         **{name: getattr(settings, name) for name in ("rank", "train_short", "train_extended")},
     }
-    return {
+    found = {
         name: stage.sequence_length for name, stage in stages.items() if stage is not None and _share(stage, source) > 0
     }
+    is_evaluated = source in settings.evaluate.held_out
+    return found | ({"evaluate": settings.evaluate.sequence_length} if is_evaluated else {})
+
+
+def split_of(stage: str) -> str:
+    """The split of the data that a stage reads."""
+    return "held_out" if stage == "evaluate" else "train"
 
 
 def _share(stage, source: str) -> float:

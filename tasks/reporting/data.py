@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from elastic_core import config
-from elastic_core.data.token_files import Manifest
+from elastic_core.data.token_files import SPLITS, Manifest
 from elastic_core.io.json_files import read_json
 from tasks.corpora import lengths
 from tasks.settings.schema import Params
@@ -28,10 +28,13 @@ def data_tables(settings: Params, directory: Path) -> list[Table]:
     path = directory / "manifest.json"
     manifest = config.load(Manifest, read_json(path), str(path))
     offsets = {
-        name: np.load(directory / source.splits["train"].offsets, mmap_mode="r")
-        for name, source in manifest.sources.items()
+        split: {
+            name: np.load(directory / source.splits[split].offsets, mmap_mode="r")
+            for name, source in manifest.sources.items()
+        }
+        for split in SPLITS
     }
-    return [_sources(settings, manifest), _lengths(offsets), _losses(settings, manifest, offsets)]
+    return [_sources(settings, manifest), _lengths(offsets["train"]), _losses(settings, manifest, offsets)]
 
 
 def _sources(settings: Params, manifest: Manifest) -> Table:
@@ -63,12 +66,15 @@ def _lengths(offsets: dict[str, np.ndarray]) -> Table:
     return Table("Lengths of training documents (share of tokens)", ("tokens", *found), rows)
 
 
-def _losses(settings: Params, manifest: Manifest, offsets: dict[str, np.ndarray]) -> Table:
-    """A row per source and stage that reads it: documents that are too long, and the share of tokens that is lost."""
+def _losses(settings: Params, manifest: Manifest, offsets: dict[str, dict[str, np.ndarray]]) -> Table:
+    """A row per source and stage that reads it: documents that are too long, and the share of tokens that is lost.
+
+    `offsets`: split → source → the offsets of its documents.
+    """
     rows = []
     for name, source in manifest.sources.items():
         for stage, length in lengths.contexts(settings, name).items():
-            found = lengths.fit(offsets[name], length, source.too_long)
+            found = lengths.fit(offsets[lengths.split_of(stage)][name], length, source.too_long)
             rows.append(
                 (name, stage, f"{length:,}", source.too_long, f"{found.num_too_long:,}", f"{found.lost_share:.1%}")
             )

@@ -1,5 +1,6 @@
 """Stage parent: an imported parent that cannot be used is refused before it is written."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,9 @@ from elastic_core.model import hf
 from tasks import fingerprint, parent
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.prepare_data import prepare
-from tasks.settings.sections import Benchmarks, Parent
+from tasks.settings.sections import Benchmarks, Evaluate, Parent
 from tests.support.committed_params import put, use_parent, write
-from tests.support.models.chat_templates import CHATML, LLAMA3
+from tests.support.models.chat_templates import CHATML, LLAMA3, chat_tokenizer
 from tests.support.models.parents import random_ids, relative_error, save_random_parent
 from tests.support.pipeline.corpora import configure, texts, write_jsonl
 from tests.support.pipeline.stages import check_parameters, run_stage
@@ -57,15 +58,45 @@ def change(directory, edit) -> None:
     save_file(tensors, directory / SINGLE, {"format": "pt"})
 
 
+def stages(evaluate):
+    """Parameters of the stages that read the data, with a parent at a URL."""
+    section = SimpleNamespace(mixture={"mine": 1.0}, sequence_length=8)
+    return SimpleNamespace(
+        parent=Parent("s3://models/mine"), rank=section, train_short=section, train_extended=section, seed=0,
+        evaluate=evaluate,
+    )  # fmt: skip
+
+
+def test_held_out_data_that_evaluation_cannot_read_are_refused_before_any_training(tmp_path):
+    """Conversations that are all too long, or whose answers begin after what is read of them."""
+    tokenizer = chat_tokenizer(CHATML)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    messages = [{"role": "user", "content": "q" * 60}, {"role": "assistant", "content": "four"}]
+    for name in ("train", "held_out"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    paths = {"path": str(tmp_path / "train.jsonl"), "held_out_path": str(tmp_path / "held_out.jsonl")}
+    for too_long, message in (
+        ("drop", r"evaluate\.sequence_length: .*mine/held_out: no document fits sequence_length 40"),
+        ("truncate", r"evaluate\.held_out: mine has no trained token .* raise evaluate\.sequence_length \(40\)"),
+    ):
+        source = {"kind": "conversations", "too_long": too_long, **paths}
+        prepare(configure({"mine": source}), tmp_path / "tokenizer", tmp_path / too_long, seed=0)
+        data = TokenData(tmp_path / too_long)
+        settings = stages(Evaluate(("mine",), (), sequence_length=40))
+        settings.rank.sequence_length = 256
+        with pytest.raises(ConfigError, match=rf"^params\.yaml: .*{message}"):
+            parent.check_stages(settings, data)
+        settings.evaluate = Evaluate(("mine",), (), sequence_length=256)
+        parent.check_stages(settings, data)
+
+
 def test_benchmarks_without_a_chat_template_are_refused_before_any_training(data, tmp_path):
     """With a parent at a URL or in a package, the tokenizer is known only now."""
     shutil.copytree(data.directory, tmp_path / "data")
     (tmp_path / "data/tokenizer/chat_template.jinja").unlink(missing_ok=True)
-    section = SimpleNamespace(mixture={"mine": 1.0}, sequence_length=8)
-    settings = SimpleNamespace(rank=section, train_short=section, train_extended=section, seed=0)
-    settings.parent, settings.evaluate = Parent("s3://models/mine"), SimpleNamespace(benchmarks=None)
+    settings = stages(Evaluate(("mine",), ()))
     parent.check_stages(settings, TokenData(tmp_path / "data"))
-    settings.evaluate.benchmarks = Benchmarks(("gsm8k",), apply_chat_template=True)
+    settings.evaluate = Evaluate(("mine",), (), benchmarks=Benchmarks(("gsm8k",), apply_chat_template=True))
     with pytest.raises(
         UserError, match=r"benchmarks\.apply_chat_template \(s3://models/mine\): .* has no chat template"
     ):

@@ -141,12 +141,12 @@ def test_a_template_of_ones_own_and_what_is_said_of_it(tmp_path, capsys):
         prepare(configure({"mine": section}), tmp_path / "parent", tmp_path / "data", seed=0)
     section["chat_template"] = str(tmp_path / "chatml.jinja")
     manifest = prepare(configure({"mine": section}), tmp_path / "parent", tmp_path / "data", seed=0)
-    prepare_data.print_summary(manifest, tmp_path / "data", {"mine": {"rank": 20, "train_short": 999}})
+    prepare_data.print_summary(manifest, tmp_path / "data", {"mine": {"rank": 20, "train_short": 999, "evaluate": 110}})
     said = capsys.readouterr().out
     assert "1 conversations whose thinking the chat template leaves out: set chat_template" in said
-    assert (
-        "rank: 2 documents are longer than 20 tokens (too_long: drop); 100.0% of the training tokens are lost" in said
-    )
+    words = "{} documents are longer than {} tokens (too_long: drop); 100.0% of the {} tokens are lost"
+    assert f"rank: {words.format('2 training', 20, 'training')}" in said
+    assert f"evaluate: {words.format('1 held-out', 110, 'held-out')}" in said
     assert "train_short" not in said and "(54 trained) held_out" in said
 
 
