@@ -22,7 +22,7 @@ from tasks.evaluation import latency_and_memory, lm_eval_tasks
 from tasks.evaluation.samples import samples
 from tasks.evaluation.text_scores import count_parameters, first_tokens, held_out_scores
 from tasks.progress.bars import progress_bar
-from tasks.runtime.chat_templates import check_chat_template
+from tasks.runtime.chat_templates import check_chat_template, check_tasks_template
 from tasks.settings.load import FILE, load
 from tasks.settings.sections import Evaluate
 
@@ -40,6 +40,7 @@ def main(budget: str) -> None:
     transformers.utils.logging.disable_progress_bar()
     if budget == "parent":  # the first of these stages; a bad benchmark should not wait for the other scores
         check_chat_template(section.benchmarks, DATA / "tokenizer", f"{FILE}: evaluate.benchmarks")
+        check_tasks_template(section.tasks, DATA / "tokenizer", f"{FILE}: evaluate.tasks")
         lm_eval_tasks.check_benchmark_tasks(section.benchmarks, f"{FILE}: evaluate.benchmarks", download=True)
     parent = None if budget == "parent" else load_model(PARENT)
     directories = {"parent": PARENT} if budget == "parent" else {v: MODELS / budget / v for v in VERSIONS}

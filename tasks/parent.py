@@ -32,7 +32,7 @@ from tasks.parents.config import new_config, read_parent_config
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.runs import provenance
 from tasks.runs.job import LOCAL, Job, started
-from tasks.runtime.chat_templates import check_chat_template
+from tasks.runtime.chat_templates import check_chat_template, check_tasks_template
 from tasks.runtime.preflight import check_family, check_parent
 from tasks.settings import remote_checks
 from tasks.settings.load import FILE, load
@@ -160,13 +160,13 @@ def work(arguments: dict, ranks: Ranks) -> None:
 def check_stages(settings: Params, data: TokenData) -> None:
     """Raise UserError for what a later stage would find wrong with the data or its tokenizer.
 
-    That is data too short for its sequences, held-out data without a token to predict, and benchmarks that need another
-    chat template. The check is made here, so that the error comes before any training.
+    That is data too short for its sequences, held-out data without a token to predict, and tasks or benchmarks that
+    need another chat template. The check is made here, so that the error comes before any training.
     """
     owner = settings.parent.path or "the tokenizer of prepare_data"
-    check_chat_template(
-        settings.evaluate.benchmarks, data.directory / "tokenizer", f"{FILE}: evaluate.benchmarks", owner
-    )
+    tokenizer = data.directory / "tokenizer"
+    check_chat_template(settings.evaluate.benchmarks, tokenizer, f"{FILE}: evaluate.benchmarks", owner)
+    check_tasks_template(settings.evaluate.tasks, tokenizer, f"{FILE}: evaluate.tasks", owner)
     sections = {"rank": settings.rank, "train_short": settings.train_short, "train_extended": settings.train_extended}
     for name, section in sections.items():
         try:

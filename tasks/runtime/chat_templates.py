@@ -1,5 +1,6 @@
-"""Whether a tokenizer has the chat template that benchmarks ask for; checked before anything trains."""
+"""Whether a tokenizer has the chat template that test tasks and benchmarks need; checked before anything trains."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from elastic_core.config import ConfigError
@@ -30,3 +31,12 @@ def check_chat_template(
             f"{where}.enable_thinking: got {section.enable_thinking!r}; allowed: null, because the chat template has "
             "no switch of this name; some models are told in system_instruction, by /think or /no_think"
         )
+
+
+def check_tasks_template(
+    tasks: Sequence[str], tokenizer: str | Path, where: str = "evaluate.tasks", name: str | None = None
+) -> None:
+    """The same for the test tasks that prepare_data writes: all of them are conversations."""
+    if tasks:
+        where = f"{where} ({name or tokenizer})"
+        render(load_tokenizer(tokenizer), [{"role": "user", "content": "7+5"}], where, add_generation_prompt=True)

@@ -90,7 +90,7 @@ def test_held_out_data_that_evaluation_cannot_read_are_refused_before_any_traini
         parent.check_stages(settings, data)
 
 
-def test_benchmarks_without_a_chat_template_are_refused_before_any_training(data, tmp_path):
+def test_tasks_and_benchmarks_without_a_chat_template_are_refused_before_any_training(data, tmp_path):
     """With a parent at a URL or in a package, the tokenizer is known only now."""
     shutil.copytree(data.directory, tmp_path / "data")
     (tmp_path / "data/tokenizer/chat_template.jinja").unlink(missing_ok=True)
@@ -101,6 +101,11 @@ def test_benchmarks_without_a_chat_template_are_refused_before_any_training(data
         UserError, match=r"benchmarks\.apply_chat_template \(s3://models/mine\): .* has no chat template"
     ):
         parent.check_stages(settings, TokenData(tmp_path / "data"))
+    settings.evaluate = Evaluate(("mine",), ("chains_3",))
+    words = r"^params\.yaml: evaluate\.tasks \(s3://models/mine\): .* has no chat template; copy chat_template\.jinja"
+    with pytest.raises(UserError, match=words):
+        parent.check_stages(settings, TokenData(tmp_path / "data"))
+    parent.check_stages(settings, data)  # a tokenizer that is trained here has one
 
 
 def test_templates_with_names_are_files_of_the_tokenizer(tied, tmp_path):
