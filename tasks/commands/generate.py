@@ -77,8 +77,8 @@ def generate(
             tokenizer = load_tokenizer(plain, directory, **trust)
             with _errors_of_transformers(directory):
                 model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
-            if (directory / GENERATION_FILE).is_file():
-                model.generation_config = _read_generation(directory / GENERATION_FILE)
+            if (plain / GENERATION_FILE).is_file():
+                model.generation_config = _read_generation(plain / GENERATION_FILE)
         with _errors_of_transformers(directory):
             return _continue(model, tokenizer, _prompt_ids(tokenizer, prompt, chat), max_new_tokens, temperature)
 

@@ -4,6 +4,7 @@ import pytest
 
 from tasks import prepare_data
 from tasks.corpora import preparation
+from tasks.corpora.conversations.encoding import ConversationEncoder
 from tasks.corpora.encoding import Encoder
 from tasks.prepare_data import prepare
 from tasks.settings.sections import PrepareData
@@ -34,7 +35,7 @@ def small_parts(monkeypatch):
 def test_a_stopped_preparation_goes_on(tmp_path, monkeypatch, parts):
     """Stopped in the middle of a part, and again at the last moment: what is finished is not encoded again."""
     prepare(SECTION, None, tmp_path / "whole", seed=3)
-    encoded, encode = [], Encoder.encoded
+    encoded, encode = [], ConversationEncoder.encoded
 
     def counted(self, documents):
         encoded.append(list(documents))
@@ -44,7 +45,7 @@ def test_a_stopped_preparation_goes_on(tmp_path, monkeypatch, parts):
             raise Stopped
         yield from batches[1:]
 
-    monkeypatch.setattr(Encoder, "encoded", counted)
+    monkeypatch.setattr(ConversationEncoder, "encoded", counted)
     with pytest.raises(Stopped):
         prepare(SECTION, None, tmp_path / "data", seed=3, work=tmp_path / "work")
     assert not (tmp_path / "data").exists()

@@ -93,7 +93,7 @@ def test_conversations_without_a_trained_token_are_named(data, model):
 
 
 def test_samples_of_conversations_stop_at_the_end_of_the_turn(data, model):
-    talk, prose, chains, recall = samples(Evaluate(("talk", "prose"), ("chains_3", "recall_2")), data, model)
+    talk, prose, chains = samples(Evaluate(("talk", "prose"), ("chains_3",)), data, model)
     tokenizer, first = chat_tokenizer(), json.loads((data.directory / "lm_eval/chains_3.jsonl").open().readline())
     question = [{"role": "user", "content": "hi"}]
     assert talk["prompt"] == render(tokenizer, question, add_generation_prompt=True)
@@ -102,11 +102,10 @@ def test_samples_of_conversations_stop_at_the_end_of_the_turn(data, model):
     question = [{"role": "user", "content": first["prompt"]}]
     assert chains["prompt"] == render(tokenizer, question, add_generation_prompt=True)
     assert (chains["expected"], chains["continuation"]) == (first["answer"], "#5<|im_end|>")
-    assert "<|im_start|>" not in recall["prompt"] and recall["continuation"] == "x" * 40
 
 
 def test_tasks_that_are_conversations_are_scored_with_the_chat_template(data, model):
-    """The model answers 5 to every conversation, and nothing to a text."""
+    """The model answers #5 to every conversation, which is no answer to a recall."""
     scores = reasoning_scores(Evaluate(("talk",), ("chains_3", "recall_2"), limit=8), data, model)
     lines = (data.directory / "lm_eval/chains_3.jsonl").read_text().splitlines()
     right = sum(json.loads(line)["answer"] == "5" for line in lines)
