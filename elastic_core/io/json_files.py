@@ -41,7 +41,9 @@ def parse_json(data: bytes, name: Location, shape=dict):
         raise UserError(f"{name}: is empty; {ADVICE}")
     try:
         content = json.loads(data.decode("utf-8"))
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        if b"\\u" in data:  # half a character, such as \ud800, can be written so; it fails later, as a name or a text
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, UnicodeEncodeError
         raise UserError(f"{name}: is not valid JSON ({error}); {ADVICE}") from None
     except RecursionError:
         raise UserError(f"{name}: is not valid JSON (nested too deeply); {ADVICE}") from None

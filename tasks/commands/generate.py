@@ -19,6 +19,7 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.io.json_files import check_numbers, check_shape, read_json
 from elastic_core.io.tokenizer_files import TOKENIZERS
 from elastic_core.model.architectures.nemotron_h import MODELING_FILE
+from elastic_core.model.hf import CONFIG_ERRORS
 from tasks.commands.extract import find_budget
 from tasks.commands.inspect import open_model
 
@@ -90,7 +91,7 @@ def _errors_of_transformers(directory: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (TypeError, ValueError, LookupError, AttributeError) as error:
+    except CONFIG_ERRORS as error:
         raise UserError(
             f"{directory}: transformers cannot use it ({type(error).__name__}: {error}); correct "
             "generation_config.json or config.json, or copy them again"

@@ -83,6 +83,17 @@ def test_values_of_config_that_were_found(parents, architecture, change):
     assert all(isinstance(end, UserError) for end in ends.values()), ends
 
 
+@pytest.mark.parametrize(
+    "architecture, change", [("nemotron_h", {"mamba_num_heads": [2]}), ("qwen2", {"num_attention_heads": [2, 2]})]
+)
+def test_widths_per_layer_without_their_modeling_file(parents, architecture, change):
+    """They can be described, but no class of transformers reads them."""
+    directory = directories.copy(parents / architecture, parents / "found")
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | change))
+    assert isinstance(read(parents, directory, "found")["generate"], UserError)
+
+
 @pytest.mark.parametrize("architecture", directories.CONFIGS)
 def test_config(parents, architecture):
     file = parents / architecture / "config.json"

@@ -10,8 +10,8 @@ from elastic_core.model import hf
 
 
 def test_values_are_read(tmp_path):
-    (tmp_path / "a.json").write_text('{"a": [1, null]}')
-    assert read_json(tmp_path / "a.json") == {"a": [1, None]}
+    (tmp_path / "a.json").write_text('{"a": [1, null, "\\ud83d\\ude00"]}')
+    assert read_json(tmp_path / "a.json") == {"a": [1, None, "😀"]}
 
 
 DAMAGE = {
@@ -22,6 +22,9 @@ DAMAGE = {
     b"[1]": "holds a JSON list; expected an object",
     b"null": "holds a JSON NoneType",
     b"[" * 100_000: "is not valid JSON .nested too deeply",
+    b"[" * 800 + b"]" * 800: "is nested too deeply",
+    b'{"a": {"\\ud800": 1}}': "is not valid JSON",
+    b'{"a": ["x\\uDC00"]}': "is not valid JSON",
 }
 
 
