@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 
 from elastic_core.errors import UserError
@@ -14,7 +13,7 @@ from elastic_core.io.json_files import parse_json, read_content
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
 
 # What transformers raises for files with JSON of another structure than it expects.
-LOAD_ERRORS = (StrictDataclassError, ImportError, OSError, ValueError, LookupError, TypeError, AttributeError)
+LOAD_ERRORS = (ImportError, OSError, ValueError, LookupError, TypeError, AttributeError)
 
 WITH_UNKNOWN = ("WordLevel", "WordPiece")  # models that need a token for words that they do not know
 

@@ -75,8 +75,8 @@ def generate(
             _prompt_ids(load_tokenizer(directory, trust_remote_code=False), prompt, chat)
         with _plain_model(directory, budget) as plain:
             trust = {"trust_remote_code": _has_our_code(plain)}
-            tokenizer = load_tokenizer(plain, directory, **trust)
             with _errors_of_transformers(directory):
+                tokenizer = load_tokenizer(plain, directory, **trust)
                 model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
             if (plain / GENERATION_FILE).is_file():
                 model.generation_config = _read_generation(plain / GENERATION_FILE)
