@@ -72,7 +72,8 @@ def generate(
         raise UserError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's tokenizer to it")
     with _quiet():
         if chat is not None:  # before a member is extracted
-            _prompt_ids(load_tokenizer(directory, trust_remote_code=False), prompt, chat)
+            with _errors_of_transformers(directory):
+                _prompt_ids(load_tokenizer(directory, trust_remote_code=False), prompt, chat)
         with _plain_model(directory, budget) as plain:
             trust = {"trust_remote_code": _has_our_code(plain)}
             with _errors_of_transformers(directory):

@@ -12,7 +12,7 @@ from elastic_core.errors import UserError
 from elastic_core.model import hf
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.model.parent_files import check_logits, check_parent_files
-from tasks.commands.generate import generate
+from tasks.commands.generate import Chat, generate
 from tasks.commands.inspect import inspect_checkpoint
 from tests.support.fuzzing import directories
 from tests.support.fuzzing.broken import broken_file, broken_tensors, header_of, json_values
@@ -92,6 +92,8 @@ def test_widths_per_layer_without_their_modeling_file(parents, architecture, cha
     values = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(values | change))
     assert isinstance(read(parents, directory, "found")["generate"], UserError)
+    with_chat = call("found", parents, lambda: generate(directory, None, "ab", 1, chat=Chat()), directory)
+    assert isinstance(with_chat, UserError)
 
 
 @pytest.mark.parametrize("architecture", directories.CONFIGS)
