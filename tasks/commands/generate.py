@@ -79,8 +79,9 @@ def generate(
             with _errors_of_transformers(directory):
                 tokenizer = load_tokenizer(plain, directory, **trust)
                 model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
-            if (plain / GENERATION_FILE).is_file():
-                model.generation_config = _read_generation(plain / GENERATION_FILE)
+            for place in (directory, plain):  # the file of a family is checked first, so that an error names it
+                if (place / GENERATION_FILE).is_file():
+                    model.generation_config = _read_generation(place / GENERATION_FILE)
         with _errors_of_transformers(directory):
             return _continue(model, tokenizer, _prompt_ids(tokenizer, prompt, chat), max_new_tokens, temperature)
 
