@@ -132,12 +132,17 @@ def test_force_starts_from_the_start_and_without_it_an_interrupted_stage_goes_on
 
 def test_changed_inputs_are_seen(checkout):
     """An edited file, another file, a removed one: the data is prepared anew."""
-    corpus, seen = checkout.place / "corpus", [checkout.record("prepare_data")["fingerprints"]["corpora"]["mine"]["path"]]
+    corpus = checkout.place / "corpus"
+
+    def fingerprint() -> dict:
+        return checkout.record("prepare_data")["fingerprints"]["corpora"]["mine"]["path"]
 
     def prepared() -> dict:
         done = checkout.dvc("repro", "prepare_data")
         assert done.returncode == 0, done.stderr
-        return checkout.record("prepare_data")["fingerprints"]["corpora"]["mine"]["path"]
+        return fingerprint()
+
+    seen = [fingerprint()]
 
     write_corpus(corpus / "0.jsonl", 7)
     seen.append(prepared())
