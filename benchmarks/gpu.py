@@ -110,7 +110,7 @@ def gradients(setting: Setting, ranks: Ranks, execution=PLAIN, precision="float3
     """Every gradient of a step's microbatches, whole and in CPU memory, and their losses."""
     run = start(setting, ranks, execution, precision, soft)
     results = accumulate_gradients(run, dealt or list(BUDGETS))
-    average_gradients(trained_modules(run), ranks)
+    average_gradients(trained_modules(run).values(), ranks)
     found = {name: whole(p.grad).cpu() for name, p in named_parameters(run) if p.grad is not None}
     return found | {f"loss {i}": result["loss"].cpu() for i, result in enumerate(results)}
 

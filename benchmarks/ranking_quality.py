@@ -32,8 +32,9 @@ from elastic_core.cost.metrics import exact_cost, num_parameters
 from elastic_core.data.loader import IGNORED_LABEL, PackedSequences, TokenData, held_out_batches
 from elastic_core.model.axes import WIDTHS
 from elastic_core.model.dims import Layout, elastic_units
-from elastic_core.search.depth_ranking import METHODS, rank_layers
-from elastic_core.search.importance import Ranking, order_units
+from elastic_core.search.importance.depth import METHODS, rank_layers
+from elastic_core.search.importance.ranking import Ranking
+from elastic_core.search.importance.widths import order_units
 from elastic_core.search.selection import Member
 from elastic_core.search.space import ElasticSpace
 from elastic_core.training.loop import train

@@ -8,8 +8,8 @@ import importlib
 _MODULES = {
     "ElasticModel": "elastic_core.model.elastic_model",
     "Submodel": "elastic_core.model.submodel",
-    "rank": "elastic_core.search.importance",
-    "sort_": "elastic_core.search.importance",
+    "rank": "elastic_core.search.importance.ranking",
+    "sort_": "elastic_core.search.importance.sorting",
     "extract": "elastic_core.export.extract",
     "NestedModel": "elastic_core.export.nested",
     "cost": "elastic_core.cost",

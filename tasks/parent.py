@@ -21,8 +21,8 @@ from elastic_core.io.atomic import write_text
 from elastic_core.io.directory_transfer import download_directory
 from elastic_core.io.tokenizer_files import is_tokenizer_file
 from elastic_core.model import architectures, hf
+from elastic_core.model.files.weights import weight_file_names
 from elastic_core.model.parent_files import check_logits, check_weights
-from elastic_core.model.weight_files import weight_file_names
 from elastic_core.search.selection import Member
 from elastic_core.training.distributed import model_files, placement
 from elastic_core.training.distributed.ranks import Ranks
@@ -75,7 +75,7 @@ def initialise(config: PreTrainedConfig, seed: int) -> ElasticModel:
 def import_parent(parent: Parent, data: TokenData) -> None:
     """Copy the parent from a directory, URL or package, with its weights converted to float32.
 
-    Its config.json has the `rope_scaling` of the section.
+    Its config.json has the `rope_scaling` of the section, and its head is untied if the section says so.
     Raises UserError if the parent's tokenizer is not the one that the data was made with, if weights or logits are not
     finite, and if the logits do not depend on the text.
     """

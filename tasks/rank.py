@@ -7,7 +7,7 @@ from elastic_core import ElasticModel, rank, sort_
 from elastic_core.data.loader import PackedSequences, TokenData
 from elastic_core.io import storage
 from elastic_core.model import hf
-from elastic_core.search.ranking_state import RankingState
+from elastic_core.search.importance.state import RankingState
 from elastic_core.training.distributed.ranks import Ranks
 from tasks.progress.bars import progress_bar
 from tasks.runs import provenance
@@ -52,6 +52,8 @@ def work(arguments: dict, ranks: Ranks) -> None:
     ranking = rank(
         model,
         [batch.to(ranks.device) for batch in batches],
+        basis=section.basis,
+        private_norms=section.private_norms,
         measure=section.measure,
         aggregation=section.aggregation,
         depth_method=section.depth_method,

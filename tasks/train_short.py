@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from elastic_core.model import hf
-from elastic_core.search.importance import Ranking
+from elastic_core.search.importance.ranking import Ranking
 from elastic_core.search.router import Router
 from elastic_core.search.selection import check_reachable, path_between
 from elastic_core.search.space import ElasticSpace

@@ -12,8 +12,8 @@ from benchmarks.comparison import in_turn, median_ratio
 from benchmarks.report import Row, at_most, holds, measured
 from benchmarks.shapes import Shape, random_model
 from elastic_core import ElasticModel, Submodel
-from elastic_core.search import depth_ranking
-from elastic_core.search.depth_ranking import rank_layers
+from elastic_core.search.importance import depth as depth_ranking
+from elastic_core.search.importance.depth import rank_layers
 
 MOST = 0.45
 # A layer's weight in the residual stream: the errors of a trained parent's layers lie this far apart and farther (the

@@ -14,7 +14,7 @@ from elastic_core.cost.targets import target_of
 from elastic_core.errors import UserError, named
 from elastic_core.io.atomic import write_text
 from elastic_core.io.json_files import read_json
-from elastic_core.model import hf
+from elastic_core.model import hf, norm_gains
 from elastic_core.model.submodel import Submodel, full_submodel
 from elastic_core.search.selection import Member
 
@@ -28,12 +28,14 @@ def write(
     members: dict[str, Member],
     path: list[Submodel],
     metric: Metric = PARAMETERS,
+    private_norms: bool = False,
 ) -> None:
     """Write ``elastic.json`` into a model directory.
 
     - `members`: the trained submodels by the name of their budget.
     - `path`: nested submodels between the members, largest first.
     - `metric`: the cost metric. The targets of the members are fractions of the parent's cost in it.
+    - `private_norms`: whether the directory has gains of the norms for every budget (norm_gains.py).
     """
     entries = {
         name: {
@@ -50,6 +52,7 @@ def write(
         **{f"parent_{name}": number for name, number in _active(config).items()},
         "budgets": entries,
         "path": [submodel.to_dict() for submodel in path],
+        "private_norms": private_norms,
     }
     write_text(Path(directory) / FILE, json.dumps(content, indent=1) + "\n")
 
@@ -70,6 +73,8 @@ def read(directory: str | os.PathLike) -> dict:
         metric = read_metric(content["cost"])
         found = [entry["submodel"] for entry in content["budgets"].values()] + content["path"]
         submodels = [load(Submodel, values, "submodel") for values in found]
+    if content.get("private_norms") and not (Path(directory) / norm_gains.BUDGETS).is_file():
+        raise UserError(f"{directory}: no {norm_gains.BUDGETS}, which {FILE} says it has; copy the checkpoint again")
     config = hf.read_config(directory)
     with named(file):
         for submodel in submodels:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.io.atomic import whole_directory
 from elastic_core.io.provenance_file import copy_provenance
 from elastic_core.io.tensor_files import Entry, Stored
-from elastic_core.model import architectures, hf
+from elastic_core.model import architectures, hf, norm_gains
 from elastic_core.model.axes import PER_LAYER, WIDTHS
 from elastic_core.model.dims import kept_rows, layer_index, layer_of
-from elastic_core.model.expert_files import is_stacked, matrices, matrix_name
-from elastic_core.model.submodel import Submodel, keys_of
+from elastic_core.model.files.experts import is_stacked, matrices, matrix_name
+from elastic_core.model.submodel import Submodel, full_submodel, keys_of
 
 
 def extract(
@@ -45,7 +46,8 @@ def extract(
       computes the same and loads everywhere. A homogeneous submodel needs neither: it is a stock directory.
     - `dtype`: the element type of the written tensors (None: as stored).
 
-    The tokenizer and its chat template come along, and generation stops at the same tokens (see special_tokens.py).
+    Norms have the gains of this submodel (norm_gains.py). The tokenizer and its chat template come along, and
+    generation stops at the same tokens (see special_tokens.py).
 
     Raises UserError for wrong arguments, an unknown budget, or sizes that the architecture cannot express.
     """
@@ -62,7 +64,9 @@ def extract(
     pad = heterogeneous == "pad" and not submodel.is_homogeneous
     generation = special_tokens.generation_values(config, elastic_directory)
     changes = config_changes(config, submodel, pad) | special_tokens.token_ids(generation)
-    tensors = _sliced_tensors(hf.TensorReader(elastic_directory), config, submodel, pad, dtype)
+    reader = hf.TensorReader(elastic_directory)
+    tensors = _sliced_tensors(reader, config, submodel, pad, dtype)
+    tensors |= _norms(reader, config, submodel, tensors)
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")
     with whole_directory(out_directory) as partial:
@@ -105,6 +109,31 @@ def _sliced_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dic
         else:
             tensors[disk_name(name)] = SlicedTensor(stored, kept, shape, held)
     return tensors
+
+
+def _norms(reader, config, submodel: Submodel, tensors: dict[str, SlicedTensor]) -> dict[str, GivenTensor]:
+    """The norms of the submodel in place of those in `tensors`, if it has gains of its own (norm_gains.py)."""
+    gains, norms = norm_gains.read(reader.directory, config), {}
+    if gains is None or submodel == full_submodel(config):
+        return norms
+    disk_name, number = architectures.of(config).disk_name, {layer: i for i, layer in enumerate(submodel.kept_layers)}
+    for name, gain in gains.of(config, submodel, lambda name: reader.read(name).float()).items():
+        layer = layer_index(name)
+        if layer is None or layer in number:
+            name = name if layer is None else name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
+            entry = tensors[disk_name(name)].entry
+            norms[disk_name(name)] = GivenTensor(gain[: submodel.hidden_size].to(entry.dtype), entry)
+    return norms
+
+
+class GivenTensor(NamedTuple):
+    """A tensor in memory, in place of a `SlicedTensor`."""
+
+    tensor: Tensor
+    entry: Entry
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.tensor[rows]
 
 
 class SlicedTensor:

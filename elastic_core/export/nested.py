@@ -25,7 +25,7 @@ from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint
 from elastic_core.export.padding import check_padding
 from elastic_core.export.view_model import empty_model, set_parameter, submodel_config
-from elastic_core.model import architectures, hf
+from elastic_core.model import architectures, hf, norm_gains
 from elastic_core.model.dims import Dim, kept_rows, layer_index
 from elastic_core.model.submodel import Submodel, full_submodel
 
@@ -58,6 +58,8 @@ class NestedModel:
         reader = hf.TensorReader(directory)
         reader.check(architectures.shapes(self.config))
         reader.check_tied_head(next(iter(self.layout)))
+        self._gains = norm_gains.read(directory, self.config)
+        self._whole_gains = {name: reader.read(name).float() for name in architectures.norm_names(self.config)}
         for name, dims in self.layout.items():
             tensor = reader.read(name)
             for axis, dim in enumerate(dims):
@@ -152,9 +154,10 @@ class NestedModel:
     def _build(self, submodel: Submodel) -> PreTrainedModel:
         """A transformers model with views of the weights as parameters.
 
-        Two kinds of parameters are copied instead: vectors in another order, and experts whose rows are kept by groups.
+        Three kinds of parameters are not views: vectors in another order, experts whose rows are kept by groups, and
+        norms that have gains for this submodel (norm_gains.py).
         """
-        model = empty_model(self.config, submodel)
+        model, gains = empty_model(self.config, submodel), self._gains_of(submodel)
         sizes, number = submodel.sizes(self.config), {layer: i for i, layer in enumerate(submodel.kept_layers)}
         for name, dims in self.layout.items():
             layer = layer_index(name)
@@ -165,12 +168,19 @@ class NestedModel:
                 num_rows, along_axis = self._positions(dim, layer, sizes)
                 weight = weight.narrow(axis, 0, num_rows)
                 positions.append(along_axis)
+            if name in gains:
+                weight = gains[name][: submodel.hidden_size].to(weight)
             if layer is not None:
                 name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
             set_parameter(model, name, weight, positions)
         architectures.of(self.config).finish(model, weight.device)
         model.generation_config = self._generation_config()
         return model.eval()
+
+    def _gains_of(self, submodel: Submodel) -> norm_gains.Gains:
+        if self._gains is None or submodel == full_submodel(self.config):
+            return {}
+        return self._gains.of(self.config, submodel, self._whole_gains.__getitem__)
 
     def _generation_config(self) -> GenerationConfig:
         try:

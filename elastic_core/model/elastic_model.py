@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from elastic_core.data import special_tokens
 from elastic_core.io.atomic import whole_directory
 from elastic_core.io.tensor_files import Entry
-from elastic_core.model import architectures, hf
+from elastic_core.model import architectures, hf, norm_gains
 from elastic_core.model.dims import Layout
 from elastic_core.model.documents import Documents, documents_of
 from elastic_core.model.hf import HEAD
@@ -34,7 +34,11 @@ class Trunk(nn.Module):
             architecture.Block(config, i, part_of(layout, f"layers.{i}"))
             for i in range(architectures.num_layers(config))
         )
-        final_norm = Norm(architecture.norm_eps(config), part_of(layout, self.final_norm_name))
+        final_norm = Norm(
+            f"model.{self.final_norm_name}.weight",
+            architecture.norm_eps(config),
+            part_of(layout, self.final_norm_name),
+        )
         self.add_module(self.final_norm_name, final_norm)
 
     @property
@@ -66,9 +70,10 @@ class Trunk(nn.Module):
 class ElasticModel(nn.Module):
     """The parent's weights in full size; a forward pass computes with all of them or with one submodel.
 
-    `.config` is the configuration of transformers, `.full` the submodel that is the whole model. With tied embeddings
-    there is no `lm_head`, because the head uses the weight of the embeddings. Raises UserError for a `config` that this
-    library does not support.
+    `.config` is the configuration of transformers, `.full` the submodel that is the whole model, and `.norm_gains` the
+    gains of the norms in submodels (None: submodels have those of the whole model). With tied embeddings there is no
+    `lm_head`, because the head uses the weight of the embeddings.
+    Raises UserError for a `config` that this library does not support.
     """
 
     def __init__(self, config):
@@ -76,6 +81,7 @@ class ElasticModel(nn.Module):
         self.config = hf.check_config(config)
         self.layout = architectures.parameter_layout(config)
         self.full = full_submodel(config)
+        self.norm_gains: norm_gains.NormRatios | norm_gains.BudgetGains | None = None
         self.model = Trunk(config, self.layout)
         if HEAD in self.layout:
             self.lm_head = nn.Module()
@@ -101,15 +107,19 @@ class ElasticModel(nn.Module):
     def empty(cls, directory: str | os.PathLike, config=None) -> tuple[ElasticModel, hf.TensorReader]:
         """The model of a directory on the meta device (without memory), and a reader of its tensors.
 
-        `config`: a configuration to use instead of the directory's, with the same sizes.
+        `config`: a configuration to use instead of the directory's, with the same sizes. If it has untied embeddings
+        and the directory's are tied, the head is a copy of the embeddings.
         The names and shapes of the tensors are checked. Raises UserError as `from_pretrained` does.
         """
         config = hf.read_config(directory) if config is None else config
         reader, shapes = hf.TensorReader(directory), architectures.shapes(config)
+        if HEAD in shapes:
+            reader.untie(next(iter(shapes)))
         reader.check(shapes)  # before the model is built: only sizes that the files have are sure to be possible
         reader.check_tied_head(next(iter(shapes)))
         with torch.device("meta"):
             model = cls(config)
+        model.norm_gains = norm_gains.read(directory, config)
         return model, reader
 
     def save_pretrained(self, directory: str | os.PathLike, tokenizer_from: str | os.PathLike | None = None) -> None:
@@ -140,6 +150,8 @@ class ElasticModel(nn.Module):
             hf.write_config(partial, self.config, **changes)
             hf.write_tensors(partial, entries, written)
             special_tokens.write_text_files(partial, tokenizer_from, generation)
+            if self.norm_gains is not None:
+                self.norm_gains.write(partial)
 
     def slice(
         self,
@@ -152,8 +164,16 @@ class ElasticModel(nn.Module):
         `submodel` None is the whole model; for `gates` and `observe` see `Slice`. Raises UserError for invalid sizes.
         """
         submodel = (submodel or self.full).resolve(self.config)
-        sizes = submodel.sizes(self.config)
-        return Slice(self.layout, self._any_matrix().device, sizes, submodel.kept_layers, gates, observe)
+        sizes, gains = submodel.sizes(self.config), self.gains_of(submodel)
+        return Slice(self.layout, self._any_matrix().device, sizes, submodel.kept_layers, gates, observe, gains)
+
+    def gains_of(self, submodel: Submodel) -> norm_gains.Gains:
+        """The gains of a resolved submodel's norms, where they are not those of the whole model."""
+        if self.norm_gains is None or submodel == self.full:
+            return {}
+        device = self._any_matrix().device
+        gains = self.norm_gains.of(self.config, submodel, self.get_parameter)
+        return {name: gain.to(device) for name, gain in gains.items()}
 
     def _any_matrix(self) -> Tensor:
         return self.get_parameter(next(iter(self.layout)))

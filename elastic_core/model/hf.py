@@ -17,11 +17,11 @@ from elastic_core.io.json_files import check_numbers, read_json
 from elastic_core.io.tensor_files import Entry, Rows, Stored
 from elastic_core.io.tensor_headers import read_raw_header
 from elastic_core.model import architectures
+from elastic_core.model.architectures import HEAD
 from elastic_core.model.axes import PER_LAYER
-from elastic_core.model.expert_files import StoredStack, is_stacked, matrix_name, place_in_stack
-from elastic_core.model.weight_files import weight_map
+from elastic_core.model.files.experts import StoredStack, is_stacked, matrix_name, place_in_stack
+from elastic_core.model.files.weights import weight_map
 
-HEAD = "lm_head.weight"
 SHARD_BYTES = 5 * 2**30  # of one safetensors file
 # Configuration values that have to be 1 or more, as far as an architecture has them.
 SIZES = (
@@ -129,6 +129,11 @@ class TensorReader:
     def has_tied_head(self) -> bool:
         """Whether the files hold a head although the configuration says that it is the embeddings."""
         return HEAD in self.files and self.config_values.get("tie_word_embeddings") is True
+
+    def untie(self, embeddings: str) -> None:
+        """Read the head from the embeddings, if the configuration ties the two."""
+        if HEAD not in self.files and self.config_values.get("tie_word_embeddings") is True:
+            self.files[HEAD] = self.files[embeddings]
 
     def _take_stacks(self) -> dict[str, list[tuple[str, str]]]:
         """Move the matrices of experts out of `files`: name of the stack → positions in the order of the experts."""

@@ -40,15 +40,19 @@ def part_of(layout: Layout, prefix: str) -> Layout:
 
 
 class Norm(nn.Module):
-    """RMSNorm over the live hidden channels; x is (B, L, kept hidden)."""
+    """RMSNorm over the live hidden channels; x is (B, L, kept hidden). `name` is that of its gain in the layout."""
 
-    def __init__(self, eps: float, layout: Layout):
+    def __init__(self, name: str, eps: float, layout: Layout):
         super().__init__()
-        self.eps, self.layout = eps, layout
+        self.name, self.eps, self.layout = name, eps, layout
         add_parameters(self, layout)
 
     def forward(self, x: Tensor, sliced: Slice) -> Tensor:
-        x = rms_norm(x, sliced.weight(self, self.layout, "weight"), self.eps, sliced.num_live("hidden"))
+        sliced.observe(self.name, x)
+        gain = sliced.norm_gain(self.name)
+        if gain is None:
+            gain = sliced.weight(self, self.layout, "weight")
+        x = rms_norm(x, gain, self.eps, sliced.num_live("hidden"))
         sliced.observe("hidden", x)
         return x
 

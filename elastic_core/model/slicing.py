@@ -5,6 +5,9 @@ them. There are no gates, or gates with the value 1 that only pass a gradient to
 are the parent's, and each axis has a gate, a mixture of prefix masks (eqs. 21–35).
 """
 
+from __future__ import annotations
+
+import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,7 +24,9 @@ class Slice:
 
     - `gates` maps a unit key to one multiplier for each kept unit (size,) or for all units (), and ``depth`` to one
       multiplier for each layer of the parent (num_layers,).
-    - `observe(key, activation, writes, owners)` is called with the activations from which importance is computed.
+    - `norm_gains` maps names of norms to gains (hidden,) that replace those of the model (norm_gains.py).
+    - `observe(key, activation, writes, owners)` is called with the activations from which importance is computed, and
+      with the name of every norm and its input (B, L, hidden).
       `activation` is (B, L, units...). `writes` is the matrix (hidden, inputs) that writes the activation to the
       residual stream, or None. For neurons of experts, `activation` is (N, neurons), `writes` is (E, out, neurons) or
       None, and `owners` (N,) is the expert of each row; otherwise `owners` is None.
@@ -35,8 +40,9 @@ class Slice:
         kept_layers: tuple[int, ...],
         gates: Mapping[str, Tensor] | None = None,
         observe: Observer | None = None,
+        norm_gains: Mapping[str, Tensor] | None = None,
     ):
-        self.sizes, self.kept_layers = sizes, kept_layers
+        self.sizes, self.kept_layers, self.norm_gains = sizes, kept_layers, norm_gains or {}
         shared = {id(gate): gate.to(device) for gate in (gates or {}).values()}  # the router is in CPU memory
         self.gates = {key: shared[id(gate)] for key, gate in (gates or {}).items()}
         # Computed once per slice and not in every forward. So a compiled forward sees constants, and an index is copied
@@ -53,6 +59,17 @@ class Slice:
         if name not in layout:
             return None
         return take(module.get_parameter(name), [self._rows[dim] for dim in layout[name]])
+
+    def norm_gain(self, name: str) -> Tensor | None:
+        """The kept part of a norm's gain (kept hidden,) if `norm_gains` has one, else None."""
+        gain = self.norm_gains.get(name)
+        return None if gain is None else gain[: self.sizes["hidden"]]
+
+    def with_norm_gains(self, norm_gains: Mapping[str, Tensor]) -> Slice:
+        """The same slice with other gains."""
+        other = copy.copy(self)
+        other.norm_gains = norm_gains
+        return other
 
     def writing_weight(
         self, module: nn.Module, layout: Layout, name: str, layer: int, units: str | None = None

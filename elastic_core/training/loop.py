@@ -24,18 +24,19 @@ import time
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elastic_core.data.loader import IGNORED_LABEL, Batch
 from elastic_core.model.documents import Documents, documents_of
 from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.model.norm_gains import NormRatios
 from elastic_core.search.router import anneal, noise_generator
 from elastic_core.search.selection import select_family
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.diagnosis import NonFiniteError, explain_gradient, explain_loss
 from elastic_core.training.distributed.gradients import average_gradients, clip_gradients, gradient_norm
 from elastic_core.training.losses import distillation_loss, resource_loss
-from elastic_core.training.run import Run, members_of, resume, save, trained_modules
+from elastic_core.training.run import Run, members_of, resume, save, take_norms, trained_modules
 from elastic_core.training.stage import Stage, assign_budgets, uses_trainable_teacher
 
 
@@ -81,8 +82,8 @@ def train_step(run: Run) -> dict:
     assigned = assign_budgets(shares, stage.microbatches, run.seed, run.step)
     mode = "hard" if run.members else "soft"
     results = accumulate_gradients(run, assigned)
-    average_gradients(modules, run.ranks)
-    gradients = [[p.grad for p in module.parameters() if p.grad is not None] for module in modules]
+    average_gradients(modules.values(), run.ranks)
+    gradients = gradients_to_clip(modules)
     norms = [gradient_norm(part) for part in gradients]
     microbatches, norm_values = fetch_numbers(run, assigned, results, norms)
     if all(map(math.isfinite, [*norm_values, *(result["total"] for result in microbatches)])):
@@ -104,6 +105,15 @@ def train_step(run: Run) -> dict:
         "budgets": means_by_budget(run, microbatches),
         "microbatches": microbatches,
     }
+
+
+def gradients_to_clip(modules: dict[str, nn.Module]) -> list[list[Tensor]]:
+    """Gradients that are clipped together: those of the model and of the budgets' norms; those of the router."""
+    parts = {"model": [], "router": []}
+    for name, module in modules.items():
+        gradients = parts["router" if name == "router" else "model"]
+        gradients += [p.grad for p in module.parameters() if p.grad is not None]
+    return [gradients for name, gradients in parts.items() if name in modules]
 
 
 def accumulate_gradients(run: Run, assigned: list[str]) -> list[dict]:
@@ -174,16 +184,28 @@ def choose_slice(run: Run, microbatch: int, budget: str):
     with straight-through gates.
     """
     if run.members is not None:
-        return run.slice_of(run.model, run.members[budget].submodel), None, None
+        return run.slice_of_budget(budget), None, None
     index, space = list(run.budgets).index(budget), run.router.space
     tau, scale = anneal(run.step / (run.routing.share * run.stage.steps), run.routing.temperatures, run.routing.scales)
     probs = run.router.probs(index, tau, scale, noise_generator(run.seed, run.step, microbatch))
     cost = space.cost(probs)
     loss = resource_loss(cost, run.budgets[budget] * run.parent_cost, run.routing.dead_zone)
     if run.routing.mode == "soft":
-        return run.model.slice(gates=space.soft_gates(probs)), loss, cost.detach()
+        sliced = run.model.slice(gates=space.soft_gates(probs))
+        return sliced.with_norm_gains(soft_gains(run, probs)), loss, cost.detach()
     indices = [int(prob.argmax()) for prob in probs]
     return run.model.slice(space.submodel(indices), space.hard_gates(probs, indices)), loss, cost.detach()
+
+
+def soft_gains(run: Run, probs: list[Tensor]) -> dict[str, Tensor]:
+    """The norm gains while the router mixes sizes: with norm ratios, the model's gains times the expected ratio."""
+    if not isinstance(run.model.norm_gains, NormRatios):
+        return {}
+    slots = run.router.space.slots
+    number = next(i for i, slot in enumerate(slots) if slot.axis == "hidden")
+    factors = run.model.norm_gains.expected(slots[number].sizes, probs[number]).to(run.ranks.device)
+    names = run.model.norm_gains.ratios
+    return {name: run.model.get_parameter(name) * factor for name, factor in zip(names, factors.unbind(), strict=True)}
 
 
 @torch.no_grad()
@@ -279,6 +301,7 @@ def settle(run: Run) -> None:
     if run.settled_for >= routing.settle_steps or run.step >= routing.share * run.stage.steps:
         run.indices = select_family(run.router, scale=routing.scales[1])
         run.members = members_of(run)
+        take_norms(run, start=True)
 
 
 def peak_memory(device: torch.device) -> int:

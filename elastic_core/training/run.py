@@ -13,10 +13,12 @@ from elastic_core.config import ConfigError
 from elastic_core.cost.metrics import PARAMETERS, Metric, exact_cost
 from elastic_core.data.loader import PackedSequences
 from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.model.norm_gains import NormRatios
 from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.router import Router
 from elastic_core.search.selection import Member
+from elastic_core.training.budget_norms import BudgetNorms, make_budget_norms
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.distributed.gradients import local
 from elastic_core.training.distributed.placement import is_matrix
@@ -37,6 +39,7 @@ class Run:
     - `checkpoints`: directory or URL of the checkpoints (None: write none).
     - `settled_for`: for how many steps the router's choice has been the same. `last_choices`: that choice, one
       combination per budget. `indices`: the final combinations; None until the choice has settled.
+    - `norms`: the norm gains of budgets; None if the model has none for submodels.
 
     Raises ConfigError if budgets, teacher, stage and number of ranks do not fit together.
     """
@@ -70,17 +73,26 @@ class Run:
         if self.router is not None:
             self.metric = self.router.space.metric
         self.parent_cost = exact_cost(self.metric, self.model.config)
-        self.optimizer = make_optimizer(self.model, self.router, self.stage, self.routing)
+        self.norms = make_budget_norms(self.model, self.budgets, self.ranks.device)
+        self.optimizer = make_optimizer(self.model, self.router, self.norms, self.stage, self.routing)
         self.frozen_teacher = None if self.teacher is None else self.teacher.requires_grad_(False).eval()
+        if self.members is not None:
+            take_norms(self, start=isinstance(self.model.norm_gains, NormRatios))
         self._costs: dict[str, float] = {}
         self._slices: dict[tuple[int, Submodel], Slice] = {}
 
     def slice_of(self, model: ElasticModel, submodel: Submodel | None = None) -> Slice:
-        """`model.slice(submodel)`, made once per run and not in every microbatch."""
-        key = id(model), submodel or model.full
+        """`model.slice(submodel)`, made once per run and not in every microbatch, with the norm gains of now."""
+        submodel = (submodel or model.full).resolve(model.config)
+        key = id(model), submodel
         if key not in self._slices:
-            self._slices[key] = model.slice(submodel)
-        return self._slices[key]
+            self._slices[key] = model.slice(submodel).with_norm_gains({})
+        return self._slices[key].with_norm_gains(model.gains_of(submodel))
+
+    def slice_of_budget(self, budget: str) -> Slice:
+        """The slice of a budget's submodel, with the norm gains that the budget trains. Needs `members`."""
+        sliced = self.slice_of(self.model, self.members[budget].submodel)
+        return sliced if self.norms is None else sliced.with_norm_gains(self.norms.of(budget))
 
     def member_cost(self, budget: str) -> float:
         """The cost of a budget's submodel. Call it only when `members` is set."""
@@ -127,14 +139,18 @@ def check_teacher(run: Run) -> None:
         raise ConfigError(f"teacher: got {stage.teacher}, which needs a budget of 1.0; add one, or use 'frozen'")
 
 
-def make_optimizer(model: ElasticModel, router: Router | None, stage: Stage, routing: Routing) -> torch.optim.AdamW:
-    """AdamW with three groups: the matrices (with weight decay), the model's other parameters, and the router.
+def make_optimizer(
+    model: ElasticModel, router: Router | None, norms: BudgetNorms | None, stage: Stage, routing: Routing
+) -> torch.optim.AdamW:
+    """AdamW with three groups: the matrices (with weight decay), the model's other parameters with the norm gains of
+    budgets, and the router.
 
     If no microbatch of a step runs a layer, the layer's gradients are None, not zero. So neither weight decay nor old
     momentum changes this layer. A group must not mix sharded and whole parameters: only the matrices are sharded.
     """
     decayed = [p for p in model.parameters() if is_matrix(p)]
     plain = [p for p in model.parameters() if not is_matrix(p)]
+    plain += [] if norms is None else norms.parameters()
     groups = [
         {"params": decayed, "weight_decay": stage.weight_decay, "peak": stage.learning_rate},
         {"params": plain, "weight_decay": 0.0, "peak": stage.learning_rate},
@@ -144,14 +160,15 @@ def make_optimizer(model: ElasticModel, router: Router | None, stage: Stage, rou
     return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, fused=True)
 
 
-def trained_modules(run: Run) -> tuple[nn.Module, ...]:
-    """What the optimizer updates: the model, and the router if there is one."""
-    return (run.model,) if run.router is None else (run.model, run.router)
+def trained_modules(run: Run) -> dict[str, nn.Module]:
+    """What the optimizer updates, by name: the model, the norm gains of budgets and the router, if there are any."""
+    modules = {"model": run.model, "norms": run.norms, "router": run.router}
+    return {name: module for name, module in modules.items() if module is not None}
 
 
 def named_parameters(run: Run) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter that the optimizer updates, with a name that does not depend on the sharding."""
-    for prefix, module in zip(("model", "router"), trained_modules(run), strict=False):
+    for prefix, module in trained_modules(run).items():
         for name, parameter in module.named_parameters():
             yield f"{prefix}.{name}", parameter
 
@@ -191,10 +208,24 @@ def resume(run: Run, checkpoints: Checkpoints) -> None:
         setattr(run, name, progress[name])
     if run.indices is not None:
         run.members = members_of(run)
+        take_norms(run, start=False)
 
 
 # The fields of a run that a checkpoint stores besides tensors.
 PROGRESS = ("step", "skipped", "skipped_in_a_row", "settled_for", "last_choices", "indices")
+
+
+def take_norms(run: Run, start: bool) -> None:
+    """From now on, submodels of the model have the norm gains that budgets train. Call it when `members` are known.
+
+    With `start`, each budget starts from the gains that its submodel has had so far.
+    """
+    if run.norms is None:
+        return
+    submodels = {name: member.submodel.resolve(run.model.config) for name, member in run.members.items()}
+    for name in run.norms.budgets if start else ():
+        run.norms.start(name, run.model.gains_of(submodels[name]))
+    run.model.norm_gains = run.norms.gains_in_use(submodels)
 
 
 def members_of(run: Run) -> dict[str, Member]:

@@ -32,7 +32,7 @@ from tasks.commands.plan_stages import (
     use_gpus,
 )
 from tasks.parents import gguf
-from tasks.parents.config import new_config
+from tasks.parents.config import as_used, new_config
 from tasks.parents.targets import metric_of_family, resolve
 from tasks.runtime.preflight import check_architecture
 from tasks.settings.load import read
@@ -114,14 +114,14 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware, data: P
 
 
 def read_parent(settings: Params, config: Path | None = None):
-    """The parent's configuration with `parent.rope_scaling`, and where it was read.
+    """The parent's configuration as it is used, and where it was read.
 
     It is read from `config` if given, else from the profile's parent. A profile may name a path that does not exist on
     this machine. In that case it is read from the directory of the same name in profiles/parents. Raises ConfigError if
     there is no such directory, and for a package that is not installed.
     """
     found, source = _find_parent(settings, config)
-    return architectures.with_rope_scaling(found, settings.parent.rope_scaling), source
+    return as_used(found, settings.parent), source
 
 
 def _find_parent(settings: Params, config: Path | None):

@@ -11,7 +11,7 @@ from tasks.settings.sections import Parent, ParentModel
 
 
 def read_parent_config(parent: Parent, vocab_size: int) -> PreTrainedConfig:
-    """The configuration of section `parent`: of a directory, URL or package, with its `rope_scaling`; or of `model`.
+    """The configuration of section `parent`: of a directory, URL or package (see `as_used`), or of `model`.
 
     `vocab_size` applies to `model` only. Raises UserError for an unknown or unsupported architecture, ConfigError for
     a package that is not installed, and StorageError for a URL that cannot be read.
@@ -19,7 +19,13 @@ def read_parent_config(parent: Parent, vocab_size: int) -> PreTrainedConfig:
     if parent.path is None:
         return new_config(parent.model, vocab_size)
     config = gguf.read_config(parent.path) if is_package(parent.path) else hf.read_config(parent.path)
-    return architectures.with_rope_scaling(config, parent.rope_scaling)
+    return as_used(config, parent)
+
+
+def as_used(config: PreTrainedConfig, parent: Parent) -> PreTrainedConfig:
+    """The configuration of an existing parent with the section's `rope_scaling` and `untie_head`. Raises UserError."""
+    config = architectures.with_rope_scaling(config, parent.rope_scaling)
+    return architectures.with_own_head(config) if parent.untie_head else config
 
 
 def new_config(model: ParentModel, vocab_size: int, **special_tokens: int) -> NemotronHConfig:

@@ -15,6 +15,7 @@ from elastic_core.errors import UserError
 from elastic_core.io.storage import StorageError
 from elastic_core.model import architectures
 from elastic_core.model.parent_files import check_parent_files
+from elastic_core.search.importance.basis import check_basis
 from elastic_core.search.selection import check_reachable
 from elastic_core.search.space import ElasticSpace
 from tasks.parents.config import read_parent_config
@@ -40,7 +41,7 @@ def add_family_problems(problems: Problems, params) -> None:
 
     What depends on a parameter that has a problem is left out. Raises StorageError.
     """
-    keys = ("parent.path", "parent.rope_scaling")
+    keys = ("parent.path", "parent.rope_scaling", "parent.untie_head")
     if not is_sound(problems, params, *keys):
         return
     if params.parent.path is None and not is_sound(problems, params, "parent.model", "prepare_data.vocab_size"):
@@ -92,6 +93,9 @@ def add_architecture_problems(problems: Problems, params, config) -> None:
     sound = {name: is_sound(problems, params, name, "cost", "budgets") for name in ("budgets", "untrained", "choices")}
     has_choices, targets = is_sound(problems, params, "choices"), None
     _add_lengths(problems, params, config)
+    if is_sound(problems, params, "rank.basis") and params.rank.basis == "principal":
+        with problems.collecting():
+            check_basis(config)
     if is_sound(problems, params, "choices.heterogeneous", "extract.heterogeneous"):
         _add_export_problem(problems, params, config)
     if sound["budgets"]:

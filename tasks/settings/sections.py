@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from elastic_core.config import Problems, Require, require
 from elastic_core.model.rope_scaling import check_rope_scaling
-from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS, MEASURES
+from elastic_core.search.importance.methods import AGGREGATIONS, BASES, DEPTH_METHODS, MEASURES
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.stage import Stage
 from tasks.corpora.benchmark_files import check_answer_options
@@ -115,6 +115,7 @@ class Parent:
     """Section `parent`: a Hugging Face directory, its URL or a package. With `path` null, `model` is trained.
 
     `rope_scaling` scales the rotary positions of an existing parent to longer texts, in the form of transformers.
+    `untie_head` gives a parent with tied embeddings a head of its own, a copy of the embeddings.
     With a path, `model` and `training` are not used, so they are not read and None.
     """
 
@@ -122,12 +123,15 @@ class Parent:
     model: ParentModel | None = None
     training: Stage | None = None
     rope_scaling: dict[str, Any] | None = None
+    untie_head: bool = False
 
     def check(self, require: Require = require) -> None:
         if self.rope_scaling is not None:
             allowed = "null without parent.path: a model that is trained here has no rotary positions"
             require(self.path is not None, "rope_scaling", self.rope_scaling, allowed)
             check_rope_scaling(self.rope_scaling)
+        allowed = "false without parent.path: a model that is trained here has a head of its own"
+        require(self.path is not None or not self.untie_head, "untie_head", self.untie_head, allowed)
         if self.path is None:
             for name in ("model", "training"):
                 require(getattr(self, name) is not None, name, None, "a section, because parent.path is null")
@@ -146,6 +150,8 @@ class Rank:
     batches: int = 16
     batch_size: int = 16
     sequence_length: int = 256
+    basis: str = BASES[0]
+    private_norms: bool = True
     measure: str = MEASURES[0]
     aggregation: str = AGGREGATIONS[0]
     depth_method: str = DEPTH_METHODS[0]
@@ -155,6 +161,7 @@ class Rank:
         for name in ("batches", "batch_size", "sequence_length"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(1 <= self.depth_batches <= self.batches, "depth_batches", self.depth_batches, f"1 to {self.batches}")
+        require(self.basis in BASES, "basis", self.basis, ", ".join(BASES))
         require(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, ", ".join(AGGREGATIONS))
         require(self.measure in MEASURES, "measure", self.measure, ", ".join(MEASURES))
         require(self.depth_method in DEPTH_METHODS, "depth_method", self.depth_method, ", ".join(DEPTH_METHODS))

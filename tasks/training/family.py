@@ -118,6 +118,6 @@ def save_family(run: Run, job: Job, source: Path, path: list[Submodel], earlier:
             print(f"{job.name}: {budget}: {run.metric.text(cost)}, {share}")
     with run.ranks.first_only() as is_first:
         if is_first:
-            elastic_checkpoint.write(target, config, run.members, path, run.metric)
+            elastic_checkpoint.write(target, config, run.members, path, run.metric, run.norms is not None)
             provenance.write(target, [*earlier, training_record(run, job)])
             write_text(job.out / "summary.json", json.dumps(summary, indent=1) + "\n")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from elastic_core.cost.latency_table import Table
 from elastic_core.errors import UserError
 from elastic_core.io.fingerprints import DigestCache
-from elastic_core.search.importance import Ranking
-from elastic_core.search.ranking_state import DEPTH, WIDTHS, RankingState
+from elastic_core.search.importance.ranking import Ranking
+from elastic_core.search.importance.state import DEPTH, WIDTHS, RankingState
 from flows import differences, records
 from tasks.progress.metrics_file import NewRows, drop_cut_off_line, read_rows
 from tasks.runs import lock, provenance

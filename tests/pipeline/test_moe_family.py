@@ -15,7 +15,7 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.export.nested import NestedModel
 from elastic_core.model import architectures
 from elastic_core.model.architectures.nemotron_h import layers_of
-from elastic_core.search.importance import Ranking
+from elastic_core.search.importance.ranking import Ranking
 from elastic_core.search.router import Router
 from elastic_core.search.selection import Member
 from elastic_core.search.space import ElasticSpace

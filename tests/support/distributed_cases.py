@@ -16,7 +16,7 @@ from transformers import NemotronHConfig
 from elastic_core import Submodel, rank
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import PackedSequences, TokenData
-from elastic_core.search.ranking_state import RankingState
+from elastic_core.search.importance.state import RankingState
 from elastic_core.search.selection import Member
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.distributed.execution import Execution

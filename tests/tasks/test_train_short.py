@@ -7,7 +7,7 @@ import pytest
 from elastic_core.config import ConfigError
 from elastic_core.cost.budgets import Cost
 from elastic_core.search.choices import Choices
-from elastic_core.search.importance import Ranking
+from elastic_core.search.importance.ranking import Ranking
 from elastic_core.search.space import ElasticSpace
 from tasks import train_short
 from tests.support.models.parents import random_elastic

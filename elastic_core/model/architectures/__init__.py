@@ -12,6 +12,7 @@ Names and sizes
 - `pattern(config)`: one character per layer, which names its kind.
 - `units(config)`: every unit key with its size and groups.
 - `parameter_layout(config)`: the table. It lists everything that files hold, including tensors that are not trained.
+- `norm_before(name)`: the name of the norm whose output a matrix of a layer reads.
 - `kept_state(config)`: what a layer keeps of a text during decoding, as layouts `kv_cache` (for one token), `ssm_state`
   and `conv_state` (for one sequence).
 - `WIDE`: endings of the names of parameters that stay in float32 in a bfloat16 model, as in transformers.
@@ -55,8 +56,9 @@ import transformers
 import elastic_core.model.architectures.llama as llama
 import elastic_core.model.architectures.nemotron_h as nemotron_h
 from elastic_core.errors import UserError
-from elastic_core.model.dims import Fixed, Layout, Units, is_stack
+from elastic_core.model.dims import Fixed, Layout, Units, is_matrix, is_stack, layer_index
 
+HEAD = "lm_head.weight"
 # model_type → module
 ARCHITECTURES = {name: architecture for architecture in (nemotron_h, llama) for name in architecture.MODELS}
 
@@ -91,6 +93,27 @@ def units(config) -> dict[str, Units]:
 def parameter_layout(config) -> Layout:
     """The name and dimensions of every parameter, in file order."""
     return of(config).parameter_layout(config)
+
+
+def norm_names(config) -> list[str]:
+    """The names of the norms of the residual stream, in the order of the forward pass. The final norm is the last."""
+    names = [of(config).norm_before(name) for name in reading_matrices(config) if name != HEAD]
+    return [*dict.fromkeys(names), f"model.{of(config).FINAL_NORM}.weight"]
+
+
+def reading_matrices(config) -> dict[str, str]:
+    """The matrices that read the residual stream: name → the norm whose output it reads. With the head."""
+    layout, architecture = parameter_layout(config), of(config)
+    readers = (
+        name
+        for name, dims in layout.items()
+        if layer_index(name) is not None
+        and is_matrix(dims)
+        and isinstance(dims[-1], Units)
+        and dims[-1].key == "hidden"
+    )
+    found = {name: architecture.norm_before(name) for name in readers}
+    return found | ({HEAD: f"model.{architecture.FINAL_NORM}.weight"} if HEAD in layout else {})
 
 
 def shapes(config) -> dict[str, tuple[int, ...]]:
@@ -140,6 +163,15 @@ def with_rope_scaling(config, scaling: Mapping | None):
         return config
     config = copy.deepcopy(config)
     of(config).scale_positions(config, scaling)
+    return config
+
+
+def with_own_head(config):
+    """A copy of a configuration in which the head is not the embeddings. Raises UserError if it is not so already."""
+    if not config.tie_word_embeddings:
+        raise UserError("parent.untie_head: the parent's head is not tied to its embeddings; remove it")
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
     return config
 
 

@@ -26,6 +26,7 @@ MODELS = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
 }
 EMBEDDINGS, FINAL_NORM = "embed_tokens", "norm"
+NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}  # part of a layer → the norm before it
 WIDE = ()
 MODELING_FILE, REMOTE_CLASSES = None, None  # a model with different widths in its layers must be padded
 
@@ -138,6 +139,12 @@ def _has_bias(config, name: str) -> bool:
     if name.startswith("mlp."):
         return config.model_type == "llama" and config.mlp_bias
     return name != "self_attn.o_proj" if config.model_type == "qwen2" else config.attention_bias
+
+
+def norm_before(name: str) -> str:
+    """The norm whose output the matrix `name` of a layer reads."""
+    model, layers, number, part, *_ = name.split(".")
+    return f"{model}.{layers}.{number}.{NORMS[part]}.weight"
 
 
 def kept_state(config) -> dict[str, Layout]:
@@ -297,8 +304,9 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, layer, part_of(layout, "self_attn"))
         self.mlp = MLP(config, layer, part_of(layout, "mlp"))
-        self.input_layernorm = Norm(norm_eps(config), part_of(layout, "input_layernorm"))
-        self.post_attention_layernorm = Norm(norm_eps(config), part_of(layout, "post_attention_layernorm"))
+        for name in NORMS.values():
+            norm = Norm(f"model.layers.{layer}.{name}.weight", norm_eps(config), part_of(layout, name))
+            self.add_module(name, norm)
 
     def forward(self, x: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x, sliced), sliced, documents)

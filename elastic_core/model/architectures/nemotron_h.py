@@ -134,6 +134,11 @@ def _mlp_layout(config, i: int, keys: dict[str, Units]) -> Layout:
     return ffn.mlp_layout(config, keys["hidden"], keys[f"ffn.{i}"])
 
 
+def norm_before(name: str) -> str:
+    """The norm whose output the matrix `name` of a layer reads."""
+    return name.partition(".mixer.")[0] + ".norm.weight"
+
+
 def kept_state(config) -> dict[str, Layout]:
     """What layers keep of a text. Each entry has the name and the dimensions of the parameter that computes it."""
     kept: dict[str, Layout] = {"kv_cache": {}, "ssm_state": {}, "conv_state": {}}
@@ -276,7 +281,7 @@ class Block(nn.Module):
 
     def __init__(self, config, layer: int, layout: Layout):
         super().__init__()
-        self.norm = Norm(norm_eps(config), part_of(layout, "norm"))
+        self.norm = Norm(f"model.layers.{layer}.norm.weight", norm_eps(config), part_of(layout, "norm"))
         self.mixer = MIXERS[pattern(config)[layer]](config, layer, part_of(layout, "mixer"))
 
     def forward(self, x: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:

@@ -223,8 +223,8 @@ class Pieces:
         shape, dtype = (1, tokens, config.hidden_size), self.setting.dtype
         with FakeTensorMode():
             tail = nn.Module()
-            final_norm = part_of(self.layout, f"model.{self.architecture.FINAL_NORM}")
-            tail.norm = Norm(self.architecture.norm_eps(config), final_norm)
+            name = f"model.{self.architecture.FINAL_NORM}"
+            tail.norm = Norm(f"{name}.weight", self.architecture.norm_eps(config), part_of(self.layout, name))
             tail.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
             self._in_training_precision(tail)
             teacher = None

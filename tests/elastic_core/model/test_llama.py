@@ -265,7 +265,8 @@ def test_width_scores_equal_the_naive_ones(seed, aggregation):
     with torch.no_grad():
         for ids in batches:
             reference(ids, use_cache=False)
-    ranking = rank(model, batches, measure="projection", aggregation=aggregation, depth_method="one_shot_nmse")
+    options = {"basis": "channels", "measure": "projection", "depth_method": "one_shot_nmse"}
+    ranking = rank(model, batches, aggregation=aggregation, **options)
     assert ranking.scores.keys() == seen.keys()
     for key, values in seen.items():
         activation = torch.cat(values)

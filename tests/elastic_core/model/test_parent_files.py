@@ -16,8 +16,8 @@ from elastic_core import ElasticModel, Submodel, extract
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.model import architectures, hf
+from elastic_core.model.files.weights import convert_command
 from elastic_core.model.parent_files import check_logits, check_parent_files, check_weights
-from elastic_core.model.weight_files import convert_command
 from tests.support.models.parents import random_config, random_ids, randomise, relative_error, save_random_parent
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -12,12 +12,13 @@ from elastic_core import ElasticModel, Submodel, rank, sort_
 from elastic_core.data.loader import IGNORED_LABEL, Batch
 from elastic_core.errors import UserError
 from elastic_core.model.dims import elastic_units
-from elastic_core.search import depth_ranking
-from elastic_core.search.calibration import calibration_texts
-from elastic_core.search.depth_ranking import LogitError, rank_layers
-from elastic_core.search.importance import Ranking, score_mamba
-from elastic_core.search.ranking_methods import DEPTH_METHODS
-from elastic_core.search.ranking_state import RankingState
+from elastic_core.search.importance import depth as depth_ranking
+from elastic_core.search.importance.calibration import calibration_texts
+from elastic_core.search.importance.depth import LogitError, rank_layers
+from elastic_core.search.importance.methods import DEPTH_METHODS
+from elastic_core.search.importance.ranking import Ranking
+from elastic_core.search.importance.state import RankingState
+from elastic_core.search.importance.widths import score_mamba
 from tests.support.models.parents import (
     CONFIGS,
     random_config,
@@ -78,7 +79,8 @@ def test_width_scores_equal_the_naive_ones(seed, aggregation):
     model = ElasticModel(reference.config)
     model.load_state_dict(reference.state_dict())
     batches = batches_of(reference.config, seed)
-    ranking = rank(model, batches, measure="projection", aggregation=aggregation, depth_method="one_shot_nmse")
+    options = {"basis": "channels", "depth_method": "one_shot_nmse"}
+    ranking = rank(model, batches, measure="projection", aggregation=aggregation, **options)
     naive = naive_width_scores(reference, batches, aggregation)
     assert ranking.scores.keys() == naive.keys() == ranking.orders.keys()
     for key, scores in naive.items():
@@ -107,7 +109,7 @@ def test_output_norms_are_norms_of_what_transformers_layers_add(tmp_path, seed, 
     with torch.no_grad():
         for ids in batches:
             reference(ids, use_cache=False)
-    options = {"aggregation": aggregation, "depth_method": "one_shot_nmse"}
+    options = {"aggregation": aggregation, "basis": "channels", "depth_method": "one_shot_nmse"}
     ranking = rank(model, batches, measure="output_norm", **options)
     by_projection = rank(model, batches, measure="projection", **options).scores
     assert torch.equal(ranking.scores["hidden"], by_projection["hidden"])
@@ -149,13 +151,13 @@ def test_sorting_changes_order_and_nothing_else(tmp_path, seed, architecture):
     config, batches = model.config, batches_of(model.config, seed)
     with torch.no_grad():
         before = model(batches[0])
-        ranking = rank(model, batches, depth_method="one_shot_nmse", **options)
+        ranking = rank(model, batches, basis="channels", depth_method="one_shot_nmse", **options)
         assert sort_(model, ranking) is model
         assert relative_error(model(batches[0]), before) < 1e-5
         model.save_pretrained(tmp_path / "sorted")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sorted")
         assert relative_error(loaded(batches[0], use_cache=False).logits, before) < 1e-5
-    again = rank(model, batches, depth_method="one_shot_nmse", **options)
+    again = rank(model, batches, basis="channels", depth_method="one_shot_nmse", **options)
     assert again.depth == ranking.depth  # layers do not move
     moved = 0
     for key, scores in again.scores.items():
@@ -173,7 +175,8 @@ def test_a_slice_of_the_sorted_model_keeps_the_best_units(seed, architecture):
     """A slice of the sorted model computes what the model computed before with a mask of the highest scores."""
     model = random_elastic(seed, CONFIGS[architecture](seed)).double()
     config, batches = model.config, batches_of(model.config, seed)
-    ranking = rank(model, batches, depth_method="one_shot_nmse", **(PAPERS if seed % 2 else {}))
+    options = {"basis": "channels", "private_norms": False} | (PAPERS if seed % 2 else {})
+    ranking = rank(model, batches, depth_method="one_shot_nmse", **options)
     submodel = Submodel(
         hidden_size=config.hidden_size // 2,
         intermediate_size=config.intermediate_size // 3,
@@ -199,7 +202,8 @@ def test_rankings_are_saved_and_loaded_exactly(tmp_path):
     ranking.save(tmp_path / "ranking.json")
     loaded = Ranking.load(tmp_path / "ranking.json")
     assert loaded.depth == ranking.depth and loaded.depth_scores == ranking.depth_scores
-    for name in ("scores", "orders"):
+    assert torch.equal(loaded.axes, ranking.axes)
+    for name in ("scores", "orders", "norm_ratios"):
         ours, theirs = getattr(ranking, name), getattr(loaded, name)
         assert ours.keys() == theirs.keys()
         for key in ours:
@@ -398,7 +402,7 @@ def test_a_stopped_ranking_goes_on(method):
                 continue
 
     ranking, more_calls = count_layer_calls(model, resume)
-    assert saves >= len(batches) + 3
+    assert saves >= len(batches) + 4
     assert ranking.depth == whole.depth and ranking.depth_scores == whole.depth_scores
     assert all(torch.equal(ranking.scores[key], score) for key, score in whole.scores.items())
     again, last_calls = count_layer_calls(model, lambda: rank(model, batches, **options, state=RankingState(kept.get)))

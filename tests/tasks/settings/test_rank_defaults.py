@@ -6,9 +6,9 @@ import inspect
 import pytest
 
 from elastic_core import rank
-from elastic_core.search.depth_ranking import METHODS
-from elastic_core.search.importance import AGGREGATE
-from elastic_core.search.ranking_methods import AGGREGATIONS, DEPTH_METHODS
+from elastic_core.search.importance.depth import METHODS
+from elastic_core.search.importance.methods import AGGREGATIONS, DEPTH_METHODS
+from elastic_core.search.importance.widths import AGGREGATE
 from tasks.settings.sections import Rank
 from tests.support.committed_params import COMMITTED
 

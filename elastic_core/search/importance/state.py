@@ -18,7 +18,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-WIDTHS, DEPTH = "widths.state", "depth.state"  # each starts with the SHA-256 digest of the rest
+WIDTHS, RATIOS, DEPTH = "widths.state", "ratios.state", "depth.state"  # each starts with the SHA-256 digest of the rest
 DIGEST_BYTES = 32
 
 
@@ -54,6 +54,18 @@ class RankingState:
             buffer = io.BytesIO()
             torch.save((done, totals, counts), buffer)
             self._save(WIDTHS, buffer.getvalue())
+
+    def ratios(self, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The norm ratios that `compute` returns; from the state, if they were computed before the stop."""
+        data = self._load(RATIOS)
+        if data is not None:
+            return torch.load(io.BytesIO(data), weights_only=True)
+        found = compute()
+        if self.save is not None:
+            buffer = io.BytesIO()
+            torch.save(found, buffer)
+            self._save(RATIOS, buffer.getvalue())
+        return found
 
     def begin_depth(self, setting) -> None:
         """Take over the scores of layers, if they were computed in the same setting (JSON values).

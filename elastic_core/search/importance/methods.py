@@ -7,5 +7,8 @@ MEASURES = ("output_norm", "projection")
 # How activations a are combined over batch and positions: √Σa², Σ|a| (the paper's equations), |mean a|.
 AGGREGATIONS = ("l2", "l1", "mean")
 
+# The channels of the residual stream: its principal axes (ours), or the parent's channels in the order of eq. 1.
+BASES = ("principal", "channels")
+
 # How layers are ranked; see `depth_ranking.METHODS`.
 DEPTH_METHODS = ("iterative_nmse", "one_shot_nmse", "one_shot_perplexity")

@@ -10,15 +10,15 @@ from elastic_core.data.loader import IGNORED_LABEL, Batch
 from elastic_core.errors import UserError
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
-from elastic_core.search.calibration import Texts, calibration_texts
-from elastic_core.search.ranking_methods import DEPTH_METHODS
-from elastic_core.search.ranking_state import RankingState
+from elastic_core.search.importance.calibration import Texts, calibration_texts
+from elastic_core.search.importance.methods import DEPTH_METHODS
+from elastic_core.search.importance.state import RankingState
 
 Progress = Callable[[str, int, int], None] | None
 Reduce = Callable[[Tensor], Tensor]
 
 ADVICE = "check the weights of the model: they may be damaged or untrained"
-MIN_PIECES = 8  # The calibration data is split into at least 8 pieces: a candidate can be ruled out after each of them.
+MIN_PIECES = 8  # of calibration data, for the iterative method
 HELD_BYTES = 1 << 30  # Final hidden states up to this size stay on the device. The others are computed again each time.
 
 
@@ -51,8 +51,11 @@ def rank_layers(
     if not bool(model.head(model.slice()).any()):
         raise UserError(f"rank: the head of the model is zero, so its layers cannot be ranked; {ADVICE}")
     state = state or RankingState()
-    state.begin_depth([method, min_depth, [list(texts.input_ids.shape) for texts in calibration_texts(batches)]])
-    return METHODS[method](model, batches, min_depth, progress, reduce, state)
+    # For the iterative method, every batch is split into pieces: a candidate can be ruled out after each of them.
+    num_parts = -(-MIN_PIECES // max(1, len(batches))) if method == "iterative_nmse" else 1
+    texts = calibration_texts(batches, num_parts)
+    state.begin_depth([method, min_depth, [list(part.input_ids.shape) for part in texts]])
+    return METHODS[method](model, texts, min_depth, progress, reduce, state)
 
 
 class LogitError:
@@ -122,14 +125,6 @@ def _compute_sweep(error: LogitError, batch: int, kept: list[int], candidates) -
     return dict(zip(errors, error.reduce(torch.stack(list(errors.values()))).tolist(), strict=True))
 
 
-def _pieces(batches: Sequence[Tensor | Batch]) -> list[Texts]:
-    """The texts of the batches. Where there are fewer than MIN_PIECES, each is split into pieces of fewer sequences.
-
-    Every process gets the same number of pieces.
-    """
-    return calibration_texts(batches, num_parts=-(-MIN_PIECES // len(batches)))
-
-
 def _least_important(error: LogitError, kept: list[int]) -> tuple[int, float]:
     """The layer whose removal from `kept` changes the logits least, and its nMSE.
 
@@ -151,9 +146,9 @@ def _least_important(error: LogitError, kept: list[int]) -> tuple[int, float]:
     return winner, totals[winner] / error.denominator
 
 
-def _iterative_nmse(model, batches, min_depth, progress, reduce, state):
+def _iterative_nmse(model, texts, min_depth, progress, reduce, state):
     """Remove the least important layer, score the remaining layers again without it, and so on (eq. 5)."""
-    error, kept = LogitError(model, _pieces(batches), reduce, state), list(range(len(model.model.layers)))
+    error, kept = LogitError(model, texts, reduce, state), list(range(len(model.model.layers)))
     removed, scores, rounds = [], {}, len(kept) - min_depth
     for done in range(rounds):
         layer, scores[layer] = _least_important(error, kept)
@@ -164,21 +159,21 @@ def _iterative_nmse(model, batches, min_depth, progress, reduce, state):
     return tuple(kept + removed[::-1]), scores
 
 
-def _one_shot_nmse(model, batches, min_depth, progress, reduce, state):
+def _one_shot_nmse(model, texts, min_depth, progress, reduce, state):
     """Score every layer once, by the nMSE of the full model without this layer."""
-    error, layers = LogitError(model, calibration_texts(batches), reduce, state), list(range(len(model.model.layers)))
+    error, layers = LogitError(model, texts, reduce, state), list(range(len(model.model.layers)))
     totals = dict.fromkeys(layers, 0.0)
-    for batch in range(len(batches)):
+    for batch in range(len(texts)):
         for layer, value in _sweep(error, batch, layers, set(layers)).items():
             totals[layer] += value
         if progress:
-            progress("depth", batch + 1, len(batches))
+            progress("depth", batch + 1, len(texts))
     return _by_score({layer: total / error.denominator for layer, total in totals.items()})
 
 
-def _one_shot_perplexity(model, batches, min_depth, progress, reduce, state):
+def _one_shot_perplexity(model, texts, min_depth, progress, reduce, state):
     """Score every layer once, by the cross-entropy (nats per token) of the full model without this layer."""
-    layers, scores, texts = list(range(len(model.model.layers))), {}, calibration_texts(batches)
+    layers, scores = list(range(len(model.model.layers))), {}
     for layer in layers:
         scores |= state.once(lambda layer=layer: {layer: _loss_without(model, texts, layer, reduce)})
         if not math.isfinite(scores[layer]):

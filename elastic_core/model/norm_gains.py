@@ -1,0 +1,144 @@
+"""Gains of the norms in submodels (ours).
+
+A norm over the first k of D channels divides by another root mean square than the parent's norm does. So the gain that
+is right for the whole model is too large or too small for a submodel. A submodel gets gains of its own, one vector for
+each norm of the residual stream, in one of two forms:
+
+- `NormRatios`, without training: the model's gain times the mean ratio of the two root mean squares.
+- `BudgetGains`, after training: every budget has trained its own gains. Sizes between two budgets interpolate them.
+
+They are in files beside the weights, in the folder ``norm_gains`` of a model directory. Serving engines that load all
+safetensors files of a directory do not look there. Extraction writes the gains into the norms of the extracted model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from elastic_core.errors import UserError
+from elastic_core.io.json_files import parse_json
+from elastic_core.io.tensor_files import open_checked
+from elastic_core.model import architectures
+from elastic_core.model.dims import count
+from elastic_core.model.submodel import Submodel
+
+FOLDER = "norm_gains"
+RATIOS, BUDGETS = f"{FOLDER}/ratios.safetensors", f"{FOLDER}/budgets.safetensors"
+Gains = dict[str, Tensor]  # name of a norm → gain (hidden,), in full length
+
+
+@dataclass(frozen=True)
+class NormRatios:
+    """For each norm, the mean of rms_k / rms_D over calibration text, for every number k of channels.
+
+    `ratios[name]`: (hidden,) float32; entry k − 1 is the ratio for the first k channels. The last entry is 1.
+    """
+
+    ratios: dict[str, Tensor]
+
+    def of(self, config, submodel: Submodel, gain: Callable[[str], Tensor]) -> Gains:
+        """The gains of a resolved submodel. `gain(name)`: the gain of the whole model (hidden,)."""
+        last = submodel.hidden_size - 1
+        return {name: gain(name) * ratio[last].item() for name, ratio in self.ratios.items()}
+
+    def expected(self, sizes: Sequence[int], probs: Tensor) -> Tensor:
+        """For each norm, the expected ratio (norms,), if the hidden size is sizes[i] with probability probs[i]."""
+        table = torch.stack([ratio[[size - 1 for size in sizes]] for ratio in self.ratios.values()])  # (norms, sizes)
+        return table.to(probs) @ probs
+
+    def write(self, directory: str | os.PathLike) -> None:
+        """Write the file `RATIOS` of a model directory."""
+        _write(Path(directory) / RATIOS, self.ratios, {})
+
+
+@dataclass(frozen=True)
+class BudgetGains:
+    """The trained gains of every budget that is smaller than the whole model, largest budget first.
+
+    `submodels` has the resolved submodel of each budget, and `gains` its gains. Channels that a budget does not keep
+    have gains too: the initial ones. Interpolation needs them.
+    """
+
+    submodels: dict[str, Submodel]
+    gains: dict[str, Gains]
+
+    def of(self, config, submodel: Submodel, gain: Callable[[str], Tensor]) -> Gains:
+        """The gains of a resolved submodel; `gain(name)` is that of the whole model (hidden,).
+
+        A submodel between two budgets gets a mixture of their gains, by its hidden size. If both budgets have the same
+        hidden size, it is by its number of parameters. A submodel below the smallest budget gets the gains of that one.
+        """
+        whole = Submodel().resolve(config)
+        known = [(whole, {name: gain(name) for name in architectures.norm_names(config)})]
+        known += [(self.submodels[name], self.gains[name]) for name in self.submodels]
+        size = _num_parameters(config, submodel)
+        for (larger, upper), (smaller, lower) in itertools.pairwise(known):
+            if submodel == smaller:
+                return lower
+            if size > _num_parameters(config, smaller):
+                weight = _position(config, submodel, smaller, larger)
+                return {name: torch.lerp(lower[name].to(upper[name]), upper[name], weight) for name in lower}
+        return known[-1][1]
+
+    def write(self, directory: str | os.PathLike) -> None:
+        """Write the file `BUDGETS` of a model directory."""
+        tensors = {f"{budget}.{name}": gain for budget, gains in self.gains.items() for name, gain in gains.items()}
+        submodels = {name: submodel.to_dict() for name, submodel in self.submodels.items()}
+        _write(Path(directory) / BUDGETS, tensors, {"budgets": json.dumps(submodels)})
+
+
+def _position(config, submodel: Submodel, smaller: Submodel, larger: Submodel) -> float:
+    """Where a submodel lies between a smaller (0) and a larger one (1)."""
+    sizes = [each.hidden_size for each in (smaller, submodel, larger)]
+    if sizes[0] == sizes[2]:
+        sizes = [_num_parameters(config, each) for each in (smaller, submodel, larger)]
+    low, here, high = sizes
+    return min(max((here - low) / (high - low), 0.0), 1.0)
+
+
+def _num_parameters(config, submodel: Submodel) -> int:
+    kept = set(submodel.kept_layers)
+    return count(architectures.parameter_layout(config), submodel.sizes(config), lambda layer: int(layer in kept))
+
+
+def read(directory: str | os.PathLike, config) -> NormRatios | BudgetGains | None:
+    """The gains of submodels in a model directory, or None if it has none. Raises UserError for a damaged file."""
+    names, shape = architectures.norm_names(config), (config.hidden_size,)
+    file = Path(directory) / BUDGETS
+    if file.is_file():
+        with open_checked(file) as handle:
+            content = parse_json((handle.metadata() or {}).get("budgets", "").encode(), file)
+            submodels = {name: Submodel(**values).resolve(config) for name, values in content.items()}
+            gains = {budget: _read(handle, file, f"{budget}.", names, shape) for budget in submodels}
+        return BudgetGains(submodels, gains)
+    file = Path(directory) / RATIOS
+    if file.is_file():
+        with open_checked(file) as handle:
+            return NormRatios(_read(handle, file, "", names, shape))
+    return None
+
+
+def _read(handle, file: Path, prefix: str, names: list[str], shape: tuple[int, ...]) -> Gains:
+    stored, gains = set(handle.keys()), {}
+    for name in names:
+        if f"{prefix}{name}" not in stored:
+            raise UserError(f"{file}: lacks {prefix}{name}; copy the model again")
+        gains[name] = handle.get_tensor(f"{prefix}{name}")
+        if tuple(gains[name].shape) != shape or not gains[name].isfinite().all():
+            raise UserError(f"{file}: {prefix}{name} is not {shape[0]} finite numbers; copy the model again")
+    return gains
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    contiguous = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(contiguous, file, {"format": "pt", **metadata})

@@ -1,0 +1,69 @@
+"""Sort a model by its ranking: the units of every axis in decreasing importance, and the residual stream in its basis.
+
+The sorted model computes the same function as before, up to rounding. From then on, the k most important units of an
+axis are its first k units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from elastic_core.errors import UserError
+from elastic_core.model import architectures
+from elastic_core.model.dims import Layout, elastic_units, permute
+from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.model.norm_gains import NormRatios
+from elastic_core.search.importance.basis import check_basis, rotated
+from elastic_core.search.importance.ranking import Ranking
+
+
+@torch.no_grad()
+def sort_(model: ElasticModel, ranking: Ranking) -> ElasticModel:
+    """Sort the weights in place. The model gets the norm ratios of the ranking, if it has some, for its submodels.
+
+    Raises UserError if the ranking is not one of this model.
+    """
+    for name, tensor in sorted_tensors(model.config, model.get_parameter, ranking):
+        model.get_parameter(name).copy_(tensor)
+    model.norm_gains = NormRatios(ranking.norm_ratios) if ranking.norm_ratios else None
+    return model
+
+
+@torch.no_grad()
+def sorted_tensors(config, read: Callable[[str], Tensor], ranking: Ranking) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of the sorted model, one by one, in the order of the layout: (name, tensor).
+
+    `read(name)` returns a parameter of the model, such as `TensorReader.read`: so the model does not have to be in
+    memory. Raises UserError if an order is not a permutation of the model's units, if it moves a unit to another group,
+    or if the ranking has a basis of another size.
+    """
+    layout = architectures.parameter_layout(config)
+    check_orders(layout, ranking)
+    gains = {name: read(name).clone() for name in architectures.norm_names(config)}
+    if ranking.axes is not None:
+        check_basis(config)
+        if ranking.axes.shape != (config.hidden_size, config.hidden_size):
+            raise UserError(f"ranking: a basis of {len(ranking.axes)} axes; this model has {config.hidden_size}")
+    for name, dims in layout.items():
+        tensor = read(name)
+        if ranking.axes is not None:
+            tensor = rotated(config, name, tensor, ranking.axes, gains)
+        yield name, permute(tensor, dims, ranking.orders)
+
+
+def check_orders(layout: Layout, ranking: Ranking) -> None:
+    """Raise UserError unless every order is a permutation of the layout's units within their groups."""
+    units = elastic_units(layout)
+    for key, order in ranking.orders.items():
+        if key not in units:
+            raise UserError(f"ranking: key {key!r} is not in this model; rank it again with this model's configuration")
+        groups = torch.arange(units[key].size) // (units[key].size // units[key].groups)
+        rows = (units[key.replace("expert_ffn", "experts")].size,) if order.dim() == 2 else ()  # one row per expert
+        shape = (*rows, units[key].size)
+        all_units = torch.arange(units[key].size).expand(shape)
+        is_permutation = order.shape == shape and torch.equal(order.sort().values, all_units)
+        if not is_permutation or not torch.equal(groups[order], groups.expand(shape)):
+            raise UserError(f"ranking: the order of {key!r} is not a permutation within the groups of this model")

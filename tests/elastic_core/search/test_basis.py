@@ -1,0 +1,190 @@
+"""The rotation to principal axes changes no output, and a prefix of the axes holds the most that so many can hold."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, NemotronHConfig
+
+from elastic_core import ElasticModel, Submodel, rank, sort_
+from elastic_core.errors import UserError
+from elastic_core.model import architectures
+from elastic_core.search.importance.ranking import Ranking
+from tests.support.models.parents import (
+    random_config,
+    random_elastic,
+    random_llama_config,
+    random_moe_config,
+    relative_error,
+    save_random_parent,
+)
+from tests.support.oracles.calibration import batches_of
+
+CONFIGS = {"nemotron_h": random_config, "moe": random_moe_config, "llama": random_llama_config}
+
+
+def untied(config):
+    """The configuration with a head of its own."""
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = False
+    return config
+
+
+def stream_norms(model):
+    """transformers' own norms of the residual stream, in the order of the forward pass."""
+    found = []
+    for layer in model.model.layers:
+        names = ("norm",) if hasattr(layer, "norm") else ("input_layernorm", "post_attention_layernorm")
+        found += [getattr(layer, name) for name in names]
+    return [*found, model.model.norm_f if hasattr(model.model, "norm_f") else model.model.norm]
+
+
+def inputs_of_norms(model, batches):
+    """The inputs of every norm, each (positions, hidden) float64, from transformers' modules."""
+    seen = [[] for _ in stream_norms(model)]
+    hooks = [
+        norm.register_forward_pre_hook(lambda _, inputs, kept=kept: kept.append(inputs[0].flatten(0, 1).double()))
+        for norm, kept in zip(stream_norms(model), seen, strict=True)
+    ]
+    with torch.no_grad():
+        for ids in batches:
+            model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(kept) for kept in seen]
+
+
+def rms(x):
+    return x.square().mean(-1).sqrt()
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+@pytest.mark.parametrize("seed", range(8))
+def test_the_rotated_model_computes_the_same_as_the_parent(tmp_path, seed, architecture):
+    save_random_parent(tmp_path / "parent", seed, untied(CONFIGS[architecture](seed)))
+    model = ElasticModel.from_pretrained(tmp_path / "parent")
+    batches = batches_of(model.config, seed)
+    parent = AutoModelForCausalLM.from_pretrained(tmp_path / "parent", experts_implementation="eager").eval()
+    with torch.no_grad():
+        before = parent(batches[0], use_cache=False).logits
+        ranking = rank(model, batches, depth_method="one_shot_nmse")
+        sort_(model, ranking).save_pretrained(tmp_path / "sorted")
+        assert relative_error(model(batches[0]), before) < 1e-5
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sorted", experts_implementation="eager").eval()
+        assert relative_error(loaded(batches[0], use_cache=False).logits, before) < 1e-5
+    assert all(torch.equal(norm.weight, torch.ones_like(norm.weight)) for norm in stream_norms(loaded))
+    identity = torch.eye(model.config.hidden_size, dtype=torch.float64)
+    assert relative_error(ranking.axes.T @ ranking.axes, identity) < 1e-12
+    # The energy of the channels, from transformers' modules, falls, and no directions of the parent hold more.
+    hats = torch.cat([x / rms(x)[:, None] for x in inputs_of_norms(loaded, batches)])
+    energy = hats.square().sum(0)
+    assert (energy.diff() <= 1e-4 * energy[0]).all()
+    hats = torch.cat([x / rms(x)[:, None] for x in inputs_of_norms(parent, batches)])
+    most = torch.linalg.svdvals(hats).square()[: len(energy)]
+    assert relative_error(energy.cumsum(0)[: len(most)], most.cumsum(0)) < 1e-4
+
+
+@pytest.mark.parametrize("basis", ["principal", "channels"])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_norm_ratios_are_those_of_transformers_modules(tmp_path, architecture, basis):
+    save_random_parent(tmp_path / "parent", 3, untied(CONFIGS[architecture](3)))
+    model = ElasticModel.from_pretrained(tmp_path / "parent")
+    batches = batches_of(model.config, 3)
+    ranking = rank(model, batches, basis=basis, depth_method="one_shot_nmse", depth_batches=2)
+    sort_(model, ranking).save_pretrained(tmp_path / "sorted")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "sorted", experts_implementation="eager").eval()
+    assert list(ranking.norm_ratios) == architectures.norm_names(model.config)
+    inputs = inputs_of_norms(loaded, batches[:2])
+    for x, ratios in zip(inputs, ranking.norm_ratios.values(), strict=True):
+        expected = torch.stack([(rms(x[:, :k]) / rms(x)).mean() for k in range(1, x.shape[1] + 1)])
+        assert relative_error(ratios.double(), expected) < 1e-4
+        assert abs(ratios[-1] - 1) < 1e-6
+
+
+def test_a_slice_has_the_gains_of_its_size():
+    model = random_elastic(2)
+    batches = batches_of(model.config, 2)
+    sort_(model, ranking := rank(model, batches, depth_method="one_shot_nmse"))
+    submodel = Submodel(hidden_size=model.config.hidden_size // 2)
+    by_hand = copy.deepcopy(model)
+    by_hand.norm_gains = None
+    with torch.no_grad():
+        for name, ratios in ranking.norm_ratios.items():
+            by_hand.get_parameter(name).mul_(ratios[submodel.hidden_size - 1])
+        assert relative_error(model(batches[0], submodel), by_hand(batches[0], submodel)) < 1e-6
+        assert torch.equal(model(batches[0]), model(batches[0], model.full))
+
+
+def test_without_private_norms_all_sizes_share_the_gains():
+    model = random_elastic(2)
+    ranking = rank(model, batches_of(model.config, 2), private_norms=False, depth_method="one_shot_nmse")
+    assert ranking.norm_ratios == {} and sort_(model, ranking).norm_gains is None
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_tied_embeddings_are_refused_until_they_are_untied(tmp_path, seed):
+    config = random_llama_config(seed)
+    config.tie_word_embeddings = True
+    save_random_parent(tmp_path / "parent", seed, config)
+    model, batches = ElasticModel.from_pretrained(tmp_path / "parent"), batches_of(config, seed)
+    with pytest.raises(UserError, match="untie_head"):
+        rank(model, batches)
+    own = architectures.with_own_head(model.config)
+    with torch.no_grad():
+        before = model(batches[0])
+        model = ElasticModel.from_pretrained(tmp_path / "parent", config=own)
+        assert torch.equal(model(batches[0]), before)
+        sort_(model, rank(model, batches, depth_method="one_shot_nmse"))
+        assert relative_error(model(batches[0]), before) < 1e-5
+    with pytest.raises(UserError, match="not tied"):
+        architectures.with_own_head(own)
+
+
+def test_a_basis_of_another_size_is_refused():
+    model = random_elastic(2)
+    with pytest.raises(UserError, match="a basis of 3 axes"):
+        sort_(model, Ranking({}, {}, tuple(range(len(model.model.layers))), axes=torch.eye(3, dtype=torch.float64)))
+
+
+STREAM = """
+import json, resource, sys, torch
+from elastic_core import ElasticModel
+from elastic_core.search.importance.ranking import Ranking
+from elastic_core.search.importance.sorting import sorted_tensors
+torch.set_num_threads(1)
+model, reader = ElasticModel.empty(sys.argv[1])
+ranking = Ranking.load(sys.argv[2])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.no_grad():
+    model.write(sys.argv[3], sorted_tensors(model.config, reader.read, ranking))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_a_directory_is_sorted_tensor_by_tensor(tmp_path):
+    """The same bits as in memory, and memory for a few tensors instead of for the model."""
+    hidden, layers = 512, 24
+    config = NemotronHConfig(
+        vocab_size=64,
+        hidden_size=hidden,
+        layers_block_type=["mlp", "mlp", "full_attention"] * (layers // 3),
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=4 * hidden,
+    )
+    model = random_elastic(0, config)
+    model.save_pretrained(tmp_path / "parent")
+    orders = {f"ffn.{i}": torch.randperm(4 * hidden) for i in range(layers) if config.layers_block_type[i] == "mlp"}
+    axes = torch.linalg.qr(torch.randn(hidden, hidden, dtype=torch.float64)).Q
+    ranking = Ranking({}, orders, tuple(range(layers)), axes=axes)
+    ranking.save(tmp_path / "ranking.json")
+    command = [sys.executable, "-c", STREAM, *(tmp_path / name for name in ("parent", "ranking.json", "sorted"))]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    matrix, whole = 4 * hidden**2 * 4, sum(p.numel() for p in model.parameters()) * 4
+    assert int(printed) < 12 * matrix < whole / 2  # a block in float64, and copies of a matrix
+    written = ElasticModel.from_pretrained(tmp_path / "sorted")
+    for (name, expected), found in zip(sort_(model, ranking).named_parameters(), written.parameters(), strict=True):
+        assert torch.equal(found, expected), name
