@@ -135,6 +135,11 @@ def is_matrix(dims: tuple[Dim, ...]) -> bool:
     return len(dims) == 2 or is_stack(dims)
 
 
+def elastic_keys(dim: Dim) -> tuple[str, ...]:
+    """The different unit keys of a dimension, in the order of first use."""
+    return tuple(dict.fromkeys(leaf.key for leaf in dim.leaves()))
+
+
 def elastic_units(layout: Layout) -> dict[str, Units]:
     """The units of every unit key in a layout, in the order of first use."""
     return {leaf.key: leaf for dims in layout.values() for dim in dims for leaf in dim.leaves()}

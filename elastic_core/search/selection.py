@@ -1,7 +1,7 @@
 """Choose a submodel for every budget from the router's distributions.
 
-Each submodel meets its budget within a tolerance and is nested in the next larger one. `path_between` gives the nested
-submodels between two budgets.
+Each submodel meets its budget within a tolerance and is nested in the next larger one. The untrained submodels between
+two budgets come from path.py.
 """
 
 import itertools
@@ -216,35 +216,3 @@ def select_family(router: Router, scale: float = 1.0, tolerance: float = TOLERAN
                 bound = found
             family.append(bound)
     return family
-
-
-def path_between(router: Router, family: list[list[int]], points: int = 64) -> list[Submodel]:
-    """Nested submodels between neighbouring budgets of `family`, largest first, for budgets without training.
-
-    Between two budgets, the one-hot of the budget is interpolated at `points` points. At each point, a slot's choice
-    index rises to the rounded expected index. It never falls, and it rises by one at a time: each rise gives one
-    submodel. `family` holds one combination per budget (see `select_family`).
-    """
-    path = []
-    for index, (larger, smaller) in enumerate(itertools.pairwise(family)):
-        current = list(larger)
-        for point in range(1, points + 1):
-            expected = _interpolate(router, index, point / points)
-            for slot, (low, high) in enumerate(zip(larger, smaller, strict=True)):
-                goal = high if point == points else min(max(expected[slot], low), high)
-                while current[slot] < goal:
-                    current[slot] += 1
-                    path.append(router.space.submodel(current))
-    return path
-
-
-def _interpolate(router: Router, index: int, weight: float) -> list[int]:
-    """The rounded expected choice indices of a mixture: (1 − weight) of budget `index`, weight of the next smaller."""
-    budget = torch.zeros(len(router.targets))
-    budget[index], budget[index + 1] = 1 - weight, weight
-    with torch.no_grad():
-        if router.targets[index] == 1.0:  # No network describes the full budget. All of its indices are 0.
-            probs = [weight * prob for prob in router.probs(index + 1)]
-        else:
-            probs = [logits.softmax(-1) for logits in router.logits(budget)]
-        return [round((prob @ torch.arange(float(len(prob)))).item()) for prob in probs]

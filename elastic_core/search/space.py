@@ -191,7 +191,11 @@ class ElasticSpace:
 
     def submodel(self, indices: list[int]) -> Submodel:
         """The submodel of one combination."""
-        sizes = {key: slot.sizes[index] for slot, index in zip(self.slots, indices, strict=True) for key in slot.keys}
+        chosen = zip(self.slots, indices, strict=True)
+        return self.submodel_of_sizes({key: slot.sizes[index] for slot, index in chosen for key in slot.keys})
+
+    def submodel_of_sizes(self, sizes: dict[str, int]) -> Submodel:
+        """The submodel with a size for every unit key and for ``depth``. They need not be sizes of the slots."""
         fields = {"kept_layers": self.depth_ranking[: sizes["depth"]]}
         for name, axis in WIDTHS.items():
             if keys := keys_of(self.units, axis):
