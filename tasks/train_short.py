@@ -10,8 +10,9 @@ import torch
 
 from elastic_core.model import hf
 from elastic_core.search.importance.ranking import Ranking
+from elastic_core.search.path import path_between
 from elastic_core.search.router import Router
-from elastic_core.search.selection import check_reachable, path_between
+from elastic_core.search.selection import check_reachable
 from elastic_core.search.space import ElasticSpace
 from elastic_core.training.distributed import model_files
 from elastic_core.training.distributed.ranks import Ranks
@@ -60,4 +61,4 @@ def work(arguments: dict, ranks: Ranks) -> None:
     run = make_run(settings, job, stage, settings.seed + 2, model, budgets, ranks, router=router)
     run_to_end(run, settings, job, job.out / "metrics.jsonl")
     earlier = provenance.read_records("prepare_data", "parent", "rank")
-    save_family(run, job, source, path_between(router, run.indices), earlier)
+    save_family(run, job, source, path_between(space, run.indices), earlier)

@@ -1,6 +1,6 @@
 """The file ``elastic.json``. Beside the weights, it makes a model directory an elastic checkpoint.
 
-It names the submodel of every trained budget, and nested submodels in between.
+It names the submodel of every trained budget, and submodels in between, which are nested with the trained ones.
 """
 
 import json
@@ -33,7 +33,7 @@ def write(
     """Write ``elastic.json`` into a model directory.
 
     - `members`: the trained submodels by the name of their budget.
-    - `path`: nested submodels between the members, largest first.
+    - `path`: submodels between the members (see search/path.py).
     - `metric`: the cost metric. The targets of the members are fractions of the parent's cost in it.
     - `private_norms`: whether the directory has gains of the norms for every budget (norm_gains.py).
     """
@@ -82,7 +82,11 @@ def read(directory: str | os.PathLike) -> dict:
     return content
 
 
-def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel:
+class OutOfReach(UserError):
+    """No submodel of a checkpoint is near enough to a budget, but `find_submodel` can take the nearest one."""
+
+
+def find_submodel(directory: str | os.PathLike, budget: str | float, nearest: bool = False) -> Submodel:
     """The submodel of an elastic checkpoint for a budget.
 
     `budget` is the name of a trained budget, or a target in one of these forms:
@@ -93,7 +97,8 @@ def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel
     - time: "35ms/token", if the family has a latency table
 
     Targets do not need to be in the metric that the family was trained for. The result is the submodel with the nearest
-    cost: a trained one, or a nested one in between. Raises UserError if none is within the tolerance of the target.
+    cost: a trained one, or one in between. Raises UserError for another form, and, unless `nearest`, OutOfReach if the
+    target is larger than the parent or no submodel is within the tolerance of it.
     """
     content = read(directory)
     if budget in content["budgets"]:
@@ -105,9 +110,9 @@ def find_submodel(directory: str | os.PathLike, budget: str | float) -> Submodel
     candidates = [full_submodel(config), *members, *(Submodel(**values) for values in content["path"])]
     costs = {submodel.resolve(config): exact_cost(metric, config, submodel) for submodel in candidates}
     best = min(costs, key=lambda submodel: abs(costs[submodel] - target))
-    if target > full or not abs(costs[best] - target) <= TOLERANCE * target:
+    if not nearest and (target > full or not abs(costs[best] - target) <= TOLERANCE * target):
         setting = f" ({metric.setting})" if metric.setting else ""
-        raise UserError(
+        raise OutOfReach(
             f"budget: got {budget!r} ({metric.text(target)}); allowed: {metric.number(min(costs.values()))} to "
             f"{metric.text(full)}{setting}, or one of {names}; the nearest submodel has {metric.number(costs[best])}"
         )

@@ -1,8 +1,9 @@
 """Serve all budgets of an elastic checkpoint from one copy of the weights in memory.
 
-The budgets are nested. So the rows of every weight are stored in this order: first the rows that the smallest budget
-uses, then those that the next larger budget adds, and so on; columns likewise. The weight of each budget is then a view
-of the first rows and columns, and the model of a budget is a transformers model with views as parameters.
+The rows of every weight are stored in this order: first the rows that the smallest size of a dimension uses, then those
+that the next larger size adds, and so on; columns likewise. The weight of each budget is then a view of the first rows
+and columns, and the model of a budget is a transformers model with views as parameters. If two axes make up a dimension
+(heads and channels), this needs pairs of sizes that are nested, as the trained budgets and those in between have them.
 
 The stored order can differ from the order in which a layer needs its activations, because rows come in groups, heads
 and channels. Then the activations are permuted before or after the matrix product. This costs one index operation on a
@@ -26,7 +27,7 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.export.padding import check_padding
 from elastic_core.export.view_model import empty_model, set_parameter, submodel_config
 from elastic_core.model import architectures, hf, norm_gains
-from elastic_core.model.dims import Dim, kept_rows, layer_index
+from elastic_core.model.dims import Dim, Units, elastic_keys, kept_rows, layer_index
 from elastic_core.model.submodel import Submodel, full_submodel
 
 BudgetLike = str | float | Submodel  # a trained budget's name, a target, or a Submodel; see NestedModel
@@ -39,6 +40,8 @@ class NestedModel:
 
     Methods take a budget in one of three forms: the name of a trained budget; a target ("9B", 0.75; see
     `elastic_checkpoint.find_submodel`); or a Submodel that is nested with the trained ones.
+
+    `.members` are the submodels of the trained budgets and the parent, smallest first.
     """
 
     def __init__(self, directory: str | os.PathLike, dtype: torch.dtype | None, device: torch.device | str):
@@ -50,7 +53,11 @@ class NestedModel:
         }
         path = [Submodel(**values).resolve(self.config) for values in content["path"]]
         with named(directory):
-            self.chain = nested_chain(self.config, [*self.budgets.values(), *path, full_submodel(self.config)])
+            self.members = nested_chain(self.config, [*self.budgets.values(), full_submodel(self.config)])
+            for submodel in path:
+                check_nested(self.config, submodel, self.members)
+        # All submodels that have to be views, the trained ones first, with their size of every unit key.
+        self._sizes = {submodel: submodel.sizes(self.config) for submodel in [*self.members, *path]}
         self._orders: dict[Dim, Tensor | None] = {}
         self._models: dict[Submodel, PreTrainedModel] = {}
         self._generation = generation_values(self.config, directory)  # as `extract` writes it
@@ -105,8 +112,8 @@ class NestedModel:
             return self.budgets[budget]
         else:
             submodel = elastic_checkpoint.find_submodel(self.directory, budget).resolve(self.config)
-        if submodel not in self.chain:
-            nested_chain(self.config, [*self.chain, submodel])
+        if submodel not in self._sizes:
+            check_nested(self.config, submodel, self.members)
         return submodel
 
     def conversation(self) -> Conversation:
@@ -118,19 +125,37 @@ class NestedModel:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.weights.values())
 
     def _stored_order(self, dim: Dim, layer: int | None) -> Tensor | None:
-        """The order (rows,) in which the rows of `dim` are stored: those that most budgets use come first.
+        """The order (rows,) in which the rows of `dim` are stored: those that most sizes use come first.
 
-        Budgets that drop the layer do not count. None if this is the original order.
+        None if this is the original order.
         """
         if dim not in self._orders:
-            num_users = torch.zeros(dim.size, dtype=torch.int64)  # how many submodels use each row
-            for submodel in self.chain:
-                if layer is None or layer in submodel.kept_layers:
-                    rows = kept_rows(dim, submodel.sizes(self.config))
-                    num_users[slice(rows) if isinstance(rows, int) else rows] += 1
+            num_users = torch.zeros(dim.size, dtype=torch.int64)  # how many sizes use each row
+            for sizes in self._nested_sizes(dim, layer):
+                rows = kept_rows(dim, sizes)
+                num_users[slice(rows) if isinstance(rows, int) else rows] += 1
             order = num_users.argsort(descending=True, stable=True)
             self._orders[dim] = None if torch.equal(order, torch.arange(dim.size)) else order
         return self._orders[dim]
+
+    def _nested_sizes(self, dim: Dim, layer: int | None) -> list[dict[str, int]]:
+        """Sizes of `dim` by unit key. Each uses only rows that all larger ones use too.
+
+        For one axis these are all sizes. For two, they are those of the trained submodels and of those in between.
+        """
+        keys, nested = elastic_keys(dim), {}
+        if isinstance(dim, Units) and dim.groups == 1:  # every size is a prefix already
+            return []
+        if len(keys) == 1:
+            units = next(dim.leaves())
+            return [{units.key: size} for size in range(units.groups, units.size, units.groups)]
+        for submodel, sizes in self._sizes.items():
+            pair = {key: sizes[key] for key in keys}
+            if tuple(pair.values()) in nested or not (layer is None or layer in submodel.kept_layers):
+                continue
+            if all(_all_at_most(pair, other) or _all_at_most(other, pair) for other in nested.values()):
+                nested[tuple(pair.values())] = pair
+        return list(nested.values())
 
     def _positions(self, dim: Dim, layer: int | None, sizes: dict[str, int]) -> tuple[int, Tensor | None]:
         """(number of rows that a submodel of `sizes` uses, the position of each of them among the stored rows).
@@ -191,6 +216,10 @@ class NestedModel:
             ) from None
 
 
+def _all_at_most(sizes: dict[str, int], others: dict[str, int]) -> bool:
+    return all(size <= others[key] for key, size in sizes.items())
+
+
 def nested_chain(config, submodels: list[Submodel]) -> list[Submodel]:
     """The distinct submodels, smallest first. Raises UserError unless each is nested in the next."""
     chain = sorted(set(submodels), key=lambda submodel: num_parameters(config, submodel))
@@ -198,6 +227,11 @@ def nested_chain(config, submodels: list[Submodel]) -> list[Submodel]:
         if not smaller.is_within(larger, config):
             raise UserError(f"budgets: {smaller} is not nested in {larger}; extract it to serve it by itself")
     return chain
+
+
+def check_nested(config, submodel: Submodel, members: list[Submodel]) -> None:
+    """Raise UserError unless `submodel` lies within or contains each of `members`, a chain."""
+    nested_chain(config, [*members, submodel])
 
 
 class Conversation:

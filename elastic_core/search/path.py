@@ -91,7 +91,7 @@ def _between(space: ElasticSpace, larger: list[int], smaller: list[int]) -> list
         indices = _candidates(space, widths)
         costs = _costs(space, widths, indices).numpy()
         chosen, num_empty = _choose(costs, _imbalance(widths, indices).numpy(), high, low)
-        missing = _unserved(costs[chosen], high, low)
+        missing = _unserved(costs[chosen], high, low), num_empty
         if best is None or missing < best[0]:
             best = missing, [_submodel(space, widths, row) for row in indices[chosen].tolist()]
         if num_empty == 0:
@@ -136,27 +136,38 @@ def _unit(space: ElasticSpace, slot: Slot, multiple: int) -> int:
 def _candidates(space: ElasticSpace, widths: list[Width]) -> Tensor:
     """The combinations of sizes to choose from, as an index per width: (candidates, widths) int64.
 
-    All combinations, if these are few. Otherwise those in which all widths are rounded from one point of the line, each
-    with every depth.
+    All combinations, if these are few; otherwise those near the line between the members.
     """
     sizes = [len(width.sizes) for width in widths]
     if math.prod(sizes) <= MOST_CANDIDATES:
         found = torch.cartesian_prod(*map(torch.arange, sizes)).view(-1, len(sizes))
     else:
-        steps = sorted((at, number) for number, width in enumerate(widths[:-1]) for at in width.steps)
-        taken = torch.tensor([0, *(number + 1 for _, number in steps)])
-        rows = torch.zeros(len(taken), len(widths), dtype=torch.int64)
-        rows[torch.arange(1, len(taken)), taken[1:] - 1] = 1
-        rows = rows.cumsum(0)
-        most = max(1, MOST_CANDIDATES // sizes[-1])
-        if len(rows) > most:
-            rows = rows[torch.linspace(0, len(rows) - 1, most).long()]
-        found = rows.repeat_interleave(sizes[-1], 0)
-        found[:, -1] = torch.arange(sizes[-1]).repeat(len(rows))
+        found = _near_line(widths)
     allowed = torch.ones(len(found), dtype=torch.bool)
     for (first, second), pairs in _allowed_pairs(space, widths).items():
         allowed &= pairs[found[:, first], found[:, second]]
     return found[allowed]
+
+
+def _near_line(widths: list[Width]) -> Tensor:
+    """Combinations near the line between the members, as an index per width: (candidates, widths) int64.
+
+    Along the line, each step takes the next size of one width. In addition, one axis may be a step ahead or behind, so
+    that fine axes make up for the large steps of a coarse one. Every combination comes with every depth.
+    """
+    steps = sorted((at, number) for number, width in enumerate(widths[:-1]) for at in width.steps)
+    rows = torch.zeros(1 + len(steps), len(widths), dtype=torch.int64)
+    rows[torch.arange(1, len(rows)), [number for _, number in steps]] = 1
+    rows, most = rows.cumsum(0), torch.tensor([len(width.sizes) - 1 for width in widths])
+    axes, depths = dict.fromkeys(width.axis for width in widths[:-1]), torch.arange(len(widths[-1].sizes))
+    num_rows = max(1, MOST_CANDIDATES // (len(depths) * (1 + 2 * len(axes))))
+    if len(rows) > num_rows:
+        rows = rows[torch.linspace(0, len(rows) - 1, num_rows).long()]
+    shifts = [torch.tensor([step * (width.axis == axis) for width in widths]) for axis in axes for step in (-1, 1)]
+    rows = torch.cat([rows, *((rows + shift).clamp(min=0).minimum(most) for shift in shifts)])
+    found = rows.repeat_interleave(len(depths), 0)
+    found[:, -1] = depths.repeat(len(rows))
+    return found
 
 
 def _allowed_pairs(space: ElasticSpace, widths: list[Width]) -> dict[tuple[int, int], Tensor]:

@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from elastic_core.errors import UserError
 from flows.cli.errors import clear_errors, say
-from flows.cli.options import BudgetOption, Dtype, Heterogeneous
+from flows.cli.options import BudgetOption, Dtype, Heterogeneous, NearestOption
 
 
 class LikeCp(TyperCommand):
@@ -26,6 +26,7 @@ def extract(
         typer.Argument(metavar="[DIR] OUT", help="The family (by default of the last run), and where the model goes."),
     ],
     budget: BudgetOption = None,
+    nearest: NearestOption = False,
     heterogeneous: Annotated[
         Heterogeneous,
         typer.Option(help="For widths that differ between layers: add a modeling file, or pad MLPs with zeros."),
@@ -49,7 +50,7 @@ def extract(
         from tasks.commands.extract import export
 
         family = find_family.find(*paths[:-1])
-        written = export(family, budget, out, heterogeneous, dtype)
+        written = export(family, budget, out, heterogeneous, dtype, nearest)
         share = written.num_parameters / written.parent_num_parameters
         predicted = f"{written.predicted}\n" if written.predicted else ""
         say(
@@ -68,6 +69,7 @@ def generate(
         ),
     ] = None,
     budget: BudgetOption = None,
+    nearest: NearestOption = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Where to stop at the latest.")] = 100,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", help="0 takes the likeliest token, 1 the model's own spread.")
@@ -96,13 +98,15 @@ def generate(
         if not chat and (system is not None or think is not None):
             name = "--system" if system is not None else "--think" if think else "--no-think"
             raise UserError(f"{name}: needs --chat, which writes the prompt with the model's chat template")
+        if nearest and budget is None:
+            raise UserError("--nearest: needs --budget, to which the model is the nearest")
         from tasks.commands import find_family
 
         directory = find_family.find(directory)
         print(f"{directory}{f', budget {budget}' if budget else ''}", file=sys.stderr)
         from tasks.commands.generate import Chat, generate
 
-        generate(directory, budget, prompt, max_new_tokens, temperature, Chat(system, think) if chat else None)
+        generate(directory, budget, prompt, max_new_tokens, temperature, Chat(system, think) if chat else None, nearest)
 
 
 def inspect(

@@ -70,6 +70,11 @@ BudgetOption = Annotated[
     ),
 ]
 
+NearestOption = Annotated[
+    bool,
+    typer.Option("--nearest", help="Take the nearest model there is, where none is within 2 % of the budget."),
+]
+
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a parameter: `train_short.learning_rate=1e-3`."),

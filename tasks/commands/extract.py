@@ -31,18 +31,24 @@ class Export:
 
 
 def export(
-    family: Path, budget: str | None, out: Path, heterogeneous: str = "remote_code", dtype: str | None = None
+    family: Path,
+    budget: str | None,
+    out: Path,
+    heterogeneous: str = "remote_code",
+    dtype: str | None = None,
+    nearest: bool = False,
 ) -> Export:
     """Extract the submodel of `budget` from the elastic checkpoint `family` into the directory `out`.
 
     heterogeneous: how to write widths that differ between layers, "remote_code" or "pad".
     dtype: "float32" or "bfloat16"; None keeps the family's element type.
+    nearest: take the nearest submodel, however far its cost is from the budget.
 
     Raises UserError for what the caller has to change.
     """
     begin = time.monotonic()
     submodel = extract(
-        family, find_budget(family, budget), out, heterogeneous, getattr(torch, dtype) if dtype else None
+        family, find_budget(family, budget, nearest), out, heterogeneous, getattr(torch, dtype) if dtype else None
     )
     config = hf.read_config(family)
     num_bytes = sum(path.stat().st_size for path in out.glob("*.safetensors"))
@@ -69,8 +75,8 @@ def predict(family: Path, budget: str, config, submodel: Submodel) -> str | None
     return f"{metric.text(exact_cost(metric, config, submodel))} of memory for {metric.setting}"
 
 
-def find_budget(family: Path, budget: str | None) -> Submodel:
-    """The submodel of a budget: a name in the family, or any spelling of a budget.
+def find_budget(family: Path, budget: str | None, nearest: bool = False) -> Submodel:
+    """The submodel of a budget: a name in the family, or any spelling of a budget. `nearest`: see `export`.
 
     Raises UserError, which lists both, for None and for a budget that the family cannot give.
     """
@@ -80,4 +86,7 @@ def find_budget(family: Path, budget: str | None) -> Submodel:
             f"--budget: none given; allowed: {', '.join(names)}, a share of the parent such as 0.75, "
             "a number of parameters such as 9B, memory such as 16GiB@128k, time such as 35ms/token"
         )
-    return elastic_checkpoint.find_submodel(family, budget)
+    try:
+        return elastic_checkpoint.find_submodel(family, budget, nearest)
+    except elastic_checkpoint.OutOfReach as error:
+        raise UserError(f"{error}; --nearest takes it") from None

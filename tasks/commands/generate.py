@@ -1,6 +1,7 @@
 """`elastic generate`: prints how a member of a family, or an extracted model, continues a prompt."""
 
 import contextlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from elastic_core import extract
+from elastic_core.cost.metrics import num_parameters
 from elastic_core.data.chat_template import knows_thinking, prompt_ids
 from elastic_core.data.tokenizer import load_tokenizer
 from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io.json_files import check_numbers, check_shape, read_json
 from elastic_core.io.tokenizer_files import TOKENIZERS
+from elastic_core.model import hf
 from elastic_core.model.architectures.nemotron_h import MODELING_FILE
 from elastic_core.model.hf import CONFIG_ERRORS
 from tasks.commands.extract import find_budget
@@ -52,6 +55,7 @@ def generate(
     max_new_tokens: int = 100,
     temperature: float = 0.0,
     chat: Chat | None = None,
+    nearest: bool = False,
 ) -> list[int]:
     """Print the continuation of `prompt` token by token, and return its token ids.
 
@@ -61,6 +65,7 @@ def generate(
         directory, so that transformers runs exactly the model that would be served. An extracted model takes None.
     temperature: 0 always takes the most likely token; above 0 tokens are sampled.
     chat: the prompt is a user's message, and its continuation is the assistant's answer. None: a text.
+    nearest: take the nearest member, however far its cost is from the budget; its sizes are printed to stderr.
 
     Raises UserError for what the caller has to change.
     """
@@ -74,7 +79,7 @@ def generate(
         if chat is not None:  # before a member is extracted
             with _errors_of_transformers(directory):
                 _prompt_ids(load_tokenizer(directory, trust_remote_code=False), prompt, chat)
-        with _plain_model(directory, budget) as plain:
+        with _plain_model(directory, budget, nearest) as plain:
             trust = {"trust_remote_code": _has_our_code(plain)}
             with _errors_of_transformers(directory):
                 tokenizer = load_tokenizer(plain, directory, **trust)
@@ -144,7 +149,7 @@ def _continue(model, tokenizer, prompt: list[int], max_new_tokens: int, temperat
 
 
 @contextlib.contextmanager
-def _plain_model(directory: Path, budget: str | None) -> Iterator[Path]:
+def _plain_model(directory: Path, budget: str | None, nearest: bool) -> Iterator[Path]:
     """The directory that transformers loads: an extracted model, or a temporary copy of a member."""
     if not (directory / elastic_checkpoint.FILE).is_file():
         if budget is not None:
@@ -154,7 +159,9 @@ def _plain_model(directory: Path, budget: str | None) -> Iterator[Path]:
         open_model(directory)  # names damaged files, which transformers does not
         yield directory
         return
-    submodel = find_budget(directory, budget)
+    submodel = find_budget(directory, budget, nearest)
+    if nearest:
+        print(f"{num_parameters(hf.read_config(directory), submodel):,} parameters: {submodel}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="elastic-") as temporary:
         extract(directory, submodel, Path(temporary) / "model")
         yield Path(temporary) / "model"

@@ -99,7 +99,7 @@ def save_family(run: Run, job: Job, source: Path, path: list[Submodel], earlier:
     """Write the elastic checkpoint to `job.out`, with its provenance, and a summary of the members' sizes.
 
     - `source`: the directory that training began with, which has the tokenizer.
-    - `path`: nested submodels between the members, largest first.
+    - `path`: the submodels between the members.
     - `earlier`: the records of the stages before this one.
     """
     config, target = run.model.config, job.out / "model"

@@ -19,7 +19,8 @@ from elastic_core.cost.targets import family_metric, shares
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model.architectures.nemotron_h import layers_of
 from elastic_core.search.choices import Choices
-from elastic_core.search.selection import Member, check_reachable, path_between, select
+from elastic_core.search.path import path_between
+from elastic_core.search.selection import Member, check_reachable, select
 from elastic_core.search.space import ElasticSpace
 from tasks.parents.config import new_config as model_config
 from tasks.parents.targets import metric_of_family
@@ -162,7 +163,7 @@ def test_its_checkpoint_needs_no_table(family, tmp_path):
     """Served by name, share, milliseconds and tokens per second, from elastic.json alone; and in other metrics."""
     run, _ = family
     run.model.save_pretrained(tmp_path)
-    path = path_between(run.router, run.indices)
+    path = path_between(run.router.space, run.indices)
     elastic_checkpoint.write(tmp_path, CONFIG, run.members, path, run.metric)
     small = run.members["small"].submodel
     asked = exact_cost(METRIC, CONFIG, small)

@@ -13,7 +13,7 @@ from elastic_core.cost.metrics import PARAMETERS, exact_cost, memory_parts, num_
 from elastic_core.cost.targets import family_metric
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model.architectures.nemotron_h import layers_of
-from elastic_core.search.selection import path_between
+from elastic_core.search.path import path_between
 from tasks.evaluation import latency_and_memory
 from tests.support.models.budgeted_family import CONFIG, train_family
 from tests.support.models.parents import random_ids
@@ -75,7 +75,7 @@ def test_its_checkpoint_serves_budgets_of_every_kind(families, tmp_path):
     _, run, _ = families["long"]
     directory, metric = tmp_path / "family", run.metric
     run.model.save_pretrained(directory)
-    path = path_between(run.router, run.indices)
+    path = path_between(run.router.space, run.indices)
     elastic_checkpoint.write(directory, CONFIG, run.members, path, metric)
     assert elastic_checkpoint.read(directory)["cost"] == {"metric": "memory", **dataclasses.asdict(metric)}
     small, full = run.members["small"].submodel, exact_cost(metric, CONFIG)

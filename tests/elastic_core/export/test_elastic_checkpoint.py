@@ -13,7 +13,8 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.export.elastic_checkpoint import find_submodel
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.choices import Choices
-from elastic_core.search.selection import Member, path_between, select_family
+from elastic_core.search.path import path_between
+from elastic_core.search.selection import Member, select_family
 from elastic_core.search.space import ElasticSpace
 from tests.support.models.parents import random_elastic
 from tests.support.models.routed_family import CONFIG, RANKING, SIZES, make_router
@@ -35,7 +36,7 @@ def elastic(tmp_path_factory):
         name: Member(target, space.submodel(indices))
         for name, target, indices in zip(NAMES, router.targets, family, strict=True)
     }
-    elastic_checkpoint.write(directory, CONFIG, members, path_between(router, family))
+    elastic_checkpoint.write(directory, CONFIG, members, path_between(space, family))
     return directory, members
 
 
