@@ -71,8 +71,9 @@ def path_between(space: ElasticSpace, family: list[list[int]]) -> list[Submodel]
     tolerance of budgets wherever some combination of sizes reaches it. There are at most about `MOST_BINS` between two
     members.
 
-    If two axes make up the rows of one matrix (Mamba heads and channels), their sizes are taken from one staircase, on
-    which both only shrink. So the rows of each submodel of the path can be stored first (export/nested.py).
+    If two axes make up the rows of one matrix (Mamba heads and channels), the combinations are those in which their
+    sizes lie on one staircase, where both only shrink. So the rows of each submodel can be stored first, for all
+    submodels in one order (export/nested.py).
     """
     return [submodel for pair in itertools.pairwise(family) for submodel in _between(space, *pair)]
 

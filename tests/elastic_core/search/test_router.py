@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.search.router import Router, anneal, noise_generator
-from elastic_core.search.selection import path_between, select_family
+from elastic_core.search.selection import select_family
 from elastic_core.training.losses import resource_loss
 from tests.support.models.routed_family import CONFIG, PER_LAYER, TARGETS, make_router, make_space
 
@@ -219,22 +219,6 @@ def test_chosen_families_are_nested(space, seed):
     full = num_parameters(CONFIG)
     for target, indices in zip(TARGETS, family, strict=True):
         assert abs(num_parameters(CONFIG, space.submodel(indices)) / (target * full) - 1) <= 0.02
-
-
-@pytest.mark.parametrize("targets", [TARGETS, (0.8, 0.6, 0.45)])
-@pytest.mark.parametrize("seed", range(2))
-def test_path_between_members_is_nested_and_ends_at_them(space, seed, targets):
-    router = make_router(space, seed=seed, targets=targets, spread=3)
-    family = select_family(router)
-    members = [space.submodel(indices) for indices in family]
-    path = path_between(router, family)
-    steps = [members[0], *path]
-    for larger, smaller in itertools.pairwise(steps):
-        assert smaller.is_within(larger, CONFIG)
-        assert num_parameters(CONFIG, smaller) <= num_parameters(CONFIG, larger)
-    assert path[-1] == members[-1] and all(member in steps for member in members)
-    moves = sum(low - high for high, low in zip(family[0], family[-1], strict=True))
-    assert len(path) == moves  # one step of one slot at a time
 
 
 @pytest.mark.parametrize("targets", [(0.5, 1.0), (1.0, 1.0), (1.2, 0.5), (0.5, 0.0)])
