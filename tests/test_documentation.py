@@ -21,11 +21,12 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from elastic_core import Submodel
 from elastic_core.cost import num_parameters
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model import hf
+from elastic_core.search.path import path_between
 from elastic_core.search.selection import Member
+from elastic_core.search.space import ElasticSpace
 from flows.cli.app import app
 from tasks.commands import find_family
 from tasks.corpora.conversations.messages import Fields, conversation
@@ -202,19 +203,15 @@ def test_the_results_are_those_of_the_committed_metrics():
 
 # --- running it ------------------------------------------------------------------------------------------------------
 
-# The default run's family: hidden size, FFN width, and the layers that are dropped.
-GONE = (3, 4)  # the layers that the smaller members drop
-BUDGETS = {"full": (128, 512, ()), "medium": (120, 320, GONE), "small": (88, 192, GONE)}
-PATH = (
-    *((128, 448, ()), (120, 448, ()), (120, 448, (4,)), (120, 384, (4,)), (120, 384, GONE), (120, 320, GONE)),
-    *((112, 320, GONE), (104, 320, GONE), (96, 320, GONE), (96, 256, GONE), (88, 256, GONE), (88, 192, GONE)),
-)
+# The default run's family: hidden size, FFN width, number of layers. Smaller members drop layer 4 and then layer 3.
+BUDGETS = {"full": (128, 512, 8), "medium": (120, 320, 6), "small": (88, 192, 6)}
+RANKING = (0, 1, 2, 5, 6, 7, 3, 4)
 WORDS = [f"w{i}" for i in range(1021)]
 
 
-def member(hidden_size: int, intermediate_size: int, dropped: tuple[int, ...]) -> Submodel:
-    kept = tuple(layer for layer in range(8) if layer not in dropped)
-    return Submodel(hidden_size=hidden_size, intermediate_size=intermediate_size, kept_layers=kept)
+def combination(space: ElasticSpace, hidden_size: int, intermediate_size: int, depth: int) -> list[int]:
+    wanted = {"hidden": hidden_size, "ffn": intermediate_size, "depth": depth}
+    return [slot.sizes.index(wanted.get(slot.axis, slot.sizes[0])) for slot in space.slots]
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +223,10 @@ def workspace(tmp_path_factory):
     family = workspace / find_family.FAMILY
     for directory in (workspace / "artifacts/parent", family):
         random_elastic(0, config).save_pretrained(directory)
-    members = {name: Member(settings.budgets[name], member(*sizes)) for name, sizes in BUDGETS.items()}
-    elastic_checkpoint.write(family, config, members, [member(*sizes) for sizes in PATH])
+    space = ElasticSpace(config, settings.choices, RANKING)
+    indices = {name: combination(space, *sizes) for name, sizes in BUDGETS.items()}
+    members = {name: Member(settings.budgets[name], space.submodel(chosen)) for name, chosen in indices.items()}
+    elastic_checkpoint.write(family, config, members, path_between(space, list(indices.values())))
     vocabulary = {word: i for i, word in enumerate(["<end>", "In", "the", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -273,13 +272,14 @@ def test_the_quick_commands_run(inside):
     assert set(ran) == {"inspect", "extract", "generate"}
 
 
-def test_a_budget_in_between_is_as_near_as_the_page_says(inside):
+def test_budgets_in_between_are_served_as_the_page_says(inside):
     page = (ROOT / "docs/serving.md").read_text()
-    error = error_of("extract", inside / "in-between", "--budget", "0.75")
-    assert error in page
-    sizes = [member(*sizes) for sizes in {*PATH, *BUDGETS.values()}]
     config = hf.read_config(find_family.FAMILY)
-    shares = sorted(num_parameters(config, submodel) / num_parameters(config) for submodel in sizes)
-    listed = page[page.index("shares of the parent's parameters:") :].partition("and 1.")[0]
-    assert [float(text) for text in re.findall(r"(?<![\d.])\.\d+", listed)] == [round(s, 3) for s in shares[:-1]]
-    call("extract", inside / "in-between", "--budget", "0.8")
+    full, given = num_parameters(config), re.search(r"any share from ([.\d]+) to 1", page)[1]
+    smallest = elastic_checkpoint.find_submodel(find_family.FAMILY, "small")
+    assert round(num_parameters(config, smallest) / full, 3) == float(given)
+    for share in [float(given) + 0.005 * step for step in range(114)] + [0.75]:
+        served = elastic_checkpoint.find_submodel(find_family.FAMILY, share)
+        assert abs(num_parameters(config, served) / full - share) <= 0.01 * share
+    assert error_of("extract", inside / "in-between", "--budget", "0.35") in page
+    call("extract", inside / "in-between", "--budget", "0.35", "--nearest")

@@ -71,16 +71,19 @@ def test_budgets_in_between_are_served_by_the_path(elastic):
     directory, members = elastic
     sizes = [member.submodel for member in members.values()]
     served = []
-    for fraction in np.linspace(0.41, 0.99, 30):
-        try:
-            submodel = find_submodel(directory, float(fraction))
-        except ValueError as error:
-            assert "the nearest submodel has" in str(error)
-            continue
-        served.append(submodel)
-        assert abs(num_parameters(CONFIG, submodel) / (fraction * FULL) - 1) <= TOLERANCE
-        assert submodel.is_within(sizes[0], CONFIG) and sizes[2].is_within(submodel, CONFIG)
-    assert len(served) >= 12 and len(set(served)) >= 8  # most, and not only the three trained ones
+    for fraction in np.linspace(0.4, 1, 30):
+        served.append(find_submodel(directory, float(fraction)))
+        assert abs(num_parameters(CONFIG, served[-1]) / (fraction * FULL) - 1) <= TOLERANCE
+        assert served[-1].is_within(sizes[0], CONFIG) and sizes[2].is_within(served[-1], CONFIG)
+    assert len(set(served)) >= 25  # not only the three trained ones
+
+
+@pytest.mark.parametrize("budget, name", [(0.2, "small"), (1e3, "small"), ("9B", "full"), ("medium", "medium")])
+def test_the_nearest_is_taken_if_asked(elastic, budget, name):
+    directory, members = elastic
+    assert find_submodel(directory, budget, nearest=True) == members[name].submodel
+    with pytest.raises(UserError, match=r"budget: got 'tiny'; allowed: one of full"):
+        find_submodel(directory, "tiny", nearest=True)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +116,7 @@ def test_a_gap_in_the_path_names_the_nearest(elastic, tmp_path):
     nearest = num_parameters(CONFIG, members["medium"].submodel)
     with pytest.raises(ValueError, match=rf"the nearest submodel has {nearest:,}"):
         find_submodel(tmp_path / "model", 0.75)
+    assert find_submodel(tmp_path / "model", 0.75, nearest=True) == members["medium"].submodel
     assert find_submodel(tmp_path / "model", "medium") == find_submodel(directory, "medium")
 
 

@@ -191,12 +191,22 @@ def test_extract_replaces_nothing_unasked(tmp_path, family):
     [
         ([], ["--budget", "full, uneven, small", "0.75", "9B"]),
         (["-b", "tiny"], ["'tiny'", "full, uneven, small"]),
-        (["-b", "0.0001"], ["'0.0001'", "nearest"]),
+        (["-b", "0.0001"], ["'0.0001'", "the nearest submodel has", "; --nearest takes it"]),
     ],
 )
 def test_a_wrong_budget_is_answered_with_those_there_are(tmp_path, family, arguments, words):
     text = error_of("extract", family, tmp_path / "model", *arguments)
     assert all(word in text for word in words) and not (tmp_path / "model").exists()
+
+
+def test_the_nearest_model_is_taken_if_asked(tmp_path, family):
+    call("extract", family, tmp_path / "nearest", "-b", "0.0001", "--nearest")
+    call("extract", family, tmp_path / "small", "-b", "small")
+    assert numbers_in(tmp_path / "nearest") == numbers_in(tmp_path / "small")
+    prompt = ["generate", "w0 w1", "-m", family, "-n", 5]
+    assert call(*prompt, "-b", "0.0001", "--nearest") == call(*prompt, "-b", "small")
+    assert "--nearest: needs --budget" in error_of("generate", "w0", "-m", family, "--nearest")
+    assert "--nearest takes it" in error_of_generate("-m", family, "-b", "0.0001")
 
 
 def test_paths_that_are_no_family(tmp_path, family):
