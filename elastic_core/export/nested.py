@@ -230,8 +230,10 @@ def nested_chain(config, submodels: list[Submodel]) -> list[Submodel]:
 
 
 def check_nested(config, submodel: Submodel, members: list[Submodel]) -> None:
-    """Raise UserError unless `submodel` lies within or contains each of `members`, a chain."""
-    nested_chain(config, [*members, submodel])
+    """Raise UserError unless `submodel` lies within or contains each of `members`."""
+    for member in members:
+        if not (submodel.is_within(member, config) or member.is_within(submodel, config)):
+            raise UserError(f"budgets: {submodel} is not nested in {member}; extract it to serve it by itself")
 
 
 class Conversation:

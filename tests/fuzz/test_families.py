@@ -73,7 +73,10 @@ FOUND = [
     {},
     {"cost": "parameters", "budgets": {"a": {"target": 1.0, "submodel": {"hidden_size": 9}}}, "path": []},
     {"cost": "parameters", "budgets": {"a": {"target": 1.0, "submodel": {}}}, "path": [{"kept_layers": [-1]}]},
-    {"cost": "parameters", "budgets": {}, "path": [{"hidden_size": 4}, {"hidden_size": 8, "intermediate_size": 3}]},
+    {
+        **{"cost": "parameters", "budgets": {"a": {"target": 1.0, "submodel": {"hidden_size": 4}}}},
+        "path": [{"hidden_size": 8, "intermediate_size": 3}],
+    },
     {"cost": {"metric": "memory", "context": "x"}, "budgets": {}, "path": []},
     {"cost": {"metric": "latency", "context": 16, "table": {"format": 1}}, "budgets": {}, "path": []},
 ]
