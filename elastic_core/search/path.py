@@ -16,6 +16,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,26 +105,37 @@ def _between(space: ElasticSpace, larger: list[int], smaller: list[int]) -> list
 
 def widths_between(space: ElasticSpace, larger: list[int], smaller: list[int], multiple: int) -> list[Width]:
     """All widths and, last, the depth, with their sizes between two members. `multiple`: see `MULTIPLES`."""
-    kept = {size: set(space.depth_ranking[:size]) for size in space.slots[-1].sizes}
-    of_larger, of_smaller = (kept[space.slots[-1].sizes[indices[-1]]] for indices in (larger, smaller))
     grouped: dict[tuple, list[Slot]] = {}
-    for axis, found in itertools.groupby(zip(space.slots, larger, smaller, strict=True), lambda item: item[0].axis):
-        ends = [(slot, slot.sizes[high], slot.sizes[low]) for slot, high, low in found]
-        lasting = {end[1:] for end in ends if layer_of(end[0].keys[0]) in {None, *of_smaller} or len(ends) == 1}
-        for slot, high, low in ends:
-            layer = layer_of(slot.keys[0])
-            if len(ends) > 1 and layer not in of_larger:
-                low = high  # neither member has the layer, so its size has no effect
-            elif len(ends) > 1 and layer not in of_smaller and len(lasting) == 1 and high == next(iter(lasting))[0]:
-                low = next(iter(lasting))[1]  # the smaller member drops the layer; the others stay uniform
-            grouped.setdefault((axis, high, low), []).append(slot)
-    num_slots = {slot.axis: sum(other.axis == slot.axis for other in space.slots) for slot in space.slots}
+    for slot, high, low in _ends(space, larger, smaller):
+        grouped.setdefault((slot.axis, high, low), []).append(slot)
+    num_slots = Counter(slot.axis for slot in space.slots)
     widths = []
     for (axis, high, low), slots in grouped.items():
         keys = tuple(key for slot in slots for key in slot.keys)
         sizes = tuple(range(high, low - 1, -_unit(space, slots[0], multiple)))
         widths.append(Width(axis, keys, sizes, len(slots) / num_slots[axis]))
     return widths
+
+
+def _ends(space: ElasticSpace, larger: list[int], smaller: list[int]) -> Iterator[tuple[Slot, int, int]]:
+    """Every slot with its sizes in the larger and the smaller member.
+
+    A layer that a member drops has no size in it. If both drop it, its size does not change. If only the smaller one
+    drops it and the sizes of the other layers are uniform in both members, it has their sizes, so it stays uniform.
+    """
+    ends = [(slot, slot.sizes[a], slot.sizes[b]) for slot, a, b in zip(space.slots, larger, smaller, strict=True)]
+    in_larger, in_smaller = (set(space.depth_ranking[:depth]) for depth in ends[-1][1:])
+    for _, of_axis in itertools.groupby(ends, lambda end: end[0].axis):
+        slots = list(of_axis)
+        lasting = {(high, low) for slot, high, low in slots if layer_of(slot.keys[0]) in in_smaller}
+        for slot, high, low in slots:
+            layer = layer_of(slot.keys[0])
+            if len(slots) > 1 and layer not in in_larger:
+                low = high
+            elif len(slots) > 1 and layer not in in_smaller and len(lasting) == 1:
+                (uniform,) = lasting
+                low = uniform[1] if uniform[0] == high else low
+            yield slot, high, low
 
 
 def _unit(space: ElasticSpace, slot: Slot, multiple: int) -> int:
