@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from elastic_core.model.hf import HEAD
 from elastic_core.model.layers import Norm, add_parameters, part_of
 from elastic_core.model.slicing import Observer, Slice
 from elastic_core.model.submodel import Submodel, full_submodel
+
+AfterLayer = Callable[[int, Tensor], None]  # called with a layer and the residual stream (B, L, kept hidden) after it
 
 
 class Trunk(nn.Module):
@@ -59,11 +61,19 @@ class Trunk(nn.Module):
         gate = sliced.gate("hidden")
         return x if gate is None else x * gate.to(x.dtype)  # gates are float32; keep the type of x
 
-    def forward(self, input_ids: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
-        """Token ids (B, L) → final normed hidden states (B, L, kept hidden)."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        sliced: Slice,
+        documents: Documents | None = None,
+        after_layer: AfterLayer | None = None,
+    ) -> Tensor:
+        """Token ids (B, L) → final normed hidden states (B, L, kept hidden). See `ElasticModel.hidden_states`."""
         x = self.embed(input_ids, sliced)  # (B, L, hidden)
         for i in sliced.kept_layers:
             x = self.layers[i](x, sliced, documents)
+            if after_layer is not None:
+                after_layer(i, x)
         return self.final_norm(x, sliced)
 
 
@@ -178,12 +188,19 @@ class ElasticModel(nn.Module):
     def _any_matrix(self) -> Tensor:
         return self.get_parameter(next(iter(self.layout)))
 
-    def hidden_states(self, input_ids: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        sliced: Slice,
+        documents: Documents | None = None,
+        after_layer: AfterLayer | None = None,
+    ) -> Tensor:
         """Token ids (B, L) int64 → final normed hidden states (B, L, kept hidden).
 
-        `documents`: the documents of packed rows, which do not see each other (None: each row is one document).
+        - `documents`: the documents of packed rows, which do not see each other (None: each row is one document).
+        - `after_layer(layer, x)` is called after every kept layer, with the residual stream x (B, L, kept hidden).
         """
-        return self.model(input_ids, sliced, documents)
+        return self.model(input_ids, sliced, documents, after_layer)
 
     def head(self, sliced: Slice) -> Tensor:
         """The narrowed weight of the head (vocab, kept hidden): logits = hidden_states @ head.T"""

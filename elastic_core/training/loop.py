@@ -5,7 +5,8 @@ A step has several microbatches, and each microbatch trains one budget:
 1. `choose_slice` gives the part of the model to compute with. While the router learns, this is the full model with
    gates from the router's distribution (soft mode). Once the choice has settled, it is the slice of the budget's
    submodel, so a smaller budget costs less.
-2. `microbatch_loss` computes the task loss: distillation from a teacher, cross-entropy on the text, or both.
+2. `microbatch_loss` computes the task loss: distillation from a teacher, cross-entropy on the text, matching of the
+   teacher's states, or several of these.
 3. While the router learns, the resource loss (eq. 12) is added: the deviation of the expected cost from the budget.
 
 After all microbatches, the optimizer updates the weights, which all budgets share, and the router. `settle` decides
@@ -27,8 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_core.data.loader import IGNORED_LABEL, Batch
-from elastic_core.model.documents import Documents, documents_of
-from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.model.documents import documents_of
 from elastic_core.model.norm_gains import NormRatios
 from elastic_core.search.router import anneal, noise_generator
 from elastic_core.search.selection import select_family
@@ -36,8 +36,20 @@ from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.diagnosis import NonFiniteError, explain_gradient, explain_loss
 from elastic_core.training.distributed.gradients import average_gradients, clip_gradients, gradient_norm
 from elastic_core.training.losses import distillation_loss, resource_loss
-from elastic_core.training.run import Run, members_of, resume, save, take_norms, trained_modules
-from elastic_core.training.stage import Stage, assign_budgets, uses_trainable_teacher
+from elastic_core.training.run import (
+    Run,
+    matches_states,
+    members_of,
+    resume,
+    save,
+    take_norms,
+    teacher_of,
+    trained_modules,
+)
+from elastic_core.training.stage import Stage, assign_budgets
+from elastic_core.training.state_matching import StateMatching
+
+LOSSES = ("loss", "ce", "kl", "state")  # the numbers of a microbatch that are summed over ranks
 
 
 def train(run: Run) -> Iterator[dict]:
@@ -148,21 +160,27 @@ def microbatch_data(run: Run, microbatch: int) -> Batch:
 def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_labelled: Tensor) -> dict:
     """The losses of one microbatch, which trains one budget.
 
-    Returns `loss` and `router_loss` (with gradients), and for the metrics `ce`, `kl` and `cost` (without). `loss`, `ce`
-    and `kl` are this rank's parts of a mean over the `num_labelled` () positions that all ranks have together.
-    `router_loss` and `cost` are None once the router's choice has settled.
+    Returns `loss` and `router_loss` (with gradients), and for the metrics `ce`, `kl`, `state` and `cost` (without).
+    `loss`, `ce`, `kl` and `state` are this rank's parts of a mean over the `num_labelled` () positions that all ranks
+    have together. `state` is None where no states are matched. `router_loss` and `cost` are None once the router's
+    choice has settled.
     """
     weights, device = run.stage.loss_of(budget), run.ranks.device
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
     documents = documents_of(batch.document_ids, input_ids)
     sliced, router_loss, cost = choose_slice(run, microbatch, budget)
+    model, teacher, matching = teacher_of(run, microbatch, budget), None, None
+    if model is not None and matches_states(run, budget):
+        matching = StateMatching(run.model.config, sliced, labels, num_labelled)
     with precision(run.stage, device):
-        teacher = teacher_states(run, microbatch, budget, input_ids, documents)
-        hidden = run.model.hidden_states(input_ids, sliced, documents)
-        if teacher is not None:
-            model, states = teacher
+        if model is not None:
+            with torch.no_grad():
+                record = None if matching is None else matching.record
+                teacher_hidden = model.hidden_states(input_ids, run.slice_of(model), documents, record)
+        hidden = run.model.hidden_states(input_ids, sliced, documents, None if matching is None else matching.match)
+        if model is not None and weights.kl_weight > 0:
             # Read the teacher's head after a forward pass: only then are the shards of the head gathered.
-            teacher = states, model.head(run.slice_of(model))
+            teacher = teacher_hidden, model.head(run.slice_of(model))
         loss, ce, kl = distillation_loss(
             hidden,
             run.model.head(sliced),
@@ -173,7 +191,11 @@ def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_la
             weights.temperature,
             num_labelled=num_labelled,
         )
-    return {"loss": loss, "ce": ce, "kl": kl, "cost": cost, "router_loss": router_loss}
+    result = {"loss": loss, "ce": ce, "kl": kl, "state": None, "cost": cost, "router_loss": router_loss}
+    if matching is not None:
+        state = matching.loss()
+        result |= {"loss": loss + weights.state_weight * state, "state": state}
+    return result
 
 
 def choose_slice(run: Run, microbatch: int, budget: str):
@@ -208,23 +230,6 @@ def soft_gains(run: Run, probs: list[Tensor]) -> dict[str, Tensor]:
     return {name: run.model.get_parameter(name) * factor for name, factor in zip(names, factors.unbind(), strict=True)}
 
 
-@torch.no_grad()
-def teacher_states(
-    run: Run, microbatch: int, budget: str, input_ids: Tensor, documents: Documents | None
-) -> tuple[ElasticModel, Tensor] | None:
-    """(teacher, its final hidden states (B, L, D)) for a microbatch, or None if it has no teacher.
-
-    The teacher is the frozen parent or the full budget of the model itself. In the second case the full budget has no
-    teacher: it learns from text only.
-    """
-    model = run.frozen_teacher
-    if uses_trainable_teacher(run.stage, run.step, microbatch):
-        model = None if run.budgets[budget] == 1.0 else run.model
-    if model is None or run.stage.loss_of(budget).kl_weight == 0:
-        return None
-    return model, model.hidden_states(input_ids, run.slice_of(model), documents)
-
-
 def precision(stage: Stage, device: torch.device):
     """The autocast context of the stage. Master weights, norms and the state space scan stay in float32."""
     if stage.precision == "float32":
@@ -238,15 +243,17 @@ def fetch_numbers(
     """Copy the step's numbers to the CPU: (a dict per microbatch, gradient norms). Losses are summed over ranks.
 
     This is the only moment at which a step waits for the GPU. A microbatch's `total` is the loss that was
-    differentiated: `loss` plus the weighted `router_loss`. The router's numbers are already in CPU memory, and the same
-    on every rank.
+    differentiated: `loss` plus the weighted `router_loss`. It has `state` only where states are matched. The router's
+    numbers are already in CPU memory, and the same on every rank.
     """
-    losses = run.ranks.sum(torch.stack([torch.stack([r["loss"], r["ce"], r["kl"]]) for r in results]).double())
-    *losses, model_norm = torch.cat([losses.flatten(), norms[0].double().view(1).to(losses.device)]).tolist()
-    microbatches = []
-    for i, (budget, result) in enumerate(zip(assigned, results, strict=True)):
-        loss, ce, kl = losses[3 * i : 3 * i + 3]
-        row = {"budget": budget, "total": loss, "loss": loss, "ce": ce, "kl": kl, "cost": None}
+    names = [[name for name in LOSSES if result[name] is not None] for result in results]
+    found = [result[name] for result, part in zip(results, names, strict=True) for name in part]
+    losses = run.ranks.sum(torch.stack(found).double())
+    *losses, model_norm = torch.cat([losses, norms[0].double().view(1).to(losses.device)]).tolist()
+    microbatches, values = [], iter(losses)
+    for budget, result, part in zip(assigned, results, names, strict=True):
+        numbers = {name: next(values) for name in part}
+        row = {"budget": budget, "total": numbers["loss"], **numbers, "cost": None}
         if result["router_loss"] is not None:
             row["cost"], row["router_loss"] = result["cost"].item(), result["router_loss"].item()
             row["total"] += run.routing.weight * row["router_loss"]
@@ -255,11 +262,15 @@ def fetch_numbers(
 
 
 def means_by_budget(run: Run, microbatches: list[dict]) -> dict[str, dict]:
-    """For each budget of the step: mean `loss`, `ce` and `kl`, and `budget_error`, |C/Ĉ − 1|."""
+    """For each budget of the step: mean `loss`, `ce` and `kl`, and `budget_error`, |C/Ĉ − 1|.
+
+    If states are matched, also `state`, the mean over the microbatches that have it.
+    """
     means = {}
     for budget in dict.fromkeys(row["budget"] for row in microbatches):
         rows = [row for row in microbatches if row["budget"] == budget]
-        means[budget] = {key: sum(row[key] for row in rows) / len(rows) for key in ("loss", "ce", "kl")}
+        values = {key: [row[key] for row in rows if key in row] for key in LOSSES}
+        means[budget] = {key: sum(found) / len(found) for key, found in values.items() if found}
         cost = rows[-1]["cost"]
         if cost is None:
             cost = run.member_cost(budget)

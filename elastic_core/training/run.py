@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from elastic_core.config import ConfigError
 from elastic_core.cost.metrics import PARAMETERS, Metric, exact_cost
 from elastic_core.data.loader import PackedSequences
+from elastic_core.model import architectures
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.model.norm_gains import NormRatios
 from elastic_core.model.slicing import Slice
@@ -23,7 +24,7 @@ from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.distributed.gradients import local
 from elastic_core.training.distributed.placement import is_matrix
 from elastic_core.training.distributed.ranks import Ranks
-from elastic_core.training.stage import Routing, Stage
+from elastic_core.training.stage import Routing, Stage, uses_trainable_teacher
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Run:
         self.ranks.part(self.stage.batch_size // self.stage.microbatches, "batch_size / microbatches")
         check_budget_names(self)
         check_teacher(self)
+        check_teacher_states(self)
         if self.router is not None:
             self.metric = self.router.space.metric
         self.parent_cost = exact_cost(self.metric, self.model.config)
@@ -124,11 +126,13 @@ def check_teacher(run: Run) -> None:
         )
     for name in run.budgets:
         weights, share = stage.loss_of(name), shares.get(name, 0.0)
-        if stage.teacher != "trainable" and run.teacher is None and share > 0 and weights.kl_weight > 0:
-            raise ConfigError(
-                f"loss.kl_weight: got {weights.kl_weight} for budget {name}, but no model for the {stage.teacher} "
-                "teacher; give one, or set kl_weight to 0 (and ce_weight above 0)"
-            )
+        for field_name in ("kl_weight", "state_weight"):
+            weight = getattr(weights, field_name)
+            if stage.teacher != "trainable" and run.teacher is None and share > 0 and weight > 0:
+                raise ConfigError(
+                    f"loss.{field_name}: got {weight} for budget {name}, but no model for the {stage.teacher} "
+                    f"teacher; give one, or set {field_name} to 0 (and ce_weight above 0)"
+                )
         if stage.teacher != "frozen" and run.budgets[name] == 1.0 and not (weights.ce_weight > 0 and share > 0):
             raise ConfigError(
                 f"teacher: got {stage.teacher}, so budget {name} is the teacher, but it has ce_weight "
@@ -137,6 +141,43 @@ def check_teacher(run: Run) -> None:
             )
     if stage.teacher != "frozen" and 1.0 not in run.budgets.values():
         raise ConfigError(f"teacher: got {stage.teacher}, which needs a budget of 1.0; add one, or use 'frozen'")
+
+
+def check_teacher_states(run: Run) -> None:
+    """Raise ConfigError if states are to be matched with a frozen teacher of other shapes.
+
+    Channel i of such a teacher is not channel i of the model.
+    """
+    stage, shares = run.stage, run.stage.budget_shares or dict.fromkeys(run.budgets, 1.0)
+    weight = max(stage.loss_of(name).state_weight for name in run.budgets if shares.get(name, 0.0) > 0)
+    if weight == 0 or run.teacher is None or stage.teacher == "trainable":
+        return
+    theirs, ours = (architectures.shapes(model.config) for model in (run.teacher, run.model))
+    if theirs != ours:
+        name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
+        raise ConfigError(
+            f"loss.state_weight: got {weight}, but the teacher has other shapes than the model: {name} is "
+            f"{theirs.get(name, 'missing')} and not {ours.get(name, 'missing')}; use the parent of the model as the "
+            "teacher, or set state_weight to 0"
+        )
+
+
+def teacher_of(run: Run, microbatch: int, budget: str) -> ElasticModel | None:
+    """The teacher of a microbatch, or None if it has no teacher or needs none.
+
+    The teacher is the frozen parent or the full budget of the model itself. In the second case the full budget has no
+    teacher: it learns from text only.
+    """
+    if run.stage.loss_of(budget).kl_weight == 0 and not matches_states(run, budget):
+        return None
+    if not uses_trainable_teacher(run.stage, run.step, microbatch):
+        return run.frozen_teacher
+    return None if run.budgets[budget] == 1.0 else run.model
+
+
+def matches_states(run: Run, budget: str) -> bool:
+    """Whether a budget's states are matched with those of its teacher: not before its submodel is settled."""
+    return run.members is not None and run.stage.loss_of(budget).state_weight > 0
 
 
 def make_optimizer(

@@ -18,17 +18,23 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class Loss:
-    """The weights of a budget's task loss, ce_weight·CE + kl_weight·T²·KL(teacher ‖ student). T is `temperature`."""
+    """The weights of a budget's task loss, ce_weight·CE + kl_weight·T²·KL(teacher ‖ student) + state_weight·L_state.
+
+    T is `temperature`. L_state is the distance of the student's states from the teacher's, see `state_matching`. It
+    applies once the family is settled.
+    """
 
     ce_weight: float = 0.0
     kl_weight: float = 1.0
     temperature: float = 1.0
+    state_weight: float = 0.0
 
     def check(self, require: Require = require) -> None:
         require(self.ce_weight >= 0, "ce_weight", self.ce_weight, "0 or more")
         require(self.kl_weight >= 0, "kl_weight", self.kl_weight, "0 or more")
         require(self.ce_weight + self.kl_weight > 0, "kl_weight", self.kl_weight, "one weight above 0")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(self.state_weight >= 0, "state_weight", self.state_weight, "0 or more")
 
 
 @dataclass(frozen=True)

@@ -126,17 +126,26 @@ def make_workload(name: str, settings: Params) -> Workload:
     shards = settings.compute.execution.shard_over or workers
     sequences = stage.batch_size // stage.microbatches // workers
     has_teacher = name != "parent" and stage.teacher != "trainable"
-    return Workload(sequences, stage.sequence_length, shards, stage.microbatches > 1, has_teacher)
+    shares = {} if name == "parent" else stage.budget_shares or dict.fromkeys(settings.budgets, 1.0)
+    matched = [budget for budget, share in shares.items() if share > 0 and stage.loss_of(budget).state_weight > 0]
+    return Workload(sequences, stage.sequence_length, shards, stage.microbatches > 1, has_teacher, bool(matched))
 
 
 def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
-    """The largest memory of a worker in a stage, in bytes. `pieces` is a cache, see `describe_stage`."""
+    """The largest memory of a worker in a stage, in bytes. `pieces` is a cache, see `describe_stage`.
+
+    While the router learns, layers have gates and no states are matched; after that, it is the other way round.
+    """
     stage, compute = stages_of(settings)[name], settings.compute
     setting = TrainingSetting(stage.precision, compute.execution, compute.workers > 0, use_gpus(compute))
-    gates = learns_softly(name, settings)
-    if (setting, gates) not in pieces:
-        pieces[setting, gates] = Pieces(config, setting, gates)
-    return step_peak(pieces[setting, gates], make_workload(name, settings))
+    load, learns = make_workload(name, settings), learns_softly(name, settings)
+    phases = {True: dataclasses.replace(load, matches_states=False)} if learns else {False: load}
+    if load.matches_states:
+        phases[False] = load
+    for gates in phases:
+        if (setting, gates) not in pieces:
+            pieces[setting, gates] = Pieces(config, setting, gates)
+    return max((step_peak(pieces[setting, gates], load) for gates, load in phases.items()), key=lambda p: p.total)
 
 
 def describe_work(
@@ -192,12 +201,15 @@ def describe_work(
 def taught_share(name: str, stage: Stage, settings: Params, budget: str) -> float:
     """The share of a budget's microbatches in which a teacher runs.
 
-    A trainable teacher is the full budget itself, so the full budget's microbatches run no teacher.
+    A trainable teacher is the full budget itself, so the full budget's microbatches run no teacher. States alone are
+    not matched before the router's choice has settled.
     """
-    if name == "parent" or stage.loss_of(budget).kl_weight == 0:
+    loss = stage.loss_of(budget)
+    if name == "parent" or loss.kl_weight == loss.state_weight == 0:
         return 0.0
+    share = 1.0 - settings.routing.share if loss.kl_weight == 0 and name == "train_short" else 1.0
     trainable_share = {"frozen": 0.0, "mixed": 0.5, "trainable": 1.0}[stage.teacher]
-    return 1.0 - trainable_share if parse(settings.budgets[budget]).is_full else 1.0
+    return share * (1.0 - trainable_share) if parse(settings.budgets[budget]).is_full else share
 
 
 def describe_rank(config, hardware: Hardware) -> dict:

@@ -13,7 +13,7 @@ def scalars(row: dict) -> dict[str, float]:
     values = {name: row.get(name) for name in ("tokens_per_second", "learning_rate", "grad_norm", "skipped")}
     values["memory_gib"] = None if row.get("memory_bytes") is None else row["memory_bytes"] / 2**30
     for budget, numbers in row.get("budgets", {}).items():
-        values |= {f"train/{name}/{budget}": numbers.get(name) for name in ("loss", "kl", "budget_error")}
+        values |= {f"train/{name}/{budget}": numbers.get(name) for name in ("loss", "kl", "state", "budget_error")}
     return {name: value for name, value in values.items() if value is not None}
 
 

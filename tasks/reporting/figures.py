@@ -65,23 +65,27 @@ def _task_figures(settings: Params, scores: tables.Scores, frame, budgets: list[
 def _training_figures(settings: Params, curves, settled: int | None, budgets: list[str]) -> list[Figure]:
     """Cross-entropy and KL of every stage. A measure that is always zero or missing gets no chart."""
     measures = {
-        "ce": ("cross-entropy with the text", "Cross-entropy with the next token"),
-        "kl": ("KL to the teacher", "KL(teacher ‖ member)"),
+        "ce": ("cross-entropy with the text", "Cross-entropy with the next token", "nats per token"),
+        "kl": ("KL to the teacher", "KL(teacher ‖ member)", "nats per token"),
+        "state": ("distance of the states", "Squared distance of normalised states from the teacher's", "per channel"),
     }
     found = []
     for stage, label in STAGE_NAMES.items():
         section = settings.parent.training if stage == "parent" else getattr(settings, stage)
-        for measure, (title, words) in measures.items():
+        for measure, (title, words, unit) in measures.items():
+            if measure not in curves:  # the loss does not match states
+                continue
             part = curves[(curves["stage"] == stage) & curves[measure].notna()]
             if not part[measure].any():  # a parent has no teacher
                 continue
             caption = f"{words}, on the training batches."
             if section is not None:
-                weights = {"cross-entropy": section.loss.ce_weight, "KL": section.loss.kl_weight}
+                loss = section.loss
+                weights = {"cross-entropy": loss.ce_weight, "KL": loss.kl_weight, "states": loss.state_weight}
                 terms = [f"{weight:g} × {name}" for name, weight in weights.items() if weight]
                 caption += f" The loss is {' + '.join(terms)}."
             mark = settled if stage == "train_short" else None
-            draw = charts.training_curve(part, measure, "nats per token", budgets, mark)
+            draw = charts.training_curve(part, measure, unit, budgets, mark)
             found.append(Figure(f"{label}: {title}", caption, draw))
     return found
 

@@ -165,11 +165,10 @@ def pareto(frame: pd.DataFrame, cost: str, quality: str = "loss") -> pd.DataFram
 def training() -> pd.DataFrame:
     """Loss, KL and budget error by budget over the tokens of each stage. Every point is the mean of nearby steps.
 
-    Columns: stage, tokens, budget, loss (what training minimised), kl, budget_error, and ce (cross-entropy with the
-    text). Losses are in nats per token.
+    Columns: stage, tokens, budget, loss (what training minimised), kl, budget_error, ce (cross-entropy with the text),
+    and state (distance of the states from the teacher's) if it is in the loss. Losses are in nats per token.
     """
-    measures = ["loss", "kl", "budget_error", "ce"]
-    rows = []
+    measures, rows = ["loss", "kl", "budget_error", "ce", "state"], []
     for stage in STAGES:
         path = ARTIFACTS / ("parent_metrics.jsonl" if stage == "parent" else f"{stage}/metrics.jsonl")
         for step in read_rows(path):
@@ -177,6 +176,8 @@ def training() -> pd.DataFrame:
                 name = "parent" if stage == "parent" else budget
                 values = {measure: numbers.get(measure) for measure in measures}
                 rows.append({"stage": stage, "tokens": step["tokens"], "budget": name} | values)
+    if all(row["state"] is None for row in rows):
+        measures.remove("state")
     frame = pd.DataFrame(rows, columns=["stage", "tokens", "budget", *measures])
     frame = frame.astype(dict.fromkeys(measures, float))  # a skipped step has null
     if frame.empty:

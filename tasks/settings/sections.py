@@ -135,8 +135,9 @@ class Parent:
         if self.path is None:
             for name in ("model", "training"):
                 require(getattr(self, name) is not None, name, None, "a section, because parent.path is null")
-            weight = self.training.loss.kl_weight if self.training is not None else 0
-            require(weight == 0, "training.loss.kl_weight", weight, "0: a parent has no teacher")
+            for name in ("kl_weight", "state_weight"):
+                weight = getattr(self.training.loss, name) if self.training is not None else 0
+                require(weight == 0, f"training.loss.{name}", weight, "0: a parent has no teacher")
 
 
 @dataclass(frozen=True)

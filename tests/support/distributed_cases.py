@@ -125,6 +125,19 @@ def own_teacher(ranks, data, directory):
     return trained(ranks, data, stage=stage, teacher=False)
 
 
+MATCHED = Loss(1.0, 1.0, state_weight=0.5)
+
+
+def states(ranks, data, directory):
+    return trained(ranks, data, stage={"loss": MATCHED, "steps": BEFORE_LEAPS})
+
+
+def states_recomputed(ranks, data, directory):
+    """The teacher is the sharded model itself."""
+    stage = {"teacher": "trainable", "loss": MATCHED, "steps": BEFORE_LEAPS}
+    return trained(ranks, data, stage=stage, teacher=False, execution=Execution(activation_checkpointing=True))
+
+
 HALF = {"precision": "bfloat16", "steps": BEFORE_LEAPS}
 
 
@@ -136,6 +149,10 @@ def half_soft(ranks, data, directory):
     """One soft step: Adam's first step is a sign, and from then on the router goes its own way at other roundings."""
     run = start(ranks, data, routed=True, stage={"precision": "bfloat16"})
     return outcome(run, [train_step(run)])
+
+
+def half_states(ranks, data, directory):
+    return trained(ranks, data, stage=HALF | {"loss": MATCHED})
 
 
 def half_recomputed(ranks, data, directory):
@@ -323,10 +340,13 @@ CASES = (
     recomputed,
     copies,
     own_teacher,
+    states,
+    states_recomputed,
     tied_llama,
     experts,
     half,
     half_soft,
+    half_states,
     half_recomputed,
     budgets_of_ranks,
     resumed,

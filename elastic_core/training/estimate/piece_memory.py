@@ -27,6 +27,7 @@ from elastic_core.model.submodel import full_sizes
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.placement import matrices_to_
 from elastic_core.training.losses import distillation_loss
+from elastic_core.training.state_matching import state_loss
 
 # For longer sequences, the memory is extrapolated from two lengths: it grows linearly with the number of chunks. The
 # loss has chunks of up to 1,024 tokens. On a CPU the scan has short blocks, and to run thousands of them takes minutes.
@@ -162,6 +163,16 @@ class Pieces:
         The loss is distillation, or without a teacher cross-entropy.
         """
         return extrapolate(lambda count: self._count_tail(count, has_teacher), tokens, LOSS_LENGTHS)
+
+    @functools.cache  # noqa: B019
+    def states(self, tokens: int) -> PieceMemory:
+        """The memory of the state loss of one layer on `tokens` tokens. What it keeps is the teacher's states."""
+        with FakeTensorMode():
+            source = torch.empty(1, tokens, self.config.hidden_size, dtype=self.setting.dtype, requires_grad=True)
+            weights = torch.empty(1, tokens, dtype=torch.float64)
+            return measure(
+                lambda x: state_loss(x, torch.empty_like(x), weights, 0.0), source, self.setting, nn.Module()
+            )
 
     def mask(self, sequences: int, length: int) -> float:
         """The bytes of the mask that hides other documents. All layers use the same one, and no piece counts it."""

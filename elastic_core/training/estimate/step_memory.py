@@ -26,6 +26,7 @@ class Workload:
     - `shards`: the number of workers that share one copy of the weights.
     - `accumulates`: a step has several microbatches. So from the second one on, all gradients exist from the start.
     - `has_teacher`: the worker also holds a frozen teacher.
+    - `matches_states`: the loss matches the teacher's states. The worker holds them for every layer.
     """
 
     sequences: int
@@ -33,6 +34,7 @@ class Workload:
     shards: int = 1
     accumulates: bool = False
     has_teacher: bool = True
+    matches_states: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def step_moments(pieces: Pieces, load: Workload, gradients: float) -> Iterator[t
 
     The kinds are those that change during a step. `gradients` is the size of all gradients. With one microbatch per
     step, gradients appear layer by layer from the last to the first. With several, all of them exist from the start.
+    If states are matched, the teacher's states of all layers exist when the student starts. The state loss turns them
+    into gradients, and each is freed when the backward pass reaches its layer.
     """
     distributed, size = pieces.setting.distributed, pieces.setting.dtype.itemsize
     hidden = float(load.sequences * load.length * pieces.config.hidden_size * size)
@@ -96,16 +100,23 @@ def step_moments(pieces: Pieces, load: Workload, gradients: float) -> Iterator[t
     kept = pieces.mask(load.sequences, load.length)
     existing = gradients if load.accumulates else 0.0  # bytes of the gradients at this moment
     teacher = hidden if load.has_teacher else 0.0
+    states = pieces.states(load.sequences * load.length) if load.matches_states else None
+    matched = len(layers) * hidden if load.matches_states else 0.0
     for index, layer in enumerate(layers):
         yield f"forward pass of layer {index} ({pieces.pattern[index]})", {
-            "gradients": existing, "gathered": gathered, "activations": kept + layer.forward, "loss": teacher,
+            "gradients": existing, "gathered": gathered, "activations": kept + layer.forward, "loss": teacher + matched,
         }  # fmt: skip
         kept += layer.kept
+        if states is not None:
+            yield f"state loss of layer {index} ({pieces.pattern[index]})", {
+                "gradients": existing, "gathered": gathered, "activations": kept,
+                "loss": teacher + matched + states.forward - states.kept,
+            }  # fmt: skip
     yield "loss", {
-        "gradients": existing, "gathered": gathered, "activations": kept, "loss": tail.forward + teacher,
+        "gradients": existing, "gathered": gathered, "activations": kept, "loss": tail.forward + teacher + matched,
     }  # fmt: skip
     yield "backward pass of the loss", {
-        "gradients": existing, "gathered": gathered, "activations": kept, "loss": tail.backward,
+        "gradients": existing, "gathered": gathered, "activations": kept, "loss": tail.backward + matched,
     }  # fmt: skip
     tied = HEAD not in pieces.layout
     gathered += reduced_block
@@ -115,8 +126,9 @@ def step_moments(pieces: Pieces, load: Workload, gradients: float) -> Iterator[t
     shards = load.shards * size / FLOAT32 if distributed else 1
     for index, layer in reversed(list(enumerate(layers))):
         kept -= layer.kept
+        matched = index * hidden if load.matches_states else 0.0
         yield f"backward pass of layer {index} ({pieces.pattern[index]})", {
-            "gradients": existing, "gathered": gathered, "activations": kept + layer.backward, "loss": 0.0,
+            "gradients": existing, "gathered": gathered, "activations": kept + layer.backward, "loss": matched,
         }  # fmt: skip
         if not load.accumulates:
             existing += layer.gradients / shards

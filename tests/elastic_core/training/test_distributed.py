@@ -63,7 +63,8 @@ def assert_alike(pair, single, loss=LOSS, weight=WEIGHT):
     for ours, theirs in zip(pair["rows"], single["rows"], strict=True):
         assert [r["budget"] for r in ours["microbatches"]] == [r["budget"] for r in theirs["microbatches"]]
         for one, two in zip(ours["microbatches"], theirs["microbatches"], strict=True):
-            for key in ("loss", "ce", "kl", "router_loss"):
+            assert one.keys() == two.keys()
+            for key in ("loss", "ce", "kl", "state", "router_loss"):
                 if key in two:
                     assert one[key] == pytest.approx(two[key], rel=loss, abs=loss), (ours["step"], key)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=50 * loss), ours["step"]
@@ -75,7 +76,10 @@ def assert_alike(pair, single, loss=LOSS, weight=WEIGHT):
 
 @pytest.mark.parametrize(
     "name",
-    ["hard", "soft", "straight_through", "recomputed", "copies", "own_teacher", "tied_llama", "experts"],
+    [
+        *("hard", "soft", "straight_through", "recomputed", "copies", "own_teacher", "states", "states_recomputed"),
+        *("tied_llama", "experts"),
+    ],
 )
 def test_two_ranks_give_the_loss_curve_of_one_process(pair, alone, name):
     assert_alike(pair[0][name], alone(name))
@@ -88,6 +92,7 @@ def test_recomputation_sharding_and_offloading_change_nothing(pair):
 
 def test_bfloat16_matrices_on_two_ranks_learn_like_autocast_on_one(pair, alone):
     assert_alike(pair[0]["half"], alone("half"), HALF_LOSS, HALF_WEIGHT)
+    assert_alike(pair[0]["half_states"], alone("half_states"), HALF_LOSS, HALF_WEIGHT)
     first = alone("half_soft") | {"weights": {}}
     assert_alike(pair[0]["half_soft"], first, HALF_LOSS)
     assert_alike(pair[0]["half_recomputed"], pair[0]["half"], HALF_LOSS, HALF_WEIGHT)

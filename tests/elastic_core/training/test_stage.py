@@ -108,6 +108,7 @@ def test_mixed_teachers_move_linearly_from_the_parent_to_the_family():
         ({"mixture": {"prose": -1.0}}, r"stage\.mixture: got .*shares of 0 or more"),
         ({"budget_shares": {"a": 0.0}}, r"stage\.budget_shares: got .*not all 0"),
         ({"loss": {"ce_weight": 0.0, "kl_weight": 0.0}}, r"stage\.loss\.kl_weight: .*one weight above 0"),
+        ({"loss": {"state_weight": -1.0}}, r"stage\.loss\.state_weight: got -1\.0; allowed: 0 or more"),
         ({"loss": {"ce_weight": -1.0}}, r"stage\.loss\.ce_weight: got -1\.0; allowed: 0 or more"),
         ({"loss_by_budget": {"a": {"temperature": 0.0}}}, r"stage\.loss_by_budget\.a\.temperature: got 0\.0"),
         ({"loss_by_budget": {"a": {"temprature": 1.0}}}, r"loss_by_budget\.a\.temprature: unknown .*'temperature'"),

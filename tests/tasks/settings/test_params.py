@@ -123,6 +123,10 @@ def section(name, changes):
         ),
         (put("parent", "model", None), r"parent\.model: got None; allowed: a section, because parent\.path is null"),
         (put("parent", "training", "loss", {"kl_weight": 1.0}), r"training\.loss\.kl_weight: got 1\.0; allowed: 0"),
+        (
+            put("parent", "training", "loss", {"ce_weight": 1.0, "kl_weight": 0.0, "state_weight": 0.5}),
+            r"training\.loss\.state_weight: got 0\.5; allowed: 0: a parent has no teacher",
+        ),
         # names that refer to others
         (put("train_short", "mixture", {"poems": 1.0}), r"train_short\.mixture: got 'poems'; allowed: prose"),
         (put("rank", "mixture", {"poems": 1.0}), r"rank\.mixture: got 'poems'; allowed: prose"),
