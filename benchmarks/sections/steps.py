@@ -31,6 +31,7 @@ from elastic_core.training.stage import Loss, Routing, Stage
 PARAMS = Path(__file__).resolve().parents[2] / "params.yaml"
 ALONE, MASKED, SOFT, TRANSFORMERS = 1.05, 0.55, 1.10, 0.6
 ISOLATED, ISOLATED_MEMORY = 1.10, 1.02
+MATCHED = 1.10
 DOCUMENT = 16  # tokens of a document: several in every row
 HALF = Submodel(88, None, 256, 6, 24, 4)  # of the default parent's FLOPs
 # Wide enough for matrix products to be most of a pass: where a budget's cost is its FLOPs.
@@ -57,6 +58,8 @@ def rows(quick: bool) -> Iterator[Row]:
         yield from whole_steps(config, params, name, size, repeats)
     for name, size in sizes.items():
         yield from isolation(config, name, size, repeats)
+    for name, size in sizes.items():
+        yield state_matching(config, name, size, repeats)
 
 
 def parent_config(params: dict) -> NemotronHConfig:
@@ -169,10 +172,10 @@ def whole_steps(config: NemotronHConfig, params: dict, name: str, size: tuple[in
     yield measured("whole step against transformers", what, f"{median_ratio(times, 'ours', 'theirs'):.2f} ×")
 
 
-def make_run(config: NemotronHConfig, data: RandomTokens, size: tuple[int, int]) -> Run:
+def make_run(config: NemotronHConfig, data: RandomTokens, size: tuple[int, int], state_weight: float = 0.0) -> Run:
     stage = Stage(
-        size[1], size[0], steps=10**6, learning_rate=1e-3, mixture={"random": 1.0}, loss=Loss(0.0, 1.0),
-        budget_shares={"full": 1.0},
+        size[1], size[0], steps=10**6, learning_rate=1e-3, mixture={"random": 1.0},
+        loss=Loss(0.0, 1.0, state_weight=state_weight), budget_shares={"full": 1.0},
     )  # fmt: skip
     model, teacher = random_model(config, 0), random_model(config, 1)
     members = {"full": Member(1.0, model.full)}
@@ -191,6 +194,14 @@ def isolation(config: NemotronHConfig, name: str, size: tuple[int, int], repeats
     peaks = {way: peak_allocated(take) for way, take in ways.items()}
     note = f" ({peaks['documents'] / MB:.1f} MB)"
     yield at_most(f"{check}, memory", what, peaks["documents"] / peaks["none"], ISOLATED_MEMORY, note)
+
+
+def state_matching(config: NemotronHConfig, name: str, size: tuple[int, int], repeats: int) -> Row:
+    """A step whose loss matches the teacher's states after every layer, against the same step without."""
+    data = RandomTokens(config.vocab_size, size[1])
+    weights = {"matched": 1.0, "not": 0.0}
+    ways = {way: functools.partial(train_step, make_run(config, data, size, w)) for way, w in weights.items()}
+    return compare("states matched against not", f"{name}, {tokens(size)}", ways, repeats, MATCHED)
 
 
 def transformers_step(config: NemotronHConfig, data: RandomTokens, size: tuple[int, int]) -> Callable[[], None]:

@@ -29,13 +29,14 @@ class StateLoss(torch.autograd.Function):
         for start in range(0, len(states), chunk):
             part = slice(start, start + chunk)
             normed, inverse = _normalise(states[part].to(wide), eps)
-            difference = normed - _normalise(target[part].to(wide), eps)[0]
+            difference = _normalise(target[part].to(wide), eps)[0]
+            torch.sub(normed, difference, out=difference)  # exactly 0 if both are equal, also with fused operations
             squares = torch.linalg.vector_norm(difference, dim=-1, keepdim=True).square_()
             loss += (squares * weights[part]).sum() / width
             # The derivative of s/rms(s) has no part along s.
             along = torch.linalg.vecdot(normed, difference)[:, None] / width
-            gradient = difference.addcmul_(normed, along, value=-1).mul_(weights[part] * inverse * (2 / width))
-            target[part] = gradient
+            difference.addcmul_(normed, along, value=-1)
+            torch.mul(difference, weights[part] * inverse * (2 / width), out=target[part])
         ctx.save_for_backward(target)
         return loss
 
