@@ -127,8 +127,11 @@ def make_workload(name: str, settings: Params) -> Workload:
     sequences = stage.batch_size // stage.microbatches // workers
     has_teacher = name != "parent" and stage.teacher != "trainable"
     shares = {} if name == "parent" else stage.budget_shares or dict.fromkeys(settings.budgets, 1.0)
-    matched = [budget for budget, share in shares.items() if share > 0 and stage.loss_of(budget).state_weight > 0]
-    return Workload(sequences, stage.sequence_length, shards, stage.microbatches > 1, has_teacher, bool(matched))
+    matches_states = any(
+        share > 0 and stage.loss_of(budget).state_weight > 0 and taught_share(name, stage, settings, budget) > 0
+        for budget, share in shares.items()
+    )
+    return Workload(sequences, stage.sequence_length, shards, stage.microbatches > 1, has_teacher, matches_states)
 
 
 def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:

@@ -26,7 +26,8 @@ class Workload:
     - `shards`: the number of workers that share one copy of the weights.
     - `accumulates`: a step has several microbatches. So from the second one on, all gradients exist from the start.
     - `has_teacher`: the worker also holds a frozen teacher.
-    - `matches_states`: the loss matches the teacher's states. The worker holds them for every layer.
+    - `matches_states`: the loss matches the teacher's states. The worker holds them for every layer. If only smaller
+      budgets match states, this counts more than they hold.
     """
 
     sequences: int

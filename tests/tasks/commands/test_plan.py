@@ -305,6 +305,28 @@ def test_more_workers_hold_less_each():
     assert one.total > two.total and one.kinds["weights"] > 1.9 * two.kinds["weights"]
 
 
+def test_matched_states_take_memory_and_a_teacher():
+    """Once the family is settled; the full budget does not match states with itself as the teacher."""
+    stages = ("train_short", "train_extended")
+    weights = [f"{name}.loss.state_weight=1.0" for name in stages]
+    plain, matched = settings_of("default"), settings_of("default", *weights)
+    alone = settings_of(
+        "default", *weights, *(f"{name}.loss.{key}" for name in stages for key in ("kl_weight=0", "ce_weight=1"))
+    )
+    assert not plan_stages.make_workload("train_extended", plain).matches_states
+    config, _ = plan.read_parent(plain)
+    for name in stages:
+        before, after = (plan_stages.stage_peak(name, s, config, {}).total for s in (plain, matched))
+        assert after > before if name == "train_extended" else after >= before
+    shares = [plan_stages.taught_share(name, getattr(alone, name), alone, "small") for name in stages]
+    assert shares == [1 - alone.routing.share, 1.0]
+    assert plan_stages.taught_share("train_short", matched.train_short, matched, "small") == 1.0
+    for teacher in ("frozen", "trainable"):
+        changes = {"train_extended.teacher": teacher, "train_extended.budget_shares": {"full": 1.0}}
+        load = plan_stages.make_workload("train_extended", plan_stages.override(matched, changes))
+        assert load.matches_states == (teacher == "frozen")
+
+
 # --- the command ---------------------------------------------------------------------------------------------------
 
 

@@ -44,6 +44,8 @@ def test_the_names_of_what_is_tracked():
     numbers = {"train/loss/small": 2.0, "train/kl/small": 0.5, "train/budget_error/small": 0.013}
     rest = {"tokens_per_second": 7.0, "learning_rate": 1e-3, "grad_norm": 0.7, "skipped": 0, "memory_gib": 3.0}
     assert values == numbers | rest
+    matched = {"step": 1, "tokens": 40, "budgets": {"small": {"loss": 2.0, "state": 0.25}}}
+    assert scalars(matched) == {"train/loss/small": 2.0, "train/state/small": 0.25}
     assert scalars({"step": 1, "tokens": 40, "budgets": {"full": {"loss": None}}, "grad_norm": None}) == {}
 
 

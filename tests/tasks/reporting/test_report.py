@@ -278,6 +278,21 @@ def test_training(inside):
     assert tables.settled() == 200
 
 
+def test_states_have_a_column_where_they_are_matched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = {stage: step(100, "hard", small=(1.0, 0.5, 0.0)) for stage in ("parent", "train_short", "train_extended")}
+    for state in (None, 0.25):
+        if state is not None:
+            rows["train_extended"]["budgets"]["small"]["state"] = state
+        for stage, row in rows.items():
+            path = Path("artifacts", "parent_metrics.jsonl" if stage == "parent" else f"{stage}/metrics.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(row) + "\n")
+        frame = tables.training()
+        assert ("state" in frame) == (state is not None)
+    assert frame.dropna(subset="state")[["stage", "state"]].values.tolist() == [["train_extended", 0.25]]
+
+
 def test_training_is_smoothed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("parent_metrics.jsonl", "train_short/metrics.jsonl", "train_extended/metrics.jsonl"):
