@@ -29,7 +29,7 @@ from elastic_core.training.run import Run, named_parameters, save
 from elastic_core.training.stage import Loss, Routing
 from tasks.rank import make_state
 from tasks.runtime import launch
-from tests.support.models.parents import random_elastic, random_llama_config
+from tests.support.models.parents import random_elastic, random_llama_config, random_ratios
 from tests.support.models.routed_family import CONFIG
 from tests.support.runs import BUDGETS, MEMBERS, TEXT, make_router, make_stage
 
@@ -56,6 +56,7 @@ def start(ranks, data, execution=PLAIN, routed=False, teacher=True, members=None
     stage = make_stage(**{"batch_size": 12, "microbatches": 3, "steps": 9, **(stage or {})})
     members = None if routed else members or FAMILY
     model, frozen = random_elastic(0, config), random_elastic(7, config)
+    model.norm_gains = random_ratios(config)
     return Run(
         place(model, ranks, execution, stage.precision),
         stage,

@@ -14,7 +14,7 @@ from elastic_core.search.space import ElasticSpace
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Loss, Routing, Stage
-from tests.support.models.parents import random_elastic
+from tests.support.models.parents import random_elastic, random_ratios
 from tests.support.models.routed_family import CONFIG, RANKING, SIZES
 
 FINE = {**SIZES, "hidden_size": tuple(range(16, 7, -1)), "intermediate_size": tuple(range(24, 7, -2))}
@@ -81,11 +81,13 @@ def make_router(seed=0):
     return Router(ElasticSpace(CONFIG, Choices(**FINE), RANKING), tuple(BUDGETS.values()))
 
 
-def make_run(data, stage, routed=False, teacher=True, members=None, **values):
+def make_run(data, stage, routed=False, teacher=True, members=None, private_norms=False, **values):
     """A run of the random parent: with a router, or with the given members."""
     members = None if routed else members or MEMBERS
+    model = random_elastic(0, CONFIG)
+    model.norm_gains = random_ratios(CONFIG) if private_norms else None
     return Run(
-        random_elastic(0, CONFIG),
+        model,
         stage,
         PackedSequences(data, stage.mixture, stage.sequence_length, seed=1),
         {name: BUDGETS[name] for name in BUDGETS if routed or name in members},
@@ -120,7 +122,7 @@ def assert_same(first, second):
 def routed_run(data, directory, **values):
     stage = make_stage(**values)
     routing = Routing(share=0.5, settle_steps=100)  # soft for exactly 6 of 12 steps
-    return make_run(data, stage, routed=True, routing=routing, checkpoints=directory)
+    return make_run(data, stage, routed=True, private_norms=True, routing=routing, checkpoints=directory)
 
 
 @pytest.fixture(scope="session")

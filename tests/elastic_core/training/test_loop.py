@@ -441,6 +441,7 @@ def test_resume_is_bit_identical(data, straight, tmp_path, killed_after):
     assert again[0]["step"] == killed_after // 3 * 3 + 1
     assert again == rows[-len(again) :]
     assert_same(second.model.state_dict(), reference.model.state_dict())
+    assert_same(second.norms.state_dict(), reference.norms.state_dict())
     assert_same(second.router.state_dict(), reference.router.state_dict())
     assert_same(second.optimizer.state_dict(), reference.optimizer.state_dict())
     assert second.members == reference.members and second.indices == reference.indices

@@ -11,6 +11,7 @@ from elastic_core import ElasticModel, Submodel
 from elastic_core.model import architectures
 from elastic_core.model.architectures.nemotron_h import layers_of
 from elastic_core.model.architectures.nemotron_h_ffn import fewest_experts
+from elastic_core.model.norm_gains import NormRatios
 
 
 def random_config(seed: int) -> NemotronHConfig:
@@ -141,6 +142,14 @@ def write_tokenizer(directory) -> None:
 
 def random_elastic(seed: int, config=None) -> ElasticModel:
     return randomise(ElasticModel(config or random_config(seed)), seed).eval()
+
+
+def random_ratios(config) -> NormRatios:
+    """Norm ratios that differ from norm to norm and from size to size; 1 for all channels."""
+    generator, names = torch.Generator().manual_seed(5), architectures.norm_names(config)
+    ratios = 0.7 + 0.6 * torch.rand(len(names), config.hidden_size, generator=generator)
+    ratios[:, -1] = 1
+    return NormRatios(dict(zip(names, ratios, strict=True)))
 
 
 def random_submodel(config, seed: int, heterogeneous: tuple[str, ...] = (), all_layers: bool = False) -> Submodel:
