@@ -14,6 +14,10 @@ from elastic_core.config import Require, require
 
 # The fractional parts of its multiples 1, 2, 3, … are spread evenly over [0, 1).
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+# A router's choice may settle only after this share of the annealing. At a high learning rate, all probabilities are 1
+# after some hundred steps, long before the task loss could have had an influence.
+MIN_ANNEALED = 0.5
+MAX_ENTROPY = 0.1  # of a slot whose choice may settle, as a share of the entropy of equal probabilities
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Routing:
     """How the router learns.
 
     The router learns until its choice has settled, but at most for `share` of the stage's steps. The choice has settled
-    when it has been the same, and within the dead zone of every budget, for `settle_steps` steps.
+    when it has been the same, and within the dead zone of every budget, for `settle_steps` steps. It cannot settle
+    before `MIN_ANNEALED` of the annealing, nor before the entropy of every slot is below `MAX_ENTROPY`.
 
     - `learning_rate`: that of the router.
     - `weight`: λ in the total loss L_task + λ·L_router.
@@ -44,6 +49,8 @@ class Routing:
     - `temperatures`: the Gumbel-softmax temperature τ falls from the first to the second value over `share`.
     - `scales`: the logit scale s grows from the first to the second value over `share`.
     - `dead_zone`: relative deviation of the cost from the budget up to which L_router is 0.
+    - `candidates`: how many combinations per budget are compared by measured KL when the choice is made. With 1, the
+      router's most probable family is taken without a measurement.
     """
 
     learning_rate: float = 1e-2
@@ -54,6 +61,7 @@ class Routing:
     scales: tuple[float, ...] = (1.0, 10.0)
     dead_zone: float = 0.01
     settle_steps: int = 50
+    candidates: int = 32
 
     def check(self, require: Require = require) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
@@ -63,6 +71,7 @@ class Routing:
             require(len(pair) == 2 and min(pair) > 0, name, pair, "[from, to], both above 0")
         require(0 <= self.dead_zone < 1, "dead_zone", self.dead_zone, "0 or more, below 1")
         require(self.settle_steps > 0, "settle_steps", self.settle_steps, "1 or more")
+        require(self.candidates >= 1, "candidates", self.candidates, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -152,20 +161,32 @@ def assign_budgets(shares: dict[str, float], microbatches: int, seed: int, step:
     evenly spaced points are looked up in the cumulative shares, and the points shift from step to step by the golden
     ratio. Only the order within a step is random.
     """
-    names = [name for name in shares if shares[name] > 0]
-    cumulative = list(itertools.accumulate(shares[name] for name in names))
-    offset = (GOLDEN_RATIO * (seed + step + 1)) % 1
-    points = [(i + offset) / microbatches * cumulative[-1] for i in range(microbatches)]
-    assigned = [names[min(bisect.bisect_right(cumulative, point), len(names) - 1)] for point in points]
-    np.random.default_rng([seed, step]).shuffle(assigned)
-    return assigned
+    return [name for name, _ in _places(shares, microbatches, seed, step)]
 
 
-def uses_trainable_teacher(stage: Stage, step: int, microbatch: int) -> bool:
+def uses_trainable_teacher(stage: Stage, shares: dict[str, float], seed: int, step: int, microbatch: int) -> bool:
     """Whether the teacher of this microbatch is the full budget of the model itself, and not the frozen parent.
 
-    With teacher ``mixed``, the share of such microbatches rises linearly from 0 to 1 over the stage.
+    With teacher ``mixed``, the share of such microbatches rises linearly from 0 to 1 over the stage, for every budget
+    alike: each budget's part of the cumulative shares is divided between the two teachers in the scheduled proportion.
+    So the assignment of teachers is stratified within every budget. `shares` are those of `assign_budgets`.
     """
     if stage.teacher != "mixed":
         return stage.teacher == "trainable"
-    return (GOLDEN_RATIO * (step * stage.microbatches + microbatch + 1)) % 1 < step / stage.steps
+    _, place = _places(shares, stage.microbatches, seed, step)[microbatch]
+    return place < step / stage.steps
+
+
+def _places(shares: dict[str, float], microbatches: int, seed: int, step: int) -> list[tuple[str, float]]:
+    """For each microbatch of a step: its budget, and where in the budget's part of the shares it is, in [0, 1)."""
+    names = [name for name in shares if shares[name] > 0]
+    ends = list(itertools.accumulate(shares[name] for name in names))
+    offset = (GOLDEN_RATIO * (seed + step + 1)) % 1
+    places = []
+    for i in range(microbatches):
+        point = (i + offset) / microbatches * ends[-1]
+        index = min(bisect.bisect_right(ends, point), len(names) - 1)
+        places.append((names[index], 1 - (ends[index] - point) / shares[names[index]]))
+    order = np.arange(microbatches)
+    np.random.default_rng([seed, step]).shuffle(order)
+    return [places[i] for i in order]
