@@ -20,7 +20,7 @@ from elastic_core.search.router import Router
 from elastic_core.search.space import ElasticSpace
 
 LARGEST_GRID = 100_000  # Up to so many combinations are compared one by one. Above, see knapsack.py.
-ATTEMPTS = 200  # With many per-layer choices, at most so many combinations are tried before a family is given up.
+ATTEMPTS = 100  # With many per-layer choices, at most so many combinations are tried before a family is given up.
 
 LogProbs = Callable[[int, list[int]], list[Tensor]]
 
@@ -209,7 +209,12 @@ def _options(space, log_probs, target, index, bound, tolerance, allowed) -> Iter
         if found is not None:
             yield found
     else:
-        yield from most_probable(space, log_probs(index, bound), target, bound, tolerance)
+        found, place = log_probs(index, bound), (target, bound, tolerance)
+        yield from itertools.islice(most_probable(space, found, *place), 1)
+        # For memory, most depends on how many layers keep a cache. So first try the best combination of every depth.
+        for depth in range(bound[-1], space.num_servable[-1]):
+            yield from itertools.islice(most_probable(space, found, *place, depth), 1)
+        yield from itertools.islice(most_probable(space, found, *place), 1, None)
 
 
 def equal_log_probs(space: ElasticSpace) -> list[Tensor]:
