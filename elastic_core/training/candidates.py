@@ -29,7 +29,8 @@ from elastic_core.training.distributed.placement import reshard
 from elastic_core.training.losses import distillation_loss
 from elastic_core.training.run import Run, precision
 
-TOKENS = 32_768  # The candidates left at the end are measured on so many tokens, or on one microbatch if it has more.
+# The candidates left at the end are measured on as many microbatches as have so many tokens, but on 1 to 16.
+TOKENS, MOST_PARTS = 32_768, 16
 BEAM = 4  # So many families go on to the next budget.
 ROUNDS = 4  # of halving
 SMALLEST_WEIGHT = 1e-3  # of the KL of a budget that the stage does not train
@@ -147,7 +148,8 @@ def _rounds(run: Run, count: int) -> list[tuple[range, int]]:
     A part of the text is one microbatch.
     """
     stage = run.stage
-    num_parts = math.ceil(TOKENS / (stage.batch_size // stage.microbatches * stage.sequence_length))
+    part_tokens = stage.batch_size // stage.microbatches * stage.sequence_length
+    num_parts = min(MOST_PARTS, math.ceil(TOKENS / part_tokens))
     ends = sorted({math.ceil(num_parts / 2**i) for i in range(ROUNDS)})
     rounds, start = [], 0
     for end in ends:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from dataclasses import dataclass, field
@@ -161,32 +162,38 @@ def assign_budgets(shares: dict[str, float], microbatches: int, seed: int, step:
     evenly spaced points are looked up in the cumulative shares, and the points shift from step to step by the golden
     ratio. Only the order within a step is random.
     """
-    return [name for name, _ in _places(shares, microbatches, seed, step)]
+    names = [name for name in shares if shares[name] > 0]
+    cumulative = list(itertools.accumulate(shares[name] for name in names))
+    offset = (GOLDEN_RATIO * (seed + step + 1)) % 1
+    points = [(i + offset) / microbatches * cumulative[-1] for i in range(microbatches)]
+    assigned = [names[min(bisect.bisect_right(cumulative, point), len(names) - 1)] for point in points]
+    np.random.default_rng([seed, step]).shuffle(assigned)
+    return assigned
 
 
 def uses_trainable_teacher(stage: Stage, shares: dict[str, float], seed: int, step: int, microbatch: int) -> bool:
     """Whether the teacher of this microbatch is the full budget of the model itself, and not the frozen parent.
 
     With teacher ``mixed``, the share of such microbatches rises linearly from 0 to 1 over the stage, for every budget
-    alike: each budget's part of the cumulative shares is divided between the two teachers in the scheduled proportion.
-    So the assignment of teachers is stratified within every budget. `shares` are those of `assign_budgets`.
+    alike: in any sequence of steps, each budget's number of them differs from the schedule by less than 2. It depends
+    on the arguments only, so it is the same on all ranks. `shares` are those of `assign_budgets`.
     """
     if stage.teacher != "mixed":
         return stage.teacher == "trainable"
-    _, place = _places(shares, stage.microbatches, seed, step)[microbatch]
-    return place < step / stage.steps
+    return bool(_trainable_turns(tuple(shares.items()), stage.microbatches, seed, stage.steps)[step, microbatch])
 
 
-def _places(shares: dict[str, float], microbatches: int, seed: int, step: int) -> list[tuple[str, float]]:
-    """For each microbatch of a step: its budget, and where in the budget's part of the shares it is, in [0, 1)."""
-    names = [name for name in shares if shares[name] > 0]
-    ends = list(itertools.accumulate(shares[name] for name in names))
-    offset = (GOLDEN_RATIO * (seed + step + 1)) % 1
-    places = []
-    for i in range(microbatches):
-        point = (i + offset) / microbatches * ends[-1]
-        index = min(bisect.bisect_right(ends, point), len(names) - 1)
-        places.append((names[index], 1 - (ends[index] - point) / shares[names[index]]))
-    order = np.arange(microbatches)
-    np.random.default_rng([seed, step]).shuffle(order)
-    return [places[i] for i in order]
+@functools.lru_cache(maxsize=4)
+def _trainable_turns(shares: tuple[tuple[str, float], ...], microbatches: int, seed: int, steps: int) -> np.ndarray:
+    """Which microbatches of a stage have the trainable teacher, if teachers are mixed: (steps, microbatches) bool.
+
+    For each budget, the scheduled shares of its microbatches are summed. Whenever the sum passes another whole number
+    (plus a half), it is the turn of the trainable teacher.
+    """
+    budgets = np.array([assign_budgets(dict(shares), microbatches, seed, step) for step in range(steps)]).flatten()
+    scheduled = np.repeat(np.arange(steps) / steps, microbatches)
+    turns = np.zeros(len(budgets), dtype=bool)
+    for name, _ in shares:
+        of_budget = budgets == name
+        turns[of_budget] = np.diff(np.floor(scheduled[of_budget].cumsum() + 0.5), prepend=0) > 0
+    return turns.reshape(steps, microbatches)

@@ -381,13 +381,47 @@ def data_batch(data, start):
     return PackedSequences(data, {"text": 1.0}, 16, seed=3).batch(start, 4)[0]
 
 
-def test_the_router_settles_as_soon_as_its_choice_stays_the_same_within_budget(data):
-    """Three steps after the first; a choice outside of the dead zone never settles."""
-    for dead_zone, modes in ((0.9, ["soft"] * 4 + ["hard"] * 4), (0.0, ["soft"] * 8)):
-        routing = Routing(learning_rate=1e-9, share=1.0, settle_steps=3, dead_zone=dead_zone)
-        run = make_run(data, make_stage(steps=8), routed=True, routing=routing)
-        assert [row["mode"] for row in train(run)] == modes
-        assert set(run.members) == set(BUDGETS)  # at the latest at the end
+CERTAIN = (1.0, 1e-4)  # temperatures: from the middle of the annealing on, one choice of every slot is certain
+
+
+@pytest.mark.parametrize(
+    "settle_steps, dead_zone, temperatures, num_soft",
+    [
+        (
+            2,
+            0.9,
+            CERTAIN,
+            5,
+        ),  # the choice has been the same from the first step on; but half of the annealing comes first
+        (6, 0.9, CERTAIN, 7),
+        (2, 0.0, CERTAIN, 10),  # outside of the dead zone
+        (2, 0.9, (1.0, 1.0), 10),  # other choices are nearly as probable
+    ],
+)
+def test_the_router_settles_when_its_choice_is_certain_and_stays_the_same_within_budget(
+    data, settle_steps, dead_zone, temperatures, num_soft
+):
+    routing = Routing(
+        learning_rate=1e-9,
+        share=1.0,
+        scales=(1.0, 1.0),
+        candidates=1,
+        settle_steps=settle_steps,
+        dead_zone=dead_zone,
+        temperatures=temperatures,
+    )
+    run = make_run(data, make_stage(steps=10), routed=True, routing=routing)
+    rows = list(train(run))
+    assert [row["mode"] for row in rows] == ["soft"] * num_soft + ["hard"] * (10 - num_soft)
+    assert set(run.members) == set(BUDGETS)  # at the latest at the end
+    assert [set(row["entropy"]) == set(run.router.networks) for row in rows if "entropy" in row] == [True] * num_soft
+
+
+def test_the_routers_learning_rate_warms_up(data):
+    stage = make_stage(steps=8, warmup_steps=4, schedule="constant")
+    run = make_run(data, stage, routed=True, routing=Routing(learning_rate=1e-2, share=1.0, candidates=1))
+    rates = [run.optimizer.param_groups[-1]["lr"] for _ in train(run)]
+    assert rates == pytest.approx([2.5e-3, 5e-3, 7.5e-3, *[1e-2] * 5])
 
 
 def test_submodels_come_nearer_to_the_teacher(trained):
@@ -460,13 +494,14 @@ def test_a_step_whose_row_was_not_taken_is_done_again(data, straight, tmp_path):
 
 
 def test_a_resumed_run_settles_when_it_would_have(data, tmp_path):
-    stage, routing = make_stage(checkpoint_every=2), Routing(1e-9, share=1.0, settle_steps=5, dead_zone=0.9)
+    stage = make_stage(checkpoint_every=2)
+    routing = Routing(1e-9, share=1.0, settle_steps=7, dead_zone=0.9, temperatures=CERTAIN, candidates=4)
 
     def start(directory):
         return make_run(data, stage, routed=True, routing=routing, checkpoints=directory)
 
     modes = [row["mode"] for row in train(start(tmp_path / "straight"))]
-    assert modes == ["soft"] * 6 + ["hard"] * 6
+    assert modes == ["soft"] * 8 + ["hard"] * 4
     list(itertools.islice(train(start(tmp_path / "killed")), 4))
     assert [row["mode"] for row in train(start(tmp_path / "killed"))] == modes[2:]
 
