@@ -317,7 +317,7 @@ def test_teachers_that_do_not_fit_are_refused(data):
 def trained(data):
     """One stage with a router: soft for 60 steps, then hard."""
     stage = make_stage(steps=100, learning_rate=1e-2, budget_shares={"full": 0.2, "medium": 0.4, "small": 0.4})
-    run = make_run(data, stage, routed=True, routing=Routing(share=0.6, dead_zone=0.02), seed=2)
+    run = make_run(data, stage, routed=True, routing=Routing(share=0.6, dead_zone=0.02, candidates=4), seed=2)
     teacher = snapshot(run.teacher)
     return run, list(train(run)), teacher
 
@@ -359,7 +359,7 @@ def test_a_llama_becomes_a_family(data, tmp_path):
     router = Router(space, tuple(BUDGETS.values()))
     stage = make_stage(steps=40, learning_rate=3e-3)
     rows = PackedSequences(data, stage.mixture, stage.sequence_length, seed=1)
-    routing = Routing(share=0.6, dead_zone=0.02)
+    routing = Routing(share=0.6, dead_zone=0.02, candidates=4)
     run = Run(model, stage, rows, BUDGETS, router=router, teacher=teacher, routing=routing, seed=2)
     losses = [[part["kl"] for part in row["microbatches"] if part["budget"] == "small"] for row in train(run)]
     assert np.mean(losses[-5:]) < np.mean(losses[25:30])  # sliced since step 24
@@ -454,7 +454,7 @@ def test_a_family_of_one_learns_from_text(data):
 
 def test_the_straight_through_mode_trains_router_and_slice(data):
     stage = make_stage(steps=8, gradient_clip=1e9)
-    run = make_run(data, stage, routed=True, routing=Routing(mode="hard", share=1.0))
+    run = make_run(data, stage, routed=True, routing=Routing(mode="hard", share=1.0, candidates=1))
     found, _ = gradients_of_first_step(run)
     assert all(found[f"router.{name}"].abs().sum() > 0 for name, _ in run.router.named_parameters())
 
