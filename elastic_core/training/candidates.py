@@ -98,7 +98,7 @@ def choose_family(run: Run) -> tuple[list[list[int]], dict | None]:
         weight, found = _weight(run, budget), _compare(run, budget, pairs, own[index])
         extended = {family.extended(c, weight * found.mean(c)) for family, c in pairs if c in found.complete()}
         router = router.extended(own[index], weight * found.mean(own[index]))
-        beam = sorted(extended, key=lambda family: (family.total, family.combinations))[:BEAM]
+        beam = sorted(extended, key=lambda family: (family.total, family != router, family.combinations))[:BEAM]
         beam += [router] if router not in beam else []
         measured[budget] = found
     return [list(indices) for indices in beam[0].combinations], {

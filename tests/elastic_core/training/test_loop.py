@@ -478,6 +478,7 @@ def test_resume_is_bit_identical(data, straight, tmp_path, killed_after):
     assert_same(second.router.state_dict(), reference.router.state_dict())
     assert_same(second.optimizer.state_dict(), reference.optimizer.state_dict())
     assert second.members == reference.members and second.indices == reference.indices
+    assert second.comparison == reference.comparison is not None
     third = routed_run(data, tmp_path)
     assert list(train(third)) == [] and third.members == reference.members  # a finished stage stays finished
     assert_same(third.model.state_dict(), reference.model.state_dict())
