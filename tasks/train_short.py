@@ -20,7 +20,7 @@ from tasks.parents.targets import metric_of_family, resolve
 from tasks.runs import provenance
 from tasks.settings.load import load
 from tasks.settings.schema import Params
-from tasks.training.family import make_run, run_to_end, save_family
+from tasks.training.family import make_run, run_to_end, save_comparison, save_family
 from tasks.training.start import run_stage
 
 RANK = Path("artifacts/rank")
@@ -60,5 +60,6 @@ def work(arguments: dict, ranks: Ranks) -> None:
     router = Router(space, tuple(budgets.values()))
     run = make_run(settings, job, stage, settings.seed + 2, model, budgets, ranks, router=router)
     run_to_end(run, settings, job, job.out / "metrics.jsonl")
+    save_comparison(run, job)
     earlier = provenance.read_records("prepare_data", "parent", "rank")
     save_family(run, job, source, path_between(space, run.indices), earlier)

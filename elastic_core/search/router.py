@@ -74,6 +74,37 @@ class Router(nn.Module):
             larger = self.probs(index - 1, temperature, scale)
         return [_maximum(prob, bound) for prob, bound in zip(probs, larger, strict=True)]
 
+    def log_probs(self, index: int, bound: list[int], scale: float = 1.0) -> list[Tensor]:
+        """The log-probabilities of budget `index`, one vector (choices,) per slot, without noise and gradient.
+
+        The budget is below 1.0. `bound` is the combination of the next larger budget, which is decided. So, as in
+        `probs`, these are of the maximum with it: a size that is larger than the bound's has −inf. They are float64 and
+        never underflow.
+        """
+        own = F.one_hot(torch.tensor(index), len(self.targets)).float()
+        found = []
+        with torch.no_grad():
+            for logits, low in zip(self.logits(own), bound, strict=True):
+                log_prob = (scale * logits.double()).log_softmax(-1)
+                log_prob[low] = log_prob[: low + 1].logsumexp(0)
+                log_prob[:low] = -torch.inf
+                found.append(log_prob)
+        return found
+
+    def entropies(self, temperature: float = 1.0, scale: float = 1.0) -> dict[str, list[float]]:
+        """Axis → the entropy of each of its slots for each budget below 1.0, without noise.
+
+        It is divided by that of equal probabilities, so it is from 0 to 1. A slot with one choice has none.
+        """
+        found: dict[str, list[float]] = {}
+        with torch.no_grad():
+            for index in [index for index, target in enumerate(self.targets) if target < 1.0]:
+                for slot, prob in zip(self.space.slots, self.probs(index, temperature, scale), strict=True):
+                    if len(prob) > 1:
+                        entropy = torch.special.entr(prob.clamp(min=0)).sum().item() / math.log(len(prob))
+                        found.setdefault(slot.axis, []).append(entropy)
+        return found
+
     def choices(self) -> list[list[int]]:
         """The most probable combination of every budget, without noise, each nested in the one before."""
         with torch.no_grad():

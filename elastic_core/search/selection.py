@@ -6,6 +6,7 @@ two budgets come from path.py.
 
 import itertools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,14 @@ from torch import Tensor
 from elastic_core.config import ConfigError
 from elastic_core.cost.budgets import TOLERANCE
 from elastic_core.model.submodel import Submodel
+from elastic_core.search.knapsack import most_probable
 from elastic_core.search.router import Router
 from elastic_core.search.space import ElasticSpace
 
-LARGEST_GRID = 100_000  # Up to so many combinations are compared one by one. Above, the search is approximate.
+LARGEST_GRID = 100_000  # Up to so many combinations are compared one by one. Above, see knapsack.py.
+ATTEMPTS = 100  # With many per-layer choices, at most so many combinations are tried before a family is given up.
+
+LogProbs = Callable[[int, list[int]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -34,27 +39,33 @@ def check_reachable(space: ElasticSpace, budgets: dict[str, float], tolerance: f
     `budgets` maps names to fractions of the parent's cost. This check runs before any training.
     """
     costs = space.grid_costs()[..., : space.num_servable[-1]]
-    full = costs.flatten()[0].item()
-    uniform = [torch.zeros(len(slot.sizes)) for slot in space.slots]
-    bound, reachable = [0] * len(space.slots), None
-    for name, target in sorted(budgets.items(), key=lambda item: -item[1]):
+    full, order = costs.flatten()[0].item(), sorted(budgets.items(), key=lambda item: -item[1])
+    for name, target in order:
         if not 0 < target <= 1:
             raise ConfigError(f"budgets.{name}: got {target}; allowed: a fraction of the parent in (0, 1]")
-        if _can_enumerate(space):
-            near = _near_target(space, target * full, tolerance)
-            reachable = near if reachable is None else near & _nested_in(reachable)
-            found = bool(reachable.any())
-        else:
-            bound = select(space, uniform, target * full, bound, tolerance)
-            found = bound is not None
-        if not found:
-            nearest = costs.flatten()[(costs.flatten() - target * full).abs().argmin()].item()
-            raise ConfigError(
-                f"budgets.{name}: got {target:.6g} ({space.metric.text(target * full)}), which no combination of "
-                f"`choices` nested in the larger budgets reaches within {tolerance:.0%}; allowed: "
-                f"{costs.min().item() / full:.3f} to 1.0, nearest {nearest / full:.3f}{_excluded_depths(space)}; "
-                "change budgets or choices"
-            )
+    num_reached = _num_reachable(space, tuple(target for _, target in order), tolerance)
+    if num_reached < len(order):
+        name, target = order[num_reached]
+        nearest = costs.flatten()[(costs.flatten() - target * full).abs().argmin()].item()
+        raise ConfigError(
+            f"budgets.{name}: got {target:.6g} ({space.metric.text(target * full)}), which no combination of "
+            f"`choices` nested in the larger budgets reaches within {tolerance:.0%}; allowed: "
+            f"{costs.min().item() / full:.3f} to 1.0, nearest {nearest / full:.3f}{_excluded_depths(space)}; "
+            "change budgets or choices"
+        )
+
+
+def _num_reachable(space: ElasticSpace, targets: tuple[float, ...], tolerance: float) -> int:
+    """How many of the `targets`, from the first on, have nested combinations within `tolerance`."""
+    if not _can_enumerate(space):
+        return len(nested_family(space, targets, lambda *_: equal_log_probs(space), tolerance))
+    full, reachable = space.exact_cost([0] * len(space.slots)), None
+    for number, target in enumerate(targets):
+        near = _near_target(space, target * full, tolerance)
+        reachable = near if reachable is None else near & _nested_in(reachable)
+        if not reachable.any():
+            return number
+    return len(targets)
 
 
 def _excluded_depths(space: ElasticSpace) -> str:
@@ -122,16 +133,29 @@ def select(
     - `bound`: the combination of the next larger budget.
     - `allowed`: a grid (see `combinations_with_room`) of the combinations to choose from, or None for all.
 
-    If all combinations can be compared, the result is exact. With many per-layer choices, a local search starts at the
-    most probable combination and ignores `allowed`. Returns None if nothing is found.
+    If all combinations can be compared, the result is exact. With many per-layer choices, it is exact up to rounding
+    of the costs (knapsack.py), and `allowed` is ignored. Returns None if nothing is found.
     """
     if _can_enumerate(space):
         return _select_on_grid(space, log_probs, target, bound, tolerance, allowed)
-    return _select_by_descent(space, log_probs, target, bound, tolerance)
+    return next(most_probable(space, log_probs, target, bound, tolerance), None)
 
 
 def _select_on_grid(space, log_probs, target, bound, tolerance, allowed) -> list[int] | None:
     """`select` by comparing all combinations that are nested in `bound`."""
+    corner, scores = _grid_scores(space, log_probs, target, bound, tolerance, allowed)
+    best = int(scores.argmax())
+    if scores.flatten()[best] == -torch.inf:
+        return None
+    place = torch.unravel_index(torch.tensor(best), scores.shape)
+    return [int(i) + part.start for i, part in zip(place, corner, strict=True)]
+
+
+def _grid_scores(space, log_probs, target, bound, tolerance, allowed) -> tuple[tuple[slice, ...], Tensor]:
+    """(the part of the grid that is nested in `bound`, the score of each combination in it).
+
+    The score is the log-probability. It is −inf for a combination that is not within the budget or not allowed.
+    """
     corner = tuple(itertools.starmap(slice, zip(bound, space.num_servable, strict=True)))
     costs = space.grid_costs(space.slots)[corner]
     scores = torch.zeros((), dtype=torch.float64)
@@ -142,77 +166,122 @@ def _select_on_grid(space, log_probs, target, bound, tolerance, allowed) -> list
     scores = (scores - 1e-3 * deviation).masked_fill(deviation > tolerance, -torch.inf)
     if allowed is not None:
         scores = scores.masked_fill(~allowed[corner], -torch.inf)
-    best = int(scores.argmax())
-    if scores.flatten()[best] == -torch.inf:
-        return None
-    return [int(i) + low for i, low in zip(torch.unravel_index(torch.tensor(best), scores.shape), bound, strict=True)]
+    return corner, scores
 
 
-def _select_by_descent(space, log_probs, target, bound, tolerance) -> list[int] | None:
-    """`select` by local search, from three starts in turn: the most probable, the largest and the smallest combination.
+def nested_family(
+    space: ElasticSpace, targets: tuple[float, ...], log_probs: LogProbs, tolerance: float = TOLERANCE
+) -> list[list[int]]:
+    """The most probable combination for each of the `targets`, each nested in the one before.
 
-    The first start that reaches the target gives the result.
+    - `targets`: fractions of the parent's cost, largest first. 1.0 is the parent itself.
+    - `log_probs(index, bound)`: the log-probabilities of target `index`, if `bound` is the next larger combination.
+
+    If a combination leaves no room for the smaller targets, the next most probable one is tried. If not all targets can
+    be met, the result has only the combinations of the first ones.
     """
-    moves = torch.tensor([(slot, i) for slot, low in enumerate(bound) for i in range(low, space.num_servable[slot])])
-    # A move is (slot, new choice index). moves: (moves, 2); pairs: (pairs, 2, 2), two moves of different slots.
-    pairs = moves[torch.combinations(torch.arange(len(moves)))]
-    pairs = pairs[pairs[:, 0, 0] != pairs[:, 1, 0]]
-    table = torch.nn.utils.rnn.pad_sequence([z.double() for z in log_probs], batch_first=True)  # (slots, choices)
-    probable = [
-        max(int(z[:end].argmax()), low) for z, low, end in zip(log_probs, bound, space.num_servable, strict=True)
-    ]
-    for start in (probable, bound, [end - 1 for end in space.num_servable]):
-        found = _descend(space, table, target, torch.tensor(start), (moves[:, None], pairs), tolerance)
+    full = space.exact_cost([0] * len(space.slots))
+    allowed = combinations_with_room(space, targets, tolerance)
+    attempts_left = ATTEMPTS
+
+    def complete(family: list[list[int]]) -> list[list[int]]:
+        nonlocal attempts_left
+        longest, index = family, len(family)
+        if index == len(targets):
+            return family
+        bound = family[-1] if family else [0] * len(space.slots)
+        for found in _options(space, log_probs, targets[index] * full, index, bound, tolerance, allowed[index]):
+            longest = max(longest, complete([*family, found]), key=len)
+            attempts_left -= 1
+            if len(longest) == len(targets) or attempts_left <= 0:
+                break
+        return longest
+
+    return complete([])
+
+
+def _options(space, log_probs, target, index, bound, tolerance, allowed) -> Iterator[list[int]]:
+    """The combinations for one target that `nested_family` tries, the most probable first."""
+    if target == space.exact_cost([0] * len(space.slots)):
+        yield [0] * len(space.slots)
+    elif _can_enumerate(space):  # `allowed` leaves room for all smaller targets, so no second one is needed
+        found = _select_on_grid(space, log_probs(index, bound), target, bound, tolerance, allowed)
         if found is not None:
-            return found.tolist()
-    return None
+            yield found
+    else:
+        found, place = log_probs(index, bound), (target, bound, tolerance)
+        yield from itertools.islice(most_probable(space, found, *place), 1)
+        # For memory, most depends on how many layers keep a cache. So first try the best combination of every depth.
+        for depth in range(bound[-1], space.num_servable[-1]):
+            yield from itertools.islice(most_probable(space, found, *place, depth), 1)
+        yield from itertools.islice(most_probable(space, found, *place), 1, None)
 
 
-def _descend(space, table, target, indices, step_kinds, tolerance) -> Tensor | None:
-    """Move `indices` (slots,) step by step towards the target. Returns None where no step comes nearer to it.
-
-    Each step is the one that loses the least log-probability per unit of cost by which it comes nearer. A step changes
-    one slot. If no such step comes nearer, it changes two slots: for instance, one gets smaller and another larger.
-    """
-    while (space.costs(indices[None]) - target).abs() > tolerance * target:
-        found = (_best_step(space, table, target, indices, steps) for steps in step_kinds)
-        indices = next((moved for moved in found if moved is not None), None)
-        if indices is None:
-            return None
-    return indices
-
-
-def _best_step(space, table, target, indices, steps) -> Tensor | None:
-    """`indices` (slots,) after the best of `steps` (N, moves, 2), or None if no step comes nearer to the target."""
-    moved = indices.repeat(len(steps), 1).scatter(1, steps[..., 0], steps[..., 1])  # (N, slots)
-    remaining = (space.costs(moved) - target).abs()
-    gained = (space.costs(indices[None]) - target).abs() - remaining
-    slots = torch.arange(len(indices))
-    lost = (table[slots, indices] - table[slots, moved]).sum(-1).clamp(min=0)
-    price = (lost / gained).masked_fill(gained <= 0, torch.inf)
-    if price.min() == torch.inf:
-        return None
-    return moved[remaining.masked_fill(price > price.min(), torch.inf).argmin()]
+def equal_log_probs(space: ElasticSpace) -> list[Tensor]:
+    """The log-probabilities, up to a constant, of a distribution in which all choices are equally probable."""
+    return [torch.zeros(len(slot.sizes)) for slot in space.slots]
 
 
 def select_family(router: Router, scale: float = 1.0, tolerance: float = TOLERANCE) -> list[list[int]]:
     """The final combination of every budget: the router's most probable one that meets the budget and is nested.
 
-    `scale` is the logit scale s (eq. 9), `tolerance` the allowed relative deviation from the budget. Raises ConfigError
-    if no combination meets a budget.
+    `scale` is the logit scale s (eq. 9), `tolerance` the allowed relative deviation from the budget. Where
+    `check_reachable` finds a family, this finds one: at the worst, the same. Raises ConfigError if no combination meets
+    a budget.
     """
-    space, bound, family = router.space, [0] * len(router.space.slots), []
-    full, allowed = space.exact_cost(bound), combinations_with_room(space, router.targets, tolerance)
-    with torch.no_grad():
-        for index, target in enumerate(router.targets):
-            if target < 1.0:
-                log_probs = [prob.clamp(min=1e-30).log() for prob in router.probs(index, scale=scale)]
-                found = select(space, log_probs, target * full, bound, tolerance, allowed[index])
-                if found is None:
-                    raise ConfigError(
-                        f"budgets: no submodel nested in the next larger one is within {tolerance:.0%} of "
-                        f"{target:.6g} of the parent's cost; add sizes to choices"
-                    )
-                bound = found
-            family.append(bound)
+    space, targets = router.space, router.targets
+    family = nested_family(space, targets, lambda *place: router.log_probs(*place, scale), tolerance)
+    if len(family) < len(targets):
+        family = nested_family(space, targets, lambda *_: equal_log_probs(space), tolerance)
+    if len(family) < len(targets):
+        raise ConfigError(
+            f"budgets: no submodel nested in the next larger one is within {tolerance:.0%} of "
+            f"{targets[len(family)]:.6g} of the parent's cost; add sizes to choices"
+        )
     return family
+
+
+def propose(
+    space: ElasticSpace,
+    log_probs: list[Tensor],
+    target: float,
+    bound: list[int],
+    count: int,
+    tolerance: float = TOLERANCE,
+    allowed: Tensor | None = None,
+) -> list[list[int]]:
+    """Up to `count` different combinations that are nested in `bound` and have a cost within `tolerance` of `target`.
+
+    Half of them are the most probable ones, the other half are spread over all that are possible (with many per-layer
+    choices: over some that are probable), so that they do not depend on what the router believes. If there are not
+    more than `count`, they are all returned. The arguments are those of `select`.
+    """
+    if _can_enumerate(space):
+        corner, scores = _grid_scores(space, log_probs, target, bound, tolerance, allowed)
+        order = scores.flatten().argsort(descending=True, stable=True)[: int((scores > -torch.inf).sum())]
+        rows = torch.stack(torch.unravel_index(order, scores.shape), 1) + torch.tensor([part.start for part in corner])
+    else:
+        found = list(itertools.islice(most_probable(space, log_probs, target, bound, tolerance), 4 * count))
+        rows = torch.tensor(found, dtype=torch.int64).view(-1, len(space.slots))
+    if len(rows) <= count:
+        return rows.tolist()
+    chosen = _spread(space, rows, count // 2)
+    chosen += [row for row in range(len(rows)) if row not in set(chosen)][: count - len(chosen)]
+    return rows[sorted(chosen)].tolist()
+
+
+def _spread(space: ElasticSpace, rows: Tensor, count: int) -> list[int]:
+    """Row numbers of `count` of the combinations `rows` (N, slots): the most central one, then always the farthest.
+
+    A distance is the sum over axes of the mean difference of indices, relative to the number of the axis's choices.
+    """
+    axes = [slot.axis for slot in space.slots]
+    weights = [1 / max(1, len(slot.sizes) - 1) / axes.count(slot.axis) for slot in space.slots]
+    points = rows.double() * torch.tensor(weights, dtype=torch.float64)
+    chosen: list[int] = []
+    nearest = (points - points.mean(0)).abs().sum(1).neg()
+    while len(chosen) < count:
+        chosen.append(int(nearest.argmax()))
+        distance = (points - points[chosen[-1]]).abs().sum(1)
+        nearest = distance if len(chosen) == 1 else torch.minimum(nearest, distance)
+    return chosen

@@ -10,14 +10,14 @@ A step has several microbatches, and each microbatch trains one budget:
 3. While the router learns, the resource loss (eq. 12) is added: the deviation of the expected cost from the budget.
 
 After all microbatches, the optimizer updates the weights, which all budgets share, and the router. `settle` decides
-when the router's choice is final. All ranks train the same budget in the same microbatch, on different sequences.
+when the choice is final. Then the router's candidates are compared by measured KL (candidates.py). All ranks train the
+same budget in the same microbatch, on different sequences.
 
 The pretraining of a small parent uses the same loop: its only budget is the full model, and it has no teacher.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import sys
@@ -31,7 +31,7 @@ from elastic_core.data.loader import IGNORED_LABEL, Batch
 from elastic_core.model.documents import documents_of
 from elastic_core.model.norm_gains import NormRatios
 from elastic_core.search.router import anneal, noise_generator
-from elastic_core.search.selection import select_family
+from elastic_core.training.candidates import choose_family
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.diagnosis import NonFiniteError, explain_gradient, explain_loss
 from elastic_core.training.distributed.gradients import average_gradients, clip_gradients, gradient_norm
@@ -40,13 +40,14 @@ from elastic_core.training.run import (
     Run,
     matches_states,
     members_of,
+    precision,
     resume,
     save,
     take_norms,
     teacher_of,
     trained_modules,
 )
-from elastic_core.training.stage import Stage, assign_budgets
+from elastic_core.training.stage import MAX_ENTROPY, MIN_ANNEALED, assign_budgets
 from elastic_core.training.state_matching import StateMatching
 
 LOSSES = ("loss", "ce", "kl", "state")  # the numbers of a microbatch that are summed over ranks
@@ -54,6 +55,8 @@ LOSSES = ("loss", "ce", "kl", "state")  # the numbers of a microbatch that are s
 
 def train(run: Run) -> Iterator[dict]:
     """Train to the end of the stage, from the newest checkpoint if there is one. Yields a row of metrics per step.
+
+    A row is that of `train_step`; while the router learns, it also has `entropy`, see `router_entropy`.
 
     If a run is killed at any moment and started again with the same number of ranks, it ends with the same weights, bit
     for bit. With another number of ranks, the weights are equal up to rounding.
@@ -71,7 +74,8 @@ def train(run: Run) -> Iterator[dict]:
             start = time.perf_counter()
             row = train_step(run)
             if run.members is None:
-                settle(run)
+                row["entropy"] = router_entropy(run)
+                settle(run, row["entropy"])
             yield row | {"memory_bytes": peak_memory(run.ranks.device), "seconds": time.perf_counter() - start}
             # Save only after the caller has taken the row: a run that resumes from here does not yield it again.
             if checkpoints and (run.step % stage.checkpoint_every == 0 or run.step == stage.steps):
@@ -90,8 +94,7 @@ def train_step(run: Run) -> dict:
     stage, modules = run.stage, trained_modules(run)
     for group in run.optimizer.param_groups:
         group["lr"] = group["peak"] * stage.learning_rate_factor(run.step)
-    shares = stage.budget_shares or dict.fromkeys(run.budgets, 1.0)
-    assigned = assign_budgets(shares, stage.microbatches, run.seed, run.step)
+    assigned = assign_budgets(run.shares, stage.microbatches, run.seed, run.step)
     mode = "hard" if run.members else "soft"
     results = accumulate_gradients(run, assigned)
     average_gradients(modules.values(), run.ranks)
@@ -208,7 +211,7 @@ def choose_slice(run: Run, microbatch: int, budget: str):
     if run.members is not None:
         return run.slice_of_budget(budget), None, None
     index, space = list(run.budgets).index(budget), run.router.space
-    tau, scale = anneal(run.step / (run.routing.share * run.stage.steps), run.routing.temperatures, run.routing.scales)
+    tau, scale = anneal(annealed(run), run.routing.temperatures, run.routing.scales)
     probs = run.router.probs(index, tau, scale, noise_generator(run.seed, run.step, microbatch))
     cost = space.cost(probs)
     loss = resource_loss(cost, run.budgets[budget] * run.parent_cost, run.routing.dead_zone)
@@ -228,13 +231,6 @@ def soft_gains(run: Run, probs: list[Tensor]) -> dict[str, Tensor]:
     factors = run.model.norm_gains.expected(slots[number].sizes, probs[number]).to(run.ranks.device)
     names = run.model.norm_gains.ratios
     return {name: run.model.get_parameter(name) * factor for name, factor in zip(names, factors.unbind(), strict=True)}
-
-
-def precision(stage: Stage, device: torch.device):
-    """The autocast context of the stage. Master weights, norms and the state space scan stay in float32."""
-    if stage.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def fetch_numbers(
@@ -296,11 +292,27 @@ def skip_step(run: Run, microbatches: list[dict]) -> None:
         raise NonFiniteError(explain_loss(run, bad, microbatches[bad], sliced, microbatch_data(run, bad)))
 
 
-def settle(run: Run) -> None:
+def annealed(run: Run) -> float:
+    """How much of the router's annealing is done, from 0 to 1."""
+    return min(1.0, run.step / (run.routing.share * run.stage.steps))
+
+
+def router_entropy(run: Run) -> dict[str, dict[str, float]]:
+    """For each axis, the `mean` and `max` entropy of its slots over all budgets below 1.0, without noise.
+
+    An entropy is a share of that of equal probabilities: 1 if all choices are equally probable, 0 if one is certain.
+    """
+    tau, scale = anneal(annealed(run), run.routing.temperatures, run.routing.scales)
+    entropies = run.router.entropies(tau, scale)
+    return {axis: {"mean": sum(found) / len(found), "max": max(found)} for axis, found in entropies.items()}
+
+
+def settle(run: Run, entropy: dict[str, dict[str, float]]) -> None:
     """Set the final members of the family, if the router's choice has settled or if its share of the stage is over.
 
     The choice has settled when it has been the same for `routing.settle_steps` steps, with all costs within the dead
-    zone (at least 0.1 %) of their targets.
+    zone (at least 0.1 %) of their targets, MIN_ANNEALED of the annealing is done, and no slot has an entropy above
+    MAX_ENTROPY. `entropy` is that of `router_entropy`.
     """
     routing, choices = run.routing, run.router.choices()
     within = all(
@@ -309,8 +321,10 @@ def settle(run: Run) -> None:
     )
     run.settled_for = run.settled_for + 1 if within and choices == run.last_choices else 0
     run.last_choices = choices
-    if run.settled_for >= routing.settle_steps or run.step >= routing.share * run.stage.steps:
-        run.indices = select_family(run.router, scale=routing.scales[1])
+    is_certain = all(axis["max"] <= MAX_ENTROPY for axis in entropy.values())
+    has_settled = run.settled_for >= routing.settle_steps and annealed(run) >= MIN_ANNEALED and is_certain
+    if has_settled or run.step >= routing.share * run.stage.steps:
+        run.indices, run.comparison = choose_family(run)
         run.members = members_of(run)
         take_norms(run, start=True)
 

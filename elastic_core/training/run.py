@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -39,8 +40,10 @@ class Run:
     - Costs are in the router's metric. Without a router, they are in `metric`.
     - `checkpoints`: directory or URL of the checkpoints (None: write none).
     - `settled_for`: for how many steps the router's choice has been the same. `last_choices`: that choice, one
-      combination per budget. `indices`: the final combinations; None until the choice has settled.
+      combination per budget. `indices`: the final combinations; None until the choice has settled. `comparison`: how
+      they were chosen, as JSON values (see candidates.py); None if no candidates were compared.
     - `norms`: the norm gains of budgets; None if the model has none for submodels.
+    - `progress(what, done, total)` is called during the comparison of candidates.
 
     Raises ConfigError if budgets, teacher, stage and number of ranks do not fit together.
     """
@@ -63,6 +66,8 @@ class Run:
     settled_for: int = 0
     last_choices: list[list[int]] | None = None
     indices: list[list[int]] | None = None
+    comparison: dict | None = None
+    progress: Callable[[str, int, int], None] | None = None
 
     def __post_init__(self):
         if (self.members is None) == (self.router is None):
@@ -96,6 +101,15 @@ class Run:
         sliced = self.slice_of(self.model, self.members[budget].submodel)
         return sliced if self.norms is None else sliced.with_norm_gains(self.norms.of(budget))
 
+    def forget_slices(self) -> None:
+        """Free the memory of all slices. They are made again when they are needed."""
+        self._slices.clear()
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The budgets' shares of the microbatches. They need not sum to 1."""
+        return self.stage.budget_shares or dict.fromkeys(self.budgets, 1.0)
+
     def member_cost(self, budget: str) -> float:
         """The cost of a budget's submodel. Call it only when `members` is set."""
         if budget not in self._costs:
@@ -116,7 +130,7 @@ def check_teacher(run: Run) -> None:
     A trainable teacher is the full budget. It must learn from text by cross-entropy. Otherwise text has no influence:
     any output that teacher and students share would have a loss of zero.
     """
-    stage, shares = run.stage, run.stage.budget_shares or dict.fromkeys(run.budgets, 1.0)
+    stage, shares = run.stage, run.shares
     if run.teacher is run.model:
         raise ConfigError("teacher: got the model itself, which would be frozen; load it twice, or use 'trainable'")
     if run.teacher is not None and run.teacher.config.vocab_size != run.model.config.vocab_size:
@@ -170,7 +184,7 @@ def teacher_of(run: Run, microbatch: int, budget: str) -> ElasticModel | None:
     """
     if run.stage.loss_of(budget).kl_weight == 0 and not matches_states(run, budget):
         return None
-    if not uses_trainable_teacher(run.stage, run.step, microbatch):
+    if not uses_trainable_teacher(run.stage, run.shares, run.seed, run.step, microbatch):
         return run.frozen_teacher
     return None if run.budgets[budget] == 1.0 else run.model
 
@@ -253,7 +267,7 @@ def resume(run: Run, checkpoints: Checkpoints) -> None:
 
 
 # The fields of a run that a checkpoint stores besides tensors.
-PROGRESS = ("step", "skipped", "skipped_in_a_row", "settled_for", "last_choices", "indices")
+PROGRESS = ("step", "skipped", "skipped_in_a_row", "settled_for", "last_choices", "indices", "comparison")
 
 
 def take_norms(run: Run, start: bool) -> None:
@@ -273,3 +287,10 @@ def members_of(run: Run) -> dict[str, Member]:
     """The final member of every budget, from the combinations in `run.indices`."""
     submodels = [run.router.space.submodel(indices) for indices in run.indices]
     return {name: Member(run.budgets[name], s) for name, s in zip(run.budgets, submodels, strict=True)}
+
+
+def precision(stage: Stage, device: torch.device) -> contextlib.AbstractContextManager:
+    """The autocast context of the stage. Master weights, norms and the state space scan stay in float32."""
+    if stage.precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ from elastic_core.config import Require, require
 
 # The fractional parts of its multiples 1, 2, 3, … are spread evenly over [0, 1).
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+# A router's choice may settle only after this share of the annealing. At a high learning rate, all probabilities are 1
+# after some hundred steps, long before the task loss could have had an influence.
+MIN_ANNEALED = 0.5
+MAX_ENTROPY = 0.1  # of a slot whose choice may settle, as a share of the entropy of equal probabilities
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,8 @@ class Routing:
     """How the router learns.
 
     The router learns until its choice has settled, but at most for `share` of the stage's steps. The choice has settled
-    when it has been the same, and within the dead zone of every budget, for `settle_steps` steps.
+    when it has been the same, and within the dead zone of every budget, for `settle_steps` steps. It cannot settle
+    before `MIN_ANNEALED` of the annealing, nor before the entropy of every slot is below `MAX_ENTROPY`.
 
     - `learning_rate`: that of the router.
     - `weight`: λ in the total loss L_task + λ·L_router.
@@ -50,6 +56,8 @@ class Routing:
     - `temperatures`: the Gumbel-softmax temperature τ falls from the first to the second value over `share`.
     - `scales`: the logit scale s grows from the first to the second value over `share`.
     - `dead_zone`: relative deviation of the cost from the budget up to which L_router is 0.
+    - `candidates`: how many combinations per budget are compared by measured KL when the choice is made. With 1, the
+      router's most probable family is taken without a measurement.
     """
 
     learning_rate: float = 1e-2
@@ -60,6 +68,7 @@ class Routing:
     scales: tuple[float, ...] = (1.0, 10.0)
     dead_zone: float = 0.01
     settle_steps: int = 50
+    candidates: int = 32
 
     def check(self, require: Require = require) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
@@ -69,6 +78,7 @@ class Routing:
             require(len(pair) == 2 and min(pair) > 0, name, pair, "[from, to], both above 0")
         require(0 <= self.dead_zone < 1, "dead_zone", self.dead_zone, "0 or more, below 1")
         require(self.settle_steps > 0, "settle_steps", self.settle_steps, "1 or more")
+        require(self.candidates >= 1, "candidates", self.candidates, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -167,11 +177,29 @@ def assign_budgets(shares: dict[str, float], microbatches: int, seed: int, step:
     return assigned
 
 
-def uses_trainable_teacher(stage: Stage, step: int, microbatch: int) -> bool:
+def uses_trainable_teacher(stage: Stage, shares: dict[str, float], seed: int, step: int, microbatch: int) -> bool:
     """Whether the teacher of this microbatch is the full budget of the model itself, and not the frozen parent.
 
-    With teacher ``mixed``, the share of such microbatches rises linearly from 0 to 1 over the stage.
+    With teacher ``mixed``, the share of such microbatches rises linearly from 0 to 1 over the stage, for every budget
+    alike: in any sequence of steps, each budget's number of them differs from the schedule by less than 2. It depends
+    on the arguments only, so it is the same on all ranks. `shares` are those of `assign_budgets`.
     """
     if stage.teacher != "mixed":
         return stage.teacher == "trainable"
-    return (GOLDEN_RATIO * (step * stage.microbatches + microbatch + 1)) % 1 < step / stage.steps
+    return bool(_trainable_turns(tuple(shares.items()), stage.microbatches, seed, stage.steps)[step, microbatch])
+
+
+@functools.lru_cache(maxsize=4)
+def _trainable_turns(shares: tuple[tuple[str, float], ...], microbatches: int, seed: int, steps: int) -> np.ndarray:
+    """Which microbatches of a stage have the trainable teacher, if teachers are mixed: (steps, microbatches) bool.
+
+    For each budget, the scheduled shares of its microbatches are summed. Whenever the sum passes another whole number
+    (plus a half), it is the turn of the trainable teacher.
+    """
+    budgets = np.array([assign_budgets(dict(shares), microbatches, seed, step) for step in range(steps)]).flatten()
+    scheduled = np.repeat(np.arange(steps) / steps, microbatches)
+    turns = np.zeros(len(budgets), dtype=bool)
+    for name, _ in shares:
+        of_budget = budgets == name
+        turns[of_budget] = np.diff(np.floor(scheduled[of_budget].cumsum() + 0.5), prepend=0) > 0
+    return turns.reshape(steps, microbatches)

@@ -23,7 +23,9 @@ STEPS_AND_RATES = ("sequence_length", "batch_size", "steps", "learning_rate", "f
 # Parameters that params.yaml sets for its own small parent. A profile with a parent of its own does not inherit them.
 FOR_THE_DEFAULT_PARENT = {
     "rank": ("batches", "batch_size", "sequence_length", "mixture", "depth_batches"),
-    "routing": ("learning_rate", "weight", "share", "temperatures", "scales", "dead_zone", "settle_steps"),
+    "routing": (
+        *("learning_rate", "weight", "share", "temperatures", "scales", "dead_zone", "settle_steps", "candidates"),
+    ),
     "train_short": STEPS_AND_RATES,
     "train_extended": STEPS_AND_RATES,
 }

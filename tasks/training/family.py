@@ -17,6 +17,7 @@ from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Routing, Stage
+from tasks.progress.bars import Bars
 from tasks.progress.display import Recorder
 from tasks.progress.metrics_file import read_rows
 from tasks.runs import provenance
@@ -80,6 +81,7 @@ def run_to_end(run: Run, settings: Params, job: Job, metrics: Path) -> None:
         with run.ranks.first_only() as is_first:
             if is_first:
                 stack.enter_context(recorder)
+                run.progress = Bars(job.name, "pass").show
         for row in stack.enter_context(contextlib.closing(train(run))):
             if is_first:
                 recorder.show(row)
@@ -93,6 +95,24 @@ def training_record(run: Run, job: Job) -> dict:
     seconds = sum(row["seconds"] for row in read_rows(job.metrics))
     device = provenance.describe_device(run.ranks.device, run.ranks.world)
     return provenance.end(job.record, seconds, device, tokens=run.stage.num_tokens(), steps=run.stage.steps)
+
+
+def save_comparison(run: Run, job: Job) -> None:
+    """Write how the family was chosen to `job.out`/candidates.json, and say it in the log. All ranks call it together.
+
+    The file has the content of `run.comparison` (elastic_core/training/candidates.py), with the sizes of every
+    candidate. It has null if no candidates were compared.
+    """
+    found = run.comparison
+    with run.ranks.first_only() as is_first:
+        if not is_first:
+            return
+        for budget, rows in (found or {"candidates": {}})["candidates"].items():
+            for row in rows:
+                row["submodel"] = run.router.space.submodel(row["indices"]).to_dict()
+            kl = [f"{found[family]['kl'][budget]:.4g}" for family in ("chosen", "router")]
+            print(f"{job.name}: {budget}: best of {len(rows)} candidates, KL {kl[0]} (the router's own: {kl[1]})")
+        write_text(job.out / "candidates.json", json.dumps(found, indent=1) + "\n")
 
 
 def save_family(run: Run, job: Job, source: Path, path: list[Submodel], earlier: list[dict]) -> None:

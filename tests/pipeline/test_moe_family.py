@@ -143,7 +143,7 @@ def make_run(data, stage, budgets, metric, mode):
     torch.manual_seed(0)
     router = Router(ElasticSpace(CONFIG, CHOICES, ranking.depth, metric=metric), tuple(budgets.values()))
     sequences = PackedSequences(data, stage.mixture, stage.sequence_length, seed=1)
-    return Run(model, stage, sequences, budgets, router=router, routing=Routing(mode=mode, share=0.5))
+    return Run(model, stage, sequences, budgets, router=router, routing=Routing(mode=mode, share=0.5, candidates=4))
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard"])

@@ -88,12 +88,12 @@ def hard(ranks, data, directory):
 
 def soft(ranks, data, directory):
     """Four soft steps, then the choice. With a larger learning rate, gradients leap earlier (see BEFORE_LEAPS)."""
-    routing, stage = Routing(share=0.5, settle_steps=100), {"steps": 8, "learning_rate": 1e-3}
+    routing, stage = Routing(share=0.5, settle_steps=100, candidates=4), {"steps": 8, "learning_rate": 1e-3}
     return trained(ranks, data, routed=True, routing=routing, stage=stage)
 
 
 def straight_through(ranks, data, directory):
-    return trained(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0), stage=SHORT)
+    return trained(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0, candidates=1), stage=SHORT)
 
 
 def recomputed(ranks, data, directory):
@@ -162,7 +162,7 @@ def half_recomputed(ranks, data, directory):
 
 def budgets_of_ranks(ranks, data, directory):
     """What every rank computes with, microbatch by microbatch."""
-    run, seen = start(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0), stage=SHORT), []
+    run, seen = start(ranks, data, routed=True, routing=Routing(mode="hard", share=1.0, candidates=1), stage=SHORT), []
     slice_ = run.model.slice
 
     def remember(submodel=None, gates=None, observe=None):
@@ -179,7 +179,7 @@ def budgets_of_ranks(ranks, data, directory):
 
 def resumed(ranks, data, directory):
     """Killed after step 4 and after step 8, resumed from 3 and from 6; and the same without a break."""
-    values = {"routed": True, "routing": Routing(share=0.5, settle_steps=100)}
+    values = {"routed": True, "routing": Routing(share=0.5, settle_steps=100, candidates=4)}
     straight = start(ranks, data, checkpoints=directory / "straight", **values)
     rows = list(train(straight))
     for steps in (4, 5):

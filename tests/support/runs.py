@@ -121,7 +121,7 @@ def assert_same(first, second):
 
 def routed_run(data, directory, **values):
     stage = make_stage(**values)
-    routing = Routing(share=0.5, settle_steps=100)  # soft for exactly 6 of 12 steps
+    routing = Routing(share=0.5, settle_steps=100, candidates=4)  # soft for exactly 6 of 12 steps
     return make_run(data, stage, routed=True, private_norms=True, routing=routing, checkpoints=directory)
 
 

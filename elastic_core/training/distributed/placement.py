@@ -16,6 +16,7 @@ from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -99,6 +100,13 @@ def shard(model: ElasticModel, ranks: Ranks, shard_over: int | None, precision: 
         fully_shard(block, **options)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "hidden_states")
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what forward passes without a backward pass have gathered: the model then has its shards as parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def make_mesh(ranks: Ranks, shard_over: int | None) -> DeviceMesh:

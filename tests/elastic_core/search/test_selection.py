@@ -8,9 +8,10 @@ from transformers import NemotronHConfig
 
 from elastic_core.config import ConfigError
 from elastic_core.cost.memory import Memory
-from elastic_core.cost.metrics import exact_cost, num_parameters
+from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
+from elastic_core.search import selection
 from elastic_core.search.choices import Choices
-from elastic_core.search.selection import LARGEST_GRID, check_reachable, select, select_family
+from elastic_core.search.selection import LARGEST_GRID, check_reachable, propose, select, select_family
 from elastic_core.search.space import ElasticSpace
 from tests.support.models.routed_family import CONFIG, PER_LAYER, RANKING, SIZES, make_router, make_space
 
@@ -85,7 +86,7 @@ def test_of_equally_probable_combinations_the_nearest_is_taken(costs):
         assert abs(counts[tuple(found)] - target) == min(abs(count - target) for count in counts.values())
 
 
-def test_descent_in_a_large_space_reaches_the_tolerance():
+def test_select_in_a_large_space_reaches_the_tolerance():
     space = large_space()
     full = num_parameters(LARGE)
     for seed in range(9):
@@ -99,7 +100,7 @@ def test_descent_in_a_large_space_reaches_the_tolerance():
     assert select(space, log_probs, 0.05 * full, [0] * len(space.slots), 0.02) is None
 
 
-def test_descent_keeps_what_is_within_budget_and_moves_what_is_least_certain():
+def test_select_in_a_large_space_keeps_what_is_within_budget_and_moves_what_is_least_certain():
     space = large_space()
     chosen = [min(1, len(slot.sizes) - 1) for slot in space.slots]
     certain = [10.0 * torch.eye(len(slot.sizes))[i] for slot, i in zip(space.slots, chosen, strict=True)]
@@ -109,6 +110,58 @@ def test_descent_keeps_what_is_within_budget_and_moves_what_is_least_certain():
     certain[3] = torch.zeros(len(space.slots[3].sizes))  # one layer's MLP does not care
     certain[3][0] = 1e-3
     assert select(space, certain, count, start, 1e-3) == chosen
+
+
+@pytest.mark.parametrize(
+    "metric", [PARAMETERS, Memory(400, chunk=1), Memory(64, chunk=64)], ids=["count", "cache", "max"]
+)
+def test_the_search_in_a_large_space_is_exact_but_for_rounding(metric, monkeypatch):
+    """Against all combinations of a space that is small enough to compare them."""
+    space = ElasticSpace(CONFIG, Choices(**SIZES, heterogeneous=PER_LAYER), RANKING, metric=metric)
+    start, full = [0] * len(space.slots), exact_cost(metric, CONFIG)
+    for seed, target in itertools.product(range(3), (0.85, 0.6)):
+        log_probs = random_log_probs(space, seed)
+        best = select(space, log_probs, target * full, start, 0.0195)
+        with monkeypatch.context() as patch:
+            patch.setattr(selection, "LARGEST_GRID", 1)
+            found = select(space, log_probs, target * full, start, 0.02)
+        assert (found is None) == (best is None)
+        if best is not None:
+            scores = [sum(float(z[i]) for z, i in zip(log_probs, c, strict=True)) for c in (found, best)]
+            assert scores[0] >= scores[1] - (1e-3 if metric != Memory(64, chunk=64) else 1.0), (seed, target)
+            assert abs(space.exact_cost(found) / (target * full) - 1) <= 0.02
+
+
+@pytest.mark.parametrize(
+    "metric", [PARAMETERS, Memory(400, chunk=1), Memory(64, chunk=64)], ids=["count", "cache", "max"]
+)
+def test_every_router_gets_a_family_where_there_is_one(metric):
+    """With several axes per layer, whatever the router believes: nested, and within the budgets."""
+    sizes = {**SIZES, "intermediate_size": (24, 20, 16, 12, 8), "depth": (8, 7, 6)}
+    targets = (1.0, 0.7, 0.5, 0.4)
+    space = ElasticSpace(LUMPY, Choices(**sizes, heterogeneous=PER_LAYER), (0, 1, 4, 6, 3, 5, 7, 2), metric=metric)
+    full = exact_cost(metric, LUMPY)
+    check_reachable(space, {str(target): target for target in targets})
+    for seed in range(6):
+        family = select_family(make_router(space, seed, targets, spread=(1, 3, 20)[seed % 3]), scale=10.0)
+        for target, indices in zip(targets, family, strict=True):
+            assert abs(exact_cost(metric, LUMPY, space.submodel(indices)) / (target * full) - 1) <= 0.02
+        for larger, smaller in itertools.pairwise(family):
+            assert space.submodel(smaller).is_within(space.submodel(larger), LUMPY)
+
+
+@pytest.mark.parametrize("heterogeneous", [(), PER_LAYER])
+def test_proposals_are_the_most_probable_and_others_from_everywhere(heterogeneous):
+    space = make_space(heterogeneous)
+    log_probs, bound = random_log_probs(space, 1), [0] * len(space.slots)
+    everything = propose(space, log_probs, 0.6 * FULL, bound, 10**6)
+    assert all(abs(space.exact_cost(c) / (0.6 * FULL) - 1) <= 0.02 for c in everything)
+    assert everything[0] == select(space, log_probs, 0.6 * FULL, bound, 0.02)
+    few = propose(space, log_probs, 0.6 * FULL, bound, 9)
+    assert len(few) == 9 and all(combination in everything for combination in few)
+    assert everything[:4] == few[:4] or set(map(tuple, everything[:5])) <= set(map(tuple, few))
+    ranks = [everything.index(combination) for combination in few]
+    assert ranks == sorted(ranks) and ranks[-1] > len(everything) / 3  # not only what the router prefers
 
 
 def test_costs_of_many_combinations_are_those_of_each():

@@ -125,7 +125,7 @@ def test_another_number_of_ranks_goes_on(pair, alone, data):
     continued = pair[0]["from_other_ranks"]
     assert [row["step"] for row in continued["rows"]] == list(range(7, 10))
     assert_alike(continued, {**single, "rows": single["rows"][6:]})
-    soft = {"routed": True, "routing": cases.Routing(share=0.5, settle_steps=100)}
+    soft = {"routed": True, "routing": cases.Routing(share=0.5, settle_steps=100, candidates=4)}
     run = cases.start(ALONE, data, checkpoints=pair[1] / "resumed" / "killed", **soft)
     assert list(cases.train(run)) == []  # it had come to its end
     assert_same(cases.outcome(run, [])["weights"], pair[0]["resumed"]["straight"]["weights"])

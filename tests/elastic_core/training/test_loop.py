@@ -317,7 +317,7 @@ def test_teachers_that_do_not_fit_are_refused(data):
 def trained(data):
     """One stage with a router: soft for 60 steps, then hard."""
     stage = make_stage(steps=100, learning_rate=1e-2, budget_shares={"full": 0.2, "medium": 0.4, "small": 0.4})
-    run = make_run(data, stage, routed=True, routing=Routing(share=0.6, dead_zone=0.02), seed=2)
+    run = make_run(data, stage, routed=True, routing=Routing(share=0.6, dead_zone=0.02, candidates=4), seed=2)
     teacher = snapshot(run.teacher)
     return run, list(train(run)), teacher
 
@@ -359,7 +359,7 @@ def test_a_llama_becomes_a_family(data, tmp_path):
     router = Router(space, tuple(BUDGETS.values()))
     stage = make_stage(steps=40, learning_rate=3e-3)
     rows = PackedSequences(data, stage.mixture, stage.sequence_length, seed=1)
-    routing = Routing(share=0.6, dead_zone=0.02)
+    routing = Routing(share=0.6, dead_zone=0.02, candidates=4)
     run = Run(model, stage, rows, BUDGETS, router=router, teacher=teacher, routing=routing, seed=2)
     losses = [[part["kl"] for part in row["microbatches"] if part["budget"] == "small"] for row in train(run)]
     assert np.mean(losses[-5:]) < np.mean(losses[25:30])  # sliced since step 24
@@ -381,13 +381,47 @@ def data_batch(data, start):
     return PackedSequences(data, {"text": 1.0}, 16, seed=3).batch(start, 4)[0]
 
 
-def test_the_router_settles_as_soon_as_its_choice_stays_the_same_within_budget(data):
-    """Three steps after the first; a choice outside of the dead zone never settles."""
-    for dead_zone, modes in ((0.9, ["soft"] * 4 + ["hard"] * 4), (0.0, ["soft"] * 8)):
-        routing = Routing(learning_rate=1e-9, share=1.0, settle_steps=3, dead_zone=dead_zone)
-        run = make_run(data, make_stage(steps=8), routed=True, routing=routing)
-        assert [row["mode"] for row in train(run)] == modes
-        assert set(run.members) == set(BUDGETS)  # at the latest at the end
+CERTAIN = (1.0, 1e-4)  # temperatures: from the middle of the annealing on, one choice of every slot is certain
+
+
+@pytest.mark.parametrize(
+    "settle_steps, dead_zone, temperatures, num_soft",
+    [
+        (
+            2,
+            0.9,
+            CERTAIN,
+            5,
+        ),  # the choice has been the same from the first step on; but half of the annealing comes first
+        (6, 0.9, CERTAIN, 7),
+        (2, 0.0, CERTAIN, 10),  # outside of the dead zone
+        (2, 0.9, (1.0, 1.0), 10),  # other choices are nearly as probable
+    ],
+)
+def test_the_router_settles_when_its_choice_is_certain_and_stays_the_same_within_budget(
+    data, settle_steps, dead_zone, temperatures, num_soft
+):
+    routing = Routing(
+        learning_rate=1e-9,
+        share=1.0,
+        scales=(1.0, 1.0),
+        candidates=1,
+        settle_steps=settle_steps,
+        dead_zone=dead_zone,
+        temperatures=temperatures,
+    )
+    run = make_run(data, make_stage(steps=10), routed=True, routing=routing)
+    rows = list(train(run))
+    assert [row["mode"] for row in rows] == ["soft"] * num_soft + ["hard"] * (10 - num_soft)
+    assert set(run.members) == set(BUDGETS)  # at the latest at the end
+    assert [set(row["entropy"]) == set(run.router.networks) for row in rows if "entropy" in row] == [True] * num_soft
+
+
+def test_the_routers_learning_rate_warms_up(data):
+    stage = make_stage(steps=8, warmup_steps=4, schedule="constant")
+    run = make_run(data, stage, routed=True, routing=Routing(learning_rate=1e-2, share=1.0, candidates=1))
+    rates = [run.optimizer.param_groups[-1]["lr"] for _ in train(run)]
+    assert rates == pytest.approx([2.5e-3, 5e-3, 7.5e-3, *[1e-2] * 5])
 
 
 def test_submodels_come_nearer_to_the_teacher(trained):
@@ -420,7 +454,7 @@ def test_a_family_of_one_learns_from_text(data):
 
 def test_the_straight_through_mode_trains_router_and_slice(data):
     stage = make_stage(steps=8, gradient_clip=1e9)
-    run = make_run(data, stage, routed=True, routing=Routing(mode="hard", share=1.0))
+    run = make_run(data, stage, routed=True, routing=Routing(mode="hard", share=1.0, candidates=1))
     found, _ = gradients_of_first_step(run)
     assert all(found[f"router.{name}"].abs().sum() > 0 for name, _ in run.router.named_parameters())
 
@@ -445,6 +479,7 @@ def test_resume_is_bit_identical(data, straight, tmp_path, killed_after):
     assert_same(second.router.state_dict(), reference.router.state_dict())
     assert_same(second.optimizer.state_dict(), reference.optimizer.state_dict())
     assert second.members == reference.members and second.indices == reference.indices
+    assert second.comparison == reference.comparison is not None
     third = routed_run(data, tmp_path)
     assert list(train(third)) == [] and third.members == reference.members  # a finished stage stays finished
     assert_same(third.model.state_dict(), reference.model.state_dict())
@@ -461,13 +496,14 @@ def test_a_step_whose_row_was_not_taken_is_done_again(data, straight, tmp_path):
 
 
 def test_a_resumed_run_settles_when_it_would_have(data, tmp_path):
-    stage, routing = make_stage(checkpoint_every=2), Routing(1e-9, share=1.0, settle_steps=5, dead_zone=0.9)
+    stage = make_stage(checkpoint_every=2)
+    routing = Routing(1e-9, share=1.0, settle_steps=7, dead_zone=0.9, temperatures=CERTAIN, candidates=4)
 
     def start(directory):
         return make_run(data, stage, routed=True, routing=routing, checkpoints=directory)
 
     modes = [row["mode"] for row in train(start(tmp_path / "straight"))]
-    assert modes == ["soft"] * 6 + ["hard"] * 6
+    assert modes == ["soft"] * 8 + ["hard"] * 4
     list(itertools.islice(train(start(tmp_path / "killed")), 4))
     assert [row["mode"] for row in train(start(tmp_path / "killed"))] == modes[2:]
 

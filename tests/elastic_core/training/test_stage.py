@@ -78,15 +78,39 @@ def test_num_tokens():
     assert stage.num_tokens() == 100 * 12 * 8 and stage.num_tokens(3) == 3 * 12 * 8
 
 
-def test_mixed_teachers_move_linearly_from_the_parent_to_the_family():
-    stage = make_stage(teacher="mixed", microbatches=4, steps=400)
-    own = np.array([[uses_trainable_teacher(stage, step, m) for m in range(4)] for step in range(400)])
-    assert not own[0].any()
-    for quarter, share in enumerate([0.125, 0.375, 0.625, 0.875]):
-        assert own[quarter * 100 : (quarter + 1) * 100].mean() == pytest.approx(share, abs=0.03)
+def turns_of_teachers(stage, shares, seed):
+    """(budgets, whether each has the trainable teacher), both (steps, microbatches)."""
+    steps, microbatches = range(stage.steps), range(stage.microbatches)
+    budgets = np.array([assign_budgets(shares, stage.microbatches, seed, step) for step in steps])
+    own = [[uses_trainable_teacher(stage, shares, seed, step, m) for m in microbatches] for step in steps]
+    return budgets, np.array(own)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 4])
+@pytest.mark.parametrize("shares", [{"a": 1, "b": 1, "c": 1}, {"a": 0.2, "b": 0.4, "c": 0.4}, {"a": 5, "b": 0, "c": 1}])
+def test_mixed_teachers_move_linearly_for_every_budget_alike(microbatches, shares):
+    """In any window of steps, the number of turns is the scheduled one but for less than two."""
+    stage = make_stage(teacher="mixed", microbatches=microbatches, batch_size=12, steps=600)
+    for seed in (0, 7):
+        budgets, own = turns_of_teachers(stage, shares, seed)
+        assert not own[0].any()
+        scheduled = np.broadcast_to(np.arange(600)[:, None] / 600, own.shape)
+        for first, last in [(0, 600), (0, 100), (37, 137), (250, 290), (300, 312), (560, 600)]:
+            for budget in (name for name, share in shares.items() if share):
+                turns = budgets[first:last] == budget
+                expected = (scheduled[first:last] * turns).sum()
+                assert abs((own[first:last] & turns).sum() - expected) < 2, (budget, first, last)
+
+
+def test_turns_of_teachers_depend_on_seed_and_step_alone():
+    stage, shares = make_stage(teacher="mixed", microbatches=3), {"a": 0.5, "b": 0.3, "c": 0.2}
+    np.random.seed(0)
+    first = turns_of_teachers(stage, shares, 1)[1].tolist()
+    np.random.seed(1)
+    assert turns_of_teachers(stage, shares, 1)[1].tolist() == first != turns_of_teachers(stage, shares, 2)[1].tolist()
     for teacher in ("frozen", "trainable"):
-        stage = make_stage(teacher=teacher)
-        assert {uses_trainable_teacher(stage, step, 0) for step in range(100)} == {teacher == "trainable"}
+        _, own = turns_of_teachers(make_stage(teacher=teacher), shares, 0)
+        assert np.unique(own).tolist() == [teacher == "trainable"]
 
 
 @pytest.mark.parametrize(
@@ -130,6 +154,7 @@ def test_stages_say_what_is_wrong(values, words):
         ({"scales": [0.0, 1.0]}, r"routing\.scales: .*above 0"),
         ({"dead_zone": 1.0}, r"routing\.dead_zone"),
         ({"settle_steps": 0}, r"routing\.settle_steps"),
+        ({"candidates": 0}, r"routing\.candidates: got 0; allowed: 1 or more"),
         ({"mode": "firm"}, r"routing\.mode: got 'firm'; allowed: 'soft', 'hard'"),
     ],
 )
