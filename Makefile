@@ -23,8 +23,10 @@ setup: $(SETUP) $(PAGE)
 run: $(SETUP) $(PAGE)
 	@$(VENV)/bin/python -m flows.cli run $(PROFILE)
 
+# Where Python shall not keep compiled code, every worker and every stage of a test would compile all of it.
 test: $(SETUP) $(PAGE)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
+	env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest \
+		-n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 soak: $(SETUP)
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/fuzz

@@ -136,10 +136,6 @@ class PackedSequences:
         self._earlier = (np.cumsum(hits, axis=0) - hits)[np.arange(len(hits)), self._schedule]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
-    def num_sequences(self, source: str) -> int:
-        """The number of sequences in one epoch of `source`."""
-        return len(self._rows[self.sources.index(source)])
-
     def source_indices(self, first: int, count: int) -> np.ndarray:
         """The index in `sources` of the source of each sample from `first` on, (count,), int64."""
         return self._schedule[np.arange(first, first + count) % len(self._schedule)]

@@ -122,11 +122,14 @@ class SplitWriter:
         written: Written | None = None,
         masked: bool = False,
     ):
-        stem, start = Path(directory) / f"{source}.{split}", written or Written()
-        self._tokens = _ArrayWriter(stem.with_name(f"{stem.name}.tokens.npy"), dtype, start.num_tokens)
-        self._offsets = _ArrayWriter(stem.with_name(f"{stem.name}.offsets.npy"), np.dtype(np.int64), start.num_offsets)
-        path = stem.with_name(f"{stem.name}.trained.npy")
-        self._trained = _ArrayWriter(path, np.dtype(bool), start.num_tokens) if masked else None
+        start = written or Written()
+
+        def array(content: str, dtype: np.dtype, size: int) -> _ArrayWriter:
+            return _ArrayWriter(Path(directory) / f"{source}.{split}.{content}.npy", dtype, size)
+
+        self._tokens = array("tokens", dtype, start.num_tokens)
+        self._offsets = array("offsets", np.dtype(np.int64), start.num_offsets)
+        self._trained = array("trained", np.dtype(bool), start.num_tokens) if masked else None
         self._num_bytes, self._num_trained = start.num_bytes, start.num_trained
         if written is None:
             self._offsets.append([0])

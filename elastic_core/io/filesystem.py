@@ -1,4 +1,4 @@
-"""The fsspec file system of a location, its retries, and its errors translated into StorageError.
+"""The fsspec file system of a location, its retries, its open files, and its errors translated into StorageError.
 
 A location is a local path or a URL. Only this file imports fsspec and the packages that fsspec needs for a scheme.
 Credentials and endpoint come from the environment (for S3, from botocore's usual variables), never from a file of
@@ -6,6 +6,7 @@ ours. Messages name only the class or the code of an error. They never repeat th
 because such texts can contain addresses and secrets.
 """
 
+import io
 import logging
 import os
 import re
@@ -151,6 +152,41 @@ def storage_errors(location: Location, action: str) -> Iterator[None]:
         if isinstance(error, FileExistsError) or _server_code(error) in _EXISTS_CODES:
             kind = AlreadyExists
         raise kind(f"{location}: cannot {action} it: {_reason(error)}") from None
+
+
+class BlockReader(io.BufferedReader):
+    """Requests whole blocks for `read1` too. Python's own requests only the few KiB that a text reader asks for."""
+
+    def read1(self, size: int = -1) -> bytes:
+        self.peek(1)  # fills an empty buffer with a block
+        return super().read1(size)
+
+
+class RemoteFile(io.RawIOBase):
+    """Reads from `file`, an open file of fsspec, and translates its errors."""
+
+    def __init__(self, file, location: Location):
+        self.file, self.location = file, location
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readinto(self, buffer) -> int:
+        with storage_errors(self.location, "read"):
+            return self.file.readinto(buffer)
+
+    def readall(self) -> bytes:
+        with storage_errors(self.location, "read"):  # Python's own readall requests only 8 KiB at a time
+            return self.file.read()
 
 
 def _library_errors(location: Location) -> tuple[type[BaseException], ...]:

@@ -19,7 +19,9 @@ from elastic_core.io.atomic import whole_file
 from elastic_core.io.filesystem import (
     S3_SCHEMES,
     AlreadyExists,
+    BlockReader,
     Location,
+    RemoteFile,
     StorageError,
     StorageUnavailable,
     is_url,
@@ -244,43 +246,8 @@ def open_binary(location: Location, block_bytes: int = BLOCK_BYTES) -> Iterator[
     with storage_errors(location, "read"):
         filesystem, path = open_filesystem(location)
         file = filesystem.open(path, "rb", block_size=block_bytes, cache_type="none")
-    with file, _BlockReader(_RemoteFile(file, location), block_bytes) as reader:
+    with file, BlockReader(RemoteFile(file, location), block_bytes) as reader:
         yield reader
-
-
-class _BlockReader(io.BufferedReader):
-    """Requests whole blocks for `read1` too. Python's own requests only the few KiB that a text reader asks for."""
-
-    def read1(self, size: int = -1) -> bytes:
-        self.peek(1)  # fills an empty buffer with a block
-        return super().read1(size)
-
-
-class _RemoteFile(io.RawIOBase):
-    """Reads from `file`, an open file of fsspec, and translates its errors."""
-
-    def __init__(self, file, location: Location):
-        self.file, self.location = file, location
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-    def readinto(self, buffer) -> int:
-        with storage_errors(self.location, "read"):
-            return self.file.readinto(buffer)
-
-    def readall(self) -> bytes:
-        with storage_errors(self.location, "read"):  # Python's own readall requests only 8 KiB at a time
-            return self.file.read()
 
 
 def upload(source: Path, location: Location) -> None:

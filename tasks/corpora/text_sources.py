@@ -137,10 +137,6 @@ class Files:
         """Estimate how many characters `texts` yields in all, for progress bars. None: nobody knows."""
         return expected_characters(self.inputs(), self.max_characters)
 
-    def paths(self) -> dict[str, int]:
-        """The files that `path` matches: see `Input.paths`."""
-        return self.inputs()[-1].paths()
-
     def inputs(self) -> list[Input]:
         """The held-out files, if they are files of their own, and the others."""
         dataset = HubDataset(self.dataset, self.config, self.split, self.revision) if self.dataset else None

@@ -4,14 +4,18 @@ import contextlib
 import difflib
 import logging
 import math
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import torch
 from datasets.exceptions import DatasetsError
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from jinja2 import TemplateError
-from lm_eval import simple_evaluate
+from lm_eval import evaluate
 from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
@@ -248,23 +252,40 @@ def _manager(include: Path | None) -> TaskManager:
 
 
 def _evaluate(section: Benchmarks, data: TokenData, model, manager: TaskManager) -> dict:
-    """lm-eval's results for the tasks of a section. Relative paths in the task files start at its `data_root`."""
+    """lm-eval's results for the tasks of a section. Relative paths in the task files start at its `data_root`.
+
+    Equal to those of lm-eval's `simple_evaluate`, which also describes the machine: it starts pip and more, for longer
+    than a small evaluation takes.
+    """
     model = Model(section, model, load_tokenizer(data.directory / "tokenizer"))
     as_turns = section.fewshot_as_multiturn
     with contextlib.chdir(section.data_root):
-        return simple_evaluate(
-            model=model,
-            tasks=list(section.tasks),
-            task_manager=manager,
+        random.seed(DEFAULT_RANDOM_SEED)  # code of tasks may sample
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
+        loaded = manager.load(list(section.tasks))
+        for task in loaded["tasks"].values():
+            _set_options(task, section)
+        return evaluate(
+            model,
+            loaded,
             limit=section.limit,
-            num_fewshot=section.num_fewshot,
             system_instruction=section.system_instruction,
             apply_chat_template=bool(section.apply_chat_template),
             fewshot_as_multiturn=bool(section.apply_chat_template) if as_turns is None else as_turns,
-            gen_kwargs=_generation(section.gen_kwargs) or None,
             bootstrap_iters=RESAMPLES,
             log_samples=False,
         )
+
+
+def _set_options(task, section: Benchmarks) -> None:
+    """Give a task of lm-eval the options of a section. `num_fewshot: 0` in a task file stays."""
+    if section.gen_kwargs and task.get_config("output_type") == "generate_until":
+        task.set_config("generation_kwargs", _generation(section.gen_kwargs), update=True)
+    given = task.get_config("num_fewshot")
+    if given is None or (section.num_fewshot is not None and given != 0):
+        task.set_config("num_fewshot", section.num_fewshot or 0)
+    task.set_fewshot_seed(DEFAULT_OTHER_SEED)
 
 
 def _generation(given: dict) -> dict:

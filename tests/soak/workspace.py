@@ -100,7 +100,7 @@ def run(command: list[str], directory: Path) -> str:
 
 def copy(prepared: Prepared, directory: Path, workers: int = 0, storage: Path | None = None) -> Path:
     """A workspace like the prepared one, with a DVC cache of its own and nothing of the stage yet."""
-    shutil.copytree(prepared.base, directory, ignore=shutil.ignore_patterns("__pycache__", "checkpoints", STAGE))
+    shutil.copytree(prepared.base, directory, ignore=shutil.ignore_patterns("checkpoints", STAGE))
     (directory / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
     yaml, path = YAML(), directory / "params.yaml"
     parameters = yaml.load(path)

@@ -1,5 +1,6 @@
 """The committed params.yaml, a small valid variant of it, changes to it, and a small parent on disk."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -21,9 +22,15 @@ COMMITTED["cost"]["table"] = str(ROOT / COMMITTED["cost"]["table"])  # found fro
 MEMORY = {"metric": "memory", "context": 512, "batch": 2, "table": COMMITTED["cost"]["table"]}
 
 
+@functools.cache
+def profile_text(name) -> str:
+    """As JSON: hundreds of tests read it, and YAML with comments takes a hundred times as long."""
+    return json.dumps(parameters(name))
+
+
 def profile_values(name):
     """params.yaml with the values of a profile, as plain lists and dictionaries."""
-    values = json.loads(json.dumps(parameters(name)))
+    values = json.loads(profile_text(name))
     values["cost"]["table"] = str(ROOT / values["cost"]["table"])
     return values
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from elastic_core import ElasticModel, Submodel, extract
 from elastic_core.errors import UserError
-from elastic_core.io import storage
+from elastic_core.io import filesystem
 from elastic_core.model import architectures, hf
 from elastic_core.model.files.weights import convert_command
 from elastic_core.model.parent_files import check_logits, check_parent_files, check_weights
@@ -160,13 +160,13 @@ def test_only_headers_are_read(parent, monkeypatch):
     config = llama(tied=False)
     config.intermediate_size = 200_000
     save_random_parent(parent, 0, config)
-    opened, original, num_bytes = [], storage._RemoteFile.readinto, []
+    opened, original, num_bytes = [], filesystem.RemoteFile.readinto, []
 
     def readinto(self, buffer):
         num_bytes.append(original(self, buffer))
         return num_bytes[-1]
 
-    monkeypatch.setattr(storage._RemoteFile, "readinto", readinto)
+    monkeypatch.setattr(filesystem.RemoteFile, "readinto", readinto)
     monkeypatch.setattr("elastic_core.io.tensor_files.safe_open", lambda *a: opened.append(a))
     check_parent_files(f"file://{parent}")
     assert not opened and 0 < sum(num_bytes) < 2**18 < (parent / SINGLE).stat().st_size / 50

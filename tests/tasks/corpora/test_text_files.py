@@ -13,6 +13,7 @@ from elastic_core.data.loader import TokenData
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from tasks import prepare_data
+from tasks.corpora.inputs import Input
 from tasks.corpora.text_sources import Files
 from tasks.prepare_data import prepare
 from tests.support.pipeline.corpora import configure, texts, write_jsonl
@@ -231,7 +232,7 @@ def test_what_can_be_known_without_reading_is_refused_by_paths(tmp_path, name, m
         (tmp_path / "corpus" / file).touch()
     (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
     with pytest.raises(UserError, match=message):
-        Files(path=str(tmp_path / name)).paths()
+        Input(str(tmp_path / name)).paths()
 
 
 def test_paths_are_the_files_and_their_sizes(tmp_path):
@@ -239,20 +240,20 @@ def test_paths_are_the_files_and_their_sizes(tmp_path):
     (tmp_path / "deep" / "b.txt.zst").write_bytes(b"not opened")
     (tmp_path / "a.TXT").write_bytes(b"123")
     expected = {str(tmp_path / "a.TXT"): 3, str(tmp_path / "deep" / "b.txt.zst"): 10}
-    assert Files(path=str(tmp_path / "**")).paths() == expected
+    assert Input(str(tmp_path / "**")).paths() == expected
 
 
 def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", LINES)
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)  # root may read every file
     with pytest.raises(UserError, match=r"a\.jsonl: no permission to read it"):
-        Files(path=str(tmp_path / "*")).paths()
+        Input(str(tmp_path / "*")).paths()
 
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", LINES)
     gone = Files(path=str(tmp_path / "a.jsonl"))
-    found = gone.paths()
+    found = Input(gone.path).paths()
     monkeypatch.setattr(storage, "glob", lambda _: {**found, str(tmp_path / "b.jsonl"): 1})
     monkeypatch.setattr(os, "access", lambda *_: True)
     with pytest.raises(UserError, match=r"b\.jsonl: cannot read it \(No such file or directory\)"):
@@ -306,11 +307,11 @@ def test_a_compressed_corpus_from_s3(s3, tmp_path, name):
     url = storage.join(s3.place, name)
     storage.upload(path, url)
     field = {"text_field": "m.text"} if name == "a.parquet" else {}
-    assert Files(path=url, **field).paths() == {url: path.stat().st_size}
+    assert Input(url).paths() == {url: path.stat().st_size}
     assert read(url, **field) == read(path, **field)
     if name != "a.parquet":
         storage.write_bytes(url, path.read_bytes()[:-5])
         with pytest.raises(UserError, match=rf"s3://.*{name}: cannot read it \(the {path.suffix} data are truncated"):
             read(url)
     with pytest.raises(UserError, match=r"path 's3://[^']*': a directory; name its files"):
-        Files(path=s3.place).paths()
+        Input(s3.place).paths()

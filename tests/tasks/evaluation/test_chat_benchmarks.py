@@ -1,12 +1,13 @@
 """Benchmarks with a chat template: what the model is shown, where its answers end, and what is scored of them."""
 
+import contextlib
 import json
 import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import lm_eval
+import lm_eval.evaluator
 import pytest
 import torch
 import yaml
@@ -14,6 +15,7 @@ import yaml
 from elastic_core.config import ConfigError, Problems, load
 from elastic_core.data.chat_template import prompt_ids
 from elastic_core.errors import UserError
+from tasks.evaluation import lm_eval_tasks
 from tasks.evaluation.lm_eval_tasks import benchmark_scores, check_benchmark_tasks
 from tasks.runtime.chat_templates import check_chat_template
 from tasks.settings.local_checks import OF_EVERY_STAGE, check_benchmarks, check_local
@@ -46,10 +48,10 @@ def section(**values):
 
 
 class Recorder:
-    """A model that notes the ids that it is asked to continue."""
+    """A model that notes the ids that it is asked to continue, and its answers, batch by batch."""
 
     def __init__(self, model):
-        self.model, self.prompts, self.lengths = model, [], []
+        self.model, self.prompts, self.answers = model, [], []
 
     def __enter__(self):
         self.generate, self.model.generate = self.model.generate, self._generate
@@ -62,7 +64,7 @@ class Recorder:
         kept = [ids[mask.bool()] for ids, mask in zip(input_ids, attention_mask, strict=True)]
         self.prompts += [ids.tolist() for ids in kept]
         output = self.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
-        self.lengths.append(output.shape[1] - input_ids.shape[1])
+        self.answers.append(output[:, input_ids.shape[1] :].tolist())
         return output
 
 
@@ -72,7 +74,11 @@ def score(section, answer, template=CHATML, eos=None):
     model = reciter(tokenizer, answer, eos)
     with Recorder(model) as recorder:
         result = benchmark_scores(section, DATA, model)["numbers"]
-    return result["value"], [tokenizer.decode(ids) for ids in recorder.prompts], recorder.lengths
+    return (
+        result["value"],
+        [tokenizer.decode(ids) for ids in recorder.prompts],
+        [len(ids[0]) for ids in recorder.answers],
+    )
 
 
 @pytest.mark.parametrize("starts_with_end", [False, True])
@@ -139,6 +145,36 @@ def test_system_prompt_and_examples_are_turns(here):
     assert [prompt.count(f"<|im_start|>{role}\n") for role in ("system", "user", "assistant")] == [1, 1, 1]
     _, prompts, _ = score(section(limit=1), "42")
     assert prompts == ["six times seven"]  # without the template
+
+
+@pytest.mark.parametrize("in_file, given", [(None, None), (None, 1), (0, 1), (1, 0), (1, None)])
+def test_results_are_those_of_simple_evaluate(here, monkeypatch, in_file, given):
+    """Of prompts, examples and sampled answers; what it says of the machine and the time is not used."""
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)  # it asks pip
+    task = write_lm_eval_task(here, generation_kwargs={"until": [], "do_sample": True, "max_gen_toks": 3})
+    examples = [json.dumps({"question": f"{n} and one", "answer": str(n + 1)}) for n in range(40)]
+    (here / "root/examples.jsonl").write_text("\n".join(examples))
+    task["dataset_kwargs"]["data_files"]["train"] = "examples.jsonl"
+    write(task if in_file is None else task | {"num_fewshot": in_file})
+    options = {"num_fewshot": given, "system_instruction": "Be brief.", "gen_kwargs": {"temperature": 20.0}}
+    tokenizer, asked = chat_tokenizer(), section(apply_chat_template=True, **options)
+    model = reciter(tokenizer, "42<|im_end|>", 5)
+    with Recorder(model) as ours:
+        found = lm_eval_tasks._evaluate(asked, DATA, model, lm_eval_tasks._manager(Path("files")))
+    with Recorder(model) as theirs, contextlib.chdir("root"):
+        expected = lm_eval.simple_evaluate(
+            model=lm_eval_tasks.Model(asked, model, tokenizer),
+            tasks=["numbers"],
+            task_manager=lm_eval_tasks._manager(here / "files"),
+            apply_chat_template=True,
+            fewshot_as_multiturn=True,
+            bootstrap_iters=lm_eval_tasks.RESAMPLES,
+            log_samples=False,
+            **options | {"gen_kwargs": {"temperature": 20.0, "do_sample": True}},
+        )
+    assert ours.prompts == theirs.prompts and ours.answers == theirs.answers
+    assert {"results", "configs", "n-samples", "group_subtasks"} <= found.keys()
+    assert found == {name: expected[name] for name in found}
 
 
 def test_gsm8k_of_lm_eval_reads_local_data(here):
