@@ -105,14 +105,18 @@ def save_comparison(run: Run, job: Job) -> None:
     """
     found = run.comparison
     with run.ranks.first_only() as is_first:
-        if not is_first:
-            return
-        for budget, rows in (found or {"candidates": {}})["candidates"].items():
-            for row in rows:
-                row["submodel"] = run.router.space.submodel(row["indices"]).to_dict()
-            kl = [f"{found[family]['kl'][budget]:.4g}" for family in ("chosen", "router")]
-            print(f"{job.name}: {budget}: best of {len(rows)} candidates, KL {kl[0]} (the router's own: {kl[1]})")
-        write_text(job.out / "candidates.json", json.dumps(found, indent=1) + "\n")
+        if is_first and found is not None:
+            candidates = {}
+            for budget, rows in found["candidates"].items():
+                submodels = [run.router.space.submodel(row["indices"]).to_dict() for row in rows]
+                candidates[budget] = [row | {"submodel": s} for row, s in zip(rows, submodels, strict=True)]
+                chosen, own = (found[name]["kl"][budget] for name in ("chosen", "router"))
+                if chosen is not None and own is not None:  # None: the model computed numbers that are not finite
+                    kl = f"KL {chosen:.4g} (the router's own: {own:.4g})"
+                    print(f"{job.name}: {budget}: best of {len(rows)} candidates: {kl}")
+            found = found | {"candidates": candidates}
+        if is_first:
+            write_text(job.out / "candidates.json", json.dumps(found, indent=1) + "\n")
 
 
 def save_family(run: Run, job: Job, source: Path, path: list[Submodel], earlier: list[dict]) -> None:

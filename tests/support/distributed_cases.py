@@ -178,8 +178,11 @@ def budgets_of_ranks(ranks, data, directory):
 
 
 def resumed(ranks, data, directory):
-    """Killed after step 4 and after step 8, resumed from 3 and from 6; and the same without a break."""
-    values = {"routed": True, "routing": Routing(share=0.5, settle_steps=100, candidates=4)}
+    """Killed after step 4 and after step 8, resumed from 3 and from 6; and the same without a break.
+
+    Step 6 has a checkpoint, and after it the choice is made, by forward passes that gather the weights.
+    """
+    values = {"routed": True, "routing": Routing(share=2 / 3, settle_steps=100, candidates=4)}
     straight = start(ranks, data, checkpoints=directory / "straight", **values)
     rows = list(train(straight))
     for steps in (4, 5):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.progress import bars
-from tasks.progress.bars import progress_bar
+from tasks.progress.bars import Bars, progress_bar
 from tests.support.pipeline.terminal import Terminal
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -92,3 +92,14 @@ def test_bars_are_there_where_those_of_libraries_are_off(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "1/2" in done.stdout and "2/2" in done.stdout
+
+
+def test_bars_by_name(seconds, capsys):
+    shown = Bars("train_short", "pass")
+    for what in ("candidates of medium", "candidates of small"):
+        for done in range(1, 4):
+            seconds[0] += 11
+            shown.show(what, done, 3)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["candidates of medium"] * 2 + ["candidates of small"] * 2
+    assert "| 3/3 [" in lines[1] and "pass" in lines[1] and shown.bars == {}

@@ -1,17 +1,21 @@
-"""What the stages that train a family check before they load a teacher or take a step."""
+"""What the stages that train a family check before they take a step, and what they say of the router's candidates."""
+
+import json
 
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from elastic_core import ElasticModel
+from elastic_core.training.candidates import choose_family
 from elastic_core.training.distributed.ranks import Ranks
+from elastic_core.training.stage import Routing
 from tasks.runs.job import Job
 from tasks.settings.sections import Compute
 from tasks.training import family
 from tests.support.models.parents import random_elastic
 from tests.support.models.routed_family import CONFIG
-from tests.support.runs import MEMBERS, make_stage
+from tests.support.runs import MEMBERS, make_run, make_stage
 
 
 def test_sequences_too_short_for_the_data_and_foreign_tokenizers(data, tmp_path, monkeypatch):
@@ -38,3 +42,20 @@ def test_sequences_too_short_for_the_data_and_foreign_tokenizers(data, tmp_path,
     with pytest.raises(ValueError, match=r"mixture: unknown source 'prose'; .* has text, short"):
         begin(make_stage(mixture={"prose": 1.0}))
     assert isinstance(begin(make_stage()).frozen_teacher, ElasticModel)
+
+
+def test_candidates_are_written_with_their_sizes_and_said(data, tmp_path, monkeypatch, capsys):
+    run, job = make_run(data, make_stage(), routed=True, routing=Routing(candidates=2)), Job("train_short", "key")
+    monkeypatch.chdir(tmp_path)
+    family.save_comparison(run, job)
+    assert json.loads((job.out / "candidates.json").read_text()) is None  # nothing was compared
+    (_, medium, _), run.comparison = choose_family(run)
+    family.save_comparison(run, job)
+    found = json.loads((job.out / "candidates.json").read_text())
+    rows = found["candidates"]["medium"]
+    assert found["chosen"]["indices"][1] == medium and {row["tokens"] > 0 for row in rows} == {True}
+    sizes = {tuple(row["indices"]): row["submodel"] for row in rows}
+    assert sizes[tuple(medium)] == json.loads(json.dumps(run.router.space.submodel(medium).to_dict()))
+    said = capsys.readouterr().out
+    kl = found["chosen"]["kl"]["medium"]
+    assert f"train_short: medium: best of {len(rows)} candidates: KL {kl:.4g} (the router's own: " in said
