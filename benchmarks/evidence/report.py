@@ -1,0 +1,3 @@
+"""x"""
+def write(*a):
+    return ""
