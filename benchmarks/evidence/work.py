@@ -18,9 +18,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from benchmarks.evidence.jobs import RANK, Job, settings_of
+from benchmarks.evidence.jobs import RANK, Job, digest_of, settings_of
 from elastic_core import Submodel, extract
-from elastic_core.cost.metrics import exact_cost, num_parameters, read_metric
 from elastic_core.data.loader import TokenData
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io.atomic import write_text
@@ -73,7 +72,10 @@ def do(directory: Path) -> dict:
     with lock.only_one(str(directory.resolve()), job.title), contextlib.chdir(directory):
         settings = settings_of(job)
         result = do_ranking(settings) if job.kind == RANK else do_training(settings, job, root)
-        commit, clean = provenance.read_commit(ROOT)
+        _, clean = provenance.read_commit(ROOT)
+        commit = provenance.git(
+            ROOT, "log", "-1", "--format=%H", "--", *provenance.CODE
+        )  # the last one that changed it
         described = {name: value for name, value in content.items() if name != "values"}
         result |= {"job": described, "commit": commit, "clean": clean, "seconds": time.monotonic() - begin}
         write_text(result_path(root, job.digest), json.dumps(result, indent=1) + "\n")
@@ -85,7 +87,9 @@ def do(directory: Path) -> dict:
 def do_ranking(settings: Params) -> dict:
     """Sort the parent, and measure it."""
     rank.work({"settings": settings, "job": runs.Job("rank", "evidence", {"stage": "rank"})}, Ranks())
-    return {"parent": held_out_scores(settings.evaluate, TokenData("artifacts/data"), load_model("artifacts/parent"), None)}
+    return {
+        "parent": held_out_scores(settings.evaluate, TokenData("artifacts/data"), load_model("artifacts/parent"), None)
+    }
 
 
 def do_training(settings: Params, job: Job, root: Path) -> dict:
@@ -104,7 +108,7 @@ def do_training(settings: Params, job: Job, root: Path) -> dict:
             "submodel": entry["submodel"],
             "num_parameters": entry["num_parameters"],
             "tokens": sum(share_of(stage, name, len(entries)) * stage.num_tokens() for stage in stages),
-            "zero_shot": scores(settings, data, parent, SORTED / "model", submodel),
+            "zero_shot": zero_shot_scores(settings, data, parent, submodel),
             "trained": scores(settings, data, parent, final, submodel),
         }
     return {"members": members, "tokens": sum(stage.num_tokens() for stage in stages), "training_seconds": seconds}
@@ -118,10 +122,7 @@ def share_of(stage, budget: str, number: int) -> float:
 
 def members_of(settings: Params, job: Job, root: Path) -> dict[str, Member] | None:
     """The fixed members of a job: those given, or the uniform counterparts of another job's. None: a router chooses."""
-    if job.source is None:
-        given = job.members
-    else:
-        given = read_json(result_path(root, job.source))["members"]
+    given = job.members if job.source is None else read_json(result_path(root, job.source))["members"]
     if given is None:
         return None
     found = {name: Member(entry["target"], Submodel(**entry["submodel"])) for name, entry in given.items()}
@@ -171,13 +172,19 @@ def train_fixed(settings: Params, job: runs.Job, members: dict[str, Member]) -> 
 def begin_untrained(settings: Params, members: dict[str, Member]) -> None:
     """The sorted parent with these members, as stage 2 reads what stage 1 has made."""
     shutil.copytree(SORTED / "model", FIRST / "model", dirs_exist_ok=True)
-    elastic_checkpoint.write(
-        FIRST / "model", hf.read_config(SORTED / "model"), members, [], metric_of_family(settings)
-    )
+    elastic_checkpoint.write(FIRST / "model", hf.read_config(SORTED / "model"), members, [], metric_of_family(settings))
+
+
+def zero_shot_scores(settings: Params, data: TokenData, parent, submodel: Submodel) -> dict:
+    """The scores of a submodel of the sorted parent; computed once for all jobs with the same ranking."""
+    path = SORTED.resolve().parents[1] / f"zero-shot-{digest_of([submodel.to_dict(), settings.evaluate.tasks])}.json"
+    if not path.is_file():
+        write_text(path, json.dumps(scores(settings, data, parent, SORTED / "model", submodel)) + "\n")
+    return read_json(path)
 
 
 def scores(settings: Params, data: TokenData, parent, directory: Path, submodel: Submodel) -> dict:
-    """The held-out scores of a submodel, and of the test tasks where the job asks for them, as evaluate measures them."""
+    """The scores of a submodel as stage evaluate measures them: held-out text, and test tasks if the job has some."""
     out = Path("extracted")
     extract(directory, submodel, out, settings.extract.heterogeneous)
     model = load_model(out)
