@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.evidence import arms as all_arms
 from benchmarks.evidence import jobs, report, schedule, work
+from elastic_core.config import require
 from elastic_core.errors import UserError
 from tasks.settings.merging import ROOT
 from tasks.settings.profiles import workspace_of
@@ -31,9 +32,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--arms-file", type=Path, action="append", default=[], help="YAML file with more arms")
     made.add_argument("--seeds", type=int, default=5, help="jobs per arm")
     made.add_argument("--router-seeds", type=int, help="jobs per arm with a router; default: twice --seeds")
-    made.add_argument("--processes", type=int, default=2, help="jobs at a time, each on one thread")
+    made.add_argument("--processes", type=int, default=2, help="jobs at a time, each on one thread; 0: in this process")
     made.add_argument("--steps-scale", type=float, default=1.0, help="share of the training steps, for a quick try")
     made.add_argument("--tasks", action="store_true", help="measure the test tasks too (chains, recall)")
+    made.add_argument("--only-report", action="store_true", help="write the results of the jobs that are done")
     made.add_argument("--jobs", type=Path, help="directory of jobs; default: benchmarks/results/jobs-PROFILE")
     made.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     return made
@@ -52,21 +54,30 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Do the jobs that are missing, and write the results. Raises UserError."""
-    for name in ("seeds", "processes", "steps_scale"):
-        if getattr(given, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')}: got {getattr(given, name)}; allowed: above 0")
+    router_seeds = 2 * given.seeds if given.router_seeds is None else given.router_seeds
+    require(given.seeds >= 1, "--seeds", given.seeds, "1 or more")
+    require(router_seeds >= given.seeds, "--router-seeds", router_seeds, f"as many as --seeds ({given.seeds}), or more")
+    require(given.processes >= 0, "--processes", given.processes, "1 or more, or 0: in this process")
+    require(given.steps_scale > 0, "--steps-scale", given.steps_scale, "above 0")
     name = Path(given.profile).stem
     chosen = all_arms.choose(all_arms.read_arms([all_arms.DEFAULTS, *given.arms_file]), given.arms)
-    plan = plan_of(given, needs_members=any(arm.members == all_arms.FIXED for arm in chosen))
+    plan = plan_of(given, router_seeds, any(arm.members == all_arms.FIXED for arm in chosen))
     rankings, groups = jobs.jobs_of(plan, chosen)
     root = (given.jobs or RESULTS / f"jobs-{name}").absolute()
     trained = [job for group in groups.values() for job in group]
-    results = schedule.run([*rankings, *trained], root, work.prepare, given.processes)
-    text = report.write(given.out, name, plan, chosen, groups, results)
-    print("\n" + text)
+    needed, problems = [*rankings, *trained], []
+    if not given.only_report:
+        problems = schedule.run(needed, root, work.prepare, work.do, given.processes)
+    results = schedule.results_of(root, needed)
+    if not results.keys() & {job.digest for job in trained}:
+        raise UserError("\n".join(problems) or f"{root}: no job of these arms has been done with these parameters")
+    print("\n" + report.write(given.out, name, plan, chosen, groups, results))
+    if problems:
+        raise UserError("\n".join(["not all jobs were done; the same command tries again", *problems]))
 
 
-def plan_of(given: argparse.Namespace, needs_members: bool) -> jobs.Plan:
+def plan_of(given: argparse.Namespace, router_seeds: int, needs_members: bool) -> jobs.Plan:
+    """The plan of the arguments. Raises UserError if data, parent or members are not there."""
     artifacts = given.artifacts
     if artifacts is None:
         if given.profile.endswith((".yaml", ".yml")):
@@ -83,7 +94,7 @@ def plan_of(given: argparse.Namespace, needs_members: bool) -> jobs.Plan:
         artifacts,
         members,
         given.seeds,
-        given.router_seeds or 2 * given.seeds,
+        router_seeds,
         given.steps_scale,
         given.tasks,
     )

@@ -6,11 +6,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.evidence.jobs import Job
-from elastic_core.errors import UserError
 from elastic_core.io.json_files import read_json
 from tasks.progress.durations import duration
 from tasks.runtime.environment import DEFAULTS
@@ -38,14 +37,14 @@ def seconds_per_work(results: Mapping[str, dict]) -> float:
 def estimate(jobs: Iterable[Job], results: Mapping[str, dict], processes: int) -> float:
     """Seconds until all jobs are done."""
     rate = seconds_per_work(results)
-    return sum(OVERHEAD + rate * job.work for job in jobs if job.digest not in results) / processes
+    return sum(OVERHEAD + rate * job.work for job in jobs if job.digest not in results) / max(1, processes)
 
 
 class Processes:
     """The processes of the jobs that run now."""
 
-    def __init__(self, root: Path, prepare, number: int):
-        self.root, self.prepare, self.number = root, prepare, number
+    def __init__(self, root: Path, prepare: Callable[[Path, Job], Path]):
+        self.root, self.prepare = root, prepare
         self.running: dict[str, tuple[subprocess.Popen, Job]] = {}
 
     def start(self, job: Job) -> None:
@@ -57,16 +56,17 @@ class Processes:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         self.running[job.digest] = process, job
 
-    def ended(self) -> list[Job]:
-        """The jobs whose processes have ended since the last call. Raises UserError for one that failed."""
+    def ended(self) -> list[tuple[Job, str | None]]:
+        """The jobs whose processes have ended since the last call, each with its problem, or None."""
         found = [(process, job) for process, job in self.running.values() if process.poll() is not None]
-        for process, job in found:
+        for _, job in found:
             del self.running[job.digest]
-            if process.returncode:
-                log = self.root / job.digest / LOG
-                lines = log.read_text(errors="replace").strip().splitlines()[-5:]
-                raise UserError(f"{job.title}: ended with status {process.returncode} ({log}): {' | '.join(lines)}")
-        return [job for _, job in found]
+        return [(job, self._problem(job, process.returncode) if process.returncode else None) for process, job in found]
+
+    def _problem(self, job: Job, status: int) -> str:
+        log = self.root / job.digest / LOG
+        end = " | ".join(log.read_text(errors="replace").strip().splitlines()[-5:])
+        return f"{job.title}: ended with status {status} ({log}): {end}"
 
     def stop(self) -> None:
         """End the processes. What they have done is in their checkpoints."""
@@ -76,34 +76,56 @@ class Processes:
             process.wait()
 
 
-def run(jobs: list[Job], root: Path, prepare, processes: int, say=print) -> dict[str, dict]:
-    """Run the jobs that are not done yet; the results of all by digest. Raises UserError when one fails.
+def run(
+    jobs: Iterable[Job],
+    root: Path,
+    prepare: Callable[[Path, Job], Path],
+    do: Callable[[Path], dict],
+    processes: int,
+    say: Callable[[str], None] = print,
+) -> list[str]:
+    """Run the jobs that are not done yet. Returns the problems of those that failed; jobs that need them are left out.
 
-    A job starts when those that it needs are done. `prepare` makes the directory of a job.
+    - `jobs`: those that others need come before them.
+    - `prepare` makes the directory of a job, and `do` does the job of a directory in this process.
+    - `processes`: how many jobs run at a time; 0: one after the other in this process, which the first error ends.
     """
     jobs = list({job.digest: job for job in jobs}.values())
-    results = results_of(root, jobs)
+    results, problems = results_of(root, jobs), []
+    left = estimate(jobs, results, processes)
+    say(f"{len(jobs)} jobs, {len(results)} done before; about {duration(left)} with {max(1, processes)} at a time")
+    begin = time.monotonic()
     waiting = [job for job in jobs if job.digest not in results]
-    pool, begin, finished = Processes(root, prepare, processes), time.monotonic(), 0
-    say(
-        f"{len(jobs)} jobs, {len(results)} done before; about {duration(estimate(waiting, results, processes))} with "
-        f"{processes} processes"
-    )
+    ended = _in_processes(waiting, set(results), Processes(root, prepare), processes)
+    if processes == 0:
+        ended = ((job, do(prepare(root, job)) and None) for job in waiting)
+    for number, (job, problem) in enumerate(ended, 1):
+        if problem is not None:
+            problems.append(problem)
+            say(problem)
+            continue
+        results |= results_of(root, [job])
+        rate, left = 3600 * number / (time.monotonic() - begin), duration(estimate(jobs, results, processes))
+        took = duration(results[job.digest]["seconds"])
+        say(f"{len(results)} of {len(jobs)} jobs, {job.title}: {took}; {rate:.1f} jobs per hour, about {left} left")
+    return problems
+
+
+def _in_processes(jobs: list[Job], done: set[str], pool: Processes, number: int) -> Iterator[tuple[Job, str | None]]:
+    """Runs the jobs, up to `number` at a time, and yields each with its problem when it has ended."""
+    waiting, failed = list(jobs), set()
     try:
         while waiting or pool.running:
-            for job in [job for job in waiting if all(digest in results for digest in job.after)]:
-                if len(pool.running) < processes:
-                    pool.start(job)
-                    waiting.remove(job)
+            ready = [job for job in waiting if done.issuperset(job.after)]
+            for job in ready[: number - len(pool.running)]:
+                pool.start(job)
+                waiting.remove(job)
             time.sleep(LOOK_SECONDS)
-            for job in pool.ended():
-                results |= results_of(root, [job])
-                finished += 1
-                left = estimate([*waiting, *(other for _, other in pool.running.values())], results, processes)
-                took = duration(results[job.digest]["seconds"])
-                rate = 3600 * finished / (time.monotonic() - begin)
-                say(f"{len(results)} of {len(jobs)} jobs, {job.title}: {took}; {rate:.1f} jobs per hour, about "
-                    f"{duration(left)} left")  # fmt: skip
+            for job, problem in pool.ended():
+                (done if problem is None else failed).add(job.digest)
+                yield job, problem
+            for job in [job for job in waiting if failed.intersection(job.after)]:
+                failed.add(job.digest)
+                waiting.remove(job)
     finally:
         pool.stop()
-    return results

@@ -34,11 +34,11 @@ class Group:
 def groups_of(
     arms: Iterable[Arm], jobs: Mapping[tuple[str, str], list[Job]], results: Mapping[str, dict]
 ) -> list[Group]:
-    """The results by arm and member, in the order of the arms. Members with the parent's cost alone are not trained."""
+    """The results by arm and member, in the order of the arms, of the jobs that are done."""
     found: dict[tuple[str, str], Group] = {}
     by_name = {arm.name: arm for arm in arms}
     for (name, _), group in jobs.items():
-        for job in group:
+        for job in (job for job in group if job.digest in results):
             result = results[job.digest]
             for member, entry in result["members"].items():
                 kept = found.setdefault((name, member), Group(by_name[name], member, {}, {}, {}))
