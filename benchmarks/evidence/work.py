@@ -94,9 +94,9 @@ def do_ranking(settings: Params) -> dict:
 
 def do_training(settings: Params, job: Job, root: Path) -> dict:
     """Train a family or a member alone, and measure every member before and after."""
-    begin = time.monotonic()
+    begin, cpu = time.monotonic(), time.process_time()
     final = train(settings, job, members_of(settings, job, root))
-    seconds = time.monotonic() - begin
+    times = {"training_seconds": time.monotonic() - begin, "cpu_seconds": time.process_time() - cpu}
     stages = [getattr(settings, name) for name in job.stages]
     entries = elastic_checkpoint.read(final)["budgets"]
     data, parent = TokenData("artifacts/data"), load_model("artifacts/parent")
@@ -111,7 +111,7 @@ def do_training(settings: Params, job: Job, root: Path) -> dict:
             "zero_shot": zero_shot_scores(settings, data, parent, submodel),
             "trained": scores(settings, data, parent, final, submodel),
         }
-    return {"members": members, "tokens": sum(stage.num_tokens() for stage in stages), "training_seconds": seconds}
+    return {"members": members, "tokens": sum(stage.num_tokens() for stage in stages), **times}
 
 
 def share_of(stage, budget: str, number: int) -> float:
