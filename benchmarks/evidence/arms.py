@@ -48,6 +48,7 @@ class Arm:
         valid = bool(self.stages) and set(self.stages) <= set(STAGES) and len(set(self.stages)) == len(self.stages)
         require(valid, "stages", self.stages, f"one or both of {', '.join(STAGES)}")
         require(not self.separate or self.members == FIXED, "members", self.members, "fixed, with separate: true")
+        require(self.tokens != "equal" or self.separate, "tokens", self.tokens, "a share, without separate: true")
         has_router = self.members != ROUTED or "train_short" in self.stages
         require(has_router, "stages", self.stages, "with train_short, in which the router learns")
 

@@ -26,6 +26,7 @@ from elastic_core.model.submodel import Submodel
 from elastic_core.search.selection import Member
 from elastic_core.training.stage import Stage
 from tasks.parents.targets import resolve
+from tasks.runtime.preflight import check_architecture
 from tasks.settings.load import read
 from tasks.settings.schema import Params
 
@@ -149,9 +150,9 @@ def jobs_of(plan: Plan, arms: Iterable[Arm]) -> tuple[list[Job], dict[tuple[str,
         values = values_of(plan.profile, arm)
         rank = ranking_job(plan, arm, values, inputs)
         rankings.setdefault(rank.digest, rank)
+        check_members(plan, arm, values)
         template = Job(TRAIN, "", arm.name, values, str(plan.artifacts), 0, share_of_tokens(plan, arm), arm.stages,
                        rank=rank.digest, tasks=plan.tasks)  # fmt: skip
-        check_members(plan, arm, values)
         seeds = range(plan.router_seeds if arm.members == ROUTED else plan.seeds)
         sources = None if arm.members in (FIXED, ROUTED) else groups[arm.members, ""]
         for only in smaller_members(plan) if arm.separate else [None]:
@@ -175,7 +176,12 @@ def share_of_tokens(plan: Plan, arm: Arm) -> float:
 
 
 def check_members(plan: Plan, arm: Arm, values: dict) -> None:
-    """Raise ConfigError if an arm with fixed members has other budgets."""
+    """Raise ConfigError if an arm with fixed members has other budgets, or one with a router impossible choices."""
+    if arm.separate and not smaller_members(plan):
+        raise ConfigError(f"arm {arm.name}: separate: got true; allowed: false, no member is below the parent's cost")
+    if arm.members == ROUTED:
+        with named(f"arm {arm.name}: params.yaml"):
+            check_architecture(read(values, "params.yaml"), hf.read_config(plan.artifacts / "parent"))
     if arm.members == FIXED and set(plan.members) != set(values["budgets"]):
         names = ", ".join(plan.members)
         raise ConfigError(

@@ -163,6 +163,7 @@ def test_the_committed_arms_can_be_read_and_name_each_other():
     ("content", "message"),
     [
         ({"member": "fixed"}, "member: unknown parameter; did you mean 'members'"),
+        ({"tokens": "equal"}, "tokens: got 'equal'; allowed: a share, without separate: true"),
         ({"tokens": 0}, "tokens: got 0.0; allowed: a share above 0, or equal"),
         ({"stages": ["train"]}, r"stages: got \('train',\); allowed: one or both of train_short, train_extended"),
         ({"members": "routed", "stages": ["train_extended"]}, "stages: got .* with train_short"),
@@ -181,6 +182,9 @@ def test_an_unknown_parameter_is_refused_before_anything_is_trained(place):
     with pytest.raises(ConfigError, match=re.escape(message)):
         values_of(str(place / "tiny.yaml"), Arm("mine", {"rank.mesure": "projection"}))
     changes = {"train_short.budget_shares": {}, "train_extended.budget_shares": {}, "budgets.tiny": 0.3}
+    message = "arm mine: params.yaml: choices.mamba_num_heads: got [4, 3]; allowed: different sizes"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        jobs.jobs_of(plan(place), [Arm("mine", {"choices.mamba_num_heads": [4, 3]}, members="routed")])
     message = "arm mine: budgets: got full, medium, small, tiny; allowed: those of the members"
     with pytest.raises(ConfigError, match=re.escape(message)):
         jobs.jobs_of(plan(place), [Arm("mine", changes)])
