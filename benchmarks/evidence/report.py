@@ -84,9 +84,10 @@ def page(name: str, plan: Plan, groups: list[Group], results: Mapping[str, dict]
         *tasks_lines(groups),
     ]
     if differences := tables.differences(groups):
-        number = sum(len(found) for _, found in differences)
-        note = f"Paired by seed; bold where the 95 % interval excludes 0. Of {number} such intervals, about "
-        lines += ["", "## Differences", "", note + f"{number / 20:.0f} would exclude 0 by chance.", ""]
+        number = sum(value.half is not None for _, found in differences for value in found.values())
+        note = "Paired by seed; bold where the 95 % interval excludes 0. If no arm differed from another, "
+        note += f"{number / 20:.1f} of these {number} intervals would be expected to exclude it by chance."
+        lines += ["", "## Differences", "", note, ""]
         lines += table(DIFFERENCES, (difference_row(*row) for row in differences))
     if quality := tables.equal_quality(groups):
         lines += ["", "## Tokens for equal quality", "", *table(QUALITY, map(quality_row, quality))]
@@ -116,10 +117,10 @@ def arm_row(group: Group) -> list[str]:
     sizes = sorted(entry["num_parameters"] for entry in entries)
     size = f"{sizes[0]:,}" if sizes[0] == sizes[-1] else f"{sizes[0]:,} to {sizes[-1]:,}"
     tokens = f"{statistics.mean(entry['tokens'] for entry in entries):,.0f}"
-    scores = [
-        estimate(group.values("loss", "zero_shot").values()),
-        *(estimate(group.values(measure).values()) for measure in MEASURES),
-    ]
+    before = set(group.values("loss", "zero_shot").values())
+    # With fixed sizes, all seeds have the same slice of the sorted parent: no interval.
+    before = before if len(before) == 1 else group.values("loss", "zero_shot").values()
+    scores = [estimate(before), *(estimate(group.values(measure).values()) for measure in MEASURES)]
     minutes = statistics.mean(group.seconds.values()) / 60
     texts = map(Estimate.text, scores)
     return [group.arm.name, group.member, str(len(entries)), size, tokens, *texts, f"{minutes:.1f}"]

@@ -16,7 +16,7 @@ from tasks.runtime.environment import DEFAULTS
 from tasks.settings.merging import ROOT
 
 LOOK_SECONDS = 0.2
-RATE = 6e9  # parameters × tokens per second of one process, before any job has ended: one core of an AMD EPYC
+RATE = 5.5e9  # parameters × tokens per second of one process, before any job has ended: one core of an AMD EPYC
 OVERHEAD = 25.0  # seconds of a job besides its training: start, measurement
 LOG = "log.txt"
 
