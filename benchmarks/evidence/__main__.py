@@ -64,7 +64,8 @@ def run(given: argparse.Namespace) -> None:
     plan = plan_of(given, router_seeds, any(arm.members == all_arms.FIXED for arm in chosen))
     rankings, groups = jobs.jobs_of(plan, chosen)
     root = (given.jobs or RESULTS / f"jobs-{name}").absolute()
-    trained = [job for group in groups.values() for job in group]
+    # One seed of all arms after the other: a call that is stopped has something to compare.
+    trained = sorted((job for group in groups.values() for job in group), key=lambda job: job.seed)
     needed, problems = [*rankings, *trained], []
     if not given.only_report:
         problems = schedule.run(needed, root, work.prepare, work.do, given.processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -82,7 +83,7 @@ def run(
     prepare: Callable[[Path, Job], Path],
     do: Callable[[Path], dict],
     processes: int,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = functools.partial(print, flush=True),
 ) -> list[str]:
     """Run the jobs that are not done yet. Returns the problems of those that failed; jobs that need them are left out.
 
