@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -77,13 +76,18 @@ class Processes:
             process.wait()
 
 
+def show(text: str) -> None:
+    """Print a line at once, also to a file."""
+    print(text, flush=True)
+
+
 def run(
     jobs: Iterable[Job],
     root: Path,
     prepare: Callable[[Path, Job], Path],
     do: Callable[[Path], dict],
     processes: int,
-    say: Callable[[str], None] = functools.partial(print, flush=True),
+    say: Callable[[str], None] = show,
 ) -> list[str]:
     """Run the jobs that are not done yet. Returns the problems of those that failed; jobs that need them are left out.
 
