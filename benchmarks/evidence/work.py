@@ -73,9 +73,8 @@ def do(directory: Path) -> dict:
         settings = settings_of(job)
         result = do_ranking(settings) if job.kind == RANK else do_training(settings, job, root)
         _, clean = provenance.read_commit(ROOT)
-        commit = provenance.git(
-            ROOT, "log", "-1", "--format=%H", "--", *provenance.CODE
-        )  # the last one that changed it
+        # The last commit that changed the pipeline's code: later ones do not change results.
+        commit = provenance.git(ROOT, "log", "-1", "--format=%H", "--", *provenance.CODE)
         described = {name: value for name, value in content.items() if name != "values"}
         result |= {"job": described, "commit": commit, "clean": clean, "seconds": time.monotonic() - begin}
         write_text(result_path(root, job.digest), json.dumps(result, indent=1) + "\n")
