@@ -4,6 +4,7 @@
 # make soak [TRIALS=50] [FUZZ=10000]   read that many broken files and arguments; then kill runs at random moments,
 #                            many times, and compare what they end at (an hour)
 # make bench [SECTIONS="steps scan"]   every goal of speed and size against its alternative (half an hour for all)
+# make evidence [PROFILE=smoke]   train a finished run's family in several ways and seeds, and compare (four hours)
 # make dashboard             Prefect server, worker and deployment in the foreground; then
 #                            .venv/bin/prefect deployment run elastic/full --watch
 # make lint                  ruff
@@ -17,7 +18,7 @@ VENV := .venv
 SETUP := $(VENV)/.ready
 PAGE := .dvc/plots/page.html
 
-.PHONY: setup run test soak bench dashboard lint
+.PHONY: setup run test soak bench evidence dashboard lint
 setup: $(SETUP) $(PAGE)
 
 run: $(SETUP) $(PAGE)
@@ -34,6 +35,9 @@ soak: $(SETUP)
 
 bench: $(SETUP)
 	env $$($(VENV)/bin/python -m tasks.runtime.environment) $(VENV)/bin/python -m benchmarks.bench $(SECTIONS)
+
+evidence: $(SETUP)
+	$(VENV)/bin/python -m benchmarks.evidence --profile $(PROFILE)
 
 dashboard: $(SETUP) $(PAGE)
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/python -m flows.dashboard
