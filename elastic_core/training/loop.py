@@ -29,25 +29,13 @@ from torch import Tensor, nn
 
 from elastic_core.data.loader import IGNORED_LABEL, Batch
 from elastic_core.model.documents import documents_of
-from elastic_core.model.norm_gains import NormRatios
-from elastic_core.search.router import anneal, noise_generator
-from elastic_core.training.candidates import choose_family
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.diagnosis import NonFiniteError, explain_gradient, explain_loss
 from elastic_core.training.distributed.gradients import average_gradients, clip_gradients, gradient_norm
-from elastic_core.training.losses import distillation_loss, resource_loss
-from elastic_core.training.run import (
-    Run,
-    matches_states,
-    members_of,
-    precision,
-    resume,
-    save,
-    take_norms,
-    teacher_of,
-    trained_modules,
-)
-from elastic_core.training.stage import MAX_ENTROPY, MIN_ANNEALED, assign_budgets
+from elastic_core.training.losses import distillation_loss
+from elastic_core.training.routing import choose_slice, router_entropy, settle
+from elastic_core.training.run import Run, matches_states, precision, resume, save, teacher_of, trained_modules
+from elastic_core.training.stage import assign_budgets
 from elastic_core.training.state_matching import StateMatching
 
 LOSSES = ("loss", "ce", "kl", "state")  # the numbers of a microbatch that are summed over ranks
@@ -201,38 +189,6 @@ def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_la
     return result
 
 
-def choose_slice(run: Run, microbatch: int, budget: str):
-    """(the part of the model to compute with, resource loss (), expected cost ()) of a microbatch.
-
-    Once the family is settled, this is the slice of the budget's submodel, and the other two are None. While the router
-    learns, it is the full model with soft gates; or, with routing.mode 'hard', the slice of the most probable choice
-    with straight-through gates.
-    """
-    if run.members is not None:
-        return run.slice_of_budget(budget), None, None
-    index, space = list(run.budgets).index(budget), run.router.space
-    tau, scale = anneal(annealed(run), run.routing.temperatures, run.routing.scales)
-    probs = run.router.probs(index, tau, scale, noise_generator(run.seed, run.step, microbatch))
-    cost = space.cost(probs)
-    loss = resource_loss(cost, run.budgets[budget] * run.parent_cost, run.routing.dead_zone)
-    if run.routing.mode == "soft":
-        sliced = run.model.slice(gates=space.soft_gates(probs))
-        return sliced.with_norm_gains(soft_gains(run, probs)), loss, cost.detach()
-    indices = [int(prob.argmax()) for prob in probs]
-    return run.model.slice(space.submodel(indices), space.hard_gates(probs, indices)), loss, cost.detach()
-
-
-def soft_gains(run: Run, probs: list[Tensor]) -> dict[str, Tensor]:
-    """The norm gains while the router mixes sizes: with norm ratios, the model's gains times the expected ratio."""
-    if not isinstance(run.model.norm_gains, NormRatios):
-        return {}
-    slots = run.router.space.slots
-    number = next(i for i, slot in enumerate(slots) if slot.axis == "hidden")
-    factors = run.model.norm_gains.expected(slots[number].sizes, probs[number]).to(run.ranks.device)
-    names = run.model.norm_gains.ratios
-    return {name: run.model.get_parameter(name) * factor for name, factor in zip(names, factors.unbind(), strict=True)}
-
-
 def fetch_numbers(
     run: Run, assigned: list[str], results: list[dict], norms: list[Tensor]
 ) -> tuple[list[dict], list[float]]:
@@ -290,43 +246,6 @@ def skip_step(run: Run, microbatches: list[dict]) -> None:
     sliced, *_ = choose_slice(run, bad, microbatches[bad]["budget"])
     with precision(run.stage, run.ranks.device), torch.no_grad():
         raise NonFiniteError(explain_loss(run, bad, microbatches[bad], sliced, microbatch_data(run, bad)))
-
-
-def annealed(run: Run) -> float:
-    """How much of the router's annealing is done, from 0 to 1."""
-    return min(1.0, run.step / (run.routing.share * run.stage.steps))
-
-
-def router_entropy(run: Run) -> dict[str, dict[str, float]]:
-    """For each axis, the `mean` and `max` entropy of its slots over all budgets below 1.0, without noise.
-
-    An entropy is a share of that of equal probabilities: 1 if all choices are equally probable, 0 if one is certain.
-    """
-    tau, scale = anneal(annealed(run), run.routing.temperatures, run.routing.scales)
-    entropies = run.router.entropies(tau, scale)
-    return {axis: {"mean": sum(found) / len(found), "max": max(found)} for axis, found in entropies.items()}
-
-
-def settle(run: Run, entropy: dict[str, dict[str, float]]) -> None:
-    """Set the final members of the family, if the router's choice has settled or if its share of the stage is over.
-
-    The choice has settled when it has been the same for `routing.settle_steps` steps, with all costs within the dead
-    zone (at least 0.1 %) of their targets, MIN_ANNEALED of the annealing is done, and no slot has an entropy above
-    MAX_ENTROPY. `entropy` is that of `router_entropy`.
-    """
-    routing, choices = run.routing, run.router.choices()
-    within = all(
-        abs(run.router.space.exact_cost(choice) / (target * run.parent_cost) - 1) <= max(routing.dead_zone, 1e-3)
-        for choice, target in zip(choices, run.router.targets, strict=True)
-    )
-    run.settled_for = run.settled_for + 1 if within and choices == run.last_choices else 0
-    run.last_choices = choices
-    is_certain = all(axis["max"] <= MAX_ENTROPY for axis in entropy.values())
-    has_settled = run.settled_for >= routing.settle_steps and annealed(run) >= MIN_ANNEALED and is_certain
-    if has_settled or run.step >= routing.share * run.stage.steps:
-        run.indices, run.comparison = choose_family(run)
-        run.members = members_of(run)
-        take_norms(run, start=True)
 
 
 def peak_memory(device: torch.device) -> int:

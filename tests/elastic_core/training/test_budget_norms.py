@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from elastic_core import ElasticModel, extract
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model import architectures
-from elastic_core.training.loop import soft_gains, train
+from elastic_core.training.loop import train
+from elastic_core.training.routing import soft_gains
 from elastic_core.training.stage import Routing
 from tests.support.models.parents import random_ids, random_ratios, relative_error
 from tests.support.models.routed_family import CONFIG

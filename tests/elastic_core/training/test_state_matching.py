@@ -204,7 +204,7 @@ def test_without_a_weight_nothing_is_matched(data, monkeypatch):
 def test_a_teacher_is_run_where_it_is_needed(data):
     """Not for states that are not matched yet."""
     stage = make_stage(loss=Loss(1.0, 0.0, state_weight=0.3), steps=8)
-    run, passes = make_run(data, stage, routed=True, routing=Routing(share=0.5, settle_steps=100)), []
+    run, passes = make_run(data, stage, routed=True, routing=Routing(share=0.5, settle_steps=100, candidates=1)), []
     run.teacher.model.register_forward_hook(lambda *_: passes.append(run.step))
     rows = list(train(run))
     assert [row["mode"] for row in rows] == ["soft"] * 4 + ["hard"] * 4 and min(passes) == 4 and len(passes) == 12
