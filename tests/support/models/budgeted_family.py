@@ -54,7 +54,7 @@ def train_family(data, metric, budgets):
         PackedSequences(data, stage.mixture, stage.sequence_length, seed=1),
         targets,
         router=router,
-        routing=Routing(share=0.75, learning_rate=3e-2),
+        routing=Routing(share=0.75, learning_rate=3e-2, candidates=4),
         teacher=random_elastic(0, CONFIG),
     )
     return run, list(train(run))
