@@ -85,8 +85,9 @@ def page(name: str, plan: Plan, groups: list[Group], results: Mapping[str, dict]
     ]
     if differences := tables.differences(groups):
         number = sum(value.half is not None for _, found in differences for value in found.values())
-        note = "Paired by seed; bold where the 95 % interval excludes 0. If no arm differed from another, "
-        note += f"{number / 20:.1f} of these {number} intervals would be expected to exclude it by chance."
+        note = "Paired by seed; bold where the 95 % interval excludes 0."
+        if number:
+            note += f" If no arm differed from another, about {number / 20:.1f} of the {number} would do so by chance."
         lines += ["", "## Differences", "", note, ""]
         lines += table(DIFFERENCES, (difference_row(*row) for row in differences))
     if quality := tables.equal_quality(groups):
@@ -137,7 +138,7 @@ def quality_row(row: tables.EqualQuality) -> list[str]:
     reached = ", ".join(f"{member} {value:.4f}" for member, value in row.reached.items())
     parts = ", ".join(f"{member} {tokens_text(part)}" for member, part in row.parts.items())
     ratio = "open" if row.ratio is None else f"{row.ratio.bound} {row.ratio.number:.2f}".strip()
-    by_seed = "–" if row.by_seed is None else row.by_seed.text(2)
+    by_seed = "–" if row.by_seed is None else f"{row.by_seed.text(2)} ({row.by_seed.number} seeds)"
     return [MEASURES[row.measure], f"{row.tokens:,.0f}", reached, parts, ratio, by_seed]
 
 
