@@ -132,7 +132,7 @@ def write_profile(path, artifacts):
         "prepare_data": {"sources": {"text": {"kind": "files", "path": "text.txt"}}},
         "parent": {"path": str(artifacts / "parent")},
         "rank": {"batches": 2, "batch_size": 2, "sequence_length": 16, "depth_batches": 1},
-        "routing": {"share": 0.5, "settle_steps": 2},
+        "routing": {"share": 0.5, "settle_steps": 2, "candidates": 1},
         "train_short": SHORT,
         "train_extended": EXTENDED,
         "evaluate": {"held_out": ["text"], "max_tokens": 64, "sequence_length": 16, "tasks": []},
