@@ -167,7 +167,7 @@ def width_orders(
     """Orders of all widths by importance, by the weights' magnitude and by chance, with the ranking's name."""
     units = elastic_units(model.layout)
     for measure, aggregation in dict.fromkeys([*IMPORTANCES, (section.measure, section.aggregation)]):
-        options = {"measure": measure, "aggregation": aggregation}
+        options = {"measure": measure, "aggregation": aggregation, "basis": "channels", "private_norms": False}
         ranking = rank(model, batches, **options, depth_method="one_shot_nmse", depth_batches=1)
         yield f"importance ({measure}, {aggregation})", ranking.orders
     magnitudes = weight_magnitudes(dict(model.named_parameters()), model.layout)
