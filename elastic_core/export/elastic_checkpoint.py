@@ -19,7 +19,10 @@ from elastic_core.model.submodel import Submodel, full_submodel
 from elastic_core.search.selection import Member
 
 FILE = "elastic.json"
-SHAPE = {"cost": (str, dict), "budgets": {str: {"target": float, "submodel": dict}}, "path": [dict]}
+SHAPE = {
+    **{"cost": (str, dict), "budgets": {str: {"target": float, "submodel": dict}}, "path": [dict]},
+    "private_norms?": bool,
+}
 
 
 def write(
@@ -73,13 +76,26 @@ def read(directory: str | os.PathLike) -> dict:
         metric = read_metric(content["cost"])
         found = [entry["submodel"] for entry in content["budgets"].values()] + content["path"]
         submodels = [load(Submodel, values, "submodel") for values in found]
-    if content.get("private_norms") and not (Path(directory) / norm_gains.BUDGETS).is_file():
-        raise UserError(f"{directory}: no {norm_gains.BUDGETS}, which {FILE} says it has; copy the checkpoint again")
     config = hf.read_config(directory)
     with named(file):
         for submodel in submodels:
             exact_cost(metric, config, submodel)
+    if content.get("private_norms"):
+        members = dict(zip(content["budgets"], submodels, strict=False))  # the path comes after them
+        _check_private_norms(directory, config, members)
     return content
+
+
+def _check_private_norms(directory: str | os.PathLike, config, members: dict[str, Submodel]) -> None:
+    """Raise UserError unless the directory has gains of the norms for every member that is not the whole model."""
+    if not (Path(directory) / norm_gains.BUDGETS).is_file():
+        raise UserError(f"{directory}: no {norm_gains.BUDGETS}, which {FILE} says it has; copy the checkpoint again")
+    known = {full_submodel(config), *norm_gains.read(directory, config).submodels.values()}
+    if missing := [name for name, submodel in members.items() if submodel.resolve(config) not in known]:
+        raise UserError(
+            f"{directory}: {norm_gains.BUDGETS} is of another family than {FILE}: it has no gains for the submodel of "
+            f"{', '.join(missing)}; copy the checkpoint again"
+        )
 
 
 class OutOfReach(UserError):

@@ -109,7 +109,7 @@ class TensorReader:
     """Reads tensors of a directory's safetensors files by canonical name (the name of the parameter), when asked.
 
     `files[name]` is the position of a tensor: (file, name in the file). `stacks[name]` has the positions of all experts
-    of a stack that is stored as one matrix for each expert (expert_files.py). `all_files` has the names of all files.
+    of a stack that is stored as one matrix for each expert (files/experts.py). `all_files` has the names of all files.
     A URL is possible too, for `check` and `stored`, which read only headers.
     Raises UserError for a directory without safetensors files, or of an unknown architecture.
     """

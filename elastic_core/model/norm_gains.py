@@ -24,9 +24,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from elastic_core.errors import UserError
+from elastic_core.config import load
+from elastic_core.errors import UserError, named
 from elastic_core.io.json_files import parse_json
-from elastic_core.io.tensor_files import open_checked
+from elastic_core.io.tensor_files import open_checked, read_header
 from elastic_core.model import architectures
 from elastic_core.model.dims import count
 from elastic_core.model.submodel import Submodel
@@ -64,7 +65,8 @@ class NormRatios:
 class BudgetGains:
     """The trained gains of every budget that is smaller than the whole model, largest budget first.
 
-    `submodels` has the resolved submodel of each budget, and `gains` its gains. Channels that a budget does not keep
+    `submodels` has the resolved submodel of each budget, nested in the one before it (see `check_nested`). `gains` has
+    its gains. If two budgets have the same submodel, the gains of the first count. Channels that a budget does not keep
     have gains too: the initial ones. Interpolation needs them.
     """
 
@@ -112,29 +114,39 @@ def _num_parameters(config, submodel: Submodel) -> int:
 
 def read(directory: str | os.PathLike, config) -> NormRatios | BudgetGains | None:
     """The gains of submodels in a model directory, or None if it has none. Raises UserError for a damaged file."""
-    names, shape = architectures.norm_names(config), (config.hidden_size,)
     file = Path(directory) / BUDGETS
     if file.is_file():
         with open_checked(file) as handle:
-            content = parse_json((handle.metadata() or {}).get("budgets", "").encode(), file)
-            submodels = {name: Submodel(**values).resolve(config) for name, values in content.items()}
-            gains = {budget: _read(handle, file, f"{budget}.", names, shape) for budget in submodels}
-        return BudgetGains(submodels, gains)
+            metadata = handle.metadata() or {}
+        content = parse_json(metadata.get("budgets", "").encode(), f"{file}: budgets in its metadata", {str: dict})
+        with named(file):
+            submodels = {name: load(Submodel, values, name).resolve(config) for name, values in content.items()}
+            check_nested(config, submodels)
+        return BudgetGains(submodels, {budget: _read(file, config, f"{budget}.") for budget in submodels})
     file = Path(directory) / RATIOS
-    if file.is_file():
-        with open_checked(file) as handle:
-            return NormRatios(_read(handle, file, "", names, shape))
-    return None
+    return NormRatios(_read(file, config)) if file.is_file() else None
 
 
-def _read(handle, file: Path, prefix: str, names: list[str], shape: tuple[int, ...]) -> Gains:
-    stored, gains = set(handle.keys()), {}
-    for name in names:
-        if f"{prefix}{name}" not in stored:
-            raise UserError(f"{file}: lacks {prefix}{name}; copy the model again")
-        gains[name] = handle.get_tensor(f"{prefix}{name}")
-        if tuple(gains[name].shape) != shape or not gains[name].isfinite().all():
-            raise UserError(f"{file}: {prefix}{name} is not {shape[0]} finite numbers; copy the model again")
+def check_nested(config, submodels: Mapping[str, Submodel]) -> None:
+    """Raise UserError unless each of the budgets' resolved submodels is nested in the one before it."""
+    for (larger, outer), (smaller, inner) in itertools.pairwise(submodels.items()):
+        if not inner.is_within(outer, config):
+            raise UserError(
+                f"budget {smaller} ({inner}) is not nested in {larger} ({outer}); gains of norms need nested budgets, "
+                "largest first"
+            )
+
+
+def _read(file: Path, config, prefix: str = "") -> Gains:
+    """The tensors of a file that are named `prefix` and a norm, one for each norm. Raises UserError."""
+    stored, gains, size = read_header(file), {}, config.hidden_size
+    with open_checked(file) as handle:
+        for name in architectures.norm_names(config):
+            if f"{prefix}{name}" not in stored:
+                raise UserError(f"{file}: lacks {prefix}{name}; copy the model again")
+            gains[name] = handle.get_tensor(f"{prefix}{name}").float()
+            if gains[name].shape != (size,) or not gains[name].isfinite().all():
+                raise UserError(f"{file}: {prefix}{name} is not {size} finite numbers; copy the model again")
     return gains
 
 

@@ -1,11 +1,15 @@
 """Elastic checkpoints with broken files: read, or refused by one message that names the directory."""
 
 import json
+import re
 
 import pytest
+import safetensors.torch
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_core import ElasticModel, Submodel, extract
 from elastic_core.cost.latency import Latency
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import PARAMETERS
@@ -13,14 +17,17 @@ from elastic_core.errors import UserError
 from elastic_core.export.elastic_checkpoint import find_submodel
 from elastic_core.export.nested import NestedModel
 from elastic_core.io.provenance_file import read_provenance
+from elastic_core.model import hf
+from elastic_core.model.norm_gains import BUDGETS, RATIOS
 from flows.cli.show_inspect import show
 from tasks.commands.extract import find_budget
 from tasks.commands.find_family import budget_names
 from tasks.commands.generate import generate
 from tasks.commands.inspect import inspect_checkpoint
 from tests.support.fuzzing import directories
-from tests.support.fuzzing.broken import broken_file
+from tests.support.fuzzing.broken import broken_file, broken_metadata, broken_tensors, header_of, with_header
 from tests.support.fuzzing.calls import call, examples
+from tests.support.models.parents import random_ratios
 from tests.support.oracles.latencies import make_table
 
 METRICS = {
@@ -180,6 +187,100 @@ def test_generate(scratch, name):
 
     with directories.restored(file):
         check()
+
+
+@pytest.fixture(scope="module")
+def with_gains(scratch):
+    """A family whose budgets have gains of the norms of their own, and which can be read."""
+    directory = directories.add_norm_gains(directories.write_family(scratch / "gains", "llama"))
+    assert not [end for end in read_norms(scratch, directory, "valid") if isinstance(end, UserError)]
+    return directory
+
+
+def read_norms(scratch, directory, target: str) -> list:
+    """Whatever reads gains of the norms. What is read can be computed with."""
+
+    def compute():
+        model = ElasticModel.from_pretrained(directory)
+        assert model(torch.arange(4)[None], Submodel(hidden_size=4)).isfinite().all()
+
+    def write():
+        extract(directory, "small", scratch / "extracted")
+
+    ends = [call(f"{target}: {f.__name__}", scratch, f, directory) for f in (compute, write)]
+    return ends + read(scratch, directory, target)
+
+
+def test_gains_of_budgets(scratch, with_gains):
+    file = with_gains / BUDGETS
+    valid = file.read_bytes()
+
+    @examples(16)
+    @given(content=broken_metadata(valid, "budgets"))
+    def check(content):
+        file.unlink()  # an earlier call may have mapped it
+        file.write_bytes(content)
+        read_norms(scratch, with_gains, "norm gains")
+
+    with directories.restored(file):
+        check()
+
+
+def test_ratios_of_norms(scratch):
+    directory = directories.write_family(scratch / "ratios", "qwen3")
+    random_ratios(hf.read_config(directory)).write(directory)
+    assert not [end for end in read_norms(scratch, directory, "valid") if isinstance(end, UserError)]
+    file = directory / RATIOS
+    valid = file.read_bytes()
+
+    @examples(12)
+    @given(content=broken_tensors(valid))
+    def check(content):
+        file.unlink()
+        file.write_bytes(content)
+        read_norms(scratch, directory, "norm ratios")
+
+    check()
+
+
+SMALL, MIDDLE = ({"hidden_size": size, "kept_layers": [0, 1]} for size in (4, 6))
+
+
+@pytest.mark.parametrize(
+    "budgets, words",
+    [
+        ("", "is empty"),
+        ("{", "not valid JSON"),
+        ("[]", "expected an object"),
+        ('{"small": 3}', "small holds a JSON int"),
+        ('{"small": {"size": 3}}', "size: unknown parameter"),
+        ('{"small": {"hidden_size": 9}}', "hidden_size: got 9"),
+        (json.dumps({"small": SMALL, "middle": MIDDLE}), "budget middle .* is not nested in small"),
+        (json.dumps({"other": MIDDLE, "small": SMALL}), "lacks other.model"),
+        (json.dumps({"middle": MIDDLE}), "no gains for the submodel of small"),
+    ],
+)
+def test_gains_of_budgets_that_were_found(scratch, with_gains, budgets, words):
+    """The message says what is wrong, and names the file or, where it does not fit elastic.json, the directory."""
+    directory = directories.copy(with_gains, scratch / "found")
+    header, rest = header_of((directory / BUDGETS).read_bytes())
+    header["__metadata__"]["budgets"] = budgets
+    (directory / BUDGETS).write_bytes(with_header(header, rest))
+    end = call("found", scratch, lambda: find_submodel(directory, "small"), directory)
+    assert isinstance(end, UserError) and re.search(words, str(end)), end
+
+
+def test_gains_that_are_no_numbers(scratch, with_gains):
+    directory = directories.copy(with_gains, scratch / "found")
+    tensors = safetensors.torch.load_file(directory / BUDGETS)
+    with safetensors.safe_open(directory / BUDGETS, "pt") as handle:
+        metadata = handle.metadata()
+    name = next(iter(tensors))
+    gain = tensors[name]
+    for broken in (gain * float("nan"), gain.long(), gain[1:], gain.double() * 1e300):
+        safetensors.torch.save_file(tensors | {name: broken}, directory / BUDGETS, metadata)
+        end = call("found", scratch, lambda: extract(directory, "small", scratch / "extracted"), directory / BUDGETS)
+        assert isinstance(end, UserError) and name in str(end)
 
 
 @examples(12)

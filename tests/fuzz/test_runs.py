@@ -6,10 +6,12 @@ import shutil
 
 import psutil
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_core import Submodel, rank, sort_
 from elastic_core.cost.latency_table import Table
 from elastic_core.errors import UserError
 from elastic_core.io.fingerprints import DigestCache
@@ -20,8 +22,9 @@ from tasks.progress.metrics_file import NewRows, drop_cut_off_line, read_rows
 from tasks.runs import lock, provenance
 from tasks.runs.old_runs import find_runs
 from tests.support.fuzzing import directories
-from tests.support.fuzzing.broken import broken_bytes, broken_file, broken_json, json_values
+from tests.support.fuzzing.broken import broken_bytes, broken_file, broken_json, broken_tensors, json_values
 from tests.support.fuzzing.calls import call, examples
+from tests.support.models.parents import random_elastic
 from tests.support.oracles.latencies import make_table
 
 RECORD = {
@@ -105,6 +108,62 @@ def test_ranking(scratch, content):
     path = scratch / "ranking.json"
     path.write_bytes(content)
     call("ranking.json", scratch, lambda: Ranking.load(path), path)
+
+
+def sort_by(path) -> None:
+    """Read a ranking and sort a model by it, which then computes numbers."""
+    config = directories.CONFIGS["llama"]()
+    config.tie_word_embeddings = False
+    model = sort_(random_elastic(0, config), Ranking.load(path))
+    model(torch.arange(4)[None], Submodel(hidden_size=4))
+
+
+@pytest.fixture(scope="module")
+def rotation(scratch):
+    """The ranking of the same model, with a basis and norm ratios in the file beside it."""
+    path = scratch / "rotation" / "ranking.json"
+    config = directories.CONFIGS["llama"]()
+    ranking = rank(random_elastic(0, config), [torch.arange(8)[None]], depth_method="one_shot_nmse")
+    ranking.save(path)
+    assert call("valid", scratch, lambda: sort_by(path)) is None
+    return path
+
+
+@examples(16)
+@given(data=st.data())
+def test_the_tensors_of_a_ranking(scratch, rotation, data):
+    file = data.draw(st.sampled_from([rotation, rotation.with_suffix(".safetensors")]))
+    with directories.restored(file):
+        valid = file.read_bytes()
+        file.unlink()  # an earlier call may have mapped it
+        kind = broken_file(json.loads(valid)) if file == rotation else broken_tensors(valid)
+        file.write_bytes(data.draw(kind))
+        call("ranking.safetensors", scratch, lambda: sort_by(rotation), rotation.with_suffix(""), "ranking:")
+
+
+def test_tensors_of_rankings_that_were_found(scratch, rotation):
+    file = rotation.with_suffix(".safetensors")
+    tensors = safetensors.torch.load_file(file)
+    name = next(name for name in tensors if name != "axes")
+    with directories.restored(file):
+        for change in (
+            {"axes": tensors["axes"][0]},
+            {"axes": tensors["axes"] * float("nan")},
+            {"axes": tensors["axes"].long()},
+            {name: tensors[name][1:]},
+            {name: tensors[name] * float("inf")},
+            {name: tensors[name].bool()},
+        ):
+            safetensors.torch.save_file(tensors | change, file)
+            end = call("found", scratch, lambda: sort_by(rotation))
+            assert isinstance(end, UserError), change
+        file.unlink()
+        end = call("found", scratch, lambda: sort_by(rotation), file)
+        assert isinstance(end, UserError) and "is missing" in str(end)
+    with directories.restored(rotation):
+        for names in (["axes", name], ["axes", "x"], "axes", [3]):
+            rotation.write_text(json.dumps(json.loads(rotation.read_text()) | {"tensors": names}))
+            assert isinstance(call("found", scratch, lambda: sort_by(rotation)), UserError), names
 
 
 @examples(12)

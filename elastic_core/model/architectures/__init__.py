@@ -43,7 +43,7 @@ Decoding with transformers (export/nested.py)
 - `copy_state(config, layer, state, within, cache, number)`: copy a part of a layer's cache to a smaller model's cache.
 
 Experts need no further definitions: a stack (experts.i, rows, columns) in the table is one matrix for each expert in
-files (expert_files.py), and a token uses `config.num_experts_per_tok` of them.
+files (files/experts.py), and a token uses `config.num_experts_per_tok` of them.
 """
 
 import copy

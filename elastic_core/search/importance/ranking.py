@@ -10,14 +10,13 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from elastic_core.data.loader import Batch
 from elastic_core.errors import UserError
 from elastic_core.io.atomic import whole_file, write_text
 from elastic_core.io.json_files import read_json
-from elastic_core.io.tensor_files import open_checked
+from elastic_core.io.tensor_files import open_checked, read_header
 from elastic_core.model.dims import elastic_units
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.search.importance.basis import check_basis, measure_ratios, principal_axes
@@ -27,7 +26,10 @@ from elastic_core.search.importance.methods import AGGREGATIONS, BASES, DEPTH_ME
 from elastic_core.search.importance.state import RankingState
 from elastic_core.search.importance.widths import order_units, score_widths
 
-SHAPE = {"depth": [int], "depth_scores": {str: float}, "scores": {str: list}, "orders": {str: list}}  # of its file
+SHAPE = {  # of its file
+    **{"depth": [int], "depth_scores": {str: float}, "scores": {str: list}, "orders": {str: list}},
+    "tensors?": [str],  # the names in the file beside it
+}
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,9 @@ class Ranking:
     @classmethod
     def load(cls, path: str | os.PathLike) -> Ranking:
         """Read what `save` has written. Raises UserError for another or a damaged file."""
-        content, tensors = read_json(path, shape=SHAPE), {}
-        names = content.get("tensors", [])
+        content = read_json(path, shape=SHAPE)
+        tensors = _read_tensors(path, content["tensors"]) if content.get("tensors") else {}
         try:
-            if names:
-                with open_checked(_tensors_of(path)) as handle:
-                    tensors = {name: handle.get_tensor(name) for name in names}
             return cls(
                 scores={key: torch.tensor(value, dtype=torch.float64) for key, value in content["scores"].items()},
                 orders={key: torch.tensor(value, dtype=torch.int64) for key, value in content["orders"].items()},
@@ -83,12 +82,24 @@ class Ranking:
                 axes=tensors.pop("axes", None),
                 norm_ratios=tensors,
             )
-        except (TypeError, ValueError, RuntimeError, OverflowError, SafetensorError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise UserError(f"{path}: is not a ranking ({error}); run stage rank again") from None
 
 
 def _tensors_of(path: str | os.PathLike) -> Path:
     return Path(path).with_suffix(".safetensors")
+
+
+def _read_tensors(path: str | os.PathLike, names: list[str]) -> dict[str, Tensor]:
+    """The tensors `names` of the file beside a ranking: the axes in float64, norm ratios in float32."""
+    file = _tensors_of(path)
+    if not file.is_file():
+        raise UserError(f"{file}: is missing, but {path} needs it; run stage rank again")
+    if missing := sorted(set(names) - read_header(file).keys()):
+        raise UserError(f"{file}: lacks {', '.join(missing[:3])}; run stage rank again")
+    with open_checked(file) as handle:
+        tensors = {name: handle.get_tensor(name) for name in names}
+    return {name: tensor.double() if name == "axes" else tensor.float() for name, tensor in tensors.items()}
 
 
 def rank(

@@ -38,20 +38,33 @@ def sorted_tensors(config, read: Callable[[str], Tensor], ranking: Ranking) -> I
 
     `read(name)` returns a parameter of the model, such as `TensorReader.read`: so the model does not have to be in
     memory. Raises UserError if an order is not a permutation of the model's units, if it moves a unit to another group,
-    or if the ranking has a basis of another size.
+    or if the ranking has a basis or norm ratios of another model.
     """
     layout = architectures.parameter_layout(config)
     check_orders(layout, ranking)
+    check_basis_and_ratios(config, ranking)
     gains = {name: read(name).clone() for name in architectures.norm_names(config)}
-    if ranking.axes is not None:
-        check_basis(config)
-        if ranking.axes.shape != (config.hidden_size, config.hidden_size):
-            raise UserError(f"ranking: a basis of {len(ranking.axes)} axes; this model has {config.hidden_size}")
     for name, dims in layout.items():
         tensor = read(name)
         if ranking.axes is not None:
             tensor = rotated(config, name, tensor, ranking.axes, gains)
         yield name, permute(tensor, dims, ranking.orders)
+
+
+def check_basis_and_ratios(config, ranking: Ranking) -> None:
+    """Raise UserError unless basis and norm ratios, if the ranking has some, have the sizes and names of this model."""
+    names, size = architectures.norm_names(config), config.hidden_size
+    if ranking.axes is not None:
+        check_basis(config)
+        if ranking.axes.shape != (size, size) or not ranking.axes.isfinite().all():
+            given = " × ".join(map(str, ranking.axes.shape))
+            raise UserError(f"ranking: a basis of {given} numbers; this model needs {size} × {size} finite ones")
+    if ranking.norm_ratios and ranking.norm_ratios.keys() != set(names):
+        unknown = sorted(ranking.norm_ratios.keys() ^ set(names))
+        raise UserError(f"ranking: norm ratios of another model: {', '.join(unknown[:3])}; rank this model again")
+    for name, ratios in ranking.norm_ratios.items():
+        if ratios.shape != (size,) or not ratios.isfinite().all():
+            raise UserError(f"ranking: the norm ratios of {name} are not {size} finite numbers; rank this model again")
 
 
 def check_orders(layout: Layout, ranking: Ranking) -> None:

@@ -17,6 +17,7 @@ from tests.support.models.parents import (
     random_elastic,
     random_llama_config,
     random_moe_config,
+    random_ratios,
     relative_error,
     save_random_parent,
 )
@@ -144,8 +145,22 @@ def test_tied_embeddings_are_refused_until_they_are_untied(tmp_path, seed):
 
 def test_a_basis_of_another_size_is_refused():
     model = random_elastic(2)
-    with pytest.raises(UserError, match="a basis of 3 axes"):
+    with pytest.raises(UserError, match="a basis of 3 × 3 numbers"):
         sort_(model, Ranking({}, {}, tuple(range(len(model.model.layers))), axes=torch.eye(3, dtype=torch.float64)))
+
+
+def test_norm_ratios_of_another_model_are_refused():
+    model = random_elastic(2)
+    depth = tuple(range(len(model.model.layers)))
+    ratios = random_ratios(model.config).ratios
+    name = next(iter(ratios))
+    unknown = {name.replace("layers.0", "layers.99"): ratios[name]}
+    for change, words in ((unknown, "of another model: .*layers.99"), ({name: ratios[name][1:]}, "not 32 finite")):
+        found = {key: value for key, value in ratios.items() if key != name} | change
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(UserError, match=words):
+            sort_(model, Ranking({}, {}, depth, norm_ratios=found))
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 STREAM = """

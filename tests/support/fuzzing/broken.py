@@ -78,6 +78,23 @@ def broken_tensors(draw, valid: bytes) -> bytes:
     return length.to_bytes(8, "little") + text + rest
 
 
+@st.composite
+def broken_metadata(draw, valid: bytes, key: str) -> bytes:
+    """A safetensors file in whose metadata the JSON text of `key` is broken, or as `broken_tensors`."""
+    if draw(st.booleans()):
+        return draw(broken_tensors(valid))
+    header, rest = header_of(valid)
+    content = json.loads(header["__metadata__"][key])
+    header["__metadata__"][key] = draw(broken_file(content)).decode("utf-8", "replace")
+    return with_header(header, rest)
+
+
+def with_header(header: dict, rest: bytes) -> bytes:
+    """A safetensors file of a header and the bytes of its tensors."""
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + rest
+
+
 def _paths(value, path=()):
     """Paths of all parts of a value; of a long list only some."""
     yield path

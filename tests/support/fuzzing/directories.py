@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, NemotronHConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 from elastic_core.cost.metrics import PARAMETERS
 from elastic_core.export import elastic_checkpoint
-from elastic_core.model import hf
+from elastic_core.model import architectures, hf
+from elastic_core.model.norm_gains import BudgetGains
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.selection import Member
 from tests.support.models.parents import random_elastic
@@ -69,6 +71,21 @@ def write_family(directory: Path, architecture: str, metric=PARAMETERS) -> Path:
     members = {"full": Member(1.0, Submodel()), "small": Member(0.5, Submodel(hidden_size=4, kept_layers=(0, 1)))}
     elastic_checkpoint.write(directory, config, members, [Submodel(hidden_size=6, kept_layers=(0, 1))], metric)
     (directory / "provenance.json").write_text(json.dumps(PROVENANCE))
+    return directory
+
+
+def add_norm_gains(directory: Path) -> Path:
+    """Give the family of `write_family` trained gains of the norms, which elastic.json announces."""
+    config, file = hf.read_config(directory), directory / elastic_checkpoint.FILE
+    generator, small = torch.Generator().manual_seed(0), Submodel(hidden_size=4, kept_layers=(0, 1)).resolve(config)
+    middle = Submodel(hidden_size=6, kept_layers=(0, 1)).resolve(config)
+    names = architectures.norm_names(config)
+    gains = {
+        budget: {name: 1 + 0.1 * torch.randn(config.hidden_size, generator=generator) for name in names}
+        for budget in ("middle", "small")
+    }
+    BudgetGains({"middle": middle, "small": small}, gains).write(directory)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"private_norms": True}))
     return directory
 
 
