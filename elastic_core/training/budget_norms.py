@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from elastic_core.model import architectures
 from elastic_core.model.elastic_model import ElasticModel
-from elastic_core.model.norm_gains import BudgetGains, Gains
+from elastic_core.model.norm_gains import BudgetGains, Gains, check_nested
 from elastic_core.model.submodel import Submodel
 
 
@@ -36,25 +36,22 @@ class BudgetNorms(nn.Module):
     def _of(self, budget: str) -> nn.Parameter:
         return self.gains[self.budgets.index(budget)]
 
-    def gains_in_use(self, submodels: dict[str, Submodel]) -> BudgetGains:
-        """The gains for a model, which follow the training. `submodels`: those of the budgets, resolved."""
+    def gains_in_use(self, config, submodels: dict[str, Submodel]) -> BudgetGains:
+        """The gains for a model, which follow the training. `submodels`: those of the budgets, resolved.
+
+        Raises UserError if they are not nested.
+        """
+        submodels = {budget: submodels[budget] for budget in self.budgets}
+        check_nested(config, submodels)
         return BudgetGains(
-            {budget: submodels[budget] for budget in self.budgets},
+            submodels,
             {budget: {name: gain.detach() for name, gain in self.of(budget).items()} for budget in self.budgets},
         )
 
 
 def make_budget_norms(model: ElasticModel, budgets: dict[str, float], device: torch.device) -> BudgetNorms | None:
-    """The gains of a run's budgets (name → share of the parent), or None if `model` has no gains for submodels.
-
-    With gains of an earlier stage, they start with those.
-    """
+    """The gains of a run's budgets (name → share of the parent), or None if `model` has no gains for submodels."""
     if model.norm_gains is None:
         return None
     names = [name for name, share in budgets.items() if share < 1.0]
-    norms = list(architectures.norm_names(model.config))
-    made = BudgetNorms(norms, model.config.hidden_size, names, device)
-    if isinstance(model.norm_gains, BudgetGains):
-        for name in names:
-            made.start(name, model.norm_gains.gains[name])
-    return made
+    return BudgetNorms(architectures.norm_names(model.config), model.config.hidden_size, names, device)

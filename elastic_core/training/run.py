@@ -15,7 +15,6 @@ from elastic_core.cost.metrics import PARAMETERS, Metric, exact_cost
 from elastic_core.data.loader import PackedSequences
 from elastic_core.model import architectures
 from elastic_core.model.elastic_model import ElasticModel
-from elastic_core.model.norm_gains import NormRatios
 from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.router import Router
@@ -84,7 +83,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, self.router, self.norms, self.stage, self.routing)
         self.frozen_teacher = None if self.teacher is None else self.teacher.requires_grad_(False).eval()
         if self.members is not None:
-            take_norms(self, start=isinstance(self.model.norm_gains, NormRatios))
+            take_norms(self, start=True)
         self._costs: dict[str, float] = {}
         self._slices: dict[tuple[int, Submodel], Slice] = {}
 
@@ -97,9 +96,16 @@ class Run:
         return self._slices[key].with_norm_gains(model.gains_of(submodel))
 
     def slice_of_budget(self, budget: str) -> Slice:
-        """The slice of a budget's submodel, with the norm gains that the budget trains. Needs `members`."""
-        sliced = self.slice_of(self.model, self.members[budget].submodel)
-        return sliced if self.norms is None else sliced.with_norm_gains(self.norms.of(budget))
+        """The slice of a budget's submodel, with the norm gains that the budget trains. Needs `members`.
+
+        Budgets with the same submodel train the same gains, those of the first of them: it is extracted with these.
+        """
+        submodel = self.members[budget].submodel.resolve(self.model.config)
+        sliced = self.slice_of(self.model, submodel)
+        if self.norms is None or submodel == self.model.full:
+            return sliced
+        same = (b for b in self.norms.budgets if self.members[b].submodel.resolve(self.model.config) == submodel)
+        return sliced.with_norm_gains(self.norms.of(next(same)))
 
     def forget_slices(self) -> None:
         """Free the memory of all slices. They are made again when they are needed."""
@@ -273,14 +279,16 @@ PROGRESS = ("step", "skipped", "skipped_in_a_row", "settled_for", "last_choices"
 def take_norms(run: Run, start: bool) -> None:
     """From now on, submodels of the model have the norm gains that budgets train. Call it when `members` are known.
 
-    With `start`, each budget starts from the gains that its submodel has had so far.
+    With `start`, each budget starts from the gains that its submodel has had so far. Raises UserError if the members
+    are not nested.
     """
     if run.norms is None:
         return
     submodels = {name: member.submodel.resolve(run.model.config) for name, member in run.members.items()}
+    whole = {name: run.model.get_parameter(name) for name in run.norms.names}
     for name in run.norms.budgets if start else ():
-        run.norms.start(name, run.model.gains_of(submodels[name]))
-    run.model.norm_gains = run.norms.gains_in_use(submodels)
+        run.norms.start(name, run.model.gains_of(submodels[name]) or whole)
+    run.model.norm_gains = run.norms.gains_in_use(run.model.config, submodels)
 
 
 def members_of(run: Run) -> dict[str, Member]:

@@ -1,6 +1,7 @@
 """Norm gains that every budget trains for itself: where they start, what moves them, and what a saved model has."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,14 +9,17 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from elastic_core import ElasticModel, extract
+from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model import architectures
+from elastic_core.search.selection import Member
 from elastic_core.training.loop import train
 from elastic_core.training.routing import soft_gains
+from elastic_core.training.run import Run
 from elastic_core.training.stage import Routing
 from tests.support.models.parents import random_ids, random_ratios, relative_error
 from tests.support.models.routed_family import CONFIG
-from tests.support.runs import BUDGETS, MEMBERS, make_run, make_stage
+from tests.support.runs import BUDGETS, FULL, MEMBERS, make_run, make_stage
 
 NAMES = architectures.norm_names(CONFIG)
 
@@ -101,3 +105,39 @@ def test_a_second_stage_goes_on_from_the_gains_of_the_first(data, tmp_path):
         torch.testing.assert_close(second.norms._of(budget), run.norms._of(budget), rtol=0, atol=0)
     list(train(second))
     assert not torch.equal(second.norms._of("small"), run.norms._of("small"))
+
+
+def test_a_budget_that_is_the_whole_model_has_its_gains(data, tmp_path):
+    """A budget just below 1 can have the whole model as its submodel; two budgets can have the same submodel."""
+    members = {"full": Member(1.0, FULL), "almost": Member(0.99, FULL), "small": MEMBERS["small"]}
+    members["smaller"] = Member(0.44, MEMBERS["small"].submodel)
+    budgets = {name: member.target for name, member in members.items()}
+    first = make_run(data, make_stage(microbatches=6, batch_size=6), private_norms=True)
+    run = Run(first.model, first.stage, first.data, budgets, members=members, teacher=first.teacher)
+    before = copy.deepcopy(run.norms)
+    list(train(run))
+    moved = {budget: not torch.equal(run.norms._of(budget), before._of(budget)) for budget in run.norms.budgets}
+    assert moved == {"almost": False, "small": True, "smaller": False}
+    run.model.save_pretrained(tmp_path / "family")
+    elastic_checkpoint.write(tmp_path / "family", CONFIG, members, [], private_norms=True)
+    loaded, ids = ElasticModel.from_pretrained(tmp_path / "family"), random_ids(CONFIG, 3)
+    for budget in budgets:
+        submodel, sliced = elastic_checkpoint.find_submodel(tmp_path / "family", budget), run.slice_of_budget(budget)
+        with torch.no_grad():
+            trained = F.linear(run.model.hidden_states(ids, sliced), run.model.head(sliced))
+            assert relative_error(loaded(ids, submodel), trained) < 1e-6
+
+
+def test_members_that_are_not_nested_are_refused_before_training(data):
+    wide = dataclasses.replace(MEMBERS["small"].submodel, hidden_size=15)
+    with pytest.raises(UserError, match=r"budget small .* is not nested in medium"):
+        make_run(data, make_stage(), members=MEMBERS | {"small": Member(0.45, wide)}, private_norms=True)
+
+
+def test_budgets_with_other_names_start_from_the_gains_of_their_submodels(data):
+    first = make_run(data, make_stage(), private_norms=True)
+    list(train(first))
+    members = {"whole": MEMBERS["full"], "half": MEMBERS["small"]}
+    budgets = {name: member.target for name, member in members.items()}
+    run = Run(first.model, first.stage, first.data, budgets, members=members, teacher=first.teacher)
+    torch.testing.assert_close(run.norms._of("half"), first.norms._of("small"), rtol=0, atol=0)
