@@ -87,7 +87,7 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware, data: P
         name: describe_stage(name, settings, config, members, hardware, pieces, lengths[name])
         for name in stages_of(settings)
     }
-    rank = describe_rank(config, hardware)
+    rank = describe_rank(settings, config, hardware)
     return {
         "parent": {"config": source, "cost": full, **describe_member(config, Submodel())},
         "counted": metric.name,

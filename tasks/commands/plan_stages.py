@@ -131,7 +131,16 @@ def make_workload(name: str, settings: Params) -> Workload:
         share > 0 and stage.loss_of(budget).state_weight > 0 and taught_share(name, stage, settings, budget) > 0
         for budget, share in shares.items()
     )
-    return Workload(sequences, stage.sequence_length, shards, stage.microbatches > 1, has_teacher, matches_states)
+    has_norms = name != "parent" and settings.rank.private_norms
+    return Workload(
+        sequences,
+        stage.sequence_length,
+        shards,
+        stage.microbatches > 1,
+        has_teacher,
+        matches_states,
+        sum(not parse(budget).is_full for budget in settings.budgets.values()) if has_norms else 0,
+    )
 
 
 def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
@@ -215,12 +224,17 @@ def taught_share(name: str, stage: Stage, settings: Params, budget: str) -> floa
     return share * (1.0 - trainable_share) if parse(settings.budgets[budget]).is_full else share
 
 
-def describe_rank(config, hardware: Hardware) -> dict:
+def describe_rank(settings: Params, config, hardware: Hardware) -> dict:
     """A lower bound of a worker's bytes in stage rank.
 
-    Every worker holds the whole parent in float32, and also the head in float64 for the depth ranking.
+    Every worker holds the whole parent in float32. For the widths it also holds two float64 copies of the residual
+    stream of its part of a batch (full rows) and, for the basis, a float64 matrix (hidden, hidden). For the depth
+    ranking it holds the head in float64.
     """
-    total = 4.0 * num_parameters(config) + 8.0 * config.vocab_size * config.hidden_size
+    section, hidden = settings.rank, config.hidden_size
+    positions = section.batch_size // max(1, settings.compute.workers) * section.sequence_length
+    widths = 2 * positions * hidden + (hidden**2 if section.basis == "principal" else 0)
+    total = 4.0 * num_parameters(config) + 8.0 * max(widths, config.vocab_size * hidden)
     return {"at_least": total, "fits": total <= hardware.usable}
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from elastic_core.model import architectures
 from elastic_core.model.dims import Layout, is_matrix, layer_index
 from elastic_core.model.elastic_model import HEAD
 from elastic_core.training.estimate.piece_memory import Pieces
@@ -28,6 +29,7 @@ class Workload:
     - `has_teacher`: the worker also holds a frozen teacher.
     - `matches_states`: the loss matches the teacher's states. The worker holds them for every layer. If only smaller
       budgets match states, this counts more than they hold.
+    - `budgets_with_norms`: the number of budgets that train norm gains of their own.
     """
 
     sequences: int
@@ -36,6 +38,7 @@ class Workload:
     accumulates: bool = False
     has_teacher: bool = True
     matches_states: bool = False
+    budgets_with_norms: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,13 @@ def step_peak(pieces: Pieces, load: Workload) -> Peak:
 def state_bytes(pieces: Pieces, load: Workload) -> dict[str, float]:
     """The bytes of weights and optimizer (both float32), of a frozen teacher, and of the gradients of all weights.
 
-    Matrices are sharded. Those of a frozen teacher are in the stage's precision; with `offload_teacher` they are not on
-    the GPU and do not count.
+    Matrices are sharded; norms, with those of budgets, are not. The matrices of a frozen teacher are in the stage's
+    precision; with `offload_teacher` they are not on the GPU and do not count.
     """
     setting = pieces.setting
     matrices, rest = count_parameters(pieces.layout)
-    held = matrices / load.shards + rest
+    norm_gains = load.budgets_with_norms * len(architectures.norm_names(pieces.config)) * pieces.config.hidden_size
+    held = matrices / load.shards + rest + norm_gains
     teacher = FLOAT32 * rest
     if not (setting.distributed and setting.execution.offload_teacher):
         teacher += setting.dtype.itemsize * matrices / load.shards

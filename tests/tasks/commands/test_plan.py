@@ -5,17 +5,24 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from elastic_core.config import ConfigError, require
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
+from elastic_core.model import architectures
 from elastic_core.model.submodel import Submodel
+from elastic_core.training.budget_norms import BudgetNorms
+from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
+from elastic_core.training.estimate.step_memory import state_bytes
 from flows.cli.app import app
 from tasks.commands import plan, plan_stages
 from tasks.commands.plan_stages import Hardware
 from tasks.parents import gguf
+from tasks.parents.targets import resolve
 from tasks.settings import local_checks
 from tasks.settings.cross_checks import CHECKS
 from tasks.settings.load import read
@@ -325,6 +332,38 @@ def test_matched_states_take_memory_and_a_teacher():
         changes = {"train_extended.teacher": teacher, "train_extended.budget_shares": {"full": 1.0}}
         load = plan_stages.make_workload("train_extended", plan_stages.override(matched, changes))
         assert load.matches_states == (teacher == "frozen")
+
+
+def test_norm_gains_of_budgets_are_counted_as_they_are_built():
+    """Weights, gradients and two moments in float32 on every worker, for budgets below the whole parent."""
+    private, shared = (settings_of("one-node", f"rank.private_norms={value}") for value in ("true", "false"))
+    config, _ = plan.read_parent(private)
+    names = [name for name, share in resolve(private, config).items() if share < 1]
+    with torch.device("meta"):
+        norms = BudgetNorms(architectures.norm_names(config), config.hidden_size, names, torch.device("meta"))
+    num_bytes = sum(p.numel() * p.element_size() for p in norms.parameters())
+    assert num_bytes > 0
+    for name, factors in (("train_short", (1, 1, 2)), ("train_extended", (1, 1, 2))):
+        pieces = Pieces(config, TrainingSetting("bfloat16", Execution(), distributed=True))
+        loads = [plan_stages.make_workload(name, settings) for settings in (private, shared)]
+        more, less = (state_bytes(pieces, load) for load in loads)
+        kinds = ("weights", "gradients", "optimizer")
+        assert [more[kind] - less[kind] for kind in kinds] == [factor * num_bytes for factor in factors]
+        assert more["teacher"] == less["teacher"]
+
+
+def test_rank_holds_the_head_or_the_activations_of_a_batch():
+    hardware, small = Hardware(), settings_of("one-node", "rank.batch_size=8")
+    config, _ = plan.read_parent(small)
+    weights = 4 * num_parameters(config)
+    head = plan_stages.describe_rank(small, config, hardware)["at_least"]
+    assert head == weights + 8 * config.vocab_size * config.hidden_size
+    large = settings_of("one-node", "rank.batch_size=512", "rank.sequence_length=8192", "rank.basis=channels")
+    positions = 512 // large.compute.workers * 8192
+    widths = plan_stages.describe_rank(large, config, hardware)["at_least"]
+    assert widths == weights + 2 * 8 * positions * config.hidden_size
+    rotated = plan_stages.override(large, {"rank.basis": "principal"})
+    assert plan_stages.describe_rank(rotated, config, hardware)["at_least"] == widths + 8 * config.hidden_size**2
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
