@@ -20,6 +20,11 @@ EXPERTS = {
     "moe_shared_expert_intermediate_size": "shared\nexpert",
 }
 
+NORMS = {
+    "budgets": "every budget has gains of its own",
+    "ratios": "gains of submodels follow from measured ratios, without training",
+}
+
 
 def show(description: dict) -> None:
     """Print the values of tasks.commands.inspect as tables."""
@@ -52,6 +57,8 @@ def facts(description: dict) -> Table:
         )
     if (time := description["time"]) is not None:
         table.add_row("time", f"{digits(time['parent'])} ms/token for {time['setting']}, which budgets are shares of")
+    if description["norm_gains"] is not None:
+        table.add_row("norms", NORMS[description["norm_gains"]])
     table.add_row("disk", f"{size(description['bytes'])} in {weights}, {dtypes}, {tokenizer} tokenizer")
     table.add_row("written by", writer(description["written_by"]))
     return table

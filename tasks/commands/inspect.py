@@ -1,4 +1,4 @@
-"""`elastic inspect`: describes a model directory as plain values. Reads headers only, no weights."""
+"""`elastic inspect`: describes a model directory as plain values. Of the weights, it reads headers only."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,9 +13,10 @@ from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io.json_files import check_shape
 from elastic_core.io.provenance_file import read_provenance
-from elastic_core.model import architectures, hf
+from elastic_core.model import architectures, hf, norm_gains
 from elastic_core.model.axes import EXPERTS, PER_LAYER, WIDTHS
 from elastic_core.model.dims import layer_of
+from elastic_core.model.norm_gains import BudgetGains, NormRatios
 from elastic_core.model.submodel import Submodel, keys_of
 from tasks.settings.yaml_files import read_mapping
 
@@ -25,8 +26,10 @@ DROPPED = "·"  # in a pattern: a layer of the parent that the member does not h
 def inspect_checkpoint(directory: Path) -> dict:
     """Describe a model directory: its architecture, sizes, files, budgets and origin.
 
-    `bytes` is the size of all weight files. `memory`, `time` and `budgets` are None for a plain model. `provenance` has
-    a record for each stage that the weights come from; `written_by` is what the workspace's dvc.lock says.
+    `bytes` is the size of all weight files. `memory`, `time` and `budgets` are None for a plain model. `norm_gains` is
+    "budgets", if budgets have trained gains of the norms; "ratios", if gains of submodels follow from measured ratios;
+    or None. `provenance` has a record for each stage that the weights come from; `written_by` is what the workspace's
+    dvc.lock says.
     Raises UserError if the tensors do not match config.json.
     """
     config, own, reader = open_model(directory)
@@ -42,6 +45,7 @@ def inspect_checkpoint(directory: Path) -> dict:
         "bytes": sum((directory / file).stat().st_size for file in files),
         "files": files,
         "dtypes": sorted({str(reader.read(name, slice(0, 0)).dtype).removeprefix("torch.") for name in names}),
+        "norm_gains": read_norm_gains(directory, config),
         "tokenizer": any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")),
         "memory": read_memory(directory, config) if is_elastic else None,
         "time": read_time(directory, config) if is_elastic else None,
@@ -49,6 +53,12 @@ def inspect_checkpoint(directory: Path) -> dict:
         "provenance": read_provenance(directory),
         "written_by": find_writer(directory),
     }
+
+
+def read_norm_gains(directory: Path, config) -> str | None:
+    """Which gains of the norms submodels have (norm_gains.py): "budgets", "ratios" or None. Reads their small file."""
+    gains = norm_gains.read(directory, config)
+    return {NormRatios: "ratios", BudgetGains: "budgets", type(None): None}[type(gains)]
 
 
 def open_model(directory: Path) -> tuple[PreTrainedConfig, Submodel, hf.TensorReader]:
