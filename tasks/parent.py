@@ -89,6 +89,7 @@ def import_parent(parent: Parent, data: TokenData) -> None:
         model = ElasticModel.from_pretrained(directory, config=config)
         num_tokens = min(TEST_TOKENS, config.vocab_size)
         check_logits(model, torch.arange(num_tokens)[None], where)
+        model.norm_gains = None  # of submodels, if this is an elastic checkpoint; stage `rank` measures new ones
         model.save_pretrained(OUT, tokenizer_from=directory)
 
 

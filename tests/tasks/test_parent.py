@@ -16,14 +16,14 @@ from elastic_core.data.loader import TokenData
 from elastic_core.errors import UserError
 from elastic_core.io.fingerprints import DigestCache
 from elastic_core.io.tokenizer_files import copy_tokenizer
-from elastic_core.model import hf
+from elastic_core.model import hf, norm_gains
 from tasks import fingerprint, parent
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.prepare_data import prepare
 from tasks.settings.sections import Benchmarks, Evaluate, Parent
 from tests.support.committed_params import put, use_parent, write
 from tests.support.models.chat_templates import CHATML, LLAMA3, chat_tokenizer
-from tests.support.models.parents import random_ids, relative_error, save_random_parent
+from tests.support.models.parents import random_ids, random_ratios, relative_error, save_random_parent
 from tests.support.pipeline.corpora import configure, texts, write_jsonl
 from tests.support.pipeline.stages import check_parameters, run_stage
 
@@ -141,6 +141,13 @@ def test_a_second_copy_of_tied_embeddings_is_left_out_and_the_stage_says_so(data
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     models = [AutoModelForCausalLM.from_pretrained(directory) for directory in (tied, parent.OUT)]
     assert torch.equal(*(model(ids).logits for model in models))
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_a_sorted_model_is_imported_without_the_gains_of_its_submodels(data, tied, url):
+    random_ratios(hf.read_config(tied)).write(tied)
+    parent.import_parent(Parent(f"file://{tied}" if url else str(tied)), data)
+    assert parent.OUT.is_dir() and not (parent.OUT / norm_gains.FOLDER).exists()
 
 
 @pytest.mark.parametrize(

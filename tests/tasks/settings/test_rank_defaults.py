@@ -13,7 +13,7 @@ from tasks.settings.sections import Rank
 from tests.support.committed_params import COMMITTED
 
 
-@pytest.mark.parametrize("option", ["measure", "aggregation", "depth_method"])
+@pytest.mark.parametrize("option", ["basis", "private_norms", "measure", "aggregation", "depth_method"])
 def test_the_defaults_of_rank_its_section_and_params_yaml_agree(option):
     parameter = inspect.signature(rank).parameters[option]
     assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
