@@ -110,7 +110,7 @@ def test_a_killed_run_of_two_ranks_ends_at_the_same_bits(pair):
     straight, killed = pair[0]["resumed"]["straight"], pair[0]["resumed"]["killed"]
     assert_same(killed["weights"], straight["weights"])
     assert killed["rows"] == straight["rows"][6:]
-    assert [row["mode"] for row in straight["rows"]] == ["soft"] * 5 + ["hard"] * 4
+    assert [row["mode"] for row in straight["rows"]] == ["soft"] * 6 + ["hard"] * 3
 
 
 def test_two_ranks_resume_from_s3_to_the_same_bits(pair):
