@@ -82,10 +82,10 @@ def import_parent(parent: Parent, data: TokenData) -> None:
     config, where = read_parent_config(parent, 0), f"parent.path ({parent.path})"
     check_tokenizer(data, load_tokenizer(parent.path), config.vocab_size, where)
     with local_parent(parent.path) as directory:
-        _, reader = ElasticModel.empty(directory)
-        if reader.has_tied_head:
+        stored, reader = ElasticModel.empty(directory)
+        if reader.has_tied_head and not parent.untie_head:
             print(f"parent: {hf.HEAD} equals the embeddings, and config.json ties them; one copy is kept")
-        check_weights(reader, list(architectures.shapes(config)))
+        check_weights(reader, list(architectures.shapes(stored.config)))  # without the head that it gets
         model = ElasticModel.from_pretrained(directory, config=config)
         num_tokens = min(TEST_TOKENS, config.vocab_size)
         check_logits(model, torch.arange(num_tokens)[None], where)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from elastic_core import ElasticModel
 from elastic_core.config import ConfigError, load
+from elastic_core.cost.metrics import num_parameters
 from elastic_core.data.loader import TokenData
 from elastic_core.errors import UserError
 from elastic_core.io.fingerprints import DigestCache
@@ -21,7 +22,7 @@ from tasks import fingerprint, parent
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.prepare_data import prepare
 from tasks.settings.sections import Benchmarks, Evaluate, Parent
-from tests.support.committed_params import put, use_parent, write
+from tests.support.committed_params import COMMITTED, put, use_parent, write
 from tests.support.models.chat_templates import CHATML, LLAMA3, chat_tokenizer
 from tests.support.models.parents import random_ids, random_ratios, relative_error, save_random_parent
 from tests.support.pipeline.corpora import configure, texts, write_jsonl
@@ -39,15 +40,17 @@ def data(tmp_path_factory):
     return TokenData(root / "data")
 
 
+TIED = LlamaConfig(
+    vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    intermediate_size=24, tie_word_embeddings=True, max_position_embeddings=64, eos_token_id=0, bos_token_id=0,
+)  # fmt: skip
+
+
 @pytest.fixture
 def tied(data, tmp_path, monkeypatch):
     """A tied Llama with the tokenizer of the data, in a working directory of its own."""
     monkeypatch.chdir(tmp_path)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        intermediate_size=24, tie_word_embeddings=True, max_position_embeddings=64, eos_token_id=0, bos_token_id=0,
-    )  # fmt: skip
-    save_random_parent(tmp_path / "tied", 0, config)
+    save_random_parent(tmp_path / "tied", 0, TIED)
     copy_tokenizer(data.directory / "tokenizer", tmp_path / "tied")
     return tmp_path / "tied"
 
@@ -173,6 +176,7 @@ def tied_values(values, tied):
     put("choices", "hidden_size", [16])(values)
     put("budgets", {"full": 1.0, "medium": 0.912, "small": 0.824})(values)
     put("extract", "heterogeneous", "pad")(values)
+    put("rank", "basis", "channels")(values)
     return values
 
 
@@ -210,6 +214,69 @@ def test_the_imported_parent_has_the_scaling(data, tied):
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(parent.OUT)(ids).logits
         assert relative_error(ElasticModel.from_pretrained(parent.OUT)(ids), expected) < 1e-5
+
+
+@pytest.mark.parametrize("has_copy", [False, True])
+def test_an_untied_parent_computes_the_same_and_has_the_parameters_of_its_head(data, tied, has_copy, capsys):
+    """Whether or not the files have a copy of the embeddings as the head."""
+    if has_copy:
+        change(tied, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    parent.import_parent(Parent(str(tied), untie_head=True), data)
+    assert "ties them" not in capsys.readouterr().out
+    config, tensors, ids = hf.read_config(parent.OUT), load_file(parent.OUT / SINGLE), random_ids(TIED, 0)
+    assert not config.tie_word_embeddings and torch.equal(
+        tensors["lm_head.weight"], tensors["model.embed_tokens.weight"]
+    )
+    models = [AutoModelForCausalLM.from_pretrained(directory) for directory in (tied, parent.OUT)]
+    assert torch.equal(*(model(ids).logits for model in models))
+    head = TIED.vocab_size * TIED.hidden_size
+    counts = [sum(tensor.numel() for tensor in model.parameters()) for model in models]
+    assert counts[1] == num_parameters(config) == counts[0] + head == num_parameters(hf.read_config(tied)) + head
+
+
+def tied_embeddings(values, tied):
+    put("rank", "basis", "principal")(values)
+
+
+def no_head_to_untie(values, tied):
+    """The parent has a head of its own already."""
+    put("parent", "untie_head", True)(values)
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    change(tied, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+
+
+def no_parent_to_untie(values, tied):
+    """The parent is trained here."""
+    values["parent"] = COMMITTED["parent"] | {"untie_head": True}
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (tied_embeddings, r"rank\.basis: principal .* tied .* set parent\.untie_head: true.* channels"),
+        (no_head_to_untie, r"parent\.untie_head: got True; allowed: false, because the parent's head is not tied"),
+        (no_parent_to_untie, r"parent\.untie_head: got True; allowed: false without parent\.path"),
+    ],
+    ids=["tied", "untied already", "trained here"],
+)
+def test_the_head_and_the_basis_have_to_fit_each_other(tied_values, tied, data, make, message, monkeypatch):
+    make(tied_values, tied)
+    write(tied_values, tied.parent, monkeypatch)
+    shutil.copytree(data.directory, parent.DATA)
+    for refuse in (check_parameters, lambda: run_stage("parent")):
+        with pytest.raises(SystemExit, match=rf"^error: params\.yaml: {message}"):
+            refuse()
+    assert not parent.OUT.exists()
+
+
+def test_the_principal_axes_of_a_tied_parent_need_its_head_untied(tied_values, tied, monkeypatch, capsys):
+    put("rank", "basis", "principal")(tied_values)
+    put("parent", "untie_head", True)(tied_values)
+    put("budgets", {"full": 1.0, "medium": 0.943, "small": 0.886})(tied_values)  # the same MLPs of more parameters
+    write(tied_values, tied.parent, monkeypatch)
+    check_parameters()
+    assert capsys.readouterr().out == "params.yaml is valid\n"
 
 
 @pytest.mark.parametrize(

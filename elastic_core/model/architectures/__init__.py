@@ -55,6 +55,7 @@ import transformers
 
 import elastic_core.model.architectures.llama as llama
 import elastic_core.model.architectures.nemotron_h as nemotron_h
+from elastic_core.config import require
 from elastic_core.errors import UserError
 from elastic_core.model.dims import Fixed, Layout, Units, is_matrix, is_stack, layer_index
 
@@ -167,9 +168,9 @@ def with_rope_scaling(config, scaling: Mapping | None):
 
 
 def with_own_head(config):
-    """A copy of a configuration in which the head is not the embeddings. Raises UserError if it is not so already."""
-    if not config.tie_word_embeddings:
-        raise UserError("parent.untie_head: the parent's head is not tied to its embeddings; remove it")
+    """A copy of a configuration in which the head is not the embeddings. Raises ConfigError if it is so already."""
+    allowed = "false, because the parent's head is not tied to its embeddings"
+    require(config.tie_word_embeddings, "parent.untie_head", True, allowed)
     config = copy.deepcopy(config)
     config.tie_word_embeddings = False
     return config

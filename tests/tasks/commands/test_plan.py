@@ -165,6 +165,15 @@ def test_a_package_is_planned_by_its_configuration(smollm2):
     assert planned["parent"]["pattern"] == "L" * 30
 
 
+def test_a_head_of_its_own_is_counted(smollm2):
+    """In the parent, and in budgets, which are shares of it; 60 % of the tied parent is half of the untied one."""
+    head, given = 49152 * 576, "budgets={full: 1.0, medium: 0.6, small: 80.7M}"
+    planned = plan_of("smollm2", "parent.untie_head=true", given, "choices.hidden_size=[576, 504, 432, 360]")
+    assert planned["parent"]["parameters"] == planned["parent"]["cost"] == 134_515_008 + head
+    medium, small = (planned["budgets"][name]["cost"] for name in ("medium", "small"))
+    assert medium == pytest.approx(0.6 * (134_515_008 + head), rel=0.01) and small == pytest.approx(80.7e6, rel=0.01)
+
+
 # --- what cannot be ------------------------------------------------------------------------------------------------
 
 
