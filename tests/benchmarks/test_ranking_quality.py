@@ -1,4 +1,4 @@
-"""The benchmark of rankings: its magnitudes against loops, its sizes against the budgets, its table on a small run."""
+"""The benchmarks of rankings and of slices: magnitudes against loops, sizes against budgets, tables on a small run."""
 
 import collections
 import math
@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import ranking_quality
-from elastic_core import ElasticModel
+from benchmarks import ranking_quality, slices
+from elastic_core import ElasticModel, Submodel, rank, sort_
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.data.loader import TokenData, held_out_batches
 from elastic_core.data.token_files import Manifest, Source, SplitWriter
@@ -140,3 +140,29 @@ def test_one_table_for_any_architecture(tmp_path, architecture, monkeypatch, cap
     total = sum(counts.values()) + data.manifest.vocab_size
     found = sum(-math.log((counts[token] + 1) / total) for token in held_out)
     assert float(rows[3][5]) == pytest.approx(found / math.log(2) / num_bytes, abs=1e-4)
+
+
+def test_given_slices_of_a_sorted_model(tmp_path, monkeypatch, capsys):
+    """The losses are those of whole logits, and the layers are the most important ones."""
+    workspace = make_workspace(tmp_path / "run", "llama")
+    config = CONFIGS["llama"](11)
+    model, batches = ElasticModel.from_pretrained(workspace / "artifacts/parent").eval(), [torch.arange(1, 17)[None]]
+    ranking = rank(model, batches, basis="channels", depth_method="one_shot_nmse")
+    ranking.save(workspace / "artifacts/rank/ranking.json")
+    sort_(model, ranking).save_pretrained(workspace / "artifacts/rank/model")
+    given = [(config.hidden_size, config.intermediate_size, 2), (config.num_attention_heads, 5, 1)]
+    monkeypatch.setattr("sys.argv", ["slices", str(workspace), *(",".join(map(str, sizes)) for sizes in given)])
+    slices.main()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == list(slices.HEADINGS) and [tuple(map(int, row[:3])) for row in rows[2:]] == given
+    data, section = TokenData(workspace / "artifacts/data"), load(workspace / "params.yaml").evaluate
+    for (hidden, ffn, layers), row in zip(given, rows[2:], strict=True):
+        submodel = Submodel(hidden_size=hidden, intermediate_size=ffn, kept_layers=sorted(ranking.depth[:layers]))
+        assert row[3] == f"{num_parameters(config, submodel):,}"
+        nats, num_bytes = 0.0, 0.0
+        for ids, labels, _ in held_out_batches(data, "text", 16, section.batch_size, 64):
+            with torch.no_grad():
+                losses = torch.nn.functional.cross_entropy(model(ids, submodel).flatten(0, 1), labels.flatten())
+            nats += losses.item() * int((labels >= 0).sum())
+            num_bytes += int((labels >= 0).sum()) * data.bytes_per_token("text", "held_out")
+        assert float(row[4]) == pytest.approx(nats / math.log(2) / num_bytes, abs=1e-4)
