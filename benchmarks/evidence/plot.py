@@ -61,7 +61,7 @@ def curve_chart(groups: list[Group], family: str) -> dict:
     alone = [
         {"tokens": statistics.mean(g.total.values()), "kl": g.mean(KL), "member": g.member}
         for g in groups
-        if g.arm.separate
+        if g.arm.separate and not g.arm.overrides
     ]
     members = {row["member"] for row in alone}
     together = [{"kl": g.mean(KL), "member": g.member} for g in groups if g.arm.name == family and g.member in members]

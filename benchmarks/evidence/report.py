@@ -105,7 +105,15 @@ def page(name: str, plan: Plan, groups: list[Group], results: Mapping[str, dict]
 
 ARMS = ("arm", "member", "seeds", "parameters", "tokens", "zero-shot loss", "loss", "KL to parent", "minutes")
 DIFFERENCES = ("arm", "minus", "member", "seeds", "loss", "KL to parent")
-QUALITY = ("equal", "family's tokens", "reached", "tokens of separate training", "family ÷ sum of separate", "by seed")
+QUALITY = (
+    "against",
+    "equal",
+    "family's tokens",
+    "reached",
+    "tokens of separate training",
+    "family ÷ sum of separate",
+    "by seed",
+)
 SPREAD = ("arm", "member", "seeds", "smallest loss", "largest loss", "max − min", "different sizes")
 
 
@@ -139,7 +147,7 @@ def quality_row(row: tables.EqualQuality) -> list[str]:
     parts = ", ".join(f"{member} {tokens_text(part)}" for member, part in row.parts.items())
     ratio = "open" if row.ratio is None else f"{row.ratio.bound} {row.ratio.number:.2f}".strip()
     by_seed = "–" if row.by_seed is None else f"{row.by_seed.text(2)} ({row.by_seed.number} seeds)"
-    return [MEASURES[row.measure], f"{row.tokens:,.0f}", reached, parts, ratio, by_seed]
+    return [", ".join(row.against), MEASURES[row.measure], f"{row.tokens:,.0f}", reached, parts, ratio, by_seed]
 
 
 def tokens_text(tokens: Tokens) -> str:

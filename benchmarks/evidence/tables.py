@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -65,11 +66,13 @@ def differences(groups: Iterable[Group]) -> list[tuple[Group, dict[str, Estimate
 class EqualQuality:
     """What separate training needs to reach what a family reached, by one measure.
 
+    - `against`: the arms of separate training, which differ in their tokens only.
     - `tokens`: the family's. `parts`: member → tokens of separate training, by the means over seeds.
     - `ratio`: `tokens` divided by the sum of `parts`. `by_seed`: the same for every seed alone, if none is a bound.
     """
 
     arm: str
+    against: list[str]
     measure: str
     tokens: float
     reached: dict[str, float]
@@ -79,17 +82,25 @@ class EqualQuality:
 
 
 def equal_quality(groups: Iterable[Group], family: str = BASE) -> list[EqualQuality]:
-    """The comparison of a family with separate training of its members, for every measure. [] without both."""
-    groups = list(groups)
-    separate: dict[str, list[Group]] = {}
+    """The comparison of a family with separate training of its members, for every measure. [] without both.
+
+    Separate training with other parameters is a comparison of its own.
+    """
+    groups, kinds = list(groups), {}
     for group in groups:
-        if group.arm.separate and not group.arm.overrides:
-            separate.setdefault(group.member, []).append(group)
+        if group.arm.separate:
+            kind = kinds.setdefault(json.dumps(group.arm.overrides, sort_keys=True), {})
+            kind.setdefault(group.member, []).append(group)
+    return [row for separate in kinds.values() for row in _compared(groups, family, separate)]
+
+
+def _compared(groups: list[Group], family: str, separate: dict[str, list[Group]]) -> list[EqualQuality]:
+    """`equal_quality` with one kind of separate training: member → its arms."""
     own = {group.member: group for group in groups if group.arm.name == family and group.member in separate}
     if not own or own.keys() != separate.keys():
         return []
     tokens = statistics.mean(next(iter(own.values())).total.values())
-    found = []
+    found, arms = [], list(dict.fromkeys(group.arm.name for curve in separate.values() for group in curve))
     for measure in MEASURES:
         reached = {member: group.mean(measure) for member, group in own.items()}
         parts = {
@@ -99,7 +110,9 @@ def equal_quality(groups: Iterable[Group], family: str = BASE) -> list[EqualQual
             for member, curve in separate.items()
         }
         ratio = ratio_to_sum(tokens, list(parts.values()))
-        found.append(EqualQuality(family, measure, tokens, reached, parts, ratio, _by_seed(own, separate, measure)))
+        found.append(
+            EqualQuality(family, arms, measure, tokens, reached, parts, ratio, _by_seed(own, separate, measure))
+        )
     return found
 
 

@@ -98,6 +98,19 @@ def test_a_family_costs_what_separate_training_costs_at_equal_loss():
     assert rows == {(name, member): pytest.approx(value) for name, value in expected.items() for member in "ab"}
 
 
+def test_separate_training_with_other_parameters_is_another_comparison():
+    plain = {"rank.basis": "channels"}
+    groups = [group(Arm("family"), "a", {0: 3.5}, 1000)]
+    for name, loss, overrides in (("own", 3.5, {}), ("plain", 3.7, plain)):
+        for tokens in (500, 1000):
+            arm = Arm(f"{name}-{tokens}", overrides, separate=True, tokens=tokens / 1000)
+            groups.append(group(arm, "a", {0: loss - 0.3 * (tokens == 1000)}, tokens))
+    found = {tuple(row.against): row for row in tables.equal_quality(groups) if row.measure == "loss"}
+    assert list(found) == [("own-500", "own-1000"), ("plain-500", "plain-1000")]
+    own, other = (row.ratio for row in found.values())
+    assert own == Tokens(2.0, "≥") and other.number == pytest.approx(1000 / (500 * 2 ** (2 / 3)))
+
+
 # --- arms and jobs ---------------------------------------------------------------------------------------------------
 
 
