@@ -4,7 +4,7 @@
 # make soak [TRIALS=50] [FUZZ=10000]   read that many broken files and arguments; then kill runs at random moments,
 #                            many times, and compare what they end at (an hour)
 # make bench [SECTIONS="steps scan"]   every goal of speed and size against its alternative (half an hour for all)
-# make evidence [PROFILE=smoke]   train a finished run's family in several ways and seeds, and compare (four hours)
+# make evidence [PROFILE=smoke]   train a finished run's family in several ways and seeds, and compare (six hours)
 # make dashboard             Prefect server, worker and deployment in the foreground; then
 #                            .venv/bin/prefect deployment run elastic/full --watch
 # make lint                  ruff
