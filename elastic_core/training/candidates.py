@@ -1,7 +1,9 @@
 """The final choice of the family: the router proposes candidates, and their measured KL to the teacher decides.
 
 What the router believes depends on its seed and its learning rate. So for each budget, several combinations are
-compared: each is run as a slice on text of the stage (forward passes only), and its KL to the teacher is measured. The
+compared: each is run as a slice on text of the stage (forward passes only), and its KL to the teacher is measured. It
+is a slice of the sorted parent, with the norm gains of its size. The trained weights would favour the sizes that the
+router has preferred so far, which depend on its seed; and the best sizes of the parent also train best. The
 best ones for the largest budget below 1.0 are the *beam*: candidates for the next budget are nested in one of them. The
 family with the lowest sum of KL, weighted by the stage's budget shares, is chosen. The router's own family is always
 measured on the whole text, so the chosen family is never worse than that.
@@ -23,7 +25,9 @@ from torch import Tensor
 
 from elastic_core.cost.budgets import TOLERANCE
 from elastic_core.data.loader import IGNORED_LABEL
+from elastic_core.model import architectures
 from elastic_core.model.documents import documents_of
+from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.search.selection import combinations_with_room, propose, select_family
 from elastic_core.training.distributed.placement import reshard
 from elastic_core.training.losses import distillation_loss
@@ -167,6 +171,7 @@ def _measure(
     `progress`: what is done, how many forward passes are done, and how many there will be.
     """
     model, device, space = run.frozen_teacher or run.model, run.ranks.device, run.router.space
+    sliced_model = _model_to_slice(run)
     sums = torch.zeros(len(candidates) + 1, dtype=torch.float64, device=device)
     what, done, total = progress
     per_part = run.stage.batch_size // run.stage.microbatches
@@ -180,17 +185,25 @@ def _measure(
             teacher = states, model.head(full)  # Read after the forward pass: only then is a sharded head gathered.
             sums[-1] += (batch.labels != IGNORED_LABEL).sum()
             for number, candidate in enumerate(candidates):
-                sliced = run.slice_of(run.model, space.submodel(list(candidate)))
-                hidden = run.model.hidden_states(batch.input_ids, sliced, documents)
-                head, one = run.model.head(sliced), torch.ones((), device=device)
+                sliced = run.slice_of(sliced_model, space.submodel(list(candidate)))
+                hidden = sliced_model.hidden_states(batch.input_ids, sliced, documents)
+                head, one = sliced_model.head(sliced), torch.ones((), device=device)
                 sums[number] += distillation_loss(hidden, head, batch.labels, teacher, num_labelled=one)[2]
                 done += 1
                 if run.progress is not None:
                     run.progress(what, done, total)
-    for module in (run.model, model):
+    for module in {sliced_model, model}:
         reshard(module)
     *values, tokens = run.ranks.sum(sums).tolist()
     return values, int(tokens)
+
+
+def _model_to_slice(run: Run) -> ElasticModel:
+    """The model whose slices are measured: the frozen parent; the model itself without one, or if it is another model."""
+    parent = run.frozen_teacher
+    if parent is None or architectures.shapes(parent.config) != architectures.shapes(run.model.config):
+        return run.model
+    return parent
 
 
 def _weight(run: Run, budget: str) -> float:

@@ -68,7 +68,7 @@ class Routing:
     scales: tuple[float, ...] = (1.0, 10.0)
     dead_zone: float = 0.01
     settle_steps: int = 50
-    candidates: int = 32
+    candidates: int = 128
 
     def check(self, require: Require = require) -> None:
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")

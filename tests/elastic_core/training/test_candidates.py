@@ -46,13 +46,13 @@ def run_of(data, seed, heterogeneous=(), teacher=True, num_candidates=1000, **st
 
 
 def measured_kl(run, indices):
-    """The KL of a combination on the text of all parts, from whole logits."""
+    """The KL of a combination on the text of all parts, from whole logits: of a slice of the parent, if there is one."""
     rows = run.stage.batch_size // run.stage.microbatches * candidates.MOST_PARTS
     input_ids, labels, documents = run.data.batch(0, rows)
     teacher = run.teacher or run.model
     with torch.no_grad():
         expected = teacher(input_ids, document_ids=documents).log_softmax(-1)
-        found = run.model(input_ids, run.router.space.submodel(indices), document_ids=documents).log_softmax(-1)
+        found = teacher(input_ids, run.router.space.submodel(indices), document_ids=documents).log_softmax(-1)
     return (expected.exp() * (expected - found)).sum(-1)[labels != IGNORED_LABEL].mean().item()
 
 
@@ -114,6 +114,15 @@ def test_the_comparison_can_be_done_again(data):
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
+def test_what_the_model_has_learnt_so_far_does_not_count(data):
+    """Its weights have adapted to the sizes that the router preferred."""
+    first, second = (run_of(data, 0, num_candidates=4) for _ in range(2))
+    with torch.no_grad():
+        for parameter in second.model.parameters():
+            parameter.mul_(1.1)
+    assert choose_family(first) == choose_family(second)
+
+
 def test_one_candidate_is_the_routers_own(data):
     run = run_of(data, 0, num_candidates=1)
     assert choose_family(run) == (select_family(run.router, run.routing.scales[1]), None)
@@ -128,7 +137,7 @@ def test_without_a_frozen_teacher_the_full_model_is_it(data):
 def test_a_model_that_computes_no_number_keeps_the_routers_own(data):
     run = run_of(data, 0, num_candidates=3)
     with torch.no_grad():
-        run.model.get_parameter("model.norm_f.weight")[0] = math.nan
+        run.teacher.get_parameter("model.norm_f.weight")[0] = math.nan
     family, found = choose_family(run)
     assert found["chosen"] == found["router"] and found["router"]["weighted_kl"] is None
     assert family == select_family(run.router, run.routing.scales[1])

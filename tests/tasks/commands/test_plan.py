@@ -290,7 +290,8 @@ def test_what_does_not_fit_fits_after_the_changes():
 
 def test_shorter_sequences_are_there_instead_of_more_workers():
     hardware, pieces, name = Hardware(memory=80e9), {}, "train_extended"
-    settings = settings_of("one-node", "train_extended.sequence_length=49152")
+    changed = ["train_extended.sequence_length=49152", "train_extended.loss.state_weight=0.0"]
+    settings = settings_of("one-node", *changed)
     config, _ = plan.read_parent(settings)
     changes = plan_stages.find_changes(name, settings, config, hardware, pieces)
     assert any("compute.workers" in change["set"] for change in changes)
@@ -325,7 +326,8 @@ def test_matched_states_take_memory_and_a_teacher():
     """Once the family is settled; the full budget does not match states with itself as the teacher."""
     stages = ("train_short", "train_extended")
     weights = [f"{name}.loss.state_weight=1.0" for name in stages]
-    plain, matched = settings_of("default"), settings_of("default", *weights)
+    none = [f"{name}.loss.state_weight=0.0" for name in stages]
+    plain, matched = settings_of("default", *none), settings_of("default", *weights)
     alone = settings_of(
         "default", *weights, *(f"{name}.loss.{key}" for name in stages for key in ("kl_weight=0", "ce_weight=1"))
     )
