@@ -192,14 +192,14 @@ def _measure(
                 done += 1
                 if run.progress is not None:
                     run.progress(what, done, total)
-    for module in {sliced_model, model}:
+    for module in dict.fromkeys((sliced_model, model)):
         reshard(module)
     *values, tokens = run.ranks.sum(sums).tolist()
     return values, int(tokens)
 
 
 def _model_to_slice(run: Run) -> ElasticModel:
-    """The model whose slices are measured: the frozen parent; the model itself without one, or if it is another model."""
+    """The model whose slices are measured: the frozen parent, or the model itself if there is none of its shapes."""
     parent = run.frozen_teacher
     if parent is None or architectures.shapes(parent.config) != architectures.shapes(run.model.config):
         return run.model

@@ -46,7 +46,7 @@ def run_of(data, seed, heterogeneous=(), teacher=True, num_candidates=1000, **st
 
 
 def measured_kl(run, indices):
-    """The KL of a combination on the text of all parts, from whole logits: of a slice of the parent, if there is one."""
+    """The KL of a combination on the text of all parts, from whole logits."""
     rows = run.stage.batch_size // run.stage.microbatches * candidates.MOST_PARTS
     input_ids, labels, documents = run.data.batch(0, rows)
     teacher = run.teacher or run.model
