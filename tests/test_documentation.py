@@ -204,7 +204,7 @@ def test_the_results_are_those_of_the_committed_metrics():
 # --- running it ------------------------------------------------------------------------------------------------------
 
 # The default run's family: hidden size, FFN width, number of layers. Smaller members drop layer 4 and then layer 3.
-BUDGETS = {"full": (128, 512, 8), "medium": (120, 320, 6), "small": (88, 192, 6)}
+BUDGETS = {"full": (128, 512, 8), "medium": (96, 384, 8), "small": (72, 384, 6)}
 RANKING = (0, 1, 2, 5, 6, 7, 3, 4)
 WORDS = [f"w{i}" for i in range(1021)]
 
@@ -280,6 +280,6 @@ def test_budgets_in_between_are_served_as_the_page_says(inside):
     assert round(num_parameters(config, smallest) / full, 3) == float(given)
     for share in [float(given) + 0.005 * step for step in range(114)] + [0.75]:
         served = elastic_checkpoint.find_submodel(find_family.FAMILY, share)
-        assert abs(num_parameters(config, served) / full - share) <= 0.01 * share
+        assert abs(num_parameters(config, served) / full - share) <= 0.02 * share
     assert error_of("extract", inside / "in-between", "--budget", "0.35") in page
     call("extract", inside / "in-between", "--budget", "0.35", "--nearest")

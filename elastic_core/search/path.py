@@ -8,7 +8,8 @@ possible submodels. It is the one that lies nearest to the straight line between
 all sizes as coordinates. So all axes shrink together, and none is at its smallest size while another is at its largest.
 
 Sizes in between need not be in `choices`. They are multiples of the greatest common divisor of an axis' choices. If
-these leave bins empty, finer multiples are tried, down to multiples of 8 (see `MULTIPLES`).
+these leave bins empty, finer multiples are tried, down to multiples of 8. If some cost is then still not within the
+tolerance of a submodel, all sizes are tried (see `MULTIPLES`).
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ STEP = 0.01  # the width of a bin, as a share of the cost
 MOST_BINS = 128  # between two members; for costs that differ by more than a factor of 3.6, bins are wider
 MOST_CANDIDATES = 100_000  # Up to so many combinations of sizes are compared one by one.
 # Sizes in between are multiples of the greatest common divisor of the choices (0), or, if these do not reach all costs,
-# of its common divisors with 64 and 8: kernels want widths that are multiples of these.
-MULTIPLES = (0, 64, 8)
+# of its common divisors with 64 and 8, which kernels want, and with smaller numbers.
+MULTIPLES = (0, 64, 8, 4, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def _between(space: ElasticSpace, larger: list[int], smaller: list[int]) -> list
         return []
     best, tried = None, []
     for multiple in MULTIPLES:
+        if multiple in (4, 2, 1) and (best[0][0] == 0 or architectures.has_experts(space.config)):
+            break  # rows of experts have to be multiples of 8 (see EXPERT_ROW_MULTIPLE)
         widths = widths_between(space, larger, smaller, multiple)
         if widths in tried:
             continue
