@@ -153,4 +153,5 @@ def _read(file: Path, config, prefix: str = "") -> Gains:
 def _write(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     file.parent.mkdir(exist_ok=True)
     contiguous = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, file, {"format": "pt", **metadata})
+    assert len(metadata) <= 1  # the library writes several entries in an order that differs from process to process
+    safetensors.torch.save_file(contiguous, file, metadata)

@@ -42,9 +42,9 @@ def calls(monkeypatch):
 
 
 def files_below(directory):
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
+    """Path → content of all files below a directory, without compiled code, which importing a module may write."""
+    files = (path for path in directory.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
 def model_directory(path, seed=b"1"):

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -121,3 +123,18 @@ def test_lost_and_damaged_gains_are_named(tmp_path):
         extract(tmp_path / "family", "small", tmp_path / "out")
     with pytest.raises(UserError, match="lacks model"):
         ElasticModel.from_pretrained(tmp_path / "family")
+
+
+def test_the_same_gains_are_the_same_bytes_in_every_process(tmp_path):
+    """Two runs of one family are compared by their files; the safetensors library writes metadata in a random order."""
+    model = sorted_model(tmp_path / "parent", "nemotron_h", 1)
+    save_family(model, tmp_path / "family")
+    code = (
+        "import sys; from elastic_core import ElasticModel;"
+        "ElasticModel.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+    )
+    expected = (tmp_path / "family" / BUDGETS).read_bytes()
+    for number in range(3):
+        again = tmp_path / f"again{number}"
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "family"), str(again)], check=True)
+        assert (again / BUDGETS).read_bytes() == expected
