@@ -26,7 +26,7 @@ from elastic_core.model import architectures, hf, norm_gains
 from elastic_core.model.axes import PER_LAYER, WIDTHS
 from elastic_core.model.dims import kept_rows, layer_index, layer_of
 from elastic_core.model.files.experts import is_stacked, matrices, matrix_name
-from elastic_core.model.submodel import Submodel, full_submodel, keys_of
+from elastic_core.model.submodel import Submodel, keys_of
 
 
 def extract(
@@ -114,10 +114,9 @@ def _sliced_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dic
 def _norms(reader, config, submodel: Submodel, tensors: dict[str, SlicedTensor]) -> dict[str, GivenTensor]:
     """The norms of the submodel in place of those in `tensors`, if it has gains of its own (norm_gains.py)."""
     gains, norms = norm_gains.read(reader.directory, config), {}
-    if gains is None or submodel == full_submodel(config):
-        return norms
     disk_name, number = architectures.of(config).disk_name, {layer: i for i, layer in enumerate(submodel.kept_layers)}
-    for name, gain in gains.of(config, submodel, lambda name: reader.read(name).float()).items():
+    own = norm_gains.gains_of(gains, config, submodel, lambda name: reader.read(name).float())
+    for name, gain in own.items():
         layer = layer_index(name)
         if layer is None or layer in number:
             name = name if layer is None else name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)

@@ -203,9 +203,7 @@ class NestedModel:
         return model.eval()
 
     def _gains_of(self, submodel: Submodel) -> norm_gains.Gains:
-        if self._gains is None or submodel == full_submodel(self.config):
-            return {}
-        return self._gains.of(self.config, submodel, self._whole_gains.__getitem__)
+        return norm_gains.gains_of(self._gains, self.config, submodel, self._whole_gains.__getitem__)
 
     def _generation_config(self) -> GenerationConfig:
         try:

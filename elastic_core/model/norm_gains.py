@@ -30,7 +30,7 @@ from elastic_core.io.json_files import parse_json
 from elastic_core.io.tensor_files import open_checked, read_header
 from elastic_core.model import architectures
 from elastic_core.model.dims import count
-from elastic_core.model.submodel import Submodel
+from elastic_core.model.submodel import Submodel, full_submodel
 
 FOLDER = "norm_gains"
 RATIOS, BUDGETS = f"{FOLDER}/ratios.safetensors", f"{FOLDER}/budgets.safetensors"
@@ -79,7 +79,7 @@ class BudgetGains:
         A submodel between two budgets gets a mixture of their gains, by its hidden size. If both budgets have the same
         hidden size, it is by its number of parameters. A submodel below the smallest budget gets the gains of that one.
         """
-        whole = Submodel().resolve(config)
+        whole = full_submodel(config)
         known = [(whole, {name: gain(name) for name in architectures.norm_names(config)})]
         known += [(self.submodels[name], self.gains[name]) for name in self.submodels]
         size = _num_parameters(config, submodel)
@@ -110,6 +110,15 @@ def _position(config, submodel: Submodel, smaller: Submodel, larger: Submodel) -
 def _num_parameters(config, submodel: Submodel) -> int:
     kept = set(submodel.kept_layers)
     return count(architectures.parameter_layout(config), submodel.sizes(config), lambda layer: int(layer in kept))
+
+
+def gains_of(
+    gains: NormRatios | BudgetGains | None, config, submodel: Submodel, gain: Callable[[str], Tensor]
+) -> Gains:
+    """The gains of a resolved submodel; empty where they are those of the whole model. `gain`: see `NormRatios.of`."""
+    if gains is None or submodel == full_submodel(config):
+        return {}
+    return gains.of(config, submodel, gain)
 
 
 def read(directory: str | os.PathLike, config) -> NormRatios | BudgetGains | None:

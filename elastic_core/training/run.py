@@ -90,10 +90,13 @@ class Run:
     def slice_of(self, model: ElasticModel, submodel: Submodel | None = None) -> Slice:
         """`model.slice(submodel)`, made once per run and not in every microbatch, with the norm gains of now."""
         submodel = (submodel or model.full).resolve(model.config)
+        return self._slice_without_gains(model, submodel).with_norm_gains(model.gains_of(submodel))
+
+    def _slice_without_gains(self, model: ElasticModel, submodel: Submodel) -> Slice:
         key = id(model), submodel
         if key not in self._slices:
             self._slices[key] = model.slice(submodel).with_norm_gains({})
-        return self._slices[key].with_norm_gains(model.gains_of(submodel))
+        return self._slices[key]
 
     def slice_of_budget(self, budget: str) -> Slice:
         """The slice of a budget's submodel, with the norm gains that the budget trains. Needs `members`.
@@ -101,7 +104,7 @@ class Run:
         Budgets with the same submodel train the same gains, those of the first of them: it is extracted with these.
         """
         submodel = self.members[budget].submodel.resolve(self.model.config)
-        sliced = self.slice_of(self.model, submodel)
+        sliced = self._slice_without_gains(self.model, submodel)
         if self.norms is None or submodel == self.model.full:
             return sliced
         same = (b for b in self.norms.budgets if self.members[b].submodel.resolve(self.model.config) == submodel)
