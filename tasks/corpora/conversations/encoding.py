@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from operator import itemgetter
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -105,7 +106,10 @@ class ConversationEncoder:
         if len(marks) == len(positions):
             behind = {mark.end(): position + 1 for mark, position in zip(marks, positions, strict=True)}
             for start, end in document.spans:
-                first, last = (behind.get(at) or self._token_at(text, ids, marks, positions, at) for at in (start, end))
+                first = behind.get(start) or self._token_at(text, ids, marks, positions, start)
+                last = behind.get(end) or self._token_at(text, ids, marks, positions, end)
+                if first is None and start < end:
+                    first = self._token_of(text, ids, marks, positions, start)
                 if first is None or last is None:
                     break
                 mask[first:last] = True
@@ -138,6 +142,25 @@ class ConversationEncoder:
                 self._headers[header] = expected
         end = first + len(expected)
         return end if ids[first:end].tolist() == expected else None
+
+    def _token_of(self, text: str, ids: np.ndarray, marks: list[re.Match], positions: list[int], at: int) -> int | None:
+        """The token that holds the character `at`, if it begins before it: a line end of the prompt and of the answer.
+
+        None if a few characters behind the last special token do not tell.
+        """
+        before = bisect.bisect_right(marks, at, key=re.Match.end)
+        begin, first = (marks[before - 1].end(), positions[before - 1] + 1) if before else (0, 0)
+        end = marks[before].start() if before < len(marks) else len(text)
+        cut = min(end, at + _LONGEST_HEADER)
+        if end <= at or at - begin > _LONGEST_HEADER:
+            return None
+        part = self._encoder.encode(text[begin:cut], add_special_tokens=False)
+        number = next((i for i, (_, stop) in enumerate(part.offsets) if stop > at - begin), None)
+        # The last tokens before a cut may be others in the whole text.
+        seen = len(part.ids) if cut == end else bisect.bisect_left(part.offsets, cut - begin - 16, key=itemgetter(1))
+        if number is None or number + 1 >= seen or ids[first : first + seen].tolist() != part.ids[:seen]:
+            return None
+        return first + number
 
     def _encode_marked(self, document: Rendered) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask of a document in which some special tokens are ordinary text. It is encoded in pieces."""
