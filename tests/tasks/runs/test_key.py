@@ -11,6 +11,9 @@ import yaml
 
 pytest.importorskip("dvc")
 
+from dvc.repo.experiments.executor.base import BaseExecutor
+from dvc.repo.experiments.refs import EXEC_MERGE
+
 from elastic_core.errors import UserError
 from tasks.runs import from_the_start
 from tasks.runs.from_the_start import dvc_arguments
@@ -115,6 +118,37 @@ def test_a_forced_dvc_is_seen(command, forced, monkeypatch):
     assert from_the_start.is_wanted() == forced
     monkeypatch.setenv(from_the_start.VARIABLE, "1")
     assert from_the_start.is_wanted()
+
+
+@pytest.mark.parametrize("forced", [True, False, None])
+def test_a_queued_experiment_knows_whether_it_was_forced(forced, tmp_path, monkeypatch):
+    class Worker:
+        def parents(self):
+            return [self]
+
+        def cmdline(self):
+            return ["/venv/bin/python", "/venv/bin/dvc", "exp", "exec-run", "--infofile", "a.run"]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DVC_STAGE", "train_short")
+    monkeypatch.delenv(from_the_start.VARIABLE, raising=False)
+    monkeypatch.setattr(from_the_start.psutil, "Process", Worker)
+    git("init", "-q")
+    if forced is None:
+        with pytest.raises(UserError, match=r"was queued, and DVC's options .* cannot be read.*dvc exp run --temp"):
+            from_the_start.is_wanted()
+        return
+    path = tmp_path / ".dvc/tmp" / BaseExecutor.PACKED_ARGS_FILE  # as DVC stashes an experiment
+    BaseExecutor.pack_repro_args(str(path), force=forced, targets=["train_short"])
+    git("add", "-f", ".dvc/tmp")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "queued")
+    git("update-ref", EXEC_MERGE, "HEAD")
+    git("rm", "-q", "-r", ".dvc")  # DVC removes the file before it runs the stages
+    assert from_the_start.is_wanted() == forced
+
+
+def git(*arguments: str) -> None:
+    subprocess.run(["git", *arguments], check=True)
 
 
 def test_only_dvc_has_arguments():
