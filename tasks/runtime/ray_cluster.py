@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # a process that asks whether this machine is being taken away
 
 
 @contextlib.contextmanager
@@ -36,18 +37,19 @@ def cluster(compute: Compute, address: str | None) -> Iterator[None]:
     """Connect to the cluster at `address`, or start one on this machine that ends with the block."""
     import ray
 
+    is_local = address in (None, "", "local")
     environment = {
-        "env_vars": {**ENVIRONMENT, "PYTHONPATH": python_path()},
+        "env_vars": {**ENVIRONMENT, **(LOCAL if is_local else {}), "PYTHONPATH": python_path()},
         "worker_process_setup_hook": "tasks.runtime.quiet.silence_libraries",
     }
     options = {"logging_level": "ERROR", "runtime_env": environment}
-    if address in (None, "", "local"):
+    if is_local:
         cores = max(os.cpu_count() or 1, compute.workers * compute.cpus_per_worker)
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cores}
     else:
         options["address"] = address
     with contextlib.ExitStack() as stack:
-        if options["address"] == "local":
+        if is_local:
             if (directory := stack.enter_context(short_directory())) is not None:
                 options["_temp_dir"] = directory
             stack.enter_context(nothing_left())
