@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from elastic_core.errors import UserError
 from elastic_core.export.elastic_checkpoint import BudgetLike
@@ -46,13 +47,14 @@ class Conversation:
             raise UserError("conversation: there is no text yet; start with say(input_ids)")
         submodel, length = self.model.submodel(budget), self.input_ids.shape[1]
         model = self.model.at(submodel)
-        if hand_over:
-            self._take_over(submodel)
-        cache = self.caches.setdefault(submodel, DynamicCache(config=model.config))
         no_padding = torch.ones_like(self.input_ids)  # Without a mask, transformers would guess padding from token ids.
-        self.input_ids = model.generate(
-            self.input_ids, attention_mask=no_padding, past_key_values=cache, use_cache=True, **options
-        )
+        caching = {"use_cache": False}  # where `generate` could not know how much of the text is in the cache
+        if tracks_length(DynamicCache(config=model.config)):
+            if hand_over:
+                self._take_over(submodel)
+            cache = self.caches.setdefault(submodel, DynamicCache(config=model.config))
+            caching = {"use_cache": True, "past_key_values": cache}
+        self.input_ids = model.generate(self.input_ids, attention_mask=no_padding, **caching, **options)
         return self.input_ids[:, length:]
 
     def _take_over(self, submodel: Submodel) -> None:
@@ -69,9 +71,22 @@ class Conversation:
             self.caches[submodel] = part_of_cache(self.model.config, self.caches[best], best, submodel)
 
 
+def new_cache(config) -> DynamicCache:
+    """An empty cache. Without attention layers it gets an unused one, which transformers asks for the text's length."""
+    cache = DynamicCache(config=config)
+    if not tracks_length(cache):
+        cache.layers.append(DynamicLayer())
+    return cache
+
+
+def tracks_length(cache: Cache) -> bool:
+    """Whether a cache knows how much text it has read. Those without attention layers do not."""
+    return any(isinstance(layer, DynamicLayer) for layer in cache.layers)
+
+
 def part_of_cache(config, cache: Cache, larger: Submodel, smaller: Submodel) -> Cache:
     """A cache for `smaller` with its part of the states in the cache of `larger`. `smaller` is nested in `larger`."""
-    layout, part = architectures.parameter_layout(config), DynamicCache(config=submodel_config(config, smaller))
+    layout, part = architectures.parameter_layout(config), new_cache(submodel_config(config, smaller))
     sizes, larger_sizes = smaller.sizes(config), larger.sizes(config)
 
     def within(layer: int, name: str) -> Tensor:

@@ -17,13 +17,13 @@ import os
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.data.special_tokens import generation_values
 from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.conversation import Conversation
+from elastic_core.export.conversation import Conversation, tracks_length
 from elastic_core.export.elastic_checkpoint import BudgetLike
 from elastic_core.export.mixed_batch import generate_mixed
 from elastic_core.export.padding import check_padding
@@ -203,6 +203,8 @@ class NestedModel:
             set_parameter(model, name, weight, positions)
         architectures.of(self.config).finish(model, weight.device)
         model.generation_config = self._generation_config()
+        if not tracks_length(DynamicCache(config=model.config)):
+            model.generation_config.use_cache = False  # `generate` of transformers needs an attention layer for it
         return model.eval()
 
     def _gains_of(self, submodel: Submodel) -> norm_gains.Gains:
