@@ -12,8 +12,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.datastructures import Headers
-from fastapi.exceptions import HTTPException, RequestValidationError
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from elastic_core.errors import UserError
 from tasks.serving.family import Budget
@@ -43,11 +44,8 @@ class Guard:
     def _reason(self, scope) -> Refused | None:
         headers = Headers(scope=scope)
         given = headers.get("authorization", "").removeprefix("Bearer ").encode()
-        if (
-            self._key
-            and scope["path"].startswith("/v1/")
-            and not hmac.compare_digest(given.encode(), self._key.encode())
-        ):
+        needs_key = self._key is not None and scope["path"].startswith("/v1/")
+        if needs_key and not hmac.compare_digest(given, self._key.encode()):
             return Refused(401, "the API key is missing or wrong", "invalid_api_key")
         if "transfer-encoding" in headers:
             return Refused(411, "the body has no length; send Content-Length")

@@ -20,9 +20,10 @@ def pieces(tokenizer, text: str, stop=(), prompt: str = "a question ") -> tuple[
     return [*found, stream.end()], stream.stopped
 
 
-@pytest.mark.parametrize(
-    "text", ["plain words here", "Grüße, 日本 👩‍🚀!", " a  b\n\nc ", "a<|im_end|>b", "", "x\ufffdy\ufffd"]
-)
+TEXTS = ["plain words here", "Grüße, 日本 👩‍🚀!", " a  b\n\nc ", "a<|im_end|>b", "", "x\ufffdy\ufffd"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_the_pieces_are_the_text_in_whole_characters(text):
     ids = BYTES(text, add_special_tokens=False)["input_ids"]
     found, stopped = pieces(BYTES, text)
