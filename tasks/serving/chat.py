@@ -48,9 +48,8 @@ class Talk:
         prompt = self.family.chat_tokens(messages, **self.options)
         left = self.engine.limits.context - len(prompt)
         if left < 1:
-            raise UserError(
-                f"the conversation has {len(prompt)} of {self.engine.limits.context} tokens; start a /new one"
-            )
+            most = self.engine.limits.context
+            raise UserError(f"the conversation has {len(prompt)} tokens; allowed: fewer than {most}; start a /new one")
         found, num_new = queue.SimpleQueue(), min(left, self.max_new_tokens)
         chooser = Chooser(self.budget.model, self.settings, prompt, num_new)
         stop_ids = self.family.stop_ids()
