@@ -13,6 +13,7 @@ from tasks.serving.engine import Engine
 from tasks.serving.family import Budget, Family
 from tasks.serving.jobs import Failure, Job
 from tasks.serving.metrics import Metrics
+from tasks.serving.quiet import quiet
 from tasks.serving.sampling import Chooser, Settings
 from tasks.serving.serve import limits_of, load
 
@@ -119,18 +120,19 @@ def chat(
         raise UserError(f"--max-new-tokens: got {max_new_tokens}; allowed: 1 or more")
     if not 0 <= temperature <= 100:
         raise UserError(f"--temperature: got {temperature}; allowed: 0 (always the most likely token) to 100")
-    family = load(directory, dtype, device)
-    first = family.budget(budget) if budget else max(family.budgets.values(), key=lambda one: one.num_parameters)
-    engine = Engine(family, limits_of(directory), Metrics())
     options = {} if think is None else {"enable_thinking": think}
     messages = [] if system is None else [{"role": "system", "content": system}]
-    family.chat_tokens([*messages, {"role": "user", "content": "?"}], **options)  # before the first question
-    talk = Talk(family, engine, first, Settings(temperature, seed=seed), max_new_tokens, options, messages=messages)
-    engine.start()
-    try:
-        _loop(talk)
-    finally:
-        engine.stop()
+    with quiet():
+        family = load(directory, dtype, device)
+        first = family.budget(budget) if budget else max(family.budgets.values(), key=lambda one: one.num_parameters)
+        family.chat_tokens([*messages, {"role": "user", "content": "?"}], **options)  # before the first question
+        engine = Engine(family, limits_of(directory), Metrics())
+        settings = Settings(temperature, seed=seed)
+        engine.start()
+        try:
+            _loop(Talk(family, engine, first, settings, max_new_tokens, options, messages=messages))
+        finally:
+            engine.stop()
 
 
 def _loop(talk: Talk) -> None:

@@ -17,6 +17,7 @@ from tasks.serving.http.app import bind, create_app, new_server
 from tasks.serving.http.service import Service
 from tasks.serving.jobs import Limits
 from tasks.serving.metrics import Metrics
+from tasks.serving.quiet import quiet
 
 KEY = "ELASTIC_API_KEY"  # in the environment, so that no list of processes shows it
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -65,7 +66,7 @@ def serve(
     if not timeout > 0:
         raise UserError(f"--timeout: got {timeout}; allowed: more than 0 seconds")
     address, key = bind(host, port), os.environ.get(KEY) or None
-    with address:
+    with address, quiet():
         found = limits_of(directory, context, **limits)
         family, metrics = load(directory, dtype, device), Metrics()
         engine = Engine(family, found, metrics)
