@@ -2,7 +2,7 @@
 
 import typer
 
-from flows.cli import clean, family, init, plan, run
+from flows.cli import clean, family, init, plan, run, serve
 
 app = typer.Typer(
     name="elastic",
@@ -14,8 +14,9 @@ app = typer.Typer(
 
     `init` writes a profile for your parent and text, `plan` tells what training takes, `measure` times the layers on
     the device that is to serve, `run` trains a family, `compare` shows what differs between two runs or exports,
-    `clean` shows and frees what runs have left, `inspect` shows a family's members, `generate` tries one, `extract`
-    writes one as a directory for serving, `up` starts the dashboard. Where no directory is named, the commands take the
+    `clean` shows and frees what runs have left, `inspect` shows a family's members, `generate` tries one, `serve`
+    answers requests for all of them, `chat` talks to them here, `extract` writes one as a directory for other servers,
+    `up` starts the dashboard. Where no directory is named, the commands take the
     family of the last run.
     """,
 )
@@ -28,6 +29,8 @@ app.command()(run.up)
 app.command(cls=family.LikeCp)(family.extract)
 app.command()(family.generate)
 app.command()(family.inspect)
+app.command()(serve.serve)
+app.command()(serve.chat)
 app.command()(clean.clean)
 
 

@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from elastic_core import extract
@@ -25,6 +24,7 @@ from elastic_core.model.architectures.nemotron_h import MODELING_FILE
 from elastic_core.model.hf import CONFIG_ERRORS
 from tasks.commands.extract import find_budget
 from tasks.commands.inspect import open_model
+from tasks.serving.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def generate(
         raise UserError(f"--temperature: got {temperature}; allowed: 0 (always the most likely token) or more")
     if not any((directory / name).is_file() for name in TOKENIZERS):
         raise UserError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's tokenizer to it")
-    with _quiet():
+    with quiet():
         if chat is not None:  # before a member is extracted
             with _errors_of_transformers(directory):
                 _prompt_ids(load_tokenizer(directory, trust_remote_code=False), prompt, chat)
@@ -181,17 +181,3 @@ def _has_our_code(directory: Path) -> bool:
             f"{directory}: has modeling code that this library did not write; to use it, load the model in Python"
         )
     return True
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Switch off transformers' progress bars and hints, so that only the continuation is printed."""
-    before, had_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        if had_bars:
-            transformers.logging.enable_progress_bar()
