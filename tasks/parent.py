@@ -1,6 +1,7 @@
 """Stage `parent`: get the model that the family is made from.
 
-It is imported from a directory, a URL or a pip package (`parent.path`), or trained here from scratch (`parent.model`).
+It is imported from a directory, the Hugging Face hub, a URL or a pip package (`parent.path`), or trained here from
+scratch (`parent.model`).
 """
 
 import shutil
@@ -21,13 +22,14 @@ from elastic_core.io.atomic import write_text
 from elastic_core.io.directory_transfer import download_directory
 from elastic_core.io.tokenizer_files import is_tokenizer_file
 from elastic_core.model import architectures, hf
+from elastic_core.model.files.parent_copy import copy_model
 from elastic_core.model.files.weights import weight_file_names
-from elastic_core.model.parent_files import check_logits, check_weights
+from elastic_core.model.parent_files import check_stored_logits, check_weights
 from elastic_core.search.selection import Member
 from elastic_core.training.distributed import model_files, placement
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.run import Run
-from tasks.parents import gguf
+from tasks.parents import gguf, hub
 from tasks.parents.config import new_config, read_parent_config
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.runs import provenance
@@ -37,6 +39,7 @@ from tasks.runtime.preflight import check_family, check_parent
 from tasks.settings import remote_checks
 from tasks.settings.load import FILE, load
 from tasks.settings.local_checks import is_package
+from tasks.settings.paths import is_hub_name
 from tasks.settings.schema import Params
 from tasks.settings.sections import Evaluate, Parent
 from tasks.training.family import run_to_end, training_record
@@ -73,43 +76,47 @@ def initialise(config: PreTrainedConfig, seed: int) -> ElasticModel:
 
 
 def import_parent(parent: Parent, data: TokenData) -> None:
-    """Copy the parent from a directory, URL or package, with its weights converted to float32.
+    """Take over the parent from a directory, the hub, a URL or a package, with the element types of its files.
 
-    Its config.json has the `rope_scaling` of the section, and its head is untied if the section says so.
+    Its config.json has the `rope_scaling` of the section, and its head is untied if the section says so. Memory holds
+    one layer at a time. Files that need no change are linked or copied as they are (see `copy_model`).
     Raises UserError if the parent's tokenizer is not the one that the data was made with, if weights or logits are not
     finite, and if the logits do not depend on the text.
     """
     config, where = read_parent_config(parent, 0), f"parent.path ({parent.path})"
     check_tokenizer(data, load_tokenizer(parent.path), config.vocab_size, where)
-    with local_parent(parent.path) as directory:
-        stored, reader = ElasticModel.empty(directory)
+    with local_parent(parent.path) as (directory, is_own):
+        model, reader = ElasticModel.empty(directory, config)
         if reader.has_tied_head and not parent.untie_head:
             print(f"parent: {hf.HEAD} equals the embeddings, and config.json ties them; one copy is kept")
-        check_weights(reader, list(architectures.shapes(stored.config)))  # without the head that it gets
-        model = ElasticModel.from_pretrained(directory, config=config)
+        check_weights(reader, list(architectures.shapes(hf.read_config(directory))))  # an untied head is no file's
         num_tokens = min(TEST_TOKENS, config.vocab_size)
-        check_logits(model, torch.arange(num_tokens)[None], where)
+        check_stored_logits(model, reader, torch.arange(num_tokens)[None], where)
         model.norm_gains = None  # of submodels, if this is an elastic checkpoint; stage `rank` measures new ones
-        model.save_pretrained(OUT, tokenizer_from=directory)
+        copy_model(model, reader, directory, OUT, may_link=not is_own)
 
 
 @contextmanager
-def local_parent(path: str) -> Iterator[Path]:
-    """The parent as a local directory. From a URL or package, it is copied, and the copy is deleted at the end.
+def local_parent(path: str) -> Iterator[tuple[Path, bool]]:
+    """The parent as a local directory, and whether it is the user's own, whose files may change later.
 
-    The copy is beside the checkpoints and not in a temporary directory, for two reasons: that disk has space for a
-    model, and a download that was killed can be resumed file by file.
+    From a URL or package, it is copied, and the copy is deleted at the end. It is beside the checkpoints and not in a
+    temporary directory, for two reasons: that disk has space for a model, and a download that was killed can be resumed
+    file by file. From the hub, it is in the hub's cache.
     """
     copy = LOCAL / "parent-download"
+    if is_hub_name(path):
+        yield hub.fetch_model(path), False
+        return
     if is_package(path):
         gguf.write_directory(path, copy)
     elif storage.is_url(path):
         download_parent(path, copy)
     else:
-        yield Path(path)
+        yield Path(path), True
         return
     try:
-        yield copy
+        yield copy, False
     finally:
         shutil.rmtree(copy)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -154,11 +155,22 @@ class ElasticModel(nn.Module):
             entry = Entry(parameters[name].dtype, tuple(parameters[name].shape))
             entries |= hf.disk_entries(name, entry, disk_name)
         written = (found for name, rows in tensors for found in hf.disk_tensors(name, rows, disk_name))
+        dtype = self._any_matrix().dtype
+        self.write_with(directory, lambda partial: hf.write_tensors(partial, entries, written), dtype, tokenizer_from)
+
+    def write_with(
+        self,
+        directory: str | os.PathLike,
+        write_weights: Callable[[Path], None],
+        dtype: torch.dtype,
+        tokenizer_from: str | os.PathLike | None = None,
+    ) -> None:
+        """As `save_pretrained`, where `write_weights` fills the new directory with safetensors files of `dtype`."""
         generation = special_tokens.generation_values(self.config, tokenizer_from)
-        changes = special_tokens.token_ids(generation) | {"dtype": str(self._any_matrix().dtype).removeprefix("torch.")}
+        changes = special_tokens.token_ids(generation) | {"dtype": str(dtype).removeprefix("torch.")}
         with whole_directory(directory) as partial:
             hf.write_config(partial, self.config, **changes)
-            hf.write_tensors(partial, entries, written)
+            write_weights(partial)
             special_tokens.write_text_files(partial, tokenizer_from, generation)
             if self.norm_gains is not None:
                 self.norm_gains.write(partial)

@@ -106,6 +106,9 @@ def work(plan: dict) -> Table:
     if all(s["gpu_hours"] is not None for s in stages.values()):
         table.add_row("GPU-hours", *(f"{s['gpu_hours']:,.1f}" for s in stages.values()))
         table.add_row("hours", *(f"{s['hours']:,.1f}" for s in stages.values()))
+    if all(s["cost"] is not None for s in stages.values()):
+        price = f"cost, at {plan['hardware']['price']:g} per GPU-hour"
+        table.add_row(price, *(f"{s['cost']:,.0f}" for s in stages.values()))
     return table
 
 
@@ -113,6 +116,9 @@ def notes(plan: dict) -> list[str]:
     """What was assumed, in sentences."""
     hardware, lines = plan["hardware"], []
     unit = "MiB" if plan["memory"] else "ms/token" if plan["time"] else plan["counted"].replace("_", " ")
+    if "profile" in plan:
+        written = "as `elastic init` would write it for plenty of text; change it with --set"
+        lines.append(f"profile: {plan['profile'] or written}")
     ranges = [(name, *values["range"]) for name, values in plan["budgets"].items()]
     lines.append(f"layers: dropped {plan['assumption']['dropped']}, for their ranking is not known yet")
     for name, low, high in ranges:

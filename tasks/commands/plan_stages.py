@@ -1,12 +1,8 @@
-"""Estimates what a training stage takes, for `elastic plan`: memory of a worker, FLOPs, hours.
-
-If a stage does not fit on a GPU, it also suggests changes of parameters.
-"""
+"""Estimates what a training stage takes, for `elastic plan`: memory of a worker, FLOPs, hours."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 
@@ -38,14 +34,16 @@ class Hardware:
     memory: float = 80e9  # bytes of a GPU
     utilisation: float = 0.4  # share of the peak that training reaches
     peak: float | None = None  # FLOP/s
+    price: float | None = None  # of one GPU for one hour, in any currency
 
     def __post_init__(self):
         require(self.memory > 0, "gpu-memory", self.memory, "above 0")
         require(0 < self.utilisation <= 1, "utilisation", self.utilisation, "above 0, up to 1")
         require(self.peak is None or self.peak > 0, "peak", self.peak, "above 0")
+        require(self.price is None or self.price >= 0, "price", self.price, "0 or more")
 
     @classmethod
-    def read(cls, memory: str, utilisation: float, teraflops: float | None) -> Hardware:
+    def read(cls, memory: str, utilisation: float, teraflops: float | None, price: float | None = None) -> Hardware:
         """Parse `memory` such as '80GB', '141 GB' or '80GiB'. `teraflops` is the peak in TFLOP/s.
 
         Raises UserError for another spelling.
@@ -54,7 +52,7 @@ class Hardware:
         if found is None:
             raise UserError(f"gpu-memory: got {memory!r}; allowed: a size such as 80GB or 80GiB")
         unit = {"GB": 1e9, "GiB": 2.0**30}[found[2]]
-        return cls(float(found[1]) * unit, utilisation, None if teraflops is None else 1e12 * teraflops)
+        return cls(float(found[1]) * unit, utilisation, None if teraflops is None else 1e12 * teraflops, price)
 
     @property
     def usable(self) -> float:
@@ -77,7 +75,6 @@ def describe_stage(
     document_length see `describe_work`.
     """
     peak = stage_peak(name, settings, config, pieces)
-    changes = find_changes(name, settings, config, hardware, pieces)
     return {
         **describe_workload(name, settings),
         "memory": peak.kinds,
@@ -85,8 +82,6 @@ def describe_stage(
         "moment": peak.moment,
         "fits": peak.total <= hardware.usable,
         **describe_work(name, settings, config, members, hardware, document_length),
-        "changes": changes,
-        "shorter": find_shorter(name, settings, config, hardware, pieces, changes),
     }
 
 
@@ -207,6 +202,7 @@ def describe_work(
         "peak": peak,
         "gpu_hours": hours,
         "hours": None if hours is None else hours / max(1, compute.workers),
+        "cost": None if hours is None or hardware.price is None else hours * hardware.price,
     }
 
 
@@ -236,104 +232,3 @@ def describe_rank(settings: Params, config, hardware: Hardware) -> dict:
     widths = 2 * positions * hidden + (hidden**2 if section.basis == "principal" else 0)
     total = 4.0 * num_parameters(config) + 8.0 * max(widths, config.vocab_size * hidden)
     return {"at_least": total, "fits": total <= hardware.usable}
-
-
-# --- what to change --------------------------------------------------------------------------------------------------
-
-
-def find_changes(name: str, settings: Params, config, hardware: Hardware, pieces: dict) -> list[dict]:
-    """Changes that make a stage fit, one after the other until it fits. Each has its parameters, and the bytes with it.
-
-    Empty if the stage fits already or if nothing helps. The last entry says whether the stage fits then.
-    """
-    changes, total = [], stage_peak(name, settings, config, pieces).total
-    while total > hardware.usable:
-        for change in possible_changes(name, settings):
-            changed = override(settings, change)
-            changed_total = stage_peak(name, changed, config, pieces).total
-            if changed_total < 0.99 * total:
-                settings, total = changed, changed_total
-                changes.append({"set": change, "total": total, "fits": total <= hardware.usable})
-                break
-        else:
-            return changes
-    return changes
-
-
-def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
-    """Changes to try, the cheapest first. None of them changes the number of tokens of a step."""
-    stage, compute, execution = stages_of(settings)[name], settings.compute, settings.compute.execution
-    workers, section = max(1, compute.workers), "parent.training" if name == "parent" else name
-    changes = []
-    if not execution.activation_checkpointing:
-        changes.append({"compute.execution.activation_checkpointing": True})
-    if stage.microbatches < (most := stage.batch_size // workers):
-        changes.append({f"{section}.microbatches": most})
-    if compute.workers and execution.shard_over not in (None, workers):
-        changes.append({"compute.execution.shard_over": None})
-    if compute.workers and not execution.offload_teacher and make_workload(name, settings).has_teacher:
-        changes.append({"compute.execution.offload_teacher": True})
-    if (more := more_workers(settings, 2 * workers)) is not None:
-        changes.append(more)
-    return changes
-
-
-def find_shorter(
-    name: str, settings: Params, config, hardware: Hardware, pieces: dict, changes: list[dict]
-) -> dict | None:
-    """An alternative to more workers: shorter sequences that fit, with the same number of tokens per step.
-
-    It includes those entries of `changes` that do not change the workers. None if no alternative is needed, and if the
-    sequences cannot be halved often enough.
-    """
-    kept = [change["set"] for change in changes if "compute.workers" not in change["set"]]
-    if len(kept) == len(changes) and (not changes or changes[-1]["fits"]):
-        return None
-    change = {key: value for values in kept for key, value in values.items()}
-    section, total = "parent.training" if name == "parent" else name, math.inf
-    while total > hardware.usable:
-        stage = stages_of(override(settings, change))[name]
-        if stage.sequence_length % 2:
-            return None
-        change |= {
-            f"{section}.sequence_length": stage.sequence_length // 2,
-            f"{section}.batch_size": stage.batch_size * 2,
-            f"{section}.microbatches": stage.microbatches * 2,
-        }
-        total = stage_peak(name, override(settings, change), config, pieces).total
-    return {"set": change, "total": total}
-
-
-def more_workers(settings: Params, workers: int) -> dict[str, object] | None:
-    """Changes for `workers` workers, so that every stage's batches are multiples of it. Tokens per step stay the same.
-
-    None if that is impossible.
-    """
-    changes: dict[str, object] = {"compute.workers": workers}
-    for name, stage in stages_of(settings).items():
-        size, section = stage.batch_size // stage.microbatches, "parent.training" if name == "parent" else name
-        if stage.batch_size % workers:
-            return None
-        if size % workers:
-            candidates = range(stage.microbatches, 0, -1)
-            parts = next(n for n in candidates if stage.batch_size % n == 0 and stage.batch_size // n % workers == 0)
-            changes[f"{section}.microbatches"] = parts
-    rank = settings.rank
-    if rank.batch_size % workers:
-        batches, left = divmod(rank.batches * rank.batch_size, workers)
-        if left or batches < rank.depth_batches:
-            return None
-        changes |= {"rank.batch_size": workers, "rank.batches": batches}
-    return changes
-
-
-def override(settings: Params, changes: dict[str, object]) -> Params:
-    """A copy of `settings` with other values. `changes`: name in params.yaml, such as ``train_short.steps`` → value."""
-    for key, value in changes.items():
-        settings = _replace(settings, key.split("."), value)
-    return settings
-
-
-def _replace(section, path: list[str], value):
-    key, *rest = path
-    return dataclasses.replace(section, **{key: _replace(getattr(section, key), rest, value) if rest else value})

@@ -62,7 +62,7 @@ class HubDataset:
             raise
         except errors as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise _kind(error)(f"{self}: cannot be read: {reason}") from None
+            raise kind_of(error)(f"{self}: cannot be read: {reason}") from None
 
     def _open(self):
         import datasets
@@ -100,13 +100,13 @@ class HubDataset:
             )
         except (ConnectionError, httpx.TransportError, datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise _kind(error)(
+            raise kind_of(error)(
                 f"{self}: cannot be reached ({reason}), and is in no local cache (HF_DATASETS_CACHE, HF_HUB_CACHE); "
                 "check the name and the connection, or give a local directory"
             ) from None
 
 
-def _kind(error: BaseException | None) -> type[UserError]:
+def kind_of(error: BaseException | None) -> type[UserError]:
     """StorageUnavailable if the hub did not answer or was too busy, so that the same request may succeed later."""
     from huggingface_hub import is_offline_mode
     from huggingface_hub.utils import httpx

@@ -18,11 +18,13 @@ from elastic_core.model.parent_files import check_parent_files
 from elastic_core.search.importance.basis import check_basis
 from elastic_core.search.selection import check_reachable
 from elastic_core.search.space import ElasticSpace
+from tasks.parents import hub
 from tasks.parents.config import read_parent_config
 from tasks.parents.targets import comparable_budgets, metric_of_family, resolve
 from tasks.settings.budgets import check_shares
 from tasks.settings.load import is_sound, raise_problems
 from tasks.settings.local_checks import is_package
+from tasks.settings.paths import is_hub_name
 from tasks.settings.schema import Params
 
 
@@ -74,7 +76,9 @@ def add_parent_problems(problems: Problems, params) -> None:
     if path is None or is_package(path):
         return
     try:
-        check_parent_files(path)
+        directory = hub.check(path) if is_hub_name(path) else path
+        if directory is not None:  # else weights are downloaded by the stage `parent`
+            check_parent_files(directory)
     except StorageError:
         raise
     except UserError as error:

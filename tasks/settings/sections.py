@@ -112,8 +112,9 @@ class ParentModel:
 
 @dataclass(frozen=True)
 class Parent:
-    """Section `parent`: a Hugging Face directory, its URL or a package. With `path` null, `model` is trained.
+    """Section `parent`: an existing parent, or one that is trained here.
 
+    `path` is a Hugging Face directory, its URL, a name on the hub or a package. With `path` null, `model` is trained.
     `rope_scaling` scales the rotary positions of an existing parent to longer texts, in the form of transformers.
     `untie_head` gives a parent with tied embeddings a head of its own, a copy of the embeddings.
     With a path, `model` and `training` are not used, so they are not read and None.

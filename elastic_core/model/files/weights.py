@@ -23,6 +23,19 @@ def weight_map(directory: Location) -> dict[str, str]:
     if SINGLE in names:
         header, _ = read_raw_header(storage.join(directory, SINGLE))
         return dict.fromkeys(header, SINGLE)
+    return _read_index(directory, names)
+
+
+def weight_file_names(directory: Location, names: set[str] | None = None) -> set[str]:
+    """The names of all files that hold the weights: the single file, or the index and its files.
+
+    `names`: the files that there are, if `directory` has only the index of them yet. Raises UserError as `weight_map`.
+    """
+    names = set(storage.list_names(directory)) if names is None else names
+    return {SINGLE} if SINGLE in names else {INDEX, *_read_index(directory, names).values()}
+
+
+def _read_index(directory: Location, names: set[str]) -> dict[str, str]:
     if INDEX not in names:
         raise UserError(f"{directory}: {_why_none(directory, names)}")
     place = storage.join(directory, INDEX)
@@ -37,12 +50,6 @@ def weight_map(directory: Location) -> dict[str, str]:
             f"{lost} tensors: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; copy the model again"
         )
     return files
-
-
-def weight_file_names(directory: Location) -> set[str]:
-    """The names of all files that hold the weights: the single file, or the index and its files."""
-    files = set(weight_map(directory).values())
-    return files if files == {SINGLE} else {INDEX, *files}
 
 
 def convert_command(directory: Location) -> str:
