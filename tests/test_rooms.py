@@ -74,10 +74,12 @@ OPTIONAL = {
     "tensorboard",
     "uvicorn",
     "vl_convert",
+    "vllm",
     "wandb",
     "yaml",
 }
 RAY = {"tasks/runtime/launch.py", "tasks/runtime/ray_cluster.py"}
+LM_EVAL = {"tasks/evaluation/lm_eval_model.py", "tasks/evaluation/lm_eval_tasks.py"}
 DVC = {"flows/process/dvc_repro.py", "tasks/runs/dvc.py"}  # to run stages, and in a stage
 
 
@@ -246,10 +248,10 @@ def test_optional_packages_are_imported_in_one_file_each():
         "datasets": {"tasks/corpora/hub_datasets.py", "tasks/evaluation/lm_eval_tasks.py"},
         "dvc": DVC,
         "jinja2": templates | {"tasks/corpora/conversations/rendering.py"},
+        "lm_eval": LM_EVAL,
         "ray": RAY,
     }
     assert {name: paths for name, paths in users.items() if len(paths) > 1} == several
-    assert users["lm_eval"] == {"tasks/evaluation/lm_eval_tasks.py"}
     assert users["altair"] == {"tasks/reporting/charts.py"}
     assert users["mamba_ssm"] == users["causal_conv1d"] == {"elastic_core/model/ops/kernels.py"}
     assert users["tensorboard"] == users["wandb"] == {"tasks/progress/tracking.py"}

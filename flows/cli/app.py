@@ -16,8 +16,8 @@ app = typer.Typer(
     the device that is to serve, `run` trains a family, `compare` shows what differs between two runs or exports,
     `clean` shows and frees what runs have left, `inspect` shows a family's members, `generate` tries one, `serve`
     answers requests for all of them, `chat` talks to them here, `extract` writes one as a directory for other servers,
-    `up` starts the dashboard. Where no directory is named, the commands take the
-    family of the last run.
+    `adopt` takes a nested checkpoint of another program, `up` starts the dashboard. Where no directory is named, the
+    commands take the family of the last run.
     """,
 )
 app.command()(init.init)
@@ -31,6 +31,7 @@ app.command()(family.generate)
 app.command()(family.inspect)
 app.command()(serve.serve)
 app.command()(serve.chat)
+app.command()(family.adopt)
 app.command()(clean.clean)
 
 

@@ -70,6 +70,7 @@ def _text_and_cost(values: dict) -> dict:
     return {
         **{name: value for name, value in values.items() if name.startswith("bits_per_byte")},
         **{f"loss_{source}": values[f"loss_{source}"] for source in conversations(values)},
+        **{f"loss_at_{length}": found["loss"] for length, found in values.get("lengths", {}).items()},
         **_ratios("latency_ratio", latency["per_token_ratio"], latency["per_token_ratio_quartiles"]),
         **_ratios("prefill_ratio", latency["prefill_ratio"], latency["prefill_ratio_quartiles"]),
         "ms_per_token": 1000 * latency["per_token_seconds"],

@@ -32,6 +32,17 @@ ENVIRONMENT = {
 LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # a process that asks whether this machine is being taken away
 
 
+def prepare(compute: Compute) -> str | None:
+    """Set the environment for Ray before it is imported; the address of its cluster. Raises ConfigError without one."""
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    address = os.environ.get("RAY_ADDRESS")
+    if compute.workers and address not in (None, "", "local"):
+        check_cluster(address)
+        if has_token():  # Ray's clusters ask for one by default; a client has to be told, before it is imported
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+    return address
+
+
 @contextlib.contextmanager
 def cluster(compute: Compute, address: str | None) -> Iterator[None]:
     """Connect to the cluster at `address`, or start one on this machine that ends with the block."""

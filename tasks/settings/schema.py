@@ -58,6 +58,9 @@ class Params:
             evaluate = replace(evaluate, held_out=tuple(self.prepare_data.not_generated_names()))
         if evaluate.tasks is None:
             evaluate = replace(evaluate, tasks=tuple(self.prepare_data.practised_task_names()))
+        if evaluate.lengths is None:
+            stages = (self.train_short, self.train_extended)
+            evaluate = replace(evaluate, lengths=tuple(sorted({stage.sequence_length for stage in stages})))
         changes |= located({"parent": parent, "evaluate": evaluate, "cost": self.cost})
         return replace(self, **changes)
 
