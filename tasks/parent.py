@@ -19,8 +19,9 @@ from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.directory_transfer import download_directory
-from elastic_core.io.tokenizer_files import is_tokenizer_file
+from elastic_core.io.tokenizer_files import is_companion, is_tokenizer_file, left_out
 from elastic_core.model import architectures, hf
+from elastic_core.model.files.parent_dtype import with_parent_dtype
 from elastic_core.model.files.weights import weight_file_names
 from elastic_core.model.parent_files import check_logits, check_weights
 from elastic_core.search.selection import Member
@@ -75,7 +76,8 @@ def initialise(config: PreTrainedConfig, seed: int) -> ElasticModel:
 def import_parent(parent: Parent, data: TokenData) -> None:
     """Copy the parent from a directory, URL or package, with its weights converted to float32.
 
-    Its config.json has the `rope_scaling` of the section, and its head is untied if the section says so.
+    Its config.json has the `rope_scaling` of the section and the element type of the parent's files, and its head is
+    untied if the section says so.
     Raises UserError if the parent's tokenizer is not the one that the data was made with, if weights or logits are not
     finite, and if the logits do not depend on the text.
     """
@@ -85,8 +87,11 @@ def import_parent(parent: Parent, data: TokenData) -> None:
         stored, reader = ElasticModel.empty(directory)
         if reader.has_tied_head and not parent.untie_head:
             print(f"parent: {hf.HEAD} equals the embeddings, and config.json ties them; one copy is kept")
+        if others := left_out(storage.states(parent.path if not is_package(parent.path) else directory)):
+            print(f"parent: files that the family does not keep: {', '.join(others)}")
         check_weights(reader, list(architectures.shapes(stored.config)))  # without the head that it gets
-        model = ElasticModel.from_pretrained(directory, config=config)
+        stored_dtype = reader.stored(next(iter(architectures.shapes(stored.config)))).entry.dtype
+        model = ElasticModel.from_pretrained(directory, config=with_parent_dtype(config, stored_dtype))
         num_tokens = min(TEST_TOKENS, config.vocab_size)
         check_logits(model, torch.arange(num_tokens)[None], where)
         model.norm_gains = None  # of submodels, if this is an elastic checkpoint; stage `rank` measures new ones
@@ -118,7 +123,7 @@ def download_parent(path: str, copy: Path) -> None:
     """Download configuration, tokenizer and weights of a model from a URL to the directory `copy`."""
     weights = weight_file_names(path)
     shutil.rmtree(copy, ignore_errors=True)
-    download_directory(path, copy, only=lambda name: is_tokenizer_file(name) or name in weights)
+    download_directory(path, copy, only=lambda name: is_tokenizer_file(name) or is_companion(name) or name in weights)
 
 
 def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:

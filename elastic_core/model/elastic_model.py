@@ -15,6 +15,7 @@ from elastic_core.io.tensor_files import Entry
 from elastic_core.model import architectures, hf, norm_gains
 from elastic_core.model.dims import Layout
 from elastic_core.model.documents import Documents, documents_of
+from elastic_core.model.files.weights import shard_bytes
 from elastic_core.model.hf import HEAD
 from elastic_core.model.layers import Norm, add_parameters, part_of
 from elastic_core.model.slicing import Observer, Slice
@@ -136,7 +137,8 @@ class ElasticModel(nn.Module):
         """Write a Hugging Face directory of the whole model, complete or not at all.
 
         `tokenizer_from` is a directory with the tokenizer and chat template to copy. The special tokens are the same in
-        all files (see special_tokens.py). Raises UserError if `directory` exists and is not a model directory.
+        all files (see special_tokens.py). Files of weights are at most as large as those there.
+        Raises UserError if `directory` exists and is not a model directory.
         """
         parameters = dict(self.named_parameters())
         self.write(directory, ((name, parameters[name].detach().cpu()) for name in self.layout), tokenizer_from)
@@ -154,11 +156,13 @@ class ElasticModel(nn.Module):
             entry = Entry(parameters[name].dtype, tuple(parameters[name].shape))
             entries |= hf.disk_entries(name, entry, disk_name)
         written = (found for name, rows in tensors for found in hf.disk_tensors(name, rows, disk_name))
-        generation = special_tokens.generation_values(self.config, tokenizer_from)
-        changes = special_tokens.token_ids(generation) | {"dtype": str(self._any_matrix().dtype).removeprefix("torch.")}
+        no_cache = architectures.cache_values(self.config)
+        generation = special_tokens.generation_values(self.config, tokenizer_from) | no_cache
+        changes = special_tokens.token_ids(generation) | no_cache
+        changes["dtype"] = str(self._any_matrix().dtype).removeprefix("torch.")
         with whole_directory(directory) as partial:
             hf.write_config(partial, self.config, **changes)
-            hf.write_tensors(partial, entries, written)
+            hf.write_tensors(partial, entries, written, shard_bytes(tokenizer_from))
             special_tokens.write_text_files(partial, tokenizer_from, generation)
             if self.norm_gains is not None:
                 self.norm_gains.write(partial)

@@ -16,6 +16,7 @@ Names and sizes
 - `kept_state(config)`: what a layer keeps of a text during decoding, as layouts `kv_cache` (for one token), `ssm_state`
   and `conv_state` (for one sequence).
 - `WIDE`: endings of the names of parameters that stay in float32 in a bfloat16 model, as in transformers.
+  `WIDE_IN_FILES`: those that stay in float32 in bfloat16 files.
 
 Layers and their cost in training
 
@@ -28,12 +29,12 @@ Files
 
 - `canonical_name(name)`: the parameter's name for a tensor in a file (None: the tensor is not used).
   `disk_name(name)`: the reverse.
-- `file_values(values)`: further values for config.json.
+- `file_values(values)`: the values of config.json, as other programs read them.
 - `config_changes(config, kept_layers, widths)`: the values in a submodel's configuration that differ from the parent's.
   A list in `widths` has one entry per kept layer.
 - `MODELING_FILE`, `REMOTE_CLASSES`: the modeling file that is copied beside a model with different widths in its
   layers, and the classes in it. None: such a model can only be exported with padded MLPs.
-- `size_problem(config, hidden_size, num_attention_heads)`: why transformers cannot load these sizes, or None.
+- `size_problem(config, hidden_size, num_attention_heads)`: why readers of the files cannot load these sizes, or None.
 
 Decoding with transformers (export/nested.py)
 
@@ -47,7 +48,7 @@ files (files/experts.py), and a token uses `config.num_experts_per_tok` of them.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 import torch
@@ -133,6 +134,20 @@ def active_layout(config) -> Layout:
 def held_in(config, name: str, dtype: torch.dtype) -> torch.dtype:
     """The element type of a parameter in a model of `dtype`: at least float32 for the parameters named in `WIDE`."""
     return torch.promote_types(dtype, torch.float32) if name.endswith(of(config).WIDE) else dtype
+
+
+def stored_in(config, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The element type of a parameter in files of `dtype`: at least float32 for those named in `WIDE_IN_FILES`."""
+    return torch.promote_types(dtype, torch.float32) if name.endswith(of(config).WIDE_IN_FILES) else dtype
+
+
+def cache_values(config, kept_layers: Iterable[int] | None = None) -> dict:
+    """What config.json and generation_config.json say where transformers cannot decode with a cache, else nothing.
+
+    `kept_layers` None: all layers.
+    """
+    kept = range(num_layers(config)) if kept_layers is None else kept_layers
+    return {} if of(config).can_cache(config, kept) else {"use_cache": False}
 
 
 def has_experts(config) -> bool:

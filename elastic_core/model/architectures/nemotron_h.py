@@ -24,6 +24,7 @@ from elastic_core.model.slicing import Slice
 MODELS = {"nemotron_h": ("NemotronHConfig", "NemotronHForCausalLM")}
 EMBEDDINGS, FINAL_NORM = "embeddings", "norm_f"
 WIDE = (ffn.CORRECTION,)
+WIDE_IN_FILES = (*WIDE, ".A_log", ".D", ".dt_bias")
 MODELING_FILE = "modeling_elastic_nemotron_h.py"
 REMOTE_CLASSES = ("ElasticNemotronHConfig", "ElasticNemotronHForCausalLM")
 MOST_CHUNK = 1 << 11  # tokens; transformers computes with matrices of chunk × chunk for every head
@@ -195,9 +196,19 @@ def disk_name(name: str) -> str:
 
 
 def file_values(values: dict) -> dict:
-    """Further values for config.json: vLLM and SGLang read the layers from them, and otherwise assume other layers."""
+    """The values of config.json, as the readers of the files understand them.
+
+    All versions of transformers, vLLM, SGLang, MLX and llama.cpp read the layers from ``hybrid_override_pattern``. The
+    names in ``layers_block_type`` belong to some versions of transformers only. llama.cpp takes a model with keys of
+    experts for one with experts. The heads of multi-token prediction are not written, so their keys are not either.
+    """
     types = values["layers_block_type"]
-    return {"hybrid_override_pattern": pattern_of(types), "num_hidden_layers": len(types)}
+    left_out = {"layers_block_type", "num_nextn_predict_layers", "mtp_layers_block_type"}
+    if "moe" not in types:
+        left_out.update(ffn.MOE_KEYS)
+    kept = {name: value for name, value in values.items() if name not in left_out}
+    kept = mamba.with_time_step_limit(kept)
+    return kept | {"hybrid_override_pattern": pattern_of(types), "num_hidden_layers": len(types)}
 
 
 def size_problem(config, hidden_size: int, num_attention_heads: int) -> str | None:

@@ -1,5 +1,7 @@
 """The Mamba-2 layer of nemotron_h. All heads have the same number of channels; the heads of a group share B and C."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from elastic_core.model.layers import add_parameters
 from elastic_core.model.ops import kernels
 from elastic_core.model.ops.norm import group_rms_norm
 from elastic_core.model.slicing import Slice
+
+LIMIT = "time_step_limit"  # of the configuration: the smallest and the largest time step
+NO_LIMIT, LARGEST = (0.0, math.inf), 1e30  # no time step is as large as this
 
 
 def mamba_layout(config, i: int, keys: dict[str, Units]) -> Layout:
@@ -33,6 +38,16 @@ def mamba_layout(config, i: int, keys: dict[str, Units]) -> Layout:
     if config.use_bias:
         layout |= {"in_proj.bias": (projection,), "out_proj.bias": (hidden,)}
     return layout
+
+
+def with_time_step_limit(values: dict) -> dict:
+    """The values of config.json with limits of the time step that are JSON, or without them where they do not limit.
+
+    JSON has no infinity: transformers writes an object for it, which others do not understand.
+    """
+    kept = {name: value for name, value in values.items() if name != LIMIT}
+    low, high = (float(one["__float__"]) if isinstance(one, dict) else one for one in values[LIMIT])
+    return kept if (low, high) == NO_LIMIT else kept | {LIMIT: [low, min(high, LARGEST)]}
 
 
 class Mamba(nn.Module):

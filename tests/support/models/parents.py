@@ -91,7 +91,9 @@ def random_llama_config(seed: int):
     }
     biases = {"attention_bias": rng.random() < 0.5, "mlp_bias": rng.random() < 0.5}
     kind = rng.choice([LlamaConfig, LlamaConfig, Qwen2Config, Qwen3Config])
-    if kind is not Qwen2Config:  # whose biases are not for the configuration to say
+    if kind is Qwen2Config:
+        values["hidden_size"] = num_heads * values["head_dim"]  # readers take no other
+    else:  # its biases are not for the configuration to say
         values["attention_bias"] = biases["attention_bias"]
     return kind(**values, mlp_bias=biases["mlp_bias"]) if kind is LlamaConfig else kind(**values)
 
@@ -188,6 +190,8 @@ def _random_llama_submodel(config, rng: random.Random, heterogeneous, all_layers
 
     heads = num_heads()
     hidden_size = rng.randint(1, config.hidden_size // heads) * heads
+    if config.model_type == "qwen2":
+        hidden_size = heads * config.head_dim
     return Submodel(
         hidden_size=hidden_size,
         kept_layers=range(num_layers)
