@@ -29,7 +29,7 @@ from elastic_core.training.distributed import model_files, placement
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.run import Run
 from tasks.parents import gguf
-from tasks.parents.config import new_config, read_parent_config
+from tasks.parents.config import as_used, new_config, read_parent_config
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.runs import provenance
 from tasks.runs.job import LOCAL, Job, started
@@ -135,7 +135,7 @@ def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:
     manifest = data.manifest
     eos = manifest.eos_token_id
     tokens = {"eos_token_id": eos, "bos_token_id": manifest.bos_token_id, "pad_token_id": eos}
-    config = new_config(settings.parent.model, manifest.vocab_size, **tokens)
+    config = as_used(new_config(settings.parent.model, manifest.vocab_size, **tokens), settings.parent)
     model = initialise(config, settings.seed)
     if ranks.rank == 0:
         print(

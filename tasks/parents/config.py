@@ -11,20 +11,25 @@ from tasks.settings.sections import Parent, ParentModel
 
 
 def read_parent_config(parent: Parent, vocab_size: int) -> PreTrainedConfig:
-    """The configuration of section `parent`: of a directory, URL or package (see `as_used`), or of `model`.
+    """The configuration of section `parent`: of a directory, URL or package, or of `model` (see `as_used`).
 
     `vocab_size` applies to `model` only. Raises UserError for an unknown or unsupported architecture, ConfigError for
     a package that is not installed, and StorageError for a URL that cannot be read.
     """
     if parent.path is None:
-        return new_config(parent.model, vocab_size)
+        return as_used(new_config(parent.model, vocab_size), parent)
     config = gguf.read_config(parent.path) if is_package(parent.path) else hf.read_config(parent.path)
     return as_used(config, parent)
 
 
 def as_used(config: PreTrainedConfig, parent: Parent) -> PreTrainedConfig:
-    """The configuration of an existing parent with the section's `rope_scaling` and `untie_head`. Raises UserError."""
+    """A parent's configuration with the section's `rope_scaling`, `clamp_time_step` and `untie_head`.
+
+    Raises UserError for what the architecture does not have.
+    """
     config = architectures.with_rope_scaling(config, parent.rope_scaling)
+    if parent.clamp_time_step:
+        config = architectures.with_clamped_time_step(config)
     return architectures.with_own_head(config) if parent.untie_head else config
 
 

@@ -116,6 +116,7 @@ class Parent:
 
     `rope_scaling` scales the rotary positions of an existing parent to longer texts, in the form of transformers.
     `untie_head` gives a parent with tied embeddings a head of its own, a copy of the embeddings.
+    `clamp_time_step` limits the time step of Mamba layers as transformers does, instead of by `time_step_limit`.
     With a path, `model` and `training` are not used, so they are not read and None.
     """
 
@@ -124,6 +125,7 @@ class Parent:
     training: Stage | None = None
     rope_scaling: dict[str, Any] | None = None
     untie_head: bool = False
+    clamp_time_step: bool = False
 
     def check(self, require: Require = require) -> None:
         if self.rope_scaling is not None:

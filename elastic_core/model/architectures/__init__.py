@@ -9,6 +9,7 @@ Names and sizes
 - `requirements(config)`: conditions on a parent, each as (holds, message if it does not hold).
 - `max_positions(config)`: the longest text for which position embeddings are made, or None. `scale_positions(config,
   scaling)`: scale them to longer texts, in place.
+- `clamp_time_step(config)`: limit the time step of Mamba layers as transformers does, in place.
 - `pattern(config)`: one character per layer, which names its kind.
 - `units(config)`: every unit key with its size and groups.
 - `parameter_layout(config)`: the table. It lists everything that files hold, including tensors that are not trained.
@@ -179,6 +180,17 @@ def with_rope_scaling(config, scaling: Mapping | None):
         return config
     config = copy.deepcopy(config)
     of(config).scale_positions(config, scaling)
+    return config
+
+
+def with_clamped_time_step(config):
+    """A copy of a configuration in which the time step is limited as in transformers.
+
+    A layer's time step is limited by the checkpoint's `time_step_limit`. transformers ignores that, and takes
+    `time_step_min` for the lower limit. Raises UserError for an architecture without a time step.
+    """
+    config = copy.deepcopy(config)
+    of(config).clamp_time_step(config)
     return config
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
+from elastic_core.errors import UserError
 from elastic_core.model.architectures.rotary import Rotary, rope_requirements, rotate
 from elastic_core.model.dims import Fixed, Layout, Product, Units
 from elastic_core.model.documents import Documents
@@ -66,6 +67,11 @@ def scale_positions(config, scaling: Mapping) -> None:
     config.rope_parameters, config.max_position_embeddings = scaled_rope(
         config.rope_parameters, config.max_position_embeddings, scaling
     )
+
+
+def clamp_time_step(config) -> None:
+    """Raise UserError, because there is no time step."""
+    raise UserError(f"clamp_time_step: a {config.model_type} has no Mamba layers and no time step; set it to false")
 
 
 def pattern(config) -> str:

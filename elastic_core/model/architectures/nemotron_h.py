@@ -45,6 +45,7 @@ def requirements(config) -> list[tuple[bool, str]]:
             f"num_attention_heads={config.num_attention_heads} is not a multiple of "
             f"num_key_value_heads={config.num_key_value_heads}",
         ),
+        mamba.limit_requirement(config),
         activation_requirement("mlp_hidden_act", config.mlp_hidden_act),
         (config.mamba_hidden_act == "silu", f"mamba_hidden_act={config.mamba_hidden_act!r}; allowed: 'silu'"),
         (1 <= config.chunk_size <= MOST_CHUNK, f"chunk_size={config.chunk_size}; allowed: 1 to {MOST_CHUNK:,}"),
@@ -64,6 +65,11 @@ def max_positions(config) -> int | None:
 def scale_positions(config, scaling: Mapping) -> None:
     """Raise UserError, because there are no rotary positions."""
     raise UserError("rope_scaling: a nemotron_h has no rotary positions; remove it, longer texts need no scaling")
+
+
+def clamp_time_step(config) -> None:
+    """Limit the time step of a configuration as transformers does, in place: `time_step_min` is the smallest."""
+    config.time_step_limit = mamba.clamped_limit(config)
 
 
 def pattern(config) -> str:

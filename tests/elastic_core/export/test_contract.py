@@ -19,7 +19,7 @@ from elastic_core.io.tokenizer_files import is_companion, left_out, readable
 from elastic_core.model import architectures, hf
 from elastic_core.model.files.parent_dtype import parent_dtype, with_parent_dtype
 from tests.support.models.chat import CHATML, LLAMA3, chat_tokenizer
-from tests.support.models.parents import random_reference, save_random_parent
+from tests.support.models.parents import random_elastic, random_reference, relative_error, save_random_parent
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "head_dim": 8}
 SIZES |= {"num_key_value_heads": 2, "tie_word_embeddings": False}
@@ -135,6 +135,37 @@ def test_a_model_without_attention_asks_for_no_cache(tmp_path):
     assert model.generate(torch.arange(5)[None], max_new_tokens=4, do_sample=False).shape == (1, 9)
     ElasticModel(nemotron_h("M-")).save_pretrained(tmp_path / "whole")
     assert json.loads((tmp_path / "whole/generation_config.json").read_text())["use_cache"] is False
+
+
+@pytest.mark.parametrize("clamped", [False, True])
+def test_transformers_computes_with_the_same_time_steps(tmp_path, clamped):
+    """In reading; and without a limit in decoding with a cache too, where transformers has none."""
+    config = nemotron_h("M*M", time_step_min=0.05, eos_token_id=None)
+    config = architectures.with_clamped_time_step(config) if clamped else config
+    ours = random_elastic(0, config)
+    ours.save_pretrained(tmp_path / "whole")
+    values = json.loads((tmp_path / "whole/config.json").read_text())
+    assert values.get("time_step_limit") == ([0.05, 1e30] if clamped else None)
+    assert values["time_step_min"] == (0.05 if clamped else 1e-30)
+    again, ids = hf.read_config(tmp_path / "whole"), torch.arange(40)[None]
+    extract(tmp_path / "whole", Submodel(hidden_size=24), tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["time_step_min"] == values["time_step_min"]
+    model = architectures.model_class(config).from_pretrained(tmp_path / "whole")
+    with torch.no_grad():
+        assert torch.equal(ElasticModel.from_pretrained(tmp_path / "whole", config=again)(ids), ours(ids))
+        assert relative_error(model(ids, use_cache=False).logits, ours(ids)) < 1e-5
+    if not clamped:
+        cached, plain = (model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=use) for use in (True, False))
+        assert torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("limit", [[0.1], [0.2, 0.1], [-1.0, 1.0], [0.0, float("nan")], None])
+def test_impossible_limits_of_the_time_step_are_named(tmp_path, limit):
+    with pytest.raises(UserError, match=r"time_step_limit"):
+        written(tmp_path, nemotron_h("M*M"), Submodel())
+        values = json.loads((tmp_path / "config.json").read_text()) | {"time_step_limit": limit}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        hf.read_config(tmp_path)
 
 
 # Tokenizer and generation

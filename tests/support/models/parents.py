@@ -20,7 +20,7 @@ def random_config(seed: int) -> NemotronHConfig:
     groups, kv_heads = rng.choice([1, 2, 3]), rng.choice([1, 2])
     pattern = ["M", "-", "*", *rng.choices("M-*", k=rng.randint(1, 4))]
     rng.shuffle(pattern)
-    return NemotronHConfig(
+    config = NemotronHConfig(
         vocab_size=rng.choice([37, 64]),
         hidden_size=rng.choice([17, 24, 32]),
         layers_block_type=NemotronHConfig._pattern_to_list("".join(pattern)),
@@ -39,6 +39,7 @@ def random_config(seed: int) -> NemotronHConfig:
         use_conv_bias=rng.random() < 0.7,
         time_step_min=rng.choice([0.001, 0.05]),
     )
+    return architectures.with_clamped_time_step(config)  # so that transformers, which always clamps, computes the same
 
 
 def random_moe_config(seed: int) -> NemotronHConfig:
