@@ -37,10 +37,10 @@ def main(budget: str) -> None:
     settings = load()
     remote_checks.check(settings, "extract")
     section = settings.extract
-    submodel = find_submodel(settings, budget)
+    submodel, dtype = find_submodel(settings, budget), getattr(torch, section.dtype) if section.dtype else None
     for version, source in SOURCES.items():
         out = OUT / budget / version
-        extract(source, submodel, out, section.heterogeneous, getattr(torch, section.dtype))
+        extract(source, submodel, out, section.heterogeneous, dtype)
         if version == "zero_shot":
             provenance.write(out, provenance.read_records("prepare_data", "parent", "rank"))
         if section.destination is not None:
@@ -50,7 +50,7 @@ def main(budget: str) -> None:
     print(f"{OUT / budget}: {submodel}")
     uniform = find_uniform_counterpart(submodel)
     if uniform is not None:
-        extract(SOURCES["zero_shot"], uniform, OUT / budget / UNIFORM, dtype=getattr(torch, section.dtype))
+        extract(SOURCES["zero_shot"], uniform, OUT / budget / UNIFORM, dtype=dtype)
         provenance.write(OUT / budget / UNIFORM, provenance.read_records("prepare_data", "parent", "rank"))
         print(f"{OUT / budget / UNIFORM}: {uniform}")
     write_text(OUT / budget / "submodel.json", json.dumps(submodel.to_dict()) + "\n")  # for the report

@@ -20,9 +20,10 @@ from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.directory_transfer import download_directory
-from elastic_core.io.tokenizer_files import is_tokenizer_file
+from elastic_core.io.tokenizer_files import is_companion, is_tokenizer_file, left_out
 from elastic_core.model import architectures, hf
 from elastic_core.model.files.parent_copy import copy_model
+from elastic_core.model.files.parent_dtype import with_parent_dtype
 from elastic_core.model.files.weights import weight_file_names
 from elastic_core.model.parent_files import check_stored_logits, check_weights
 from elastic_core.search.selection import Member
@@ -30,7 +31,7 @@ from elastic_core.training.distributed import model_files, placement
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.run import Run
 from tasks.parents import gguf, hub
-from tasks.parents.config import new_config, read_parent_config
+from tasks.parents.config import as_used, new_config, read_parent_config
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.runs import provenance
 from tasks.runs.job import LOCAL, Job, started
@@ -78,8 +79,9 @@ def initialise(config: PreTrainedConfig, seed: int) -> ElasticModel:
 def import_parent(parent: Parent, data: TokenData) -> None:
     """Take over the parent from a directory, the hub, a URL or a package, with the element types of its files.
 
-    Its config.json has the `rope_scaling` of the section, and its head is untied if the section says so. Memory holds
-    one layer at a time. Files that need no change are linked or copied as they are (see `copy_model`).
+    Its config.json has the `rope_scaling` of the section and the element type of the parent's files, and its head is
+    untied if the section says so. Memory holds one layer at a time. Files that need no change are linked or copied as
+    they are (see `copy_model`).
     Raises UserError if the parent's tokenizer is not the one that the data was made with, if weights or logits are not
     finite, and if the logits do not depend on the text.
     """
@@ -89,9 +91,12 @@ def import_parent(parent: Parent, data: TokenData) -> None:
         model, reader = ElasticModel.empty(directory, config)
         if reader.has_tied_head and not parent.untie_head:
             print(f"parent: {hf.HEAD} equals the embeddings, and config.json ties them; one copy is kept")
+        if others := left_out(storage.states(parent.path if storage.is_url(parent.path) else directory)):
+            print(f"parent: files that the family does not keep: {', '.join(others)}")
         check_weights(reader, list(architectures.shapes(hf.read_config(directory))))  # an untied head is no file's
         num_tokens = min(TEST_TOKENS, config.vocab_size)
         check_stored_logits(model, reader, torch.arange(num_tokens)[None], where)
+        model.config = with_parent_dtype(model.config, reader.stored(next(iter(model.layout))).entry.dtype)
         model.norm_gains = None  # of submodels, if this is an elastic checkpoint; stage `rank` measures new ones
         copy_model(model, reader, directory, OUT, may_link=not is_own)
 
@@ -125,7 +130,7 @@ def download_parent(path: str, copy: Path) -> None:
     """Download configuration, tokenizer and weights of a model from a URL to the directory `copy`."""
     weights = weight_file_names(path)
     shutil.rmtree(copy, ignore_errors=True)
-    download_directory(path, copy, only=lambda name: is_tokenizer_file(name) or name in weights)
+    download_directory(path, copy, only=lambda name: is_tokenizer_file(name) or is_companion(name) or name in weights)
 
 
 def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:
@@ -137,7 +142,7 @@ def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:
     manifest = data.manifest
     eos = manifest.eos_token_id
     tokens = {"eos_token_id": eos, "bos_token_id": manifest.bos_token_id, "pad_token_id": eos}
-    config = new_config(settings.parent.model, manifest.vocab_size, **tokens)
+    config = as_used(new_config(settings.parent.model, manifest.vocab_size, **tokens), settings.parent)
     model = initialise(config, settings.seed)
     if ranks.rank == 0:
         print(

@@ -26,6 +26,8 @@ from elastic_core.model import architectures, hf, norm_gains
 from elastic_core.model.axes import PER_LAYER, WIDTHS
 from elastic_core.model.dims import kept_rows, layer_index, layer_of
 from elastic_core.model.files.experts import is_stacked, matrices, matrix_name
+from elastic_core.model.files.parent_dtype import parent_dtype, with_parent_dtype
+from elastic_core.model.files.weights import shard_bytes
 from elastic_core.model.submodel import Submodel, keys_of
 
 
@@ -44,7 +46,8 @@ def extract(
     - `heterogeneous`: how to write widths that differ between layers. ``remote_code`` adds a modeling file; load the
       directory with ``trust_remote_code=True``. ``pad`` fills the MLPs with zeros up to the widest one. The result
       computes the same and loads everywhere. A homogeneous submodel needs neither: it is a stock directory.
-    - `dtype`: the element type of the written tensors (None: as stored).
+    - `dtype`: the element type of the written tensors. None: that of the parent's files, if the family was made from
+      an existing parent (parent_dtype.py), else as stored. A few small tensors stay in float32 (see `stored_in`).
 
     Norms have the gains of this submodel (norm_gains.py). The tokenizer and its chat template come along, and
     generation stops at the same tokens (see special_tokens.py).
@@ -62,7 +65,10 @@ def extract(
         submodel_or_budget = elastic_checkpoint.find_submodel(elastic_directory, submodel_or_budget)
     submodel = submodel_or_budget.resolve(config)
     pad = heterogeneous == "pad" and not submodel.is_homogeneous
-    generation = special_tokens.generation_values(config, elastic_directory)
+    dtype = dtype or parent_dtype(config, str(elastic_directory))
+    config = with_parent_dtype(config, None)
+    no_cache = architectures.cache_values(config, submodel.kept_layers)
+    generation = special_tokens.generation_values(config, elastic_directory) | no_cache
     changes = config_changes(config, submodel, pad) | special_tokens.token_ids(generation)
     reader = hf.TensorReader(elastic_directory)
     tensors = _sliced_tensors(reader, config, submodel, pad, dtype)
@@ -71,7 +77,8 @@ def extract(
         changes["dtype"] = str(dtype).removeprefix("torch.")
     with whole_directory(out_directory) as partial:
         hf.write_config(partial, config, **changes)
-        hf.write_tensors(partial, {name: sliced.entry for name, sliced in tensors.items()}, tensors.items())
+        entries = {name: sliced.entry for name, sliced in tensors.items()}
+        hf.write_tensors(partial, entries, tensors.items(), shard_bytes(elastic_directory))
         if "auto_map" in changes:
             file = architectures.of(config).MODELING_FILE
             (partial / file).write_text(resources.files("elastic_core.export").joinpath(file + ".txt").read_text())
@@ -98,7 +105,7 @@ def _sliced_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dic
             continue
         shape = tuple(dim.count(final) for dim in dims)
         stored, kept = reader.stored(name), [kept_rows(dim, sizes) for dim in dims]
-        held = None if dtype is None else architectures.held_in(config, name, dtype)
+        held = architectures.stored_in(config, name, dtype or stored.entry.dtype)
         if layer is not None:
             name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
         if is_stacked(name):
@@ -216,6 +223,7 @@ def config_changes(config, submodel: Submodel, pad: bool = False) -> dict:
     if problem is not None:
         raise UserError(problem)
     changes = architecture.config_changes(config, submodel.kept_layers, widths)
+    changes |= architectures.cache_values(config, submodel.kept_layers)
     if any(isinstance(widths.get(field), list) for field in PER_LAYER):
         module = architecture.MODELING_FILE.removesuffix(".py")
         names = zip(("AutoConfig", "AutoModelForCausalLM"), architecture.REMOTE_CLASSES, strict=True)

@@ -16,6 +16,7 @@ from elastic_core.io.tensor_files import Entry
 from elastic_core.model import architectures, hf, norm_gains
 from elastic_core.model.dims import Layout
 from elastic_core.model.documents import Documents, documents_of
+from elastic_core.model.files.weights import shard_bytes
 from elastic_core.model.hf import HEAD
 from elastic_core.model.layers import Norm, add_parameters, part_of
 from elastic_core.model.slicing import Observer, Slice
@@ -137,7 +138,8 @@ class ElasticModel(nn.Module):
         """Write a Hugging Face directory of the whole model, complete or not at all.
 
         `tokenizer_from` is a directory with the tokenizer and chat template to copy. The special tokens are the same in
-        all files (see special_tokens.py). Raises UserError if `directory` exists and is not a model directory.
+        all files (see special_tokens.py). Files of weights are at most as large as those there.
+        Raises UserError if `directory` exists and is not a model directory.
         """
         parameters = dict(self.named_parameters())
         self.write(directory, ((name, parameters[name].detach().cpu()) for name in self.layout), tokenizer_from)
@@ -155,8 +157,10 @@ class ElasticModel(nn.Module):
             entry = Entry(parameters[name].dtype, tuple(parameters[name].shape))
             entries |= hf.disk_entries(name, entry, disk_name)
         written = (found for name, rows in tensors for found in hf.disk_tensors(name, rows, disk_name))
-        dtype = self._any_matrix().dtype
-        self.write_with(directory, lambda partial: hf.write_tensors(partial, entries, written), dtype, tokenizer_from)
+        dtype, most = self._any_matrix().dtype, shard_bytes(tokenizer_from)
+        self.write_with(
+            directory, lambda partial: hf.write_tensors(partial, entries, written, most), dtype, tokenizer_from
+        )
 
     def write_with(
         self,
@@ -166,8 +170,9 @@ class ElasticModel(nn.Module):
         tokenizer_from: str | os.PathLike | None = None,
     ) -> None:
         """As `save_pretrained`, where `write_weights` fills the new directory with safetensors files of `dtype`."""
-        generation = special_tokens.generation_values(self.config, tokenizer_from)
-        changes = special_tokens.token_ids(generation) | {"dtype": str(dtype).removeprefix("torch.")}
+        no_cache = architectures.cache_values(self.config)
+        generation = special_tokens.generation_values(self.config, tokenizer_from) | no_cache
+        changes = special_tokens.token_ids(generation) | no_cache | {"dtype": str(dtype).removeprefix("torch.")}
         with whole_directory(directory) as partial:
             hf.write_config(partial, self.config, **changes)
             write_weights(partial)

@@ -31,7 +31,9 @@ def extract(
         Heterogeneous,
         typer.Option(help="For widths that differ between layers: add a modeling file, or pad MLPs with zeros."),
     ] = Heterogeneous.remote_code,
-    dtype: Annotated[Dtype | None, typer.Option(help="Element type (default: as stored).", show_default=False)] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Element type (default: that of the parent's files).", show_default=False)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace a model that is at OUT.")] = False,
 ) -> None:
     """Cut one member out of a family, as a directory that transformers and others load.

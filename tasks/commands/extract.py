@@ -41,7 +41,7 @@ def export(
     """Extract the submodel of `budget` from the elastic checkpoint `family` into the directory `out`.
 
     heterogeneous: how to write widths that differ between layers, "remote_code" or "pad".
-    dtype: "float32" or "bfloat16"; None keeps the family's element type.
+    dtype: "float32" or "bfloat16"; None takes that of the parent's files.
     nearest: take the nearest submodel, however far its cost is from the budget.
 
     Raises UserError for what the caller has to change.

@@ -234,6 +234,8 @@ def choices_of(config, lowest: float, count: int, coarseness: float) -> dict[str
             continue
         least = max(unit.least, math.ceil(lowest * unit.size))
         found[field] = ladder(unit.size, least, step, count, coarseness)
+        if field == "hidden_size" and heads:
+            found[field] = tuple(size for size in found[field] if all(_can_be_written(config, size, n) for n in heads))
     layers = architectures.num_layers(config)
     found["depth"] = ladder(layers, math.ceil((1 + lowest) / 2 * layers), 1, min(count, 6), 0)
     while math.prod(map(len, found.values())) > MOST_COMBINATIONS:
@@ -243,13 +245,15 @@ def choices_of(config, lowest: float, count: int, coarseness: float) -> dict[str
 
 
 def _head_choices(config, unit, lowest: float) -> tuple[int, ...]:
-    """Numbers of query heads. transformers' Llama takes hidden sizes that all of them divide."""
+    """Numbers of query heads that go with the parent's hidden size."""
     if unit is None:
         return ()
     sizes = [size for size in range(unit.size, 0, -unit.groups) if size >= lowest * unit.size]
-    if config.model_type == "llama":
-        sizes = [size for size in sizes if config.hidden_size % size == 0]
-    return tuple(sizes[:3])
+    return tuple([size for size in sizes if _can_be_written(config, config.hidden_size, size)][:3])
+
+
+def _can_be_written(config, hidden_size: int, num_heads: int) -> bool:
+    return architectures.of(config).size_problem(config, hidden_size, num_heads) is None
 
 
 def ladder(full: int, least: int, step: int, count: int, coarseness: float) -> tuple[int, ...]:

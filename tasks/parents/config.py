@@ -13,12 +13,12 @@ from tasks.settings.sections import Parent, ParentModel
 
 
 def read_parent_config(parent: Parent, vocab_size: int) -> PreTrainedConfig:
-    """The configuration of section `parent`: of an existing parent (see `read_config` and `as_used`), or of `model`.
+    """The configuration of section `parent`: of an existing parent (see `read_config`), or of `model`; as it is used.
 
     `vocab_size` applies to `model` only.
     """
     if parent.path is None:
-        return new_config(parent.model, vocab_size)
+        return as_used(new_config(parent.model, vocab_size), parent)
     return as_used(read_config(parent.path), parent)
 
 
@@ -37,8 +37,13 @@ def read_config(path: str) -> PreTrainedConfig:
 
 
 def as_used(config: PreTrainedConfig, parent: Parent) -> PreTrainedConfig:
-    """The configuration of an existing parent with the section's `rope_scaling` and `untie_head`. Raises UserError."""
+    """A parent's configuration with the section's `rope_scaling`, `clamp_time_step` and `untie_head`.
+
+    Raises UserError for what the architecture does not have.
+    """
     config = architectures.with_rope_scaling(config, parent.rope_scaling)
+    if parent.clamp_time_step:
+        config = architectures.with_clamped_time_step(config)
     return architectures.with_own_head(config) if parent.untie_head else config
 
 

@@ -20,6 +20,7 @@ from elastic_core.io.tokenizer_files import ADVICE, MORE_TEMPLATES, TOKENIZER_FI
 from elastic_core.model.files.weights import INDEX, SHARD, SINGLE, weight_file_names
 from tasks.corpora.hub_datasets import SECONDS, kind_of
 
+COMPANIONS = ("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "notice*", "COPYING*", "*parser*.py")  # see `is_companion`
 COMMIT = re.compile("[0-9a-f]{40}")  # in full; a shorter name may be a branch
 SMALL = ("config.json", *TOKENIZER_FILES, f"{MORE_TEMPLATES}/*.jinja", INDEX)  # all files but the weights
 
@@ -65,7 +66,7 @@ def fetch_model(path: str) -> Path:
     """
     directory = fetch(path, *SMALL)
     weights = _weight_files(path, directory)
-    return fetch(_at(path, directory), *SMALL, *sorted(weights))
+    return fetch(_at(path, directory), *SMALL, *COMPANIONS, *sorted(weights))
 
 
 def check(path: str) -> Path | None:

@@ -1,12 +1,12 @@
 """Makes the tables of the report: results, training, the router's choices, importance. Reads artifacts/."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
+from transformers import PreTrainedConfig
 
 from elastic_core.io.json_files import read_json
-from elastic_core.model import architectures
+from elastic_core.model import architectures, hf
 from elastic_core.model.axes import AXES, FIELDS
 from elastic_core.model.submodel import Submodel
 from tasks.progress.metrics_file import read_rows
@@ -195,9 +195,9 @@ def settled() -> int | None:
     return max(soft) if soft and rows[-1]["mode"] != "soft" else None
 
 
-def parent_config() -> SimpleNamespace:
-    """The parent's config.json as stage rank writes it: with all values, also those that equal a default."""
-    return SimpleNamespace(**read_json(ARTIFACTS / "rank" / "model" / "config.json"))
+def parent_config() -> PreTrainedConfig:
+    """The parent's configuration, as stage rank writes it."""
+    return hf.read_config(ARTIFACTS / "rank" / "model")
 
 
 def router(scores: Scores, config) -> pd.DataFrame:

@@ -43,7 +43,7 @@ def add_family_problems(problems: Problems, params) -> None:
 
     What depends on a parameter that has a problem is left out. Raises StorageError.
     """
-    keys = ("parent.path", "parent.rope_scaling", "parent.untie_head")
+    keys = ("parent.path", "parent.rope_scaling", "parent.untie_head", "parent.clamp_time_step")
     if not is_sound(problems, params, *keys):
         return
     if params.parent.path is None and not is_sound(problems, params, "parent.model", "prepare_data.vocab_size"):

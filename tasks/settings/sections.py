@@ -118,6 +118,7 @@ class Parent:
     `path` is a Hugging Face directory, its URL, a name on the hub or a package. With `path` null, `model` is trained.
     `rope_scaling` scales the rotary positions of an existing parent to longer texts, in the form of transformers.
     `untie_head` gives a parent with tied embeddings a head of its own, a copy of the embeddings.
+    `clamp_time_step` limits the time step of Mamba layers as transformers does, instead of by `time_step_limit`.
     With a path, `model` and `training` are not used, so they are not read and None.
     """
 
@@ -126,6 +127,7 @@ class Parent:
     training: Stage | None = None
     rope_scaling: dict[str, Any] | None = None
     untie_head: bool = False
+    clamp_time_step: bool = False
 
     def check(self, require: Require = require) -> None:
         if self.rope_scaling is not None:
@@ -175,7 +177,7 @@ class Extract:
     """Section `extract`: how submodels are exported."""
 
     heterogeneous: Literal["remote_code", "pad"] = "remote_code"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: that of the parent's files
     destination: str | None = None  # each model is copied to <destination>/<budget>/<version>
 
     def check(self, require: Require = require) -> None:

@@ -28,6 +28,11 @@ from elastic_core.model.slicing import Slice
 FADING = 0.1  # with a gate below this value, an expert is chosen less often
 # Added to the scores to choose experts, but not to weight their outputs. A buffer in transformers; never trained.
 CORRECTION = "gate.e_score_correction_bias"
+MOE_KEYS = (  # of config.json; n_groups is not one of them, it counts the groups of Mamba heads
+    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_overlap", "n_group", "topk_group", "norm_topk_prob"),
+    *("routed_scaling_factor", "output_router_logits"),
+)
 
 
 def moe_requirements(config) -> list[tuple[bool, str]]:

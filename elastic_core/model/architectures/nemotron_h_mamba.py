@@ -1,5 +1,7 @@
 """The Mamba-2 layer of nemotron_h. All heads have the same number of channels; the heads of a group share B and C."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,10 @@ from elastic_core.model.layers import add_parameters
 from elastic_core.model.ops import kernels
 from elastic_core.model.ops.norm import group_rms_norm
 from elastic_core.model.slicing import Slice
+
+LIMIT = "time_step_limit"  # of the configuration: the smallest and the largest time step
+NO_LIMIT = (0.0, math.inf)
+SMALLEST, LARGEST = 1e-30, 1e30  # no time step that matters is smaller or larger; transformers needs one above 0
 
 
 def mamba_layout(config, i: int, keys: dict[str, Units]) -> Layout:
@@ -35,6 +41,34 @@ def mamba_layout(config, i: int, keys: dict[str, Units]) -> Layout:
     return layout
 
 
+def limit_requirement(config) -> tuple[bool, str]:
+    """The condition on `time_step_limit`, with the message if it does not hold."""
+    limit = config.time_step_limit
+    valid = isinstance(limit, (list, tuple)) and len(limit) == 2
+    valid = valid and all(isinstance(one, (int, float)) for one in limit) and 0 <= limit[0] <= limit[1]
+    return valid, f"{LIMIT}={limit}; allowed: the smallest and the largest time step, such as [0.0, Infinity]"
+
+
+def clamped_limit(config) -> tuple[float, float]:
+    """The limits with which transformers computes: `time_step_min` is the smallest time step."""
+    low, high = config.time_step_limit
+    return max(low, config.time_step_min), high
+
+
+def with_time_step_limit(values: dict) -> dict:
+    """The values of config.json in which all readers find the same limits of the time step, in JSON.
+
+    vLLM, MLX and llama.cpp follow `time_step_limit` or have no limits. transformers ignores it and takes
+    `time_step_min` for the lower limit when it reads a text (not when it decodes with a cache), although that is only
+    how the parent's weights were initialised. So both have the same lower limit here. JSON has no infinity:
+    transformers writes an object for it, which others do not understand.
+    """
+    kept = {name: value for name, value in values.items() if name != LIMIT}
+    low, high = (float(one["__float__"]) if isinstance(one, dict) else one for one in values[LIMIT])
+    kept["time_step_min"] = max(low, SMALLEST)
+    return kept if (low, high) == NO_LIMIT else kept | {LIMIT: [low, min(high, LARGEST)]}
+
+
 class Mamba(nn.Module):
     """Mamba-2. Every group keeps the same number of heads, and every head the same channels. B and C stay whole."""
 
@@ -43,7 +77,7 @@ class Mamba(nn.Module):
         self.layout, self.layer = layout, layer
         self.groups, self.state_size = config.n_groups, config.ssm_state_size
         self.eps = config.layer_norm_epsilon
-        self.time_step_min = config.time_step_min  # transformers has no upper limit on dt
+        self.time_step_limit = tuple(config.time_step_limit)
         add_parameters(self, layout)
 
     def forward(self, x: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
@@ -61,7 +95,9 @@ class Mamba(nn.Module):
         # Time step, decay and the sums of the scan are in float32 or higher, for any type of x, because low precision
         # there can lead to infinite gradients.
         wide = torch.promote_types(x.dtype, torch.float32)
-        dt = F.softplus(dt.to(wide) + weight("dt_bias")).clamp(min=self.time_step_min)
+        dt = F.softplus(dt.to(wide) + weight("dt_bias"))
+        if self.time_step_limit != NO_LIMIT:
+            dt = dt.clamp(*self.time_step_limit)
         y = kernels.scan(
             y.unflatten(-1, (heads, channels)),
             dt,

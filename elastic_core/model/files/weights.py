@@ -1,6 +1,8 @@
 """Finds the safetensors files of a model directory, and says what to do where there are none."""
 
+import os
 import re
+from pathlib import Path
 
 from elastic_core.errors import UserError
 from elastic_core.io import storage
@@ -10,6 +12,7 @@ from elastic_core.io.tensor_headers import read_raw_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PYTORCH_FILE = re.compile(r"pytorch_model.*\.(bin|pt)(\.index\.json)?")
+SHARD_BYTES = 5 * 2**30  # the most bytes of a file, for weights that do not come from a sharded model
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
@@ -50,6 +53,15 @@ def _read_index(directory: Location, names: set[str]) -> dict[str, str]:
             f"{lost} tensors: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}; copy the model again"
         )
     return files
+
+
+def shard_bytes(directory: str | os.PathLike | None) -> int:
+    """The most bytes of a file of weights that come from a local directory: those of its largest shard, if it has any.
+
+    Also for a directory without weights, and for none.
+    """
+    shards = [] if directory is None else [path for path in Path(directory).iterdir() if SHARD.fullmatch(path.name)]
+    return max((path.stat().st_size for path in shards), default=SHARD_BYTES)
 
 
 def convert_command(directory: Location) -> str:

@@ -1,6 +1,7 @@
 """Many models in one: every budget on one set of weights gives what the extracted directory gives."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ def make_family(directory, seed: int, heterogeneous=(), architecture: str = "nem
     """A random parent with three nested budgets and one in between, the smallest without the last layer."""
     config = CONFIGS[architecture](seed)
     config.time_step_min, config.eos_token_id = 1e-30, None  # see tests/elastic_core/export/test_extract.py
+    config.time_step_limit = (0.0, math.inf)
     save_random_parent(directory, seed, config)
     config = hf.read_config(directory)
     big = random_submodel(config, seed, heterogeneous, all_layers=True).resolve(config)
