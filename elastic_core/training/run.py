@@ -21,6 +21,7 @@ from elastic_core.search.router import Router
 from elastic_core.search.selection import Member
 from elastic_core.training.budget_norms import BudgetNorms, make_budget_norms
 from elastic_core.training.checkpoint import Checkpoints
+from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local
 from elastic_core.training.distributed.placement import is_matrix
 from elastic_core.training.distributed.ranks import Ranks
@@ -42,6 +43,7 @@ class Run:
       combination per budget. `indices`: the final combinations; None until the choice has settled. `comparison`: how
       they were chosen, as JSON values (see candidates.py); None if no candidates were compared.
     - `norms`: the norm gains of budgets; None if the model has none for submodels.
+    - `execution`: how the workers hold and run the model, as in `place`.
     - `progress(what, done, total)` is called during the comparison of candidates.
 
     Raises ConfigError if budgets, teacher, stage and number of ranks do not fit together.
@@ -59,6 +61,7 @@ class Run:
     seed: int = 0
     checkpoints: str | os.PathLike | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    execution: Execution = field(default_factory=Execution)
     step: int = 0
     skipped: int = 0  # steps without an update, because a loss or gradient was not finite
     skipped_in_a_row: int = 0

@@ -19,7 +19,7 @@ from elastic_core.errors import UserError
 from elastic_core.model.submodel import Submodel, full_submodel
 from elastic_core.training.estimate.flops import attention_pairs, pass_flops
 from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
-from elastic_core.training.estimate.step_memory import Peak, Workload, step_peak
+from elastic_core.training.estimate.step_memory import Peak, Workload, host_bytes, step_peak
 from elastic_core.training.stage import Stage
 from tasks.settings.schema import Params
 from tasks.settings.sections import Compute
@@ -82,6 +82,7 @@ def describe_stage(
         **describe_workload(name, settings),
         "memory": peak.kinds,
         "total": peak.total,
+        "host_memory": host_bytes(Pieces(config, training_setting(name, settings)), make_workload(name, settings)),
         "moment": peak.moment,
         "fits": peak.total <= hardware.usable,
         **describe_work(name, settings, config, members, hardware, document_length),
@@ -143,13 +144,19 @@ def make_workload(name: str, settings: Params) -> Workload:
     )
 
 
+def training_setting(name: str, settings: Params) -> TrainingSetting:
+    """How a worker trains in a stage."""
+    compute = settings.compute
+    precision = stages_of(settings)[name].precision
+    return TrainingSetting(precision, compute.execution, compute.workers > 0, use_gpus(compute))
+
+
 def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
     """The largest memory of a worker in a stage, in bytes. `pieces` is a cache, see `describe_stage`.
 
     While the router learns, layers have gates and no states are matched; after that, it is the other way round.
     """
-    stage, compute = stages_of(settings)[name], settings.compute
-    setting = TrainingSetting(stage.precision, compute.execution, compute.workers > 0, use_gpus(compute))
+    setting = training_setting(name, settings)
     load, learns = make_workload(name, settings), learns_softly(name, settings)
     phases = {True: dataclasses.replace(load, matches_states=False)} if learns else {False: load}
     if load.matches_states:
@@ -273,6 +280,8 @@ def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
         changes.append({"compute.execution.shard_over": None})
     if compute.workers and not execution.offload_teacher and make_workload(name, settings).has_teacher:
         changes.append({"compute.execution.offload_teacher": True})
+    if compute.workers and not execution.offload_student:
+        changes.append({"compute.execution.offload_student": True})
     if (more := more_workers(settings, 2 * workers)) is not None:
         changes.append(more)
     return changes

@@ -67,6 +67,7 @@ def make_run(
         seed=seed,
         checkpoints=job.checkpoints(settings),
         ranks=ranks,
+        execution=settings.compute.execution,
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from elastic_core.model import architectures
 from elastic_core.model.dims import Layout, is_matrix, layer_index
 from elastic_core.model.elastic_model import HEAD
-from elastic_core.training.estimate.piece_memory import Pieces
+from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
 
 KINDS = ("weights", "optimizer", "teacher", "gradients", "gathered", "activations", "loss")
 FLOAT32 = 4  # bytes
@@ -72,21 +72,38 @@ def state_bytes(pieces: Pieces, load: Workload) -> dict[str, float]:
     """The bytes of weights and optimizer (both float32), of a frozen teacher, and of the gradients of all weights.
 
     Matrices are sharded; norms, with those of budgets, are not. The matrices of a frozen teacher are in the stage's
-    precision; with `offload_teacher` they are not on the GPU and do not count.
+    precision. With `reduce_once` and several microbatches, gradients are whole. Offloaded matrices (`offload_teacher`,
+    `offload_student`) are not on the GPU and do not count.
     """
     setting = pieces.setting
     matrices, rest = count_parameters(pieces.layout)
     norm_gains = load.budgets_with_norms * len(architectures.norm_names(pieces.config)) * pieces.config.hidden_size
-    held = matrices / load.shards + rest + norm_gains
+    held = rest + norm_gains + (0 if is_offloaded(setting) else matrices / load.shards)
+    is_whole = setting.distributed and setting.execution.reduce_once and load.accumulates
     teacher = FLOAT32 * rest
     if not (setting.distributed and setting.execution.offload_teacher):
         teacher += setting.dtype.itemsize * matrices / load.shards
     return {
         "weights": FLOAT32 * held,
         "optimizer": 2 * FLOAT32 * held,
-        "gradients": FLOAT32 * held,
+        "gradients": FLOAT32 * (rest + norm_gains + matrices if is_whole else held),
         "teacher": teacher if load.has_teacher else 0.0,
     }
+
+
+def is_offloaded(setting: TrainingSetting) -> bool:
+    """Whether the shards of the trained model are in CPU memory."""
+    return setting.distributed and setting.execution.offload_student
+
+
+def host_bytes(pieces: Pieces, load: Workload) -> float:
+    """The bytes of offloaded shards in CPU memory, of one worker: of the trained model with gradients and two moments,
+    and of a frozen teacher.
+    """
+    setting, matrices = pieces.setting, count_parameters(pieces.layout)[0] / load.shards
+    student = 4 * FLOAT32 * matrices if is_offloaded(setting) else 0.0
+    has_teacher = load.has_teacher and setting.distributed and setting.execution.offload_teacher
+    return student + (setting.dtype.itemsize * matrices if has_teacher else 0.0)
 
 
 def step_moments(pieces: Pieces, load: Workload, gradients: float) -> Iterator[tuple[str, dict[str, float]]]:
@@ -135,7 +152,7 @@ def step_moments(pieces: Pieces, load: Workload, gradients: float) -> Iterator[t
         yield f"backward pass of layer {index} ({pieces.pattern[index]})", {
             "gradients": existing, "gathered": gathered, "activations": kept + layer.backward, "loss": matched,
         }  # fmt: skip
-        if not load.accumulates:
+        if not load.accumulates and not is_offloaded(pieces.setting):
             existing += layer.gradients / shards
     head = tail.gradients if distributed or (tied and load.accumulates) else 0.0
     yield "gradients of the embeddings", {
