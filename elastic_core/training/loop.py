@@ -33,7 +33,7 @@ from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.diagnosis import NonFiniteError, explain_gradient, explain_loss
 from elastic_core.training.distributed.gradients import average_gradients, clip_gradients, gradient_norm
 from elastic_core.training.distributed.placement import reduce_in_last
-from elastic_core.training.losses import distillation_loss
+from elastic_core.training.losses import KeptLogits, distillation_loss
 from elastic_core.training.routing import choose_slice, kept_layers, router_entropy, settle
 from elastic_core.training.run import Run, matches_states, precision, resume, save, teacher_of, trained_modules
 from elastic_core.training.stage import assign_budgets
@@ -153,6 +153,15 @@ def microbatch_data(run: Run, microbatch: int) -> Batch:
     return run.data.batch(run.stage.first_sample(run.step, microbatch) + part.start, part.stop - part.start)
 
 
+def cached_logits(run: Run, microbatch: int) -> KeptLogits | None:
+    """What the teacher says about this rank's sequences of a microbatch, from disk. None without a cache."""
+    if run.teacher_cache is None:
+        return None
+    part = run.ranks.part(run.stage.batch_size // run.stage.microbatches)
+    first = run.stage.first_sample(run.step, microbatch) + part.start
+    return run.teacher_cache.logits(first, part.stop - part.start, run.ranks.device)
+
+
 def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_labelled: Tensor) -> dict:
     """The losses of one microbatch, which trains one budget.
 
@@ -165,7 +174,8 @@ def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_la
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
     documents = documents_of(batch.document_ids, input_ids)
     sliced, router_loss, cost = choose_slice(run, microbatch, budget)
-    model, teacher, matching = teacher_of(run, microbatch, budget), None, None
+    model, matching = teacher_of(run, microbatch, budget), None
+    teacher = cached_logits(run, microbatch) if weights.kl_weight > 0 else None
     if model is not None and matches_states(run, budget):
         matching = StateMatching(run.model.config, sliced, labels, num_labelled)
     with precision(run.stage, device):

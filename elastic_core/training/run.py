@@ -25,7 +25,8 @@ from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local
 from elastic_core.training.distributed.placement import is_matrix
 from elastic_core.training.distributed.ranks import Ranks
-from elastic_core.training.stage import Routing, Stage, uses_trainable_teacher
+from elastic_core.training.stage import Routing, Stage, uses_itself, uses_trainable_teacher
+from elastic_core.training.teacher_cache import TeacherCache
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Run:
       until the router's choice has settled.
     - `model` and `teacher` are placed on `ranks.device` (see `distributed.placement.place`). The router stays in CPU
       memory and is the same on every rank.
+    - `teacher_cache`: for teacher ``cached``, with all of its files.
     - Costs are in the router's metric. Without a router, they are in `metric`.
     - `checkpoints`: directory or URL of the checkpoints (None: write none).
     - `settled_for`: for how many steps the router's choice has been the same. `last_choices`: that choice, one
@@ -57,6 +59,7 @@ class Run:
     router: Router | None = None
     routing: Routing = field(default_factory=Routing)
     teacher: ElasticModel | None = None
+    teacher_cache: TeacherCache | None = None
     metric: Metric = PARAMETERS
     seed: int = 0
     checkpoints: str | os.PathLike | None = None
@@ -154,18 +157,19 @@ def check_teacher(run: Run) -> None:
         weights, share = stage.loss_of(name), shares.get(name, 0.0)
         for field_name in ("kl_weight", "state_weight"):
             weight = getattr(weights, field_name)
-            if stage.teacher != "trainable" and run.teacher is None and share > 0 and weight > 0:
+            has_frozen = run.teacher is not None or run.teacher_cache is not None
+            if stage.teacher != "trainable" and not has_frozen and share > 0 and weight > 0:
                 raise ConfigError(
                     f"loss.{field_name}: got {weight} for budget {name}, but no model for the {stage.teacher} "
                     f"teacher; give one, or set {field_name} to 0 (and ce_weight above 0)"
                 )
-        if stage.teacher != "frozen" and run.budgets[name] == 1.0 and not (weights.ce_weight > 0 and share > 0):
+        if uses_itself(stage) and run.budgets[name] == 1.0 and not (weights.ce_weight > 0 and share > 0):
             raise ConfigError(
                 f"teacher: got {stage.teacher}, so budget {name} is the teacher, but it has ce_weight "
                 f"{weights.ce_weight} and a share of {share}; set both above 0 (loss_by_budget, budget_shares), so "
                 "that it learns from text"
             )
-    if stage.teacher != "frozen" and 1.0 not in run.budgets.values():
+    if uses_itself(stage) and 1.0 not in run.budgets.values():
         raise ConfigError(f"teacher: got {stage.teacher}, which needs a budget of 1.0; add one, or use 'frozen'")
 
 

@@ -92,6 +92,8 @@ def memory(plan: dict) -> Table:
     table.add_row("together", *(size(round(s["total"])) for s in stages.values()), style="bold")
     if any(s["host_memory"] for s in stages.values()):
         table.add_row("beside it, in CPU memory", *(size(round(s["host_memory"])) for s in stages.values()))
+    if any(s["cache"] for s in stages.values()):
+        table.add_row("teacher's logits on disk, at most", *(size(round(s["cache"])) for s in stages.values()))
     table.add_row("at most in", *(s["moment"] for s in stages.values()), style="dim")
     return table
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 from elastic_core.config import Require
 from elastic_core.cost.budgets import parse
-from elastic_core.training.stage import Stage
+from elastic_core.io.storage import is_url
+from elastic_core.training.stage import Stage, uses_itself
 from tasks.settings.budgets import check_spellings
 
 STAGES = (
@@ -86,8 +87,11 @@ CHECKS = {  # check → the sections that it needs
 
 def _check_family_stage(params, name: str, stage: Stage, require: Require) -> None:
     _check_shares(params, name, stage, require)
-    if stage.teacher != "frozen":
+    if uses_itself(stage):
         _check_teacher(params, name, stage, require)
+    if stage.teacher == "cached":
+        allowed = "a directory that all workers can reach: teacher cached maps its files into memory"
+        require(not is_url(params.compute.storage), "compute.storage", params.compute.storage, allowed)
     _check_batch(params, name, stage, require)
 
 

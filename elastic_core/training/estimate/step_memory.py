@@ -7,6 +7,7 @@ allocator, workspaces of libraries and NCCL, and the CUDA context. Leave about 1
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class Workload:
     - `matches_states`: the loss matches the teacher's states. The worker holds them for every layer. If only smaller
       budgets match states, this counts more than they hold.
     - `budgets_with_norms`: the number of budgets that train norm gains of their own.
+    - `kept_logits`: how many logits per position a cached teacher has; 0 without one. Before the first step, a worker
+      that has no such cache yet holds the frozen teacher, too.
     """
 
     sequences: int
@@ -39,6 +42,7 @@ class Workload:
     has_teacher: bool = True
     matches_states: bool = False
     budgets_with_norms: int = 0
+    kept_logits: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ def count_parameters(layout: Layout) -> tuple[int, int]:
 def step_peak(pieces: Pieces, load: Workload) -> Peak:
     """The peak of a step that trains the full model. No smaller budget needs more."""
     kinds = state_bytes(pieces, load)
-    moments = ((name, kinds | changes) for name, changes in step_moments(pieces, load, kinds["gradients"]))
+    moments = [(name, kinds | changes) for name, changes in step_moments(pieces, load, kinds["gradients"])]
+    if load.kept_logits:
+        moments.append(("logits of the teacher, before the first step", cache_moment(pieces, load)))
     return max((Peak(name, dict.fromkeys(KINDS, 0.0) | values) for name, values in moments), key=lambda p: p.total)
 
 
@@ -106,6 +112,20 @@ def host_bytes(pieces: Pieces, load: Workload) -> float:
     return student + (setting.dtype.itemsize * matrices if has_teacher else 0.0)
 
 
+def cache_moment(pieces: Pieces, load: Workload) -> dict[str, float]:
+    """The bytes by kind while the logits of a teacher are computed: no optimizer and no gradients exist yet."""
+    with_teacher = dataclasses.replace(load, has_teacher=True)
+    kinds, gathered = state_bytes(pieces, with_teacher), sharding_bytes(pieces, load)[0]
+    layers = (pieces.layer(character, load.sequences, load.length) for character in set(pieces.pattern))
+    return {
+        "weights": kinds["weights"],
+        "teacher": kinds["teacher"],
+        "gathered": gathered,
+        "activations": pieces.mask(load.sequences, load.length) + max(layer.forward for layer in layers),
+        "loss": pieces.tail(load.sequences * load.length, False).forward,
+    }
+
+
 def step_moments(pieces: Pieces, load: Workload, gradients: float) -> Iterator[tuple[str, dict[str, float]]]:
     """(name, bytes by kind) of every moment of a step that may be the peak, in order.
 
@@ -118,7 +138,7 @@ def step_moments(pieces: Pieces, load: Workload, gradients: float) -> Iterator[t
     hidden = float(load.sequences * load.length * pieces.config.hidden_size * size)
     gathered, reduced_block, reduced_root, embeddings = sharding_bytes(pieces, load)
     layers = [pieces.layer(character, load.sequences, load.length) for character in pieces.pattern]
-    tail = pieces.tail(load.sequences * load.length, load.has_teacher)
+    tail = pieces.tail(load.sequences * load.length, load.has_teacher, load.kept_logits)
     kept = pieces.mask(load.sequences, load.length)
     existing = gradients if load.accumulates else 0.0  # bytes of the gradients at this moment
     teacher = hidden if load.has_teacher else 0.0
