@@ -25,6 +25,7 @@ from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local
 from elastic_core.training.distributed.placement import is_matrix
 from elastic_core.training.distributed.ranks import Ranks
+from elastic_core.training.low_bit import make_adamw8bit
 from elastic_core.training.stage import Routing, Stage, uses_itself, uses_trainable_teacher
 from elastic_core.training.teacher_cache import TeacherCache
 
@@ -212,12 +213,13 @@ def matches_states(run: Run, budget: str) -> bool:
 
 def make_optimizer(
     model: ElasticModel, router: Router | None, norms: BudgetNorms | None, stage: Stage, routing: Routing
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW with three groups: the matrices (with weight decay), the model's other parameters with the norm gains of
     budgets, and the router.
 
     If no microbatch of a step runs a layer, the layer's gradients are None, not zero. So neither weight decay nor old
     momentum changes this layer. A group must not mix sharded and whole parameters: only the matrices are sharded.
+    With `stage.optimizer` adamw8bit, the moments of the matrices have 8 bits.
     """
     decayed = [p for p in model.parameters() if is_matrix(p)]
     plain = [p for p in model.parameters() if not is_matrix(p)]
@@ -228,6 +230,8 @@ def make_optimizer(
     ]
     if router is not None:
         groups.append({"params": list(router.parameters()), "weight_decay": 0.0, "peak": routing.learning_rate})
+    if stage.optimizer == "adamw8bit":
+        return make_adamw8bit(groups, decayed, lr=stage.learning_rate, betas=stage.betas)
     return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, fused=True)
 
 
@@ -252,11 +256,15 @@ def state_tensors(run: Run) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters(run):
+        tensors[name] = parameter.detach()
+        if run.stage.optimizer == "adamw8bit":
+            run.optimizer.start(parameter)
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in run.optimizer.tensors(parameter).items()}
+            continue
         state = run.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=local(parameter).device)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-        tensors[name] = parameter.detach()
         tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
     return tensors
 

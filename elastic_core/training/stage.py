@@ -91,6 +91,7 @@ class Stage:
     - `learning_rate` is the peak. It is reached linearly in `warmup_steps` steps. Then `schedule` lowers it to
       `final_learning_rate` times the peak.
     - `precision`: the type in which matrices are multiplied. The optimizer always updates float32 weights.
+    - `optimizer`: ``adamw``, or ``adamw8bit`` with moments of 8 bits for the matrices (package torchao).
     - `teacher`: ``frozen``, the parent; ``trainable``, the full budget of the model itself; ``mixed``, a linear change
       from the first to the second over the stage; or ``cached``, the parent's `kept_logits` most probable tokens at
       every position, which are computed before the first step and read from disk.
@@ -115,6 +116,7 @@ class Stage:
     precision: Literal["float32", "bfloat16"] = "float32"
     teacher: Literal["frozen", "trainable", "mixed", "cached"] = "frozen"
     kept_logits: int = 64
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     loss: Loss = Loss()
     loss_by_budget: dict[str, Loss] = field(default_factory=dict)
     checkpoint_every: int = 100

@@ -8,7 +8,7 @@ from flows.cli.show_inspect import UNBOUND, digits, headings, mebibytes, size, w
 
 KINDS = {
     "weights": "weights, float32",
-    "optimizer": "two moments, float32",
+    "optimizer": "two moments",
     "gradients": "gradients",
     "teacher": "frozen teacher",
     "gathered": "gathered weights, and gradients on their way",

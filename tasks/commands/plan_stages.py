@@ -144,6 +144,7 @@ def make_workload(name: str, settings: Params) -> Workload:
         matches_states,
         sum(not parse(budget).is_full for budget in settings.budgets.values()) if has_norms else 0,
         stage.kept_logits if name != "parent" and stage.teacher == "cached" else 0,
+        stage.optimizer == "adamw8bit",
     )
 
 
@@ -289,7 +290,8 @@ def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
         changes.append({"compute.execution.shard_over": None})
     if compute.workers and not execution.offload_teacher and make_workload(name, settings).has_teacher:
         changes.append({"compute.execution.offload_teacher": True})
-    if compute.workers and not execution.offload_student:
+    has_8bit_moments = any(stage.optimizer == "adamw8bit" for stage in stages_of(settings).values())
+    if compute.workers and not execution.offload_student and not has_8bit_moments:
         changes.append({"compute.execution.offload_student": True})
     if (more := more_workers(settings, 2 * workers)) is not None:
         changes.append(more)

@@ -12,10 +12,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from elastic_core.model import architectures
 from elastic_core.model.dims import Layout, is_matrix, layer_index
 from elastic_core.model.elastic_model import HEAD
 from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
+from elastic_core.training.low_bit import block_size
 
 KINDS = ("weights", "optimizer", "teacher", "gradients", "gathered", "activations", "loss")
 FLOAT32 = 4  # bytes
@@ -31,6 +34,7 @@ class Workload:
     - `matches_states`: the loss matches the teacher's states. The worker holds them for every layer. If only smaller
       budgets match states, this counts more than they hold.
     - `budgets_with_norms`: the number of budgets that train norm gains of their own.
+    - `has_8bit_moments`: the optimizer is adamw8bit.
     - `kept_logits`: how many logits per position a cached teacher has; 0 without one. Before the first step, a worker
       that has no such cache yet holds the frozen teacher, too.
     """
@@ -43,6 +47,7 @@ class Workload:
     matches_states: bool = False
     budgets_with_norms: int = 0
     kept_logits: int = 0
+    has_8bit_moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,21 @@ def state_bytes(pieces: Pieces, load: Workload) -> dict[str, float]:
         teacher += setting.dtype.itemsize * matrices / load.shards
     return {
         "weights": FLOAT32 * held,
-        "optimizer": 2 * FLOAT32 * held,
+        "optimizer": moment_bytes(pieces, load, held),
         "gradients": FLOAT32 * (rest + norm_gains + matrices if is_whole else held),
         "teacher": teacher if load.has_teacher else 0.0,
     }
+
+
+def moment_bytes(pieces: Pieces, load: Workload, held: float) -> float:
+    """The bytes of the two moments of `held` parameters; with 8 bits, a number of a matrix has a byte and its scale."""
+    saved = 0.0
+    if load.has_8bit_moments and not is_offloaded(pieces.setting):
+        for dims in pieces.layout.values():
+            shape = [dim.size for dim in dims]
+            block = block_size(torch.empty(shape, device="meta")) if is_matrix(dims) else None
+            saved += 0 if block is None else math.prod(shape) * (FLOAT32 - 1 - FLOAT32 / block)
+    return 2 * (FLOAT32 * held - saved / load.shards)
 
 
 def is_offloaded(setting: TrainingSetting) -> bool:
