@@ -157,6 +157,7 @@ def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:
         seed=settings.seed,
         checkpoints=job.checkpoints(settings),
         ranks=ranks,
+        execution=settings.compute.execution,
     )
     run_to_end(run, settings, job, METRICS)
     model_files.save_pretrained(model, OUT, ranks, tokenizer_from=DATA / "tokenizer")

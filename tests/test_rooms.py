@@ -72,12 +72,14 @@ OPTIONAL = {
     "s3fs",
     "sympy",
     "tensorboard",
+    "torchao",
     "uvicorn",
     "vl_convert",
     "vllm",
     "wandb",
     "yaml",
 }
+LOW_BIT = {"elastic_core/training/low_bit.py": {"torchao"}}  # where it is installed
 RAY = {"tasks/runtime/launch.py", "tasks/runtime/ray_cluster.py"}
 LM_EVAL = {"tasks/evaluation/lm_eval_model.py", "tasks/evaluation/lm_eval_tasks.py"}
 DVC = {"flows/process/dvc_repro.py", "tasks/runs/dvc.py"}  # to run stages, and in a stage
@@ -214,7 +216,7 @@ def test_the_core_needs_little(path):
         CORE
         | {"elastic_core"}
         | sys.stdlib_module_names
-        | (STORAGE | KERNELS | CONFIG_ERRORS | TEMPLATE_ERRORS).get(name_of(path), set())
+        | (STORAGE | KERNELS | LOW_BIT | CONFIG_ERRORS | TEMPLATE_ERRORS).get(name_of(path), set())
     )
     if path.name.endswith(".py.txt"):  # travels with exported models, so it knows transformers only
         allowed = (allowed | {"huggingface_hub"}) - {"elastic_core"}

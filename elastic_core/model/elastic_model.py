@@ -192,18 +192,22 @@ class ElasticModel(nn.Module):
         """
         submodel = (submodel or self.full).resolve(self.config)
         sizes, gains = submodel.sizes(self.config), self.gains_of(submodel)
-        return Slice(self.layout, self._any_matrix().device, sizes, submodel.kept_layers, gates, observe, gains)
+        return Slice(self.layout, self._device(), sizes, submodel.kept_layers, gates, observe, gains)
 
     def gains_of(self, submodel: Submodel) -> norm_gains.Gains:
         """The gains of a resolved submodel's norms, where they are not those of the whole model."""
         if self.norm_gains is None or submodel == self.full:
             return {}
-        device = self._any_matrix().device
+        device = self._device()
         gains = self.norm_gains.of(self.config, submodel, self.get_parameter)
         return {name: gain.to(device) for name, gain in gains.items()}
 
     def _any_matrix(self) -> Tensor:
         return self.get_parameter(next(iter(self.layout)))
+
+    def _device(self) -> torch.device:
+        """Where the model computes. Shards of matrices may be in CPU memory; norms are not sharded."""
+        return next(self.model.final_norm.parameters()).device
 
     def hidden_states(
         self,

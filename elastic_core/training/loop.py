@@ -32,8 +32,9 @@ from elastic_core.model.documents import documents_of
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.diagnosis import NonFiniteError, explain_gradient, explain_loss
 from elastic_core.training.distributed.gradients import average_gradients, clip_gradients, gradient_norm
-from elastic_core.training.losses import distillation_loss
-from elastic_core.training.routing import choose_slice, router_entropy, settle
+from elastic_core.training.distributed.placement import reduce_in_last
+from elastic_core.training.losses import KeptLogits, distillation_loss
+from elastic_core.training.routing import choose_slice, kept_layers, router_entropy, settle
 from elastic_core.training.run import Run, matches_states, precision, resume, save, teacher_of, trained_modules
 from elastic_core.training.stage import assign_budgets
 from elastic_core.training.state_matching import StateMatching
@@ -123,14 +124,18 @@ def accumulate_gradients(run: Run, assigned: list[str]) -> list[dict]:
     """Run forward and backward pass of every microbatch. `assigned`: the budget of each. Returns this rank's losses.
 
     With FSDP, a block reduces its gradients over ranks after every microbatch that runs it, and not only in the last
-    microbatch: the budget of the last one may not keep this layer, and then its gradients would never be reduced.
+    microbatch: the budget of the last one may not keep this layer, and then its gradients would never be reduced. With
+    `reduce_once`, it does so after the last microbatch that runs it.
     """
+    layers = kept_layers(run, assigned) if run.execution.reduce_once and run.ranks.is_distributed else None
     batches = [microbatch_data(run, microbatch) for microbatch in range(len(assigned))]
     num_labelled = run.ranks.sum(torch.stack([(batch.labels != IGNORED_LABEL).sum() for batch in batches])).clamp(min=1)
     results = []
     for microbatch, (budget, batch) in enumerate(zip(assigned, batches, strict=True)):
         result = microbatch_loss(run, microbatch, budget, batch, num_labelled[microbatch])
         # Each rank's loss is its part of a sum over ranks. Gradients are averaged over ranks, which divides by `world`.
+        if layers is not None:
+            reduce_in_last(run.model, layers, microbatch)
         total = run.ranks.world * result["loss"]
         if result["router_loss"] is not None:
             total = total + run.routing.weight * result["router_loss"]
@@ -148,6 +153,15 @@ def microbatch_data(run: Run, microbatch: int) -> Batch:
     return run.data.batch(run.stage.first_sample(run.step, microbatch) + part.start, part.stop - part.start)
 
 
+def cached_logits(run: Run, microbatch: int) -> KeptLogits | None:
+    """What the teacher says about this rank's sequences of a microbatch, from disk. None without a cache."""
+    if run.teacher_cache is None:
+        return None
+    part = run.ranks.part(run.stage.batch_size // run.stage.microbatches)
+    first = run.stage.first_sample(run.step, microbatch) + part.start
+    return run.teacher_cache.logits(first, part.stop - part.start, run.ranks.device)
+
+
 def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_labelled: Tensor) -> dict:
     """The losses of one microbatch, which trains one budget.
 
@@ -160,7 +174,8 @@ def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_la
     input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
     documents = documents_of(batch.document_ids, input_ids)
     sliced, router_loss, cost = choose_slice(run, microbatch, budget)
-    model, teacher, matching = teacher_of(run, microbatch, budget), None, None
+    model, matching = teacher_of(run, microbatch, budget), None
+    teacher = cached_logits(run, microbatch) if weights.kl_weight > 0 else None
     if model is not None and matches_states(run, budget):
         matching = StateMatching(run.model.config, sliced, labels, num_labelled)
     with precision(run.stage, device):

@@ -33,6 +33,18 @@ def choose_slice(run: Run, microbatch: int, budget: str):
     return run.model.slice(space.submodel(indices), space.hard_gates(probs, indices)), loss, cost.detach()
 
 
+def kept_layers(run: Run, assigned: list[str]) -> list[tuple[int, ...]]:
+    """The layers that each microbatch of a step runs, or may run, for its budget in `assigned`.
+
+    While the router learns with soft gates, all of them. With hard gates the choice is drawn in every microbatch.
+    """
+    if run.members is None and run.routing.mode == "soft":
+        return [run.model.full.kept_layers] * len(assigned)
+    if run.members is None:
+        return [choose_slice(run, microbatch, budget)[0].kept_layers for microbatch, budget in enumerate(assigned)]
+    return [run.members[budget].submodel.resolve(run.model.config).kept_layers for budget in assigned]
+
+
 def soft_gains(run: Run, probs: list[Tensor]) -> dict[str, Tensor]:
     """The norm gains while the router mixes sizes: with norm ratios, the model's gains times the expected ratio."""
     if not isinstance(run.model.norm_gains, NormRatios):

@@ -8,7 +8,7 @@ from flows.cli.show_inspect import UNBOUND, digits, headings, mebibytes, size, w
 
 KINDS = {
     "weights": "weights, float32",
-    "optimizer": "two moments, float32",
+    "optimizer": "two moments",
     "gradients": "gradients",
     "teacher": "frozen teacher",
     "gathered": "gathered weights, and gradients on their way",
@@ -90,6 +90,10 @@ def memory(plan: dict) -> Table:
         if any(s["memory"][kind] for s in stages.values()):
             table.add_row(text, *(size(round(s["memory"][kind])) for s in stages.values()))
     table.add_row("together", *(size(round(s["total"])) for s in stages.values()), style="bold")
+    if any(s["host_memory"] for s in stages.values()):
+        table.add_row("beside it, in CPU memory", *(size(round(s["host_memory"])) for s in stages.values()))
+    if any(s["cache"] for s in stages.values()):
+        table.add_row("teacher's logits on disk, at most", *(size(round(s["cache"])) for s in stages.values()))
     table.add_row("at most in", *(s["moment"] for s in stages.values()), style="dim")
     return table
 

@@ -15,8 +15,9 @@ from elastic_core.errors import UserError
 from elastic_core.model.submodel import Submodel, full_submodel
 from elastic_core.training.estimate.flops import attention_pairs, pass_flops
 from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
-from elastic_core.training.estimate.step_memory import Peak, Workload, step_peak
+from elastic_core.training.estimate.step_memory import Peak, Workload, host_bytes, step_peak
 from elastic_core.training.stage import Stage
+from elastic_core.training.teacher_cache import bytes_per_token
 from tasks.settings.schema import Params
 from tasks.settings.sections import Compute
 
@@ -79,6 +80,8 @@ def describe_stage(
         **describe_workload(name, settings),
         "memory": peak.kinds,
         "total": peak.total,
+        "host_memory": host_bytes(Pieces(config, training_setting(name, settings)), make_workload(name, settings)),
+        "cache": cache_bytes(name, settings, config),
         "moment": peak.moment,
         "fits": peak.total <= hardware.usable,
         **describe_work(name, settings, config, members, hardware, document_length),
@@ -120,7 +123,7 @@ def make_workload(name: str, settings: Params) -> Workload:
     stage, workers = stages_of(settings)[name], max(1, settings.compute.workers)
     shards = settings.compute.execution.shard_over or workers
     sequences = stage.batch_size // stage.microbatches // workers
-    has_teacher = name != "parent" and stage.teacher != "trainable"
+    has_teacher = name != "parent" and stage.teacher in ("frozen", "mixed")
     shares = {} if name == "parent" else stage.budget_shares or dict.fromkeys(settings.budgets, 1.0)
     matches_states = any(
         share > 0 and stage.loss_of(budget).state_weight > 0 and taught_share(name, stage, settings, budget) > 0
@@ -135,7 +138,22 @@ def make_workload(name: str, settings: Params) -> Workload:
         has_teacher,
         matches_states,
         sum(not parse(budget).is_full for budget in settings.budgets.values()) if has_norms else 0,
+        stage.kept_logits if name != "parent" and stage.teacher == "cached" else 0,
+        stage.optimizer == "adamw8bit",
     )
+
+
+def cache_bytes(name: str, settings: Params, config) -> float:
+    """The bytes on disk of the teacher's largest logits: at most, as if no row of the data was read twice."""
+    stage, load = stages_of(settings)[name], make_workload(name, settings)
+    return float(stage.num_tokens() * bytes_per_token(load.kept_logits, config.vocab_size)) if load.kept_logits else 0.0
+
+
+def training_setting(name: str, settings: Params) -> TrainingSetting:
+    """How a worker trains in a stage."""
+    compute = settings.compute
+    precision = stages_of(settings)[name].precision
+    return TrainingSetting(precision, compute.execution, compute.workers > 0, use_gpus(compute))
 
 
 def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
@@ -143,8 +161,7 @@ def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
 
     While the router learns, layers have gates and no states are matched; after that, it is the other way round.
     """
-    stage, compute = stages_of(settings)[name], settings.compute
-    setting = TrainingSetting(stage.precision, compute.execution, compute.workers > 0, use_gpus(compute))
+    setting = training_setting(name, settings)
     load, learns = make_workload(name, settings), learns_softly(name, settings)
     phases = {True: dataclasses.replace(load, matches_states=False)} if learns else {False: load}
     if load.matches_states:
@@ -216,7 +233,7 @@ def taught_share(name: str, stage: Stage, settings: Params, budget: str) -> floa
     if name == "parent" or loss.kl_weight == loss.state_weight == 0:
         return 0.0
     share = 1.0 - settings.routing.share if loss.kl_weight == 0 and name == "train_short" else 1.0
-    trainable_share = {"frozen": 0.0, "mixed": 0.5, "trainable": 1.0}[stage.teacher]
+    trainable_share = {"mixed": 0.5, "trainable": 1.0}.get(stage.teacher, 0.0)
     return share * (1.0 - trainable_share) if parse(settings.budgets[budget]).is_full else share
 
 

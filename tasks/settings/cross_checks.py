@@ -10,8 +10,10 @@ from collections.abc import Iterable
 
 from elastic_core.config import Require
 from elastic_core.cost.budgets import parse
-from elastic_core.training.stage import Stage
+from elastic_core.io.storage import is_url
+from elastic_core.training.stage import Stage, uses_itself
 from tasks.settings.budgets import check_spellings
+from tasks.settings.sections import is_installed
 
 STAGES = (
     "fingerprint",
@@ -57,6 +59,7 @@ def check_rank(params, require: Require) -> None:
 
 def check_parent_training(params, require: Require) -> None:
     if params.parent.training is not None:
+        _check_optimizer(params, "parent.training", params.parent.training, require)
         _check_batch(params, "parent.training", params.parent.training, require)
 
 
@@ -86,9 +89,21 @@ CHECKS = {  # check → the sections that it needs
 
 def _check_family_stage(params, name: str, stage: Stage, require: Require) -> None:
     _check_shares(params, name, stage, require)
-    if stage.teacher != "frozen":
+    _check_optimizer(params, name, stage, require)
+    if uses_itself(stage):
         _check_teacher(params, name, stage, require)
+    if stage.teacher == "cached":
+        allowed = "a directory that all workers can reach: teacher cached maps its files into memory"
+        require(not is_url(params.compute.storage), "compute.storage", params.compute.storage, allowed)
     _check_batch(params, name, stage, require)
+
+
+def _check_optimizer(params, name: str, stage: Stage, require: Require) -> None:
+    if stage.optimizer == "adamw8bit":
+        allowed = "adamw, because the package torchao is not installed (pip install --editable '.[low-bit]')"
+        require(is_installed("torchao"), f"{name}.optimizer", stage.optimizer, allowed)
+        allowed = "adamw with compute.execution.offload_student, which has the moments in CPU memory"
+        require(not params.compute.execution.offload_student, f"{name}.optimizer", stage.optimizer, allowed)
 
 
 def _check_batch(params, name: str, section, require: Require) -> None:

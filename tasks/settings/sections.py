@@ -288,6 +288,7 @@ class Compute:
         shards, workers = self.execution.shard_over, self.workers or int(os.environ.get("WORLD_SIZE", 1))
         divides = shards is None or shards < 1 or workers % shards == 0
         require(divides, "execution.shard_over", shards, f"null, or a divisor of the number of workers ({workers})")
+        self.execution.check_workers(self.workers or int(os.environ.get("WORLD_SIZE", 0)), require)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def start(ranks, data, execution=PLAIN, routed=False, teacher=True, members=None
         router=make_router() if routed else None,
         teacher=place(frozen, ranks, execution, stage.precision, frozen=True) if teacher else None,
         ranks=ranks,
+        execution=execution,
         **values,
     )
 

@@ -10,6 +10,8 @@ gradients. This is safe because all ranks train the same budget in the same micr
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
@@ -52,7 +54,7 @@ def place(
             checkpoint(block, preserve_rng_state=False)
     if execution.compile:
         compile_blocks(model)
-    offloaded = frozen and execution.offload_teacher and ranks.is_distributed
+    offloaded = (execution.offload_teacher if frozen else execution.offload_student) and ranks.is_distributed
     if ranks.is_distributed:
         shard(model, ranks, execution.shard_over, precision, offloaded)
     storage_device = torch.device("cpu") if offloaded else ranks.device
@@ -100,6 +102,18 @@ def shard(model: ElasticModel, ranks: Ranks, shard_over: int | None, precision: 
         fully_shard(block, **options)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "hidden_states")
+
+
+def reduce_in_last(model: ElasticModel, kept: Sequence[Collection[int]], microbatch: int) -> None:
+    """Make the next backward pass reduce the gradients of those blocks that no later microbatch of the step runs.
+
+    `kept` has the layers that each microbatch of the step runs. The gradients of other blocks, and of embeddings and
+    head before the last microbatch, stay whole on every rank and are added up.
+    """
+    later = set().union(*kept[microbatch + 1 :])
+    for layer, block in enumerate(model.model.layers):
+        block.set_requires_gradient_sync(layer not in later, recurse=False)
+    model.set_requires_gradient_sync(microbatch == len(kept) - 1, recurse=False)
 
 
 def reshard(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import full_sizes
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.placement import matrices_to_
-from elastic_core.training.losses import distillation_loss
+from elastic_core.training.losses import KeptLogits, distillation_loss
 from elastic_core.training.state_matching import state_loss
 
 # For longer sequences, the memory is extrapolated from two lengths: it grows linearly with the number of chunks. The
@@ -157,12 +157,12 @@ class Pieces:
         return extrapolate(count, length, (short, 2 * short))
 
     @functools.cache  # noqa: B019
-    def tail(self, tokens: int, has_teacher: bool = True) -> PieceMemory:
+    def tail(self, tokens: int, has_teacher: bool = True, kept_logits: int = 0) -> PieceMemory:
         """The memory of final norm and loss on `tokens` tokens, without the teacher's hidden states.
 
-        The loss is distillation, or without a teacher cross-entropy.
+        The loss is distillation, from a teacher or from its `kept_logits`; or without either cross-entropy.
         """
-        return extrapolate(lambda count: self._count_tail(count, has_teacher), tokens, LOSS_LENGTHS)
+        return extrapolate(lambda count: self._count_tail(count, has_teacher, kept_logits), tokens, LOSS_LENGTHS)
 
     @functools.cache  # noqa: B019
     def states(self, tokens: int) -> PieceMemory:
@@ -228,7 +228,7 @@ class Pieces:
             memory.gradients + copies,
         )
 
-    def _count_tail(self, tokens: int, has_teacher: bool = True) -> PieceMemory:
+    def _count_tail(self, tokens: int, has_teacher: bool = True, kept_logits: int = 0) -> PieceMemory:
         """`tail` without extrapolation."""
         config = self.config
         shape, dtype = (1, tokens, config.hidden_size), self.setting.dtype
@@ -241,7 +241,10 @@ class Pieces:
             teacher = None
             if has_teacher:
                 teacher = torch.empty(shape, dtype=dtype), torch.empty(tail.head.shape, dtype=dtype)
-            weights = float(not has_teacher), float(has_teacher)
+            if kept_logits:
+                ids = torch.empty(*shape[:2], kept_logits, dtype=torch.int64)
+                teacher = KeptLogits(ids, torch.empty(*shape[:2], kept_logits + 1, dtype=torch.float16))
+            weights = float(teacher is None), float(teacher is not None)
             labels, sliced = torch.empty(shape[:2], dtype=torch.int64), self._slice()
             source = torch.empty(shape, dtype=dtype, requires_grad=True)
             return measure(

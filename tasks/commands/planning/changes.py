@@ -47,6 +47,9 @@ def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
         changes.append({"compute.execution.shard_over": None})
     if compute.workers and not execution.offload_teacher and make_workload(name, settings).has_teacher:
         changes.append({"compute.execution.offload_teacher": True})
+    has_8bit_moments = any(stage.optimizer == "adamw8bit" for stage in stages_of(settings).values())
+    if compute.workers and not execution.offload_student and not has_8bit_moments:
+        changes.append({"compute.execution.offload_student": True})
     if (more := more_workers(settings, 2 * workers)) is not None:
         changes.append(more)
     return changes

@@ -316,15 +316,15 @@ def test_what_does_not_fit_fits_after_the_changes():
     assert after.train_short.num_tokens() == settings.train_short.num_tokens()
 
 
-def test_shorter_sequences_are_there_instead_of_more_workers():
+def test_shorter_sequences_are_there_where_nothing_else_is_enough():
     hardware, pieces, name = Hardware(memory=80e9), {}, "train_extended"
-    changed = ["train_extended.sequence_length=49152", "train_extended.loss.state_weight=0.0"]
+    changed = ["train_extended.sequence_length=98304", "train_extended.loss.state_weight=0.0"]
     settings = settings_of("one-node", *changed)
     config, _ = plan.read_parent(settings)
     changes = planning.find_changes(name, settings, config, hardware, pieces)
-    assert any("compute.workers" in change["set"] for change in changes)
+    assert changes and not changes[-1]["fits"]
     shorter = planning.find_shorter(name, settings, config, hardware, pieces, changes)
-    assert "compute.workers" not in shorter["set"] and shorter["set"]["train_extended.sequence_length"] == 24576
+    assert "compute.workers" not in shorter["set"] and shorter["set"]["train_extended.sequence_length"] == 49152
     after = planning.override(settings, shorter["set"])
     assert shorter["total"] == plan_stages.stage_peak(name, after, config, pieces).total <= hardware.usable
     assert after.train_extended.num_tokens() == settings.train_extended.num_tokens()
