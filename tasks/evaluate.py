@@ -18,6 +18,7 @@ from elastic_core.data.loader import TokenData
 from elastic_core.io.atomic import write_text
 from elastic_core.io.json_files import read_json
 from elastic_core.io.provenance_file import read_provenance
+from elastic_core.model.ops import transformers_kernels
 from tasks.evaluation import latency_and_memory, lm_eval_tasks
 from tasks.evaluation.samples import samples
 from tasks.evaluation.text_scores import count_parameters, first_tokens, held_out_scores
@@ -69,7 +70,9 @@ def main(budget: str) -> None:
 
 def load_model(directory: Path):
     """Load a model directory with transformers. Heterogeneous models need remote code: their own modeling file."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=True).eval()
+    transformers_kernels.choose_by_device()
+    return model
 
 
 def evaluate(section: Evaluate, data: TokenData, model, parent) -> dict:
