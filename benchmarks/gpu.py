@@ -36,7 +36,7 @@ from elastic_core.training.distributed import model_files
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import average_gradients, whole
 from elastic_core.training.distributed.ranks import Ranks
-from elastic_core.training.loop import accumulate_gradients, train_step
+from elastic_core.training.loop import accumulate_gradients, router_backward, train_step
 from elastic_core.training.run import Run, named_parameters, resume, save, state_tensors, trained_modules
 from elastic_core.training.stage import Loss, Routing, Stage
 
@@ -110,6 +110,8 @@ def gradients(setting: Setting, ranks: Ranks, execution=PLAIN, precision="float3
     """Every gradient of a step's microbatches, whole and in CPU memory, and their losses."""
     run = start(setting, ranks, execution, precision, soft)
     results = accumulate_gradients(run, dealt or list(BUDGETS))
+    gates = [result["gates"] for result in results if result["gates"] is not None]
+    router_backward(run, results, [of_microbatch.leaf.grad.cpu() for of_microbatch in gates])
     average_gradients(trained_modules(run).values(), ranks)
     found = {name: whole(p.grad).cpu() for name, p in named_parameters(run) if p.grad is not None}
     return found | {f"loss {i}": result["loss"].cpu() for i, result in enumerate(results)}

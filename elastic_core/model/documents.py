@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic_core.errors import UserError
+from elastic_core.model.ops.device_copy import to_device
 
 
 class Documents:
@@ -35,12 +36,12 @@ class Documents:
         ends = torch.cat([starts[1:], torch.tensor([batch * length])])
         positions = torch.arange(batch * length) - starts.repeat_interleave(ends - starts)
         self.lengths: list[int] = (ends - starts).tolist()
-        self.ids = (is_start.cumsum(1) - 1).to(torch.int32).to(device, non_blocking=True)
-        self.positions = positions.view(batch, length).to(device, non_blocking=True)
-        self.inner_starts = starts[starts % length > 0].to(device, non_blocking=True)
+        self.ids = to_device((is_start.cumsum(1) - 1).to(torch.int32), device)
+        self.positions = to_device(positions.view(batch, length), device)
+        self.inner_starts = to_device(starts[starts % length > 0], device)
         is_start[:, 0] = False
-        self.is_inner_start = is_start.to(device, non_blocking=True)
-        self.cumulative_lengths = torch.cat([starts, ends[-1:]]).to(torch.int32).to(device, non_blocking=True)
+        self.is_inner_start = to_device(is_start, device)
+        self.cumulative_lengths = to_device(torch.cat([starts, ends[-1:]]).to(torch.int32), device)
         self._masks: dict[torch.dtype, Tensor] = {}
         # Whoever compiles has imported the compiler. Without it, its import would take a second.
         self.uncompiled = _disabled_call() if "torch._dynamo" in sys.modules else _call

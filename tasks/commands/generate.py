@@ -22,6 +22,7 @@ from elastic_core.io.tokenizer_files import TOKENIZERS
 from elastic_core.model import hf
 from elastic_core.model.architectures.nemotron_h import MODELING_FILE
 from elastic_core.model.hf import CONFIG_ERRORS
+from elastic_core.model.ops import transformers_kernels
 from tasks.commands.extract import find_budget
 from tasks.commands.inspect import open_model
 from tasks.serving.quiet import quiet
@@ -84,6 +85,7 @@ def generate(
             with _errors_of_transformers(directory):
                 tokenizer = load_tokenizer(plain, directory, **trust)
                 model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
+                transformers_kernels.choose_by_device()
             for place in (directory, plain):  # the file of a family is checked first, so that an error names it
                 if (place / GENERATION_FILE).is_file():
                     model.generation_config = _read_generation(place / GENERATION_FILE)

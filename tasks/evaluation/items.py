@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from elastic_core.data.loader import TokenData
+from elastic_core.model.ops import transformers_kernels
 from tasks.evaluation import latency_and_memory, text_scores
 from tasks.evaluation.samples import samples
 from tasks.evaluation.teacher import CachedTeacher
@@ -94,6 +95,7 @@ class Models:
     def load_another(self, directory: Path):
         """The same, beside the one that is there. Heterogeneous models need remote code: their own modeling file."""
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=self.dtype, trust_remote_code=True)
+        transformers_kernels.choose_by_device()
         return model.to(self.device).eval()
 
     def free(self) -> None:

@@ -60,6 +60,7 @@ import elastic_core.model.architectures.nemotron_h as nemotron_h
 from elastic_core.config import require
 from elastic_core.errors import UserError
 from elastic_core.model.dims import Fixed, Layout, Units, is_matrix, is_stack, layer_index
+from elastic_core.model.ops import transformers_kernels
 
 HEAD = "lm_head.weight"
 # model_type → module
@@ -84,8 +85,13 @@ def config_class(model_type: str | None, where: str) -> type:
 
 
 def model_class(config) -> type:
-    """The causal language model class of a configuration in transformers, whose import takes a second."""
-    return getattr(transformers, of(config).MODELS[config.model_type][1])
+    """The causal language model class of a configuration in transformers, whose import takes a second.
+
+    Its models run on CPUs and GPUs, whichever kernels are installed.
+    """
+    found = getattr(transformers, of(config).MODELS[config.model_type][1])
+    transformers_kernels.choose_by_device()
+    return found
 
 
 def units(config) -> dict[str, Units]:
