@@ -16,6 +16,7 @@ from elastic_core import ElasticModel
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import IGNORED_LABEL, PackedSequences, TokenData, check_tokenizer, held_out_batches
 from elastic_core.errors import UserError
+from elastic_core.export import hub, model_card
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.directory_transfer import download_directory
@@ -90,12 +91,13 @@ def import_parent(parent: Parent, data: TokenData) -> None:
         if others := left_out(storage.states(parent.path if not is_package(parent.path) else directory)):
             print(f"parent: files that the family does not keep: {', '.join(others)}")
         check_weights(reader, list(architectures.shapes(stored.config)))  # without the head that it gets
-        stored_dtype = reader.stored(next(iter(architectures.shapes(stored.config)))).entry.dtype
-        model = ElasticModel.from_pretrained(directory, config=with_parent_dtype(config, stored_dtype))
+        model = ElasticModel.from_pretrained(directory, config=config)
         num_tokens = min(TEST_TOKENS, config.vocab_size)
         check_logits(model, torch.arange(num_tokens)[None], where)
         model.norm_gains = None  # of submodels, if this is an elastic checkpoint; stage `rank` measures new ones
+        model.config = with_parent_dtype(config, reader.stored(next(iter(model.layout))).entry.dtype)
         model.save_pretrained(OUT, tokenizer_from=directory)
+        model_card.write_parent_facts(OUT, model_card.parent_facts(directory, hub.name_of(parent.path)))
 
 
 @contextmanager
@@ -121,9 +123,9 @@ def local_parent(path: str) -> Iterator[Path]:
 
 def download_parent(path: str, copy: Path) -> None:
     """Download configuration, tokenizer and weights of a model from a URL to the directory `copy`."""
-    weights = weight_file_names(path)
+    keep = {*weight_file_names(path), model_card.CARD}  # the card tells the licence
     shutil.rmtree(copy, ignore_errors=True)
-    download_directory(path, copy, only=lambda name: is_tokenizer_file(name) or is_companion(name) or name in weights)
+    download_directory(path, copy, only=lambda name: is_tokenizer_file(name) or is_companion(name) or name in keep)
 
 
 def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:

@@ -15,8 +15,8 @@ app = typer.Typer(
     `init` writes a profile for your parent and text, `plan` tells what training takes, `measure` times the layers on
     the device that is to serve, `run` trains a family, `compare` shows what differs between two runs or exports,
     `clean` shows and frees what runs have left, `inspect` shows a family's members, `generate` tries one, `extract`
-    writes one as a directory for serving, `up` starts the dashboard. Where no directory is named, the commands take the
-    family of the last run.
+    writes one as a directory for serving, `push` uploads it to the Hugging Face hub, `up` starts the dashboard. Where
+    no directory is named, the commands take the family of the last run.
     """,
 )
 app.command()(init.init)
@@ -26,6 +26,7 @@ app.command()(plan.measure)
 app.command()(run.compare)
 app.command()(run.up)
 app.command(cls=family.LikeCp)(family.extract)
+app.command()(family.push)
 app.command()(family.generate)
 app.command()(family.inspect)
 app.command()(clean.clean)
