@@ -87,7 +87,7 @@ def extract(
             (partial / file).write_text(resources.files("elastic_core.export").joinpath(file + ".txt").read_text())
         special_tokens.write_text_files(partial, elastic_directory, generation)
         copy_provenance(elastic_directory, partial)
-        card = model_card.card_of_submodel(elastic_directory, config, submodel, name)
+        card = model_card.card_of_submodel(elastic_directory, config, submodel, name, "auto_map" not in changes)
         (partial / model_card.CARD).write_text(card, encoding="utf-8")
     return submodel
 

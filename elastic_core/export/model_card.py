@@ -72,8 +72,14 @@ def write_parent_facts(directory: str | os.PathLike, facts: dict) -> None:
     (Path(directory) / PARENT_CARD).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def card_of_submodel(directory: str | os.PathLike, config, submodel: Submodel, name: str | None = None) -> str:
-    """The card of an export. `directory` is the elastic checkpoint; `name`: the budget, as the caller spelt it."""
+def card_of_submodel(
+    directory: str | os.PathLike, config, submodel: Submodel, name: str | None = None, is_stock: bool = True
+) -> str:
+    """The card of an export.
+
+    directory: the elastic checkpoint. name: the budget, as the caller spelt it. is_stock: whether the export loads
+    without a modeling file.
+    """
     submodel = submodel.resolve(config)
     count, full = num_parameters(config, submodel), num_parameters(config)
     active = num_active_parameters(config, submodel)
@@ -86,7 +92,7 @@ def card_of_submodel(directory: str | os.PathLike, config, submodel: Submodel, n
         f"A nested model{of}: {count:,} parameters{uses}, {count / full:.1%} of the {full:,} of its family's "
         "largest. It was cut from an elastic checkpoint, which holds a model for every budget in one set of weights.",
         "## Use",
-        _usage(submodel.is_homogeneous),
+        _usage(is_stock),
         "## Sizes",
         _sizes(config, submodel),
     ]
