@@ -17,6 +17,7 @@ from elastic_core import ElasticModel
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import IGNORED_LABEL, PackedSequences, TokenData, check_tokenizer, held_out_batches
 from elastic_core.errors import UserError
+from elastic_core.export import model_card
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.directory_transfer import download_directory
@@ -99,6 +100,8 @@ def import_parent(parent: Parent, data: TokenData) -> None:
         model.config = with_parent_dtype(model.config, reader.stored(next(iter(model.layout))).entry.dtype)
         model.norm_gains = None  # of submodels, if this is an elastic checkpoint; stage `rank` measures new ones
         copy_model(model, reader, directory, OUT, may_link=not is_own)
+        name = hub.HubModel.parse(parent.path).name if is_hub_name(parent.path) else None
+        model_card.write_parent_facts(OUT, model_card.parent_facts(directory, name))
 
 
 @contextmanager
@@ -128,9 +131,9 @@ def local_parent(path: str) -> Iterator[tuple[Path, bool]]:
 
 def download_parent(path: str, copy: Path) -> None:
     """Download configuration, tokenizer and weights of a model from a URL to the directory `copy`."""
-    weights = weight_file_names(path)
+    keep = {*weight_file_names(path), model_card.CARD}  # the card tells the licence
     shutil.rmtree(copy, ignore_errors=True)
-    download_directory(path, copy, only=lambda name: is_tokenizer_file(name) or is_companion(name) or name in weights)
+    download_directory(path, copy, only=lambda name: is_tokenizer_file(name) or is_companion(name) or name in keep)
 
 
 def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:

@@ -51,6 +51,7 @@ CORE = {"torch", "transformers", "numpy", "safetensors", "tokenizers"}
 STORAGE = {"elastic_core/io/filesystem.py": {"fsspec", "botocore", "aiohttp"}}
 TEMPLATE_ERRORS = {"elastic_core/data/chat_template.py": {"jinja2"}}  # torch needs it; chat templates are its templates
 CONFIG_ERRORS = {"elastic_core/model/hf.py": {"huggingface_hub"}}  # the errors of transformers' configurations
+HUB = {f"elastic_core/export/{name}.py": {"huggingface_hub"} for name in ("model_card", "hub")}
 KERNELS = {"elastic_core/model/ops/kernels.py": {"mamba_ssm", "causal_conv1d"}}  # where they are installed, on a GPU
 OPTIONAL = {
     "aiohttp",
@@ -216,7 +217,7 @@ def test_the_core_needs_little(path):
         CORE
         | {"elastic_core"}
         | sys.stdlib_module_names
-        | (STORAGE | KERNELS | LOW_BIT | CONFIG_ERRORS | TEMPLATE_ERRORS).get(name_of(path), set())
+        | (STORAGE | KERNELS | LOW_BIT | CONFIG_ERRORS | HUB | TEMPLATE_ERRORS).get(name_of(path), set())
     )
     if path.name.endswith(".py.txt"):  # travels with exported models, so it knows transformers only
         allowed = (allowed | {"huggingface_hub"}) - {"elastic_core"}

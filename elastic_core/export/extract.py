@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elastic_core.data import special_tokens
 from elastic_core.errors import UserError
-from elastic_core.export import elastic_checkpoint
+from elastic_core.export import elastic_checkpoint, model_card
 from elastic_core.io.atomic import whole_directory
 from elastic_core.io.provenance_file import copy_provenance
 from elastic_core.io.tensor_files import Entry, Stored
@@ -37,6 +37,7 @@ def extract(
     out_directory: str | os.PathLike,
     heterogeneous: str = "remote_code",
     dtype: torch.dtype | None = None,
+    name: str | None = None,
 ) -> Submodel:
     """Write a submodel of a checkpoint directory to `out_directory`, and return it with all of its sizes set.
 
@@ -48,6 +49,7 @@ def extract(
       computes the same and loads everywhere. A homogeneous submodel needs neither: it is a stock directory.
     - `dtype`: the element type of the written tensors. None: that of the parent's files, if the family was made from
       an existing parent (parent_dtype.py), else as stored. A few small tensors stay in float32 (see `stored_in`).
+    - `name`: the name of the budget in the model card (None: the budget as it was given).
 
     Norms have the gains of this submodel (norm_gains.py). The tokenizer and its chat template come along, and
     generation stops at the same tokens (see special_tokens.py).
@@ -62,6 +64,7 @@ def extract(
         )
     config = hf.read_config(elastic_directory)
     if not isinstance(submodel_or_budget, Submodel):
+        name = str(submodel_or_budget) if name is None else name
         submodel_or_budget = elastic_checkpoint.find_submodel(elastic_directory, submodel_or_budget)
     submodel = submodel_or_budget.resolve(config)
     pad = heterogeneous == "pad" and not submodel.is_homogeneous
@@ -84,6 +87,8 @@ def extract(
             (partial / file).write_text(resources.files("elastic_core.export").joinpath(file + ".txt").read_text())
         special_tokens.write_text_files(partial, elastic_directory, generation)
         copy_provenance(elastic_directory, partial)
+        card = model_card.card_of_submodel(elastic_directory, config, submodel, name, "auto_map" not in changes)
+        (partial / model_card.CARD).write_text(card, encoding="utf-8")
     return submodel
 
 

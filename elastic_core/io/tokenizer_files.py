@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
 )
 MORE_TEMPLATES = "additional_chat_templates"  # a directory of templates with a name, such as tool_use.jinja
 LEGAL = re.compile(r"(licen[cs]e|notice|copying|copyright)([-_. ].*)?", re.IGNORECASE)
+PARENT_CARD = "parent_card.json"  # the parent's name and licence, for the model cards of what is made of it
 PARSER = re.compile(r"\w*parser\w*\.py")  # of answers and tool calls, for servers: vLLM loads such a file by its name
 # Files that every export writes itself, or that only the loading of the parent needs.
 REPLACED = re.compile(
@@ -50,7 +51,7 @@ def is_tokenizer_file(name: str) -> bool:
 
 def is_companion(name: str) -> bool:
     """Whether a file belongs to every model that is made of a parent: its licence, or a parser of its answers."""
-    return LEGAL.fullmatch(name) is not None or PARSER.fullmatch(name) is not None
+    return name == PARENT_CARD or LEGAL.fullmatch(name) is not None or PARSER.fullmatch(name) is not None
 
 
 def left_out(names: Iterable[str]) -> list[str]:

@@ -16,8 +16,8 @@ app = typer.Typer(
     the device that is to serve, `run` trains a family, `compare` shows what differs between two runs or exports,
     `clean` shows and frees what runs have left, `inspect` shows a family's members, `generate` tries one, `serve`
     answers requests for all of them, `chat` talks to them here, `extract` writes one as a directory for other servers,
-    `adopt` takes a nested checkpoint of another program, `up` starts the dashboard. Where no directory is named, the
-    commands take the family of the last run.
+    `push` uploads it to the Hugging Face hub, `adopt` takes a nested checkpoint of another program, `up` starts the
+    dashboard. Where no directory is named, the commands take the family of the last run.
     """,
 )
 app.command()(init.init)
@@ -27,6 +27,7 @@ app.command()(plan.measure)
 app.command()(run.compare)
 app.command()(run.up)
 app.command(cls=family.LikeCp)(family.extract)
+app.command()(family.push)
 app.command()(family.generate)
 app.command()(family.inspect)
 app.command()(serve.serve)

@@ -118,6 +118,29 @@ def adopt(
             say(f"\nhead order {done.head_order}; the members' mean loss by order: {others}")
 
 
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A family, or an extracted model.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everyone (default: private).")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="The branch (default: main).", show_default=False, metavar="BRANCH")
+    ] = None,
+) -> None:
+    """Upload a model to the Hugging Face hub, with its model card, and the results if the run has any.
+
+    The token is HF_TOKEN, or that of `hf auth login`.
+
+    - `elastic push models/small me/my-small`
+    - `elastic push artifacts/train_extended/model me/my-family --public`
+    """
+    with clear_errors("stopped; the repository has what it had before"):
+        from tasks.commands import find_family
+        from tasks.commands.extract import push
+
+        directory = find_family.find(directory)
+        say(f"{directory}: uploaded to {push(directory, repository, not public, revision)}")
+
+
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; with --chat, what the user says.")],
     directory: Annotated[

@@ -177,7 +177,7 @@ class Extract:
     """Section `extract`: how submodels are exported."""
 
     heterogeneous: Literal["remote_code", "pad"] = "remote_code"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None: that of the parent's files
+    dtype: Literal["float32", "bfloat16"] | None = None  # None: that of the parent's files
     destination: str | None = None  # each model is copied to <destination>/<budget>/<version>
 
     def check(self, require: Require = require) -> None:
