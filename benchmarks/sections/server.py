@@ -22,7 +22,12 @@ from benchmarks.report import Row, at_least, measured
 from benchmarks.sections.serving import QUICK, SHAPE, write_family
 from benchmarks.shapes import Shape
 from elastic_core import extract
-from tasks.serving.http.app import bind
+from tasks.serving.engine import Engine
+from tasks.serving.family import Family
+from tasks.serving.http import app
+from tasks.serving.http.service import Service
+from tasks.serving.metrics import Metrics
+from tasks.serving.serve import limits_of
 
 CONCURRENT, PROMPT, NEW, REPEATS = 8, 32, 24, 5
 START = 180  # seconds until a server answers
@@ -35,8 +40,7 @@ def rows(quick: bool) -> Iterator[Row]:
         directory = Path(temporary)
         write_family(directory / "elastic", shape)
         _write_tokenizer(directory / "elastic", shape)
-        serve = [sys.executable, "-m", "flows.cli", "serve", str(directory / "elastic")]
-        elastic, others = running.enter_context(_server(serve)), {}
+        elastic, others = running.enter_context(_elastic(directory / "elastic", quick)), {}
         for name in [] if quick else budgets:
             extract(directory / "elastic", name, directory / name)
             program = Path(sys.executable).with_name("transformers")
@@ -65,10 +69,19 @@ def _write_tokenizer(directory: Path, shape: Shape) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
 
 
+def _elastic(directory: Path, quick: bool) -> contextlib.AbstractContextManager[str]:
+    """The address of `elastic serve`: a process, or for a quick run a thread of this one."""
+    if not quick:
+        return _server([sys.executable, "-m", "flows.cli", "serve", str(directory)])
+    family, metrics = Family(directory), Metrics()
+    engine = Engine(family, limits_of(directory), metrics)
+    return app.running(app.create_app(Service(family, engine, metrics, 60.0)), app.bind("127.0.0.1", 0))
+
+
 @contextlib.contextmanager
 def _server(command: list[str]) -> Iterator[str]:
     """The address of a server, once it answers."""
-    with bind("127.0.0.1", 0) as place:
+    with app.bind("127.0.0.1", 0) as place:
         port = place.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as output:
