@@ -74,7 +74,7 @@ class NestedModel:
                     tensor = tensor.index_select(axis, order)
             held = tensor.dtype if dtype is None else architectures.held_in(self.config, name, dtype)
             tensor = tensor.to(device=device, dtype=held)
-            self.weights[name] = tensor.clone(memory_format=torch.contiguous_format)  # a copy, not a memory-mapped file
+            self.weights[name] = _in_memory(name, tensor)
 
     @classmethod
     def from_pretrained(
@@ -217,6 +217,17 @@ class NestedModel:
             raise UserError(
                 f"{self.directory}/generation_config.json: transformers does not accept it ({error}); correct the file"
             ) from None
+
+
+def _in_memory(name: str, tensor: Tensor) -> Tensor:
+    """A copy of a weight, not a memory-mapped file.
+
+    In float32 on a CPU, the head (vocabulary, hidden) is stored column by column, so that the part of every budget is
+    contiguous: a token then takes half the time in this product, also with all columns. bfloat16 is faster by rows.
+    """
+    if name == "lm_head.weight" and tensor.dtype == torch.float32 and tensor.device.type == "cpu":
+        return tensor.t().clone(memory_format=torch.contiguous_format).t()
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _all_at_most(sizes: dict[str, int], others: dict[str, int]) -> bool:

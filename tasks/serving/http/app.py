@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import hmac
 import socket
-from collections.abc import AsyncIterator
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -191,3 +193,18 @@ def bind(host: str, port: int) -> socket.socket:
 def new_server(app: FastAPI) -> uvicorn.Server:
     """A server for `bind`'s socket: `run(sockets=[…])`. Neither paths nor headers are logged."""
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
+
+
+@contextlib.contextmanager
+def running(app: FastAPI, address: socket.socket) -> Iterator[str]:
+    """Serve `app` at `bind`'s socket in a thread, while the block runs. Gives the server's URL."""
+    server = new_server(app)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [address]}, name="elastic-server")
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        yield "http://{}:{}".format(*address.getsockname())
+    finally:
+        server.should_exit = True
+        thread.join()

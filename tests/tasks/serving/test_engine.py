@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from elastic_core import extract
 from elastic_core.export.conversation import new_cache, tracks_length
 from tasks.serving import caches
-from tasks.serving.batch import read
+from tasks.serving.batch import Batch, read
 from tasks.serving.engine import Engine
 from tasks.serving.family import Family
 from tasks.serving.jobs import Failure, Full, Job, Limits, Stopped
@@ -137,7 +137,14 @@ def family(tmp_path_factory):
     return Family(directory)
 
 
-def test_jobs_that_nobody_waits_for_are_dropped(family):
+@pytest.fixture
+def slow(monkeypatch):
+    """A model that takes 10 ms for a token, so that a text of 400 tokens does not end before its test."""
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch: time.sleep(0.01) or step(batch))
+
+
+def test_jobs_that_nobody_waits_for_are_dropped(family, slow):
     engine = start(family, max_batch=1, max_waiting=2)
     running, waiting = (Reader(family, "small", [5, 6], 400) for _ in range(2))
     engine.submit([running.job])
@@ -151,24 +158,26 @@ def test_jobs_that_nobody_waits_for_are_dropped(family):
     engine.stop()
 
 
-def test_a_full_queue_refuses_and_time_ends(family):
+def test_a_full_queue_refuses_and_time_ends(family, slow):
     engine = start(family, max_batch=1, max_waiting=2)
-    running = Reader(family, "small", [5, 6], 450, deadline=time.monotonic() + 0.5)
+    running = Reader(family, "small", [5, 6], 450)
     engine.submit([running.job])
     running.next()
-    late = Reader(family, "small", [5, 6], 3, deadline=time.monotonic() + 0.1)
+    late = Reader(family, "small", [5, 6], 3)
     last = [Reader(family, "small", [5, 6], 3) for _ in range(2)]
     engine.submit([late.job])
     with pytest.raises(Full, match="1 of 2 places in the queue are taken, and 2 are needed"):
         engine.submit([reader.job for reader in last])  # all or none
+    late.job.deadline = time.monotonic()
     assert late.end().reason == "timeout"
     engine.submit([last[0].job])
+    running.job.deadline = time.monotonic()
     assert running.end().reason == "timeout" and len(running.tokens) > 1
     assert last[0].end().finish == "length"
     engine.stop()
 
 
-def test_a_budget_with_a_full_batch_holds_up_no_other(family):
+def test_a_budget_with_a_full_batch_holds_up_no_other(family, slow):
     engine = start(family, max_batch=1)
     long, queued = (Reader(family, "small", [5, 6], 400) for _ in range(2))
     other = Reader(family, "full", [5, 6], 2)
@@ -179,7 +188,7 @@ def test_a_budget_with_a_full_batch_holds_up_no_other(family):
     engine.stop()
 
 
-def test_a_stopped_engine_leaves_nobody_waiting(family):
+def test_a_stopped_engine_leaves_nobody_waiting(family, slow):
     engine = start(family, max_batch=1)
     readers = [Reader(family, "small", [5, 6], 400) for _ in range(3)]
     engine.submit([reader.job for reader in readers])

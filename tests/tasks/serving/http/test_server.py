@@ -5,6 +5,7 @@ import json
 import logging
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from elastic_core import extract
 from elastic_core.errors import UserError
+from tasks.serving.batch import Batch
 from tasks.serving.family import Family
 from tasks.serving.http.app import LARGEST_BODY, bind
 from tasks.serving.jobs import Limits
@@ -240,32 +242,46 @@ def wait_until_idle(engine) -> bool:
     return engine._num_running() == 0
 
 
-def test_limits_of_queue_and_time_and_clients_that_leave(family):
-    """One text at a time and one in the queue, each for half a second at most."""
-    with running_server(family, Limits(max_batch=1, max_waiting=1, context=512), timeout=0.7) as (address, engine):
+def test_limits_of_queue_and_time_and_clients_that_leave(family, monkeypatch):
+    """One text at a time and one in the queue, and a model that takes 20 ms for a token."""
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch: time.sleep(0.02) or step(batch))
+    with running_server(family, Limits(max_batch=1, max_waiting=1, context=512), timeout=60) as (address, engine):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         long = {"model": "full", "prompt": "a", "max_tokens": 500, "extra_body": {"ignore_eos": True}}
-        begin = time.monotonic()
         leaving = client.completions.create(**long, stream=True)
         next(iter(leaving))
         leaving.close()
-        assert wait_until_idle(engine) and time.monotonic() - begin < 0.6  # before its time was over
-        with pytest.raises(openai.APITimeoutError):
-            client.with_options(timeout=0.1).completions.create(**long)
         assert wait_until_idle(engine)
 
-        first = client.completions.create(**long, stream=True)
-        chunks = iter(first)
-        next(chunks)
-        second = client.completions.create(**long, stream=True)  # in the queue
-        with pytest.raises(openai.RateLimitError, match="places in the queue are taken") as refused:
-            client.completions.create(**long)
-        assert refused.value.response.headers["Retry-After"] == "1"
-        for stream in (chunks, second):
+        async def leave() -> None:
+            async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+                waiting = asyncio.create_task(client.completions.create(**long))
+                while not engine._num_running():
+                    await asyncio.sleep(0.01)
+                waiting.cancel()
+
+        asyncio.run(leave())
+        assert wait_until_idle(engine)
+        assert 'elastic_texts_total{budget="full",outcome="cancelled"} 2.0' in httpx.get(f"{address}/metrics").text
+
+        first = iter(client.completions.create(**long, stream=True))
+        next(first)
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(client.completions.create, **long)
+            while not engine._waiting:
+                time.sleep(0.01)
+            with pytest.raises(openai.RateLimitError, match="places in the queue are taken") as refused:
+                client.completions.create(**long)
+            assert refused.value.response.headers["Retry-After"] == "1"
+            jobs = [engine._waiting[0], engine._texts()[0].job]
+            for job in jobs:
+                assert job.deadline - job.begin == pytest.approx(60, abs=10)
+                job.deadline = 0
             with pytest.raises(openai.APIError, match="longer than the server's time limit"):
-                list(stream)
-        with pytest.raises(openai.InternalServerError, match="longer than the server's time limit"):
-            client.completions.create(**long)
+                list(first)
+            with pytest.raises(openai.InternalServerError, match="longer than the server's time limit"):
+                second.result()
         assert wait_until_idle(engine)
 
 
