@@ -61,9 +61,10 @@ def main() -> None:
     if settings.parent.path is not None:
         begin = time.monotonic()
         with started("parent") as job:
-            import_parent(settings.parent, data)
+            source = import_parent(settings.parent, data)
             write_text(METRICS, "")
-            provenance.write_record(provenance.end(job.record, time.monotonic() - begin, provenance.describe_device()))
+            seconds, device = time.monotonic() - begin, provenance.describe_device()
+            provenance.write_record(provenance.end(job.record, seconds, device, source=source))
     else:
         run_stage(work, settings, "parent", settings.parent.training)
 
@@ -77,9 +78,10 @@ def initialise(config: PreTrainedConfig, seed: int) -> ElasticModel:
     return model
 
 
-def import_parent(parent: Parent, data: TokenData) -> None:
+def import_parent(parent: Parent, data: TokenData) -> str:
     """Take over the parent from a directory, the hub, a URL or a package, with the element types of its files.
 
+    Returns where it came from: its path; for a model of the hub, its name and commit.
     Its config.json has the `rope_scaling` of the section and the element type of the parent's files, and its head is
     untied if the section says so. Memory holds one layer at a time. Files that need no change are linked or copied as
     they are (see `copy_model`).
@@ -102,6 +104,7 @@ def import_parent(parent: Parent, data: TokenData) -> None:
         copy_model(model, reader, directory, OUT, may_link=not is_own)
         name = hub.HubModel.parse(parent.path).name if is_hub_name(parent.path) else None
         model_card.write_parent_facts(OUT, model_card.parent_facts(directory, name))
+        return hub.at_commit(parent.path, directory) if is_hub_name(parent.path) else parent.path
 
 
 @contextmanager

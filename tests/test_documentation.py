@@ -121,7 +121,7 @@ def test_configuration_has_every_parameter():
 
 def test_configuration_has_every_profile_and_every_replaced_parameter():
     named = spans(ROOT / "docs/configuration.md")
-    rows = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs/configuration.md").read_text().split("## ")[1], re.MULTILINE)
+    rows = re.findall(r"^\| `([\w.-]+)` \|", (ROOT / "docs/configuration.md").read_text().split("## ")[1], re.MULTILINE)
     assert sorted(rows) == sorted(profile_names())
     for path in replaced.KEYS:
         assert any(path.rpartition(".")[2] in span for span in named), path

@@ -75,15 +75,6 @@ def repository_of(destination: str, budget: str) -> str:
     return repository
 
 
-def name_of(path: str) -> str | None:
-    """The name on the hub, "owner/name", that a location has: "owner/name@revision" or "hf://owner/name". None if none.
-
-    A local directory is no name.
-    """
-    name = path.removeprefix(SCHEME).partition("@")[0].strip("/")
-    return name if NAME.fullmatch(name) and not Path(path).exists() else None
-
-
 def is_hub(destination: str | None) -> bool:
     """Whether a destination is on the hub."""
     return destination is not None and destination.lower().startswith(SCHEME)

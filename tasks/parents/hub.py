@@ -66,7 +66,7 @@ def fetch_model(path: str) -> Path:
     """
     directory = fetch(path, *SMALL)
     weights = _weight_files(path, directory)
-    return fetch(_at(path, directory), *SMALL, *COMPANIONS, *sorted(weights))
+    return fetch(at_commit(path, directory), *SMALL, *COMPANIONS, *sorted(weights))
 
 
 def check(path: str) -> Path | None:
@@ -117,13 +117,18 @@ def listed(model: HubModel) -> dict[str, tuple[int, str]] | None:
     return {file.rfilename: (file.size, file.lfs.sha256 if file.lfs else file.blob_id) for file in info.siblings}
 
 
+def at_commit(path: str, directory: Path) -> str:
+    """The path of the same model at the commit of a directory in the cache."""
+    return f"{HubModel.parse(path).name}@{directory.name}"
+
+
 def _is_used(name: str) -> bool:
     return is_tokenizer_file(name) or name in (SINGLE, INDEX) or SHARD.fullmatch(name) is not None
 
 
 def _weight_files(path: str, directory: Path) -> set[str]:
     """The names of the files with weights, of those that the hub tells of, else of those in the cache."""
-    files = listed(HubModel.parse(_at(path, directory)))
+    files = listed(HubModel.parse(at_commit(path, directory)))
     with named(path):
         if files is not None:
             return weight_file_names(directory, set(files))
@@ -131,11 +136,6 @@ def _weight_files(path: str, directory: Path) -> set[str]:
             return weight_file_names(directory)
         except UserError as error:
             raise UserError(f"the hub does not answer, and {_not_cached()} ({error})") from None
-
-
-def _at(path: str, directory: Path) -> str:
-    """The same model at the commit of a directory in the cache."""
-    return f"{HubModel.parse(path).name}@{directory.name}"
 
 
 def _cached_files(path: str) -> dict[str, tuple[int, str]] | None:

