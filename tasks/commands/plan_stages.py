@@ -25,6 +25,7 @@ from elastic_core.training.teacher_cache import bytes_per_token
 from tasks.settings.schema import Params
 from tasks.settings.sections import Compute
 
+SMALLEST_PART = 1024  # tokens of a sequence per worker: with fewer, messages take longer than they save
 RESERVE = 0.1  # share of a GPU's memory that the allocator, libraries and CUDA need
 PEAKS = {"bfloat16": 989e12, "float32": 67e12}  # dense FLOP/s of one H100 SXM, from its data sheet
 
@@ -115,6 +116,7 @@ def describe_workload(name: str, settings: Params) -> dict:
     return {
         "workers": max(1, settings.compute.workers),
         "shards": load.shards,
+        "sharing": load.sharing,
         "sequences": load.sequences,
         "sequence_length": load.length,
         "microbatches": stage.microbatches,
@@ -127,7 +129,8 @@ def make_workload(name: str, settings: Params) -> Workload:
     """What one worker computes in a microbatch of a stage."""
     stage, workers = stages_of(settings)[name], max(1, settings.compute.workers)
     shards = settings.compute.execution.shard_over or workers
-    sequences = stage.batch_size // stage.microbatches // workers
+    sharing = settings.compute.execution.context_parallel
+    sequences = stage.batch_size // stage.microbatches // (workers // sharing)
     has_teacher = name != "parent" and stage.teacher in ("frozen", "mixed")
     shares = {} if name == "parent" else stage.budget_shares or dict.fromkeys(settings.budgets, 1.0)
     matches_states = any(
@@ -137,13 +140,14 @@ def make_workload(name: str, settings: Params) -> Workload:
     has_norms = name != "parent" and settings.rank.private_norms
     return Workload(
         sequences,
-        stage.sequence_length,
+        stage.sequence_length // sharing,
         shards,
         stage.microbatches > 1,
         has_teacher,
         matches_states,
         sum(not parse(budget).is_full for budget in settings.budgets.values()) if has_norms else 0,
         stage.kept_logits if name != "parent" and stage.teacher == "cached" else 0,
+        sharing,
         stage.optimizer == "adamw8bit",
     )
 
@@ -284,12 +288,14 @@ def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
     changes = []
     if not execution.activation_checkpointing:
         changes.append({"compute.execution.activation_checkpointing": True})
-    if stage.microbatches < (most := stage.batch_size // workers):
+    if stage.microbatches < (most := stage.batch_size // (workers // execution.context_parallel)):
         changes.append({f"{section}.microbatches": most})
     if compute.workers and execution.shard_over not in (None, workers):
         changes.append({"compute.execution.shard_over": None})
     if compute.workers and not execution.offload_teacher and make_workload(name, settings).has_teacher:
         changes.append({"compute.execution.offload_teacher": True})
+    if (shared := shared_by_more(name, settings)) is not None:
+        changes.append(shared)
     has_8bit_moments = any(stage.optimizer == "adamw8bit" for stage in stages_of(settings).values())
     if compute.workers and not execution.offload_student and not has_8bit_moments:
         changes.append({"compute.execution.offload_student": True})
@@ -322,6 +328,21 @@ def find_shorter(
         }
         total = stage_peak(name, override(settings, change), config, pieces).total
     return {"set": change, "total": total}
+
+
+def shared_by_more(name: str, settings: Params) -> dict[str, object] | None:
+    """Changes so that twice as many workers share each sequence, with half as many sequences in a microbatch.
+
+    None if that is impossible, or if parts would have fewer than SMALLEST_PART tokens.
+    """
+    stage, sharing = stages_of(settings)[name], 2 * settings.compute.execution.context_parallel
+    section = "parent.training" if name == "parent" else name
+    lengths = [other.sequence_length for other in stages_of(settings).values()]
+    if max(1, settings.compute.workers) % sharing or stage.batch_size % (2 * stage.microbatches):
+        return None
+    if any(length % sharing for length in lengths) or stage.sequence_length < sharing * SMALLEST_PART:
+        return None
+    return {"compute.execution.context_parallel": sharing, f"{section}.microbatches": 2 * stage.microbatches}
 
 
 def more_workers(settings: Params, workers: int) -> dict[str, object] | None:
