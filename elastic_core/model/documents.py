@@ -23,6 +23,7 @@ class Documents:
     - `is_inner_start` (B, L) bool: the same positions.
     - `lengths`: the number of positions of every document, one row after another.
     - `cumulative_lengths` (N + 1,) int32: 0, and the end of every document, as numbers of positions in all rows.
+    - `row_length`: L, or more if these are parts of longer rows (ops/parts.py).
     - `uncompiled(function, *args)` calls a function that reads `lengths`, or one of the tensors that are as long as
       there are documents. torch.compile must not trace it: it would make new graphs for every batch.
     """
@@ -30,6 +31,7 @@ class Documents:
     def __init__(self, document_ids: Tensor, device: torch.device):
         """`document_ids` (B, L) int64, in CPU memory: the lengths are read from it."""
         batch, length = document_ids.shape
+        self.row_length = length
         is_start = torch.ones(batch, length, dtype=torch.bool)
         is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         starts = is_start.flatten().nonzero().flatten()

@@ -28,13 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from elastic_core.data.loader import IGNORED_LABEL, Batch
-from elastic_core.model.documents import documents_of
 from elastic_core.model.ops.device_copy import to_device
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.diagnosis import NonFiniteError, explain_gradient, explain_loss
 from elastic_core.training.distributed.gradients import average_gradients, clip_gradients, gradient_norm
 from elastic_core.training.distributed.placement import reduce_in_last
-from elastic_core.training.losses import KeptLogits, distillation_loss
+from elastic_core.training.losses import distillation_loss
 from elastic_core.training.routing import choose_slice, kept_layers, router_entropy, settle
 from elastic_core.training.run import Run, matches_states, precision, resume, save, teacher_of, trained_modules
 from elastic_core.training.stage import assign_budgets
@@ -164,19 +163,9 @@ def router_backward(run: Run, results: list[dict], gate_gradients: list[Tensor])
 def microbatch_data(run: Run, microbatch: int) -> Batch:
     """This rank's sequences of a microbatch: tensors (B, L) in CPU memory.
 
-    B is `batch_size` divided by `microbatches` and by the number of ranks.
+    B is `batch_size` divided by `microbatches` and by the number of ranks, if no ranks share sequences.
     """
-    part = run.ranks.part(run.stage.batch_size // run.stage.microbatches)
-    return run.data.batch(run.stage.first_sample(run.step, microbatch) + part.start, part.stop - part.start)
-
-
-def cached_logits(run: Run, microbatch: int) -> KeptLogits | None:
-    """What the teacher says about this rank's sequences of a microbatch, from disk. None without a cache."""
-    if run.teacher_cache is None:
-        return None
-    part = run.ranks.part(run.stage.batch_size // run.stage.microbatches)
-    first = run.stage.first_sample(run.step, microbatch) + part.start
-    return run.teacher_cache.logits(first, part.stop - part.start, run.ranks.device)
+    return run.batch(run.stage.first_sample(run.step, microbatch), run.stage.batch_size // run.stage.microbatches)
 
 
 def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_labelled: Tensor) -> dict:
@@ -190,10 +179,10 @@ def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_la
     """
     weights, device = run.stage.loss_of(budget), run.ranks.device
     input_ids, labels = to_device(batch.input_ids, device), to_device(batch.labels, device)
-    documents = documents_of(batch.document_ids, input_ids)
+    documents = run.documents(batch, input_ids)
     sliced, router_loss, cost, gates = choose_slice(run, microbatch, budget)
     model, matching = teacher_of(run, microbatch, budget), None
-    teacher = cached_logits(run, microbatch) if weights.kl_weight > 0 else None
+    teacher = run.cached_logits(microbatch) if weights.kl_weight > 0 else None
     if model is not None and matches_states(run, budget):
         matching = StateMatching(run.model.config, sliced, labels, num_labelled)
     with precision(run.stage, device):

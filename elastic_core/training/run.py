@@ -12,19 +12,23 @@ from torch import Tensor, nn
 
 from elastic_core.config import ConfigError
 from elastic_core.cost.metrics import PARAMETERS, Metric, exact_cost
-from elastic_core.data.loader import PackedSequences
+from elastic_core.data.loader import Batch, PackedSequences
 from elastic_core.model import architectures
+from elastic_core.model.documents import Documents, documents_of
 from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.model.ops.parts import PartDocuments
 from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.router import Router
 from elastic_core.search.selection import Member
 from elastic_core.training.budget_norms import BudgetNorms, make_budget_norms
 from elastic_core.training.checkpoint import Checkpoints
+from elastic_core.training.distributed.context import make_part
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local
 from elastic_core.training.distributed.placement import is_matrix
 from elastic_core.training.distributed.ranks import Ranks
+from elastic_core.training.losses import KeptLogits
 from elastic_core.training.low_bit import make_adamw8bit
 from elastic_core.training.stage import Routing, Stage, uses_itself, uses_trainable_teacher
 from elastic_core.training.teacher_cache import TeacherCache
@@ -79,7 +83,8 @@ class Run:
         if (self.members is None) == (self.router is None):
             raise ConfigError("Run: give either the members of the family or a router that chooses them")
         assert self.router is None or self.router.targets == tuple(self.budgets.values())
-        self.ranks.part(self.stage.batch_size // self.stage.microbatches, "batch_size / microbatches")
+        self.part = make_part(self.ranks, self.execution.context_parallel)
+        check_part(self)
         check_budget_names(self)
         check_teacher(self)
         check_teacher_states(self)
@@ -93,6 +98,40 @@ class Run:
             take_norms(self, start=True)
         self._costs: dict[str, float] = {}
         self._slices: dict[tuple[int, Submodel], Slice] = {}
+
+    def own_sequences(self, count: int) -> slice:
+        """Which of `count` sequences this rank computes, alone or together with those that share sequences with it."""
+        return self.ranks.part(count, "batch_size / microbatches", self.execution.context_parallel)
+
+    def batch(self, first: int, count: int) -> Batch:
+        """This rank's part of the samples `first` to `first + count - 1`, in CPU memory.
+
+        Where ranks share sequences, ids and labels are this rank's positions, and the document ids are whole rows.
+        """
+        own = self.own_sequences(count)
+        batch = self.data.batch(first + own.start, own.stop - own.start)
+        if self.part is None:
+            return batch
+        where = self.part.positions(batch.input_ids.shape[1])
+        return Batch(batch.input_ids[:, where], batch.labels[:, where], batch.document_ids)
+
+    def documents(self, batch: Batch, input_ids: Tensor) -> Documents | None:
+        """The documents of a batch of `batch`, on the device of its `input_ids`."""
+        if self.part is None:
+            return documents_of(batch.document_ids, input_ids)
+        return PartDocuments(batch.document_ids, input_ids.device, self.part)
+
+    def cached_logits(self, microbatch: int) -> KeptLogits | None:
+        """What the teacher says about this rank's part of a microbatch, from disk. None without a cache."""
+        if self.teacher_cache is None:
+            return None
+        own = self.own_sequences(self.stage.batch_size // self.stage.microbatches)
+        first = self.stage.first_sample(self.step, microbatch) + own.start
+        kept = self.teacher_cache.logits(first, own.stop - own.start, self.ranks.device)
+        if self.part is None:
+            return kept
+        where = self.part.positions(self.stage.sequence_length)
+        return KeptLogits(*(tensor[:, where] for tensor in kept))
 
     def slice_of(self, model: ElasticModel, submodel: Submodel | None = None) -> Slice:
         """`model.slice(submodel)`, made once per run and not in every microbatch, with the norm gains of now."""
@@ -131,6 +170,16 @@ class Run:
         if budget not in self._costs:
             self._costs[budget] = exact_cost(self.metric, self.model.config, self.members[budget].submodel)
         return self._costs[budget]
+
+
+def check_part(run: Run) -> None:
+    """Raise ConfigError if the ranks cannot have equal parts of the batches."""
+    stage, size = run.stage, run.execution.context_parallel
+    run.own_sequences(stage.batch_size // stage.microbatches)
+    smallest = size * architectures.smallest_part(run.model.config)
+    if size > 1 and (stage.sequence_length % size or stage.sequence_length < smallest):
+        allowed = f"multiples of context_parallel ({size}), {smallest} or more"
+        raise ConfigError(f"sequence_length: got {stage.sequence_length}; allowed: {allowed}")
 
 
 def check_budget_names(run: Run) -> None:

@@ -83,6 +83,8 @@ def memory(plan: dict) -> Table:
     stages = plan["stages"]
     table = new_table("memory of a worker", *stages)
     table.add_row("workers, sharing one copy", *(f"{s['workers']}, {s['shards']}" for s in stages.values()))
+    if any(s["sharing"] > 1 for s in stages.values()):
+        table.add_row("workers per sequence", *(str(s["sharing"]) for s in stages.values()))
     loads = (f"{s['sequences']} × {s['sequence_length']:,}" for s in stages.values())
     table.add_row("sequences × tokens at a time", *loads)
     table.add_row("precision", *(s["precision"] for s in stages.values()), end_section=True)

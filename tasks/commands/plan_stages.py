@@ -110,6 +110,7 @@ def describe_workload(name: str, settings: Params) -> dict:
     return {
         "workers": max(1, settings.compute.workers),
         "shards": load.shards,
+        "sharing": load.sharing,
         "sequences": load.sequences,
         "sequence_length": load.length,
         "microbatches": stage.microbatches,
@@ -122,7 +123,8 @@ def make_workload(name: str, settings: Params) -> Workload:
     """What one worker computes in a microbatch of a stage."""
     stage, workers = stages_of(settings)[name], max(1, settings.compute.workers)
     shards = settings.compute.execution.shard_over or workers
-    sequences = stage.batch_size // stage.microbatches // workers
+    sharing = settings.compute.execution.context_parallel
+    sequences = stage.batch_size // stage.microbatches // (workers // sharing)
     has_teacher = name != "parent" and stage.teacher in ("frozen", "mixed")
     shares = {} if name == "parent" else stage.budget_shares or dict.fromkeys(settings.budgets, 1.0)
     matches_states = any(
@@ -132,13 +134,14 @@ def make_workload(name: str, settings: Params) -> Workload:
     has_norms = name != "parent" and settings.rank.private_norms
     return Workload(
         sequences,
-        stage.sequence_length,
+        stage.sequence_length // sharing,
         shards,
         stage.microbatches > 1,
         has_teacher,
         matches_states,
         sum(not parse(budget).is_full for budget in settings.budgets.values()) if has_norms else 0,
         stage.kept_logits if name != "parent" and stage.teacher == "cached" else 0,
+        sharing,
         stage.optimizer == "adamw8bit",
     )
 

@@ -110,8 +110,14 @@ def _check_batch(params, name: str, section, require: Require) -> None:
     """Check the mixture, and that every worker gets as many sequences as the others."""
     _check_sources(params, f"{name}.mixture", section.mixture, require)
     size, workers = section.batch_size // max(1, getattr(section, "microbatches", 1)), max(1, params.compute.workers)
-    allowed = f"sequences that divide evenly by compute.workers ({workers}) in every microbatch"
-    require(size % workers == 0, f"{name}.batch_size", section.batch_size, allowed)
+    sharing = params.compute.execution.context_parallel if isinstance(section, Stage) else 1
+    if sharing < 1 or workers % sharing:  # a problem of its own
+        return
+    text = f"compute.workers ({workers})" + (f" / context_parallel ({sharing})" if sharing > 1 else "")
+    allowed = f"sequences that divide evenly by {text} in every microbatch"
+    require(size % (workers // sharing) == 0, f"{name}.batch_size", section.batch_size, allowed)
+    allowed = f"a multiple of compute.execution.context_parallel ({sharing}), whose workers have equal parts of it"
+    require(section.sequence_length % sharing == 0, f"{name}.sequence_length", section.sequence_length, allowed)
 
 
 def _check_sources(params, key: str, names: Iterable[str], require: Require) -> None:

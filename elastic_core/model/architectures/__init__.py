@@ -209,6 +209,13 @@ def with_own_head(config):
     return config
 
 
+def smallest_part(config) -> int:
+    """The fewest positions that a part of a row may have, where several workers share it: a convolution reaches back
+    into one part only.
+    """
+    return max([1, *(dims[-1].size - 1 for dims in kept_state(config).get("conv_state", {}).values())])
+
+
 def pads_exactly(config) -> bool:
     """Whether transformers computes left-padded rows as it computes each row alone."""
     return of(config).pads_exactly(config)

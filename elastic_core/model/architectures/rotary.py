@@ -67,7 +67,8 @@ class Rotary:
         """
         if like.device not in self._frequencies:
             self._frequencies[like.device] = to_device(next(iter(self._frequencies.values())), like.device)
-        positions = torch.arange(like.shape[1], device=like.device, dtype=torch.float32)
+        length = like.shape[1] if documents is None else documents.row_length
+        positions = torch.arange(length, device=like.device, dtype=torch.float32)
         angles = positions[:, None] * self._frequencies[like.device]  # (L, head_dim / 2)
         angles = torch.cat([angles, angles], dim=-1)
         tables = (angles.cos() * self.scale).to(like.dtype), (angles.sin() * self.scale).to(like.dtype)

@@ -18,6 +18,7 @@ from torch import Tensor
 from elastic_core.model.documents import Documents
 from elastic_core.model.ops.conv import causal_conv_silu
 from elastic_core.model.ops.norm import group_rms_norm
+from elastic_core.model.ops.parts import PartDocuments, from_earlier_parts, part_of, with_inputs_before
 from elastic_core.model.ops.ssd import ssd
 
 CHUNK = 128  # positions in a chunk of the Triton scan
@@ -32,6 +33,8 @@ def conv_silu(
 ) -> Tensor:
     """`causal_conv_silu` of x (B, L, C) → (B, L, C). `dtype` is the type in which the layers compute."""
     channels, taps = x.shape[2], weight.shape[2]
+    if part_of(documents) is not None and taps > 1:
+        return documents.uncompiled(_conv_of_part, x, weight, bias, dtype, documents)
     problem = None
     if channels % ALIGNED:
         problem = f"{channels} channels, but it needs a multiple of {ALIGNED}; choose other heads or head channels"
@@ -44,6 +47,14 @@ def conv_silu(
         return documents.uncompiled(_conv_of_documents, x, weight, bias, documents)
     x = _aligned(x.to(dtype)).transpose(1, 2)
     return kernel(x, weight.squeeze(1), bias, None if documents is None else documents.ids).transpose(1, 2)
+
+
+def _conv_of_part(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, documents: PartDocuments
+) -> Tensor:
+    halo = weight.shape[2] - 1
+    x = with_inputs_before(x, halo, documents)
+    return conv_silu(x, weight, bias, dtype, documents.with_halo(halo))[:, halo:]
 
 
 def _conv_of_documents(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Documents) -> Tensor:
@@ -62,6 +73,16 @@ def scan(
     documents: Documents | None = None,
 ) -> Tensor:
     """`ssd`, with dt and A in float32 or higher. With a kernel, the result has type `dtype`, else the type of dt."""
+    y = _scan_of_part(x, dt, A, B, C, D, dtype, documents)
+    if part_of(documents) is not None:
+        y = y + documents.uncompiled(from_earlier_parts, x, dt, A, B, C, documents).to(y.dtype)
+    return y
+
+
+def _scan_of_part(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dtype: torch.dtype, documents: Documents | None
+) -> Tensor:
+    """`scan`, as if rows began here."""
     kernel = _kernel(_mamba_scan, x.device, dtype)
     if kernel is None:
         dtype = dt.dtype

@@ -19,6 +19,7 @@ class Execution:
       gradients of the model in float32.
     - `shard_over`: the number of workers that share one copy of the weights (None: all workers). With fewer than all,
       there are several groups of workers: each group holds a copy, and groups average their gradients.
+    - `context_parallel`: the number of workers that share every sequence, each with an equal part of its positions.
     """
 
     activation_checkpointing: bool = False
@@ -27,12 +28,17 @@ class Execution:
     offload_student: bool = False
     reduce_once: bool = False
     shard_over: int | None = None
+    context_parallel: int = 1
 
     def check(self, require: Require = require) -> None:
         require(self.shard_over is None or self.shard_over >= 1, "shard_over", self.shard_over, "null, or 1 or more")
+        require(self.context_parallel >= 1, "context_parallel", self.context_parallel, "1 or more")
 
     def check_workers(self, workers: int, require: Require = require) -> None:
         """Check the settings that need workers. `workers` 0: the stage computes in its own process, unsharded."""
         allowed = "false with compute.workers 0, because only the shards of workers can be in CPU memory"
+        divides = self.context_parallel < 1 or max(1, workers) % self.context_parallel == 0
+        shared = f"a divisor of the number of workers ({max(1, workers)})"
+        require(divides, "execution.context_parallel", self.context_parallel, shared)
         is_possible = workers > 0 or not self.offload_student
         require(is_possible, "execution.offload_student", self.offload_student, allowed)

@@ -7,6 +7,7 @@ memory, so only one of them is run. `step_memory` adds up the pieces of a step.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from elastic_core.model import architectures
+from elastic_core.model.dims import layer_index
 from elastic_core.model.documents import Documents
 from elastic_core.model.layers import LOW_PRECISION, Norm, has_mask, part_of
+from elastic_core.model.ops.parts import Part, PartDocuments
 from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import full_sizes
 from elastic_core.training.distributed.execution import Execution
@@ -143,7 +146,7 @@ class Pieces:
     def __init__(self, config, setting: TrainingSetting, gates: bool = False):
         self.config, self.setting, self.gates = config, setting, gates
         self.architecture, self.layout = architectures.of(config), architectures.parameter_layout(config)
-        self.pattern = architectures.pattern(config)
+        self.pattern, self.sharing = architectures.pattern(config), setting.execution.context_parallel
         self._full = self._make_slice()  # made here, outside any fake mode, so that its indices are real tensors
 
     @functools.cache  # noqa: B019 (the cache keeps instances alive; there are only a few per process)
@@ -177,16 +180,32 @@ class Pieces:
     def mask(self, sequences: int, length: int) -> float:
         """The bytes of the mask that hides other documents. All layers use the same one, and no piece counts it."""
         has_attention = bool(architectures.kept_state(self.config)["kv_cache"])
-        if length == 1 or not has_attention or not has_mask(length, self.setting.dtype, self.setting.gpu):
+        if (
+            self.sharing > 1
+            or length == 1
+            or not has_attention
+            or not has_mask(length, self.setting.dtype, self.setting.gpu)
+        ):
             return 0.0
         return float(sequences * length**2 * self.setting.dtype.itemsize)
 
     def _documents(self, sequences: int, length: int) -> Documents | None:
-        """Two documents in every row. None if layers allocate the same without: fused kernels make no copies."""
+        """Two documents in every row. None if layers allocate the same without: fused kernels make no copies.
+
+        Where several workers share a row, it is one document, and this is its last part: no other part needs more.
+        """
         if length == 1 or (self.setting.gpu and self.setting.dtype in LOW_PRECISION):
             return None
         ids = (torch.arange(length) >= length // 2).long().repeat(sequences, 1)
         return Documents(ids, ids.device)
+
+    def _part_documents(self, sequences: int, length: int, on_meta: bool) -> PartDocuments:
+        """The last part, of `length` positions, of rows that workers share."""
+        ids = torch.zeros(sequences, length * self.sharing, dtype=torch.int64)
+        part = Part(self.sharing - 1, self.sharing, lambda x: x[None].expand(self.sharing, *x.shape).contiguous())
+        documents = PartDocuments(ids, torch.device("meta" if on_meta else "cpu"), part)
+        documents.with_halo(architectures.smallest_part(self.config))  # made here, outside any fake mode
+        return documents
 
     def _count_layer(self, character: str, sequences: int, length: int) -> PieceMemory:
         """`layer` without extrapolation."""
@@ -196,7 +215,11 @@ class Pieces:
         # fake CPU tensors: on the meta device torch would choose the attention that stores all scores, while on fake
         # tensors it chooses the fused one, as on a GPU.
         on_meta = self.setting.gpu and architecture.scan_block(self.config, index, sequences) is not None
-        documents = None if on_meta else self._documents(sequences, length)
+        has_fused_attention = self.setting.gpu and self.setting.dtype in LOW_PRECISION and not on_meta
+        if self.sharing > 1 and not has_fused_attention:
+            documents = self._part_documents(sequences, length, on_meta)
+        else:
+            documents = None if on_meta else self._documents(sequences, length)
         with torch.device("meta") if on_meta else FakeTensorMode(allow_non_fake_inputs=True):
             if documents is not None and self.mask(sequences, length):
                 documents.mask(self.setting.dtype)  # before anything is counted
@@ -208,7 +231,26 @@ class Pieces:
             source = torch.empty(shape, dtype=self.setting.dtype, requires_grad=True)
             sliced = self._slice()
             memory = measure(lambda x: block(x, sliced, documents), source, self.setting, block)
+        if self.sharing > 1 and has_fused_attention:
+            memory = self._with_earlier_keys(memory, index, sequences, length)
         return self._with_casts(memory, block) if on_meta else memory
+
+    def _with_earlier_keys(self, memory: PieceMemory, layer: int, sequences: int, length: int) -> PieceMemory:
+        """Add the keys and values of all parts, for fused attention: gathered and picked, and in the backward pass
+        their gradients. The fused kernel itself cannot run on tensors without storage.
+        """
+        layout = architectures.kept_state(self.config)["kv_cache"]
+        width = sum(
+            dims[0].count(full_sizes(self.config)) for name, dims in layout.items() if layer_index(name) == layer
+        )
+        size = 2.0 * sequences * length * self.sharing * width * self.setting.dtype.itemsize
+        is_kept = not self.setting.execution.activation_checkpointing
+        return dataclasses.replace(
+            memory,
+            kept=memory.kept + size * is_kept,
+            forward=memory.forward + size,
+            backward=memory.backward + 2 * size,
+        )
 
     def _with_casts(self, memory: PieceMemory, block: nn.Module) -> PieceMemory:
         """Add what autocast needs on a GPU without sharding. On the meta device there is no autocast.

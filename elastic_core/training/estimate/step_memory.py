@@ -17,6 +17,7 @@ import torch
 from elastic_core.model import architectures
 from elastic_core.model.dims import Layout, is_matrix, layer_index
 from elastic_core.model.elastic_model import HEAD
+from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
 from elastic_core.training.low_bit import block_size
 
@@ -26,8 +27,9 @@ FLOAT32 = 4  # bytes
 
 @dataclass(frozen=True)
 class Workload:
-    """What one worker computes in a microbatch: `sequences` sequences of `length` tokens.
+    """What one worker computes in a microbatch: `sequences` sequences, `length` tokens of each.
 
+    - `sharing`: the number of workers that share a sequence. Its whole length is `length` times this.
     - `shards`: the number of workers that share one copy of the weights.
     - `accumulates`: a step has several microbatches. So from the second one on, all gradients exist from the start.
     - `has_teacher`: the worker also holds a frozen teacher.
@@ -47,6 +49,7 @@ class Workload:
     matches_states: bool = False
     budgets_with_norms: int = 0
     kept_logits: int = 0
+    sharing: int = 1
     has_8bit_moments: bool = False
 
 
@@ -132,13 +135,15 @@ def cache_moment(pieces: Pieces, load: Workload) -> dict[str, float]:
     """The bytes by kind while the logits of a teacher are computed: no optimizer and no gradients exist yet."""
     with_teacher = dataclasses.replace(load, has_teacher=True)
     kinds, gathered = state_bytes(pieces, with_teacher), sharding_bytes(pieces, load)[0]
-    layers = (pieces.layer(character, load.sequences, load.length) for character in set(pieces.pattern))
+    whole = Pieces(pieces.config, dataclasses.replace(pieces.setting, execution=Execution()))  # no sequence is shared
+    sequences, length = max(1, load.sequences // load.sharing), load.length * load.sharing
+    layers = (whole.layer(character, sequences, length) for character in set(pieces.pattern))
     return {
         "weights": kinds["weights"],
         "teacher": kinds["teacher"],
         "gathered": gathered,
-        "activations": pieces.mask(load.sequences, load.length) + max(layer.forward for layer in layers),
-        "loss": pieces.tail(load.sequences * load.length, False).forward,
+        "activations": whole.mask(sequences, length) + max(layer.forward for layer in layers),
+        "loss": whole.tail(sequences * length, False).forward,
     }
 
 

@@ -8,6 +8,8 @@ import math
 from tasks.commands.plan_stages import Hardware, make_workload, stage_peak, stages_of
 from tasks.settings.schema import Params
 
+SMALLEST_PART = 1024  # tokens of a sequence per worker: with fewer, messages take longer than they save
+
 
 def describe_changes(name: str, settings: Params, config, hardware: Hardware, pieces: dict) -> dict:
     """What to change so that a stage fits, as plain values. `pieces` is a cache, see `describe_stage`."""
@@ -41,12 +43,14 @@ def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
     changes = []
     if not execution.activation_checkpointing:
         changes.append({"compute.execution.activation_checkpointing": True})
-    if stage.microbatches < (most := stage.batch_size // workers):
+    if stage.microbatches < (most := stage.batch_size // (workers // execution.context_parallel)):
         changes.append({f"{section}.microbatches": most})
     if compute.workers and execution.shard_over not in (None, workers):
         changes.append({"compute.execution.shard_over": None})
     if compute.workers and not execution.offload_teacher and make_workload(name, settings).has_teacher:
         changes.append({"compute.execution.offload_teacher": True})
+    if (shared := shared_by_more(name, settings)) is not None:
+        changes.append(shared)
     has_8bit_moments = any(stage.optimizer == "adamw8bit" for stage in stages_of(settings).values())
     if compute.workers and not execution.offload_student and not has_8bit_moments:
         changes.append({"compute.execution.offload_student": True})
@@ -79,6 +83,21 @@ def find_shorter(
         }
         total = stage_peak(name, override(settings, change), config, pieces).total
     return {"set": change, "total": total}
+
+
+def shared_by_more(name: str, settings: Params) -> dict[str, object] | None:
+    """Changes so that twice as many workers share each sequence, with half as many sequences in a microbatch.
+
+    None if that is impossible, or if parts would have fewer than SMALLEST_PART tokens.
+    """
+    stage, sharing = stages_of(settings)[name], 2 * settings.compute.execution.context_parallel
+    section = "parent.training" if name == "parent" else name
+    lengths = [other.sequence_length for other in stages_of(settings).values()]
+    if max(1, settings.compute.workers) % sharing or stage.batch_size % (2 * stage.microbatches):
+        return None
+    if any(length % sharing for length in lengths) or stage.sequence_length < sharing * SMALLEST_PART:
+        return None
+    return {"compute.execution.context_parallel": sharing, f"{section}.microbatches": 2 * stage.microbatches}
 
 
 def more_workers(settings: Params, workers: int) -> dict[str, object] | None:

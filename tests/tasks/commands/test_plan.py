@@ -317,9 +317,10 @@ def test_what_does_not_fit_fits_after_the_changes():
 
 
 def test_shorter_sequences_are_there_where_nothing_else_is_enough():
-    hardware, pieces, name = Hardware(memory=80e9), {}, "train_extended"
+    hardware, pieces, name = Hardware(memory=24e9), {}, "train_extended"
     changed = ["train_extended.sequence_length=98304", "train_extended.loss.state_weight=0.0"]
-    settings = settings_of("one-node", *changed)
+    changed += ["compute.execution.context_parallel=8", "train_extended.microbatches=64"]
+    settings = settings_of("one-node", *changed, "compute.execution.offload_teacher=true")
     config, _ = plan.read_parent(settings)
     changes = planning.find_changes(name, settings, config, hardware, pieces)
     assert changes and not changes[-1]["fits"]
@@ -329,6 +330,25 @@ def test_shorter_sequences_are_there_where_nothing_else_is_enough():
     assert shorter["total"] == plan_stages.stage_peak(name, after, config, pieces).total <= hardware.usable
     assert after.train_extended.num_tokens() == settings.train_extended.num_tokens()
     assert planning.find_shorter(name, after, config, hardware, pieces, []) is None
+
+
+def test_the_papers_context_fits_eight_gpus_that_share_every_sequence():
+    """12B, 49,152 tokens, 80 GB; the plan itself proposes to share sequences."""
+    shared = [
+        "compute.execution.context_parallel=8",
+        "train_short.microbatches=1536",
+        "train_extended.microbatches=512",
+    ]
+    settings = settings_of("nemotron-nano-12b-v2", "compute.workers=8", *shared)
+    config, _ = plan.read_parent(settings)
+    load = plan_stages.make_workload("train_extended", settings)
+    assert (load.sequences, load.length, load.sharing) == (1, 6144, 8)
+    for name in ("train_short", "train_extended"):
+        assert plan_stages.stage_peak(name, settings, config, {}).total < 50e9
+    alone = settings_of("nemotron-nano-12b-v2", "compute.workers=8", "train_extended.microbatches=64")
+    proposed = {"compute.execution.context_parallel": 2, "train_extended.microbatches": 128}
+    assert plan_stages.shared_by_more("train_extended", alone) == proposed
+    assert plan_stages.shared_by_more("train_extended", settings) is None  # eight workers share already
 
 
 def test_changes_keep_the_tokens_of_a_step():
