@@ -22,23 +22,20 @@ from pathlib import Path
 
 import jinja2
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from elastic_core.data.chat_template import RENDER_ERRORS, end_of_turn_id
 from elastic_core.errors import UserError
+from tasks.corpora.conversations.jinja_templates import CompiledTemplate, Span
 from tasks.corpora.conversations.messages import Conversation
 from tasks.corpora.encoding import CONTROL_STRINGS, any_of, special_tokens
 
 START, END = "\U000f0000", "\U000f0001"  # around a special token that is ordinary text; transformers' own characters
 MARKERS = re.compile(f"[{START}{END}]")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _LONGEST = 64  # characters of a special token
 _THINKING = ("<think>", "</think>")
 
 LOST_THINKING = "conversations whose thinking the chat template leaves out"
 LOST_MESSAGES = "conversations with a message that the chat template leaves out"
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -93,17 +90,25 @@ class ChatTemplate:
         self._train_on, self._parse = train_on, parse
         tokens = special_tokens(tokenizer)
         self.special = any_of(tokens)
-        self._ends: dict[str, str | None] = {}  # template → the token that ends a turn
+        self._compiled: dict[str, CompiledTemplate] = {}  # text → template
+        self._ends: dict[CompiledTemplate, str | None] = {}  # template → the token that ends a turn
         self._special_of_assistant = any_of(token for token in tokens if token not in _THINKING)
         self._check_syntax()
 
     def _check_syntax(self) -> None:
         try:
-            _compile_jinja_template(self._tokenizer.get_chat_template(self._template))
+            self._template_for(None)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{self._name}: not a valid template (line {error.lineno}: {error})") from None
         except ValueError as error:
             raise UserError(f"{self._name}: {error}") from None
+
+    def _template_for(self, tools: list | None) -> CompiledTemplate:
+        """The template for conversations with these tools: some tokenizers have one of their own for them."""
+        text = self._tokenizer.get_chat_template(self._template, tools)
+        if text not in self._compiled:
+            self._compiled[text] = CompiledTemplate(text, self._variables)
+        return self._compiled[text]
 
     def documents(self, conversation: Conversation, counts: Counter) -> list[Rendered]:
         """The documents of a conversation; none, if nothing of it is trained. Mostly it is one.
@@ -111,27 +116,27 @@ class ChatTemplate:
         `counts` counts conversations of which the user should know. Raises UserError, which names the file and the
         line, for a conversation that cannot be rendered.
         """
-        template = self._tokenizer.get_chat_template(self._template, conversation.tools)
+        template = self._template_for(conversation.tools)
         self._check_tools(conversation, template)
         conversation, is_marked = (conversation, False) if self._parse else self._marked(conversation)
         counts[CONTROL_STRINGS] += is_marked
         targets = [i for i, is_target in enumerate(conversation.is_target) if is_target]
         if self._train_on == "all":
-            found = [Rendered(self._render(conversation, template)[0], None)]
+            found = [(self._render(conversation, template), None)]
         elif not targets:
             return []
-        elif _GENERATION.search(template):
+        elif template.has_marks:
             found = [self._by_marks(conversation, template, targets)]
         else:
             found = self._by_turns(conversation, template, targets)
-        self._check_complete(conversation, found, counts)
-        return [replace(document, is_marked=is_marked) for document in found if document.spans != []]
+        self._check_complete(conversation, [text for text, _ in found], counts)
+        return [Rendered(text, spans, is_marked) for text, spans in found if spans != []]
 
-    def _check_tools(self, conversation: Conversation, template: str) -> None:
+    def _check_tools(self, conversation: Conversation, template: CompiledTemplate) -> None:
         """Raise UserError for tools and calls of which the template knows nothing: it would leave them out."""
         used = {"tools": conversation.tools, "tool_calls": any("tool_calls" in m for m in conversation.messages)}
         for name, value in used.items():
-            if value and name not in template:
+            if value and name not in template.text:
                 raise UserError(f"{conversation.place}: has {name}, but {self._name} has no place for them{_ADVICE}")
 
     def _marked(self, conversation: Conversation) -> tuple[Conversation, bool]:
@@ -150,26 +155,30 @@ class ChatTemplate:
         return marked, (messages, tools) != (conversation.messages, conversation.tools)
 
     def _render(
-        self, conversation: Conversation, template: str, end: int | None = None, prompt: bool = False, marks=False
-    ) -> tuple[str, list[Span]]:
-        """The text of the first `end` messages, and the spans that the template marks.
-
-        `prompt`: with the start of an assistant's turn behind them.
-        """
-        # transformers.render_jinja_template does the same, but copies all messages first, which takes half of its time.
-        compiled, blocks, spans = _compile_jinja_template(template), [], []
-        values = {"tools": conversation.tools, "documents": None, "add_generation_prompt": prompt, **self._variables}
+        self, conversation: Conversation, template: CompiledTemplate, end: int | None = None, prompt: bool = False
+    ) -> str:
+        """The text of the first `end` messages. `prompt`: with the start of an assistant's turn behind them."""
         try:
-            if not marks:
-                return compiled.render(messages=conversation.messages[:end], **values), []
-            with compiled.environment.activate_tracker(blocks, spans):
-                blocks.extend(compiled.generate(messages=conversation.messages[:end], **values))
+            return template.render(conversation.messages[:end], conversation.tools, prompt)
         except RENDER_ERRORS as error:
-            raise UserError(f"{conversation.place}: {self._name} cannot render this conversation: {error}") from None
-        return "".join(blocks), spans
+            raise self._refused(conversation, error) from None
 
-    def _by_marks(self, conversation: Conversation, template: str, targets: list[int]) -> Rendered:
-        text, spans = self._render(conversation, template, marks=True)
+    def _render_marked(
+        self, conversation: Conversation, template: CompiledTemplate, end: int | None = None
+    ) -> tuple[str, list[Span]]:
+        """The text of the first `end` messages, and the spans that the template marks."""
+        try:
+            return template.render_marked(conversation.messages[:end], conversation.tools)
+        except RENDER_ERRORS as error:
+            raise self._refused(conversation, error) from None
+
+    def _refused(self, conversation: Conversation, error: Exception) -> UserError:
+        return UserError(f"{conversation.place}: {self._name} cannot render this conversation: {error}")
+
+    def _by_marks(
+        self, conversation: Conversation, template: CompiledTemplate, targets: list[int]
+    ) -> tuple[str, list[Span]]:
+        text, spans = self._render_marked(conversation, template)
         assistants = [i for i, m in enumerate(conversation.messages) if m["role"] == "assistant"]
         if self._train_on == "last_assistant" or len(targets) < len(assistants):
             if len(spans) != len(assistants):
@@ -185,28 +194,30 @@ class ChatTemplate:
             for i, (start, end) in zip(places, spans, strict=True)
             if start < end
         ]
-        return Rendered(text, found)
+        return text, found
 
-    def _by_turns(self, conversation: Conversation, template: str, targets: list[int]) -> list[Rendered]:
+    def _by_turns(
+        self, conversation: Conversation, template: CompiledTemplate, targets: list[int]
+    ) -> list[tuple[str, list[Span]]]:
         targets = targets[-1:] if self._train_on == "last_assistant" else targets
-        text, documents = self._render(conversation, template)[0], []
+        text, documents = self._render(conversation, template), []
         turns = {i: self._turn(conversation, template, i, text) for i in targets}
         while turns:
             inside = [i for i, (turn, _) in turns.items() if text.startswith(turn)]
             if inside:
-                documents.append(Rendered(text, [turns.pop(i)[1] for i in inside]))
+                documents.append((text, [turns.pop(i)[1] for i in inside]))
             if turns:  # written in another way inside the whole: as at inference, when this was the last turn
                 text = turns[max(turns)][0]
         return documents[::-1]
 
-    def _turn(self, conversation: Conversation, template: str, index: int, whole: str) -> tuple[str, Span]:
+    def _turn(self, conversation: Conversation, template: CompiledTemplate, index: int, whole: str) -> tuple[str, Span]:
         """The text of the messages up to the assistant's message `index`, and the span of this message in it."""
         is_last = index + 1 == len(conversation.messages)
-        text = whole if is_last else self._render(conversation, template, index + 1)[0]
+        text = whole if is_last else self._render(conversation, template, index + 1)
         if index:
-            prompt = self._render(conversation, template, index, prompt=True)[0]
+            prompt = self._render(conversation, template, index, prompt=True)
         else:  # many templates cannot render an empty list, so look for the start of a turn behind the message
-            after = self._render(conversation, template, 1, prompt=True)[0]
+            after = self._render(conversation, template, 1, prompt=True)
             header = after.removeprefix(text)
             at = text.find(header) if header and after.startswith(text) else -1
             prompt = text[: at + len(header)] if at >= 0 else "\0"
@@ -232,7 +243,7 @@ class ChatTemplate:
         is_inside = any(token.end() == last for token in self.special.finditer(text, max(0, last - _LONGEST), last))
         return None if is_inside else following.group()
 
-    def _left_out(self, text: str, end: int, conversation: Conversation, template: str, index: int) -> str:
+    def _left_out(self, text: str, end: int, conversation: Conversation, template: CompiledTemplate, index: int) -> str:
         """The token that ends the turn of message `index`, if the template left it out of its mark; else "".
 
         It also stands behind a plain answer, or behind this message when nothing follows it. Another token begins the
@@ -242,19 +253,18 @@ class ChatTemplate:
         if token is None:
             return ""
         if template not in self._ends:
-            found = end_of_turn_id(self._tokenizer, chat_template=template, **self._variables)
+            found = end_of_turn_id(self._tokenizer, chat_template=template.text, **self._variables)
             self._ends[template] = None if found is None else self._tokenizer.convert_ids_to_tokens(found)
         if token == self._ends[template]:
             return token
         try:
-            text, spans = self._render(conversation, template, index + 1, marks=True)
+            text, spans = self._render_marked(conversation, template, index + 1)
         except UserError:  # some templates refuse to end there
             return ""
         return token if spans and self._token_behind(text, spans[-1][1]) == token else ""
 
-    def _check_complete(self, conversation: Conversation, documents: list[Rendered], counts: Counter) -> None:
-        """Count a conversation of which something is missing in its documents; refuse a missing result of a tool."""
-        texts = [document.text for document in documents]
+    def _check_complete(self, conversation: Conversation, texts: list[str], counts: Counter) -> None:
+        """Count a conversation of which something is missing in `texts`; refuse a missing result of a tool."""
         lost_message = lost_thinking = False
         for number, message in enumerate(conversation.messages, 1):
             if message["content"] not in texts[0] and not _is_in(message["content"], texts):
