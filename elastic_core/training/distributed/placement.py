@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from elastic_core.config import ConfigError
 from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.model.ops import kernels
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.ranks import Ranks
 
@@ -53,6 +54,8 @@ def place(
         for block in model.model.layers:
             checkpoint(block, preserve_rng_state=False)
     if execution.compile:
+        if ranks.device.type == "cuda":
+            kernels.look_up()
         compile_blocks(model)
     offloaded = (execution.offload_teacher if frozen else execution.offload_student) and ranks.is_distributed
     if ranks.is_distributed:
