@@ -15,14 +15,16 @@ from transformers import NemotronHConfig
 
 from elastic_core import Submodel, rank
 from elastic_core.config import ConfigError
-from elastic_core.data.loader import PackedSequences, TokenData
+from elastic_core.data.loader import IGNORED_LABEL, Batch, PackedSequences, TokenData
+from elastic_core.search.importance import depth
+from elastic_core.search.importance.methods import DEPTH_METHODS
 from elastic_core.search.importance.state import RankingState
 from elastic_core.search.selection import Member
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local, whole
 from elastic_core.training.distributed.model_files import from_pretrained, save_pretrained
-from elastic_core.training.distributed.placement import place
+from elastic_core.training.distributed.placement import autocast, gather_root, place
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import train, train_step
 from elastic_core.training.run import Run, named_parameters, save
@@ -44,6 +46,14 @@ MIXTURES = {
     **{"moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 16},
 }
 EXPERTS = NemotronHConfig(**CONFIG.to_dict() | MIXTURES)
+RANKINGS = [
+    *((CONFIG, method, "projection", "float32") for method in DEPTH_METHODS),
+    (EXPERTS, "one_shot_nmse", "output_norm", "float32"),
+    (CONFIG, "iterative_nmse", "projection", "bfloat16"),
+    (CONFIG, "one_shot_perplexity", "output_norm", "bfloat16"),
+    (EXPERTS, "iterative_nmse", "output_norm", "bfloat16"),
+    (EXPERTS, "one_shot_nmse", "projection", "bfloat16"),
+]
 # Later on, the norm of a nearly silent group makes gradients leap: with 0.3 % of noise in the weights, as bfloat16 has,
 # their norm goes from 0.8 to 2.7, on one rank too; and what float32 rounds off grows to a thousandth.
 BEFORE_LEAPS = 8
@@ -241,16 +251,51 @@ def explained(ranks, data, directory):
         return {"messages": ranks.gather(f"{type(error).__name__}: {error}")}
 
 
+def sharded(config, ranks, precision="float32"):
+    """A parent for forward passes, of which every rank holds a part."""
+    model = place(random_elastic(3, config), ranks, PLAIN, precision, frozen=True)
+    gather_root(model)
+    return model
+
+
 def ranking(ranks, data, directory):
-    """By every method; and experts, of which a rank's tokens ask some."""
+    """By every method, in both precisions; and experts, of which a rank's tokens ask some."""
     ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
-    found, part = {}, ranks.part(4)
-    cases = [(CONFIG, method, "projection") for method in ("iterative_nmse", "one_shot_nmse", "one_shot_perplexity")]
-    for config, method, measure in [*cases, (EXPERTS, "one_shot_nmse", "output_norm")]:
-        model = random_elastic(3, config)
-        ranked = rank(model, list(ids[:, part]), depth_method=method, reduce=ranks.sum, measure=measure)
-        found[f"{method} {measure}"] = vars(ranked)
+    found, batches = {}, list(ids[:, ranks.part(4)])
+    for config, method, measure, precision in RANKINGS:
+        with autocast(precision, ranks.device):
+            options = {"depth_method": method, "measure": measure, "reduce": ranks.sum}
+            ranked = rank(sharded(config, ranks, precision), batches, **options)
+        found[f"{method} {measure} {precision}"] = vars(ranked)
     return found
+
+
+def padded_ranking(ranks, data, directory):
+    """One rank has padding, and so fewer positions. Stopped, and gone on with. Final states are held while they fit."""
+    ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
+    numbers = torch.zeros(4, 16, dtype=torch.int64)
+    numbers[3, 9:] = 16  # padding
+    labels = torch.where(numbers < 16, ids.roll(-1, 2), IGNORED_LABEL)
+    part, kept, saves = ranks.part(4), {}, []
+    batches = [Batch(i[part], label[part], numbers[part]) for i, label in zip(ids, labels, strict=True)]
+
+    def save(name, content):
+        kept[name] = content if ranks.rank == 0 else None
+        saves.append(name)
+        if len(saves) == 8:
+            raise Stopped
+
+    def load(name):
+        return ranks.from_first(lambda: kept.get(name))
+
+    held_bytes, depth.HELD_BYTES = depth.HELD_BYTES, 2 * 32 * CONFIG.hidden_size * 4 - 1  # a batch of the rank without
+    for _ in range(2):
+        with contextlib.suppress(Stopped):
+            state = RankingState(load, save, ranks.rank == 0)
+            ranked = rank(sharded(CONFIG, ranks), batches, reduce=ranks.sum, state=state)
+        ranks.barrier()
+    depth.HELD_BYTES = held_bytes
+    return vars(ranked)
 
 
 class Stopped(BaseException):
@@ -260,7 +305,7 @@ class Stopped(BaseException):
 def resumed_ranking(ranks, data, directory):
     """Stopped after some batches and scores, and then gone on with."""
     ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
-    batches, model, saves = list(ids[:, ranks.part(4)]), random_elastic(3, CONFIG), []
+    batches, model, saves = list(ids[:, ranks.part(4)]), sharded(CONFIG, ranks), []
     state = make_state(str(directory), ranks)
 
     def stop(name, content):
@@ -360,6 +405,7 @@ CASES = (
     poisoned,
     explained,
     ranking,
+    padded_ranking,
     resumed_ranking,
     stored,
     unwritable,

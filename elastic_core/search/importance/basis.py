@@ -12,6 +12,7 @@ so one rotation serves all budgets. SliceGPT (arXiv 2401.15024) does this for on
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -25,6 +26,7 @@ from elastic_core.search.importance.calibration import Texts
 
 ADVICE = "set parent.untie_head: true, which adds parameters, or rank.basis: channels"
 BLOCK_VALUES = 1 << 24  # of a tensor that are rotated at one time, in float64
+ACTIVATION_VALUES = 1 << 25  # of an activation from which sums are computed at one time
 
 
 def check_basis(config) -> None:
@@ -36,9 +38,29 @@ def check_basis(config) -> None:
         raise ConfigError(f"rank.basis: principal is not possible with tied embeddings; {ADVICE}")
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in the type in which the terms of sums are computed: float64; float32 for a 16-bit type."""
+    return tensor.float() if tensor.dtype.itemsize == 2 else tensor.double()
+
+
+def parts_of(tensor: Tensor, dim: int = 1, row_values: int | None = None) -> tuple[Tensor, ...]:
+    """The tensor in parts along a dimension, each with at most ACTIVATION_VALUES numbers (but at least one row).
+
+    `row_values`: the numbers of one row; None: counted in `tensor`. A tensor that is small enough is one part.
+    """
+    row_values = tensor.numel() // max(1, tensor.shape[dim]) if row_values is None else row_values
+    return tensor.split(max(1, ACTIVATION_VALUES // max(1, row_values)), dim)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which products are in the type of their factors. Autocast would compute float32 ones in bfloat16."""
+    # The meta device has no autocast.
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def directions(x: Tensor) -> Tensor:
-    """Inputs of a norm (B, L, hidden), each divided by its root mean square: (B·L, hidden) float64."""
-    x = x.flatten(0, -2).double()
+    """Inputs of a norm (B, L, hidden), each divided by its root mean square: (B·L, hidden), in the type of `wide`."""
+    x = wide(x.flatten(0, -2))
     return x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
 
 
@@ -68,10 +90,13 @@ def measure_ratios(
     numbers = torch.arange(1, model.config.hidden_size + 1)
 
     def observe(key: str, x: Tensor, *_) -> None:
-        if key in totals:
-            x = directions(x)
-            x = x[:, order.to(x.device)] if axes is None else x @ axes.to(x.device)
-            totals[key] = totals[key] + (x.square().cumsum(-1) / numbers.to(x.device)).sqrt().sum(0)
+        if key not in totals:
+            return
+        with without_autocast(x):
+            for part in map(directions, parts_of(x)):
+                part = part[:, order.to(x.device)] if axes is None else part @ axes.to(part)
+                means = part.square().cumsum(-1) / numbers.to(x.device)
+                totals[key] = totals[key] + means.sqrt().sum(0, dtype=torch.float64)
 
     sliced = model.slice(observe=observe)
     for part in texts:
