@@ -3,7 +3,6 @@
 Each case is a function of (ranks, data, directory) and returns plain numbers and whole tensors.
 """
 
-import contextlib
 import errno
 import os
 import sys
@@ -11,28 +10,24 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import NemotronHConfig
 
-from elastic_core import Submodel, rank
+from elastic_core import Submodel
 from elastic_core.config import ConfigError
-from elastic_core.data.loader import IGNORED_LABEL, Batch, PackedSequences, TokenData
-from elastic_core.search.importance import depth
-from elastic_core.search.importance.methods import DEPTH_METHODS
-from elastic_core.search.importance.state import RankingState
+from elastic_core.data.loader import PackedSequences, TokenData
 from elastic_core.search.selection import Member
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local, whole
 from elastic_core.training.distributed.model_files import from_pretrained, save_pretrained
-from elastic_core.training.distributed.placement import autocast, gather_root, place
+from elastic_core.training.distributed.placement import place
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import train, train_step
 from elastic_core.training.run import Run, named_parameters, save
 from elastic_core.training.stage import Loss, Routing
-from tasks.rank import make_state
 from tasks.runtime import launch
 from tests.support.models.parents import random_elastic, random_llama_config, random_ratios
 from tests.support.models.routed_family import CONFIG
+from tests.support.ranking_cases import EXPERTS, padded_ranking, ranking, resumed_ranking
 from tests.support.runs import BUDGETS, MEMBERS, TEXT, make_router, make_stage
 
 # FFN and attention widths differ by layer; layer 3 is gone in one budget, layers 3 and 4 in another.
@@ -40,20 +35,6 @@ UNEVEN = Submodel(14, (0, 1, 2, 4), (16, 24), 4, 6, 4).resolve(CONFIG)
 PLAIN = Execution()
 TIED = random_llama_config(12)
 assert TIED.tie_word_embeddings and TIED.num_hidden_layers == 3
-MIXTURES = {
-    "layers_block_type": ["moe", "full_attention", "moe"],
-    **{"n_routed_experts": 6, "n_group": 2, "num_experts_per_tok": 2, "moe_latent_size": 8},
-    **{"moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 16},
-}
-EXPERTS = NemotronHConfig(**CONFIG.to_dict() | MIXTURES)
-RANKINGS = [
-    *((CONFIG, method, "projection", "float32") for method in DEPTH_METHODS),
-    (EXPERTS, "one_shot_nmse", "output_norm", "float32"),
-    (CONFIG, "iterative_nmse", "projection", "bfloat16"),
-    (CONFIG, "one_shot_perplexity", "output_norm", "bfloat16"),
-    (EXPERTS, "iterative_nmse", "output_norm", "bfloat16"),
-    (EXPERTS, "one_shot_nmse", "projection", "bfloat16"),
-]
 # Later on, the norm of a nearly silent group makes gradients leap: with 0.3 % of noise in the weights, as bfloat16 has,
 # their norm goes from 0.8 to 2.7, on one rank too; and what float32 rounds off grows to a thousandth.
 BEFORE_LEAPS = 8
@@ -249,78 +230,6 @@ def explained(ranks, data, directory):
         list(train(run))
     except RuntimeError as error:
         return {"messages": ranks.gather(f"{type(error).__name__}: {error}")}
-
-
-def sharded(config, ranks, precision="float32"):
-    """A parent for forward passes, of which every rank holds a part."""
-    model = place(random_elastic(3, config), ranks, PLAIN, precision, frozen=True)
-    gather_root(model)
-    return model
-
-
-def ranking(ranks, data, directory):
-    """By every method, in both precisions; and experts, of which a rank's tokens ask some."""
-    ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
-    found, batches = {}, list(ids[:, ranks.part(4)])
-    for config, method, measure, precision in RANKINGS:
-        with autocast(precision, ranks.device):
-            options = {"depth_method": method, "measure": measure, "reduce": ranks.sum}
-            ranked = rank(sharded(config, ranks, precision), batches, **options)
-        found[f"{method} {measure} {precision}"] = vars(ranked)
-    return found
-
-
-def padded_ranking(ranks, data, directory):
-    """One rank has padding, and so fewer positions. Stopped, and gone on with. Final states are held while they fit."""
-    ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
-    numbers = torch.zeros(4, 16, dtype=torch.int64)
-    numbers[3, 9:] = 16  # padding
-    labels = torch.where(numbers < 16, ids.roll(-1, 2), IGNORED_LABEL)
-    part, kept, saves = ranks.part(4), {}, []
-    batches = [Batch(i[part], label[part], numbers[part]) for i, label in zip(ids, labels, strict=True)]
-
-    def save(name, content):
-        kept[name] = content if ranks.rank == 0 else None
-        saves.append(name)
-        if len(saves) == 8:
-            raise Stopped
-
-    def load(name):
-        return ranks.from_first(lambda: kept.get(name))
-
-    held_bytes, depth.HELD_BYTES = depth.HELD_BYTES, 2 * 32 * CONFIG.hidden_size * 4 - 1  # a batch of the rank without
-    for _ in range(2):
-        with contextlib.suppress(Stopped):
-            state = RankingState(load, save, ranks.rank == 0)
-            ranked = rank(sharded(CONFIG, ranks), batches, reduce=ranks.sum, state=state)
-        ranks.barrier()
-    depth.HELD_BYTES = held_bytes
-    return vars(ranked)
-
-
-class Stopped(BaseException):
-    """As a kill: nothing of ours catches it."""
-
-
-def resumed_ranking(ranks, data, directory):
-    """Stopped after some batches and scores, and then gone on with."""
-    ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
-    batches, model, saves = list(ids[:, ranks.part(4)]), sharded(CONFIG, ranks), []
-    state = make_state(str(directory), ranks)
-
-    def stop(name, content):
-        state.save(name, content)
-        saves.append(name)
-        if len(saves) in (2, 9):
-            raise Stopped
-
-    options = {"reduce": ranks.sum, "measure": "projection"}
-    for _ in range(2):
-        with contextlib.suppress(Stopped):
-            rank(model, batches, **options, state=RankingState(state.load, stop, state.is_first))
-        ranks.barrier()
-    ranked = rank(model, batches, **options, state=make_state(str(directory), ranks))
-    return {**vars(ranked), "num_saves": len(saves)}
 
 
 def stored(ranks, data, directory):

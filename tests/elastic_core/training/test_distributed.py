@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tests.support.distributed_cases as cases
+import tests.support.ranking_cases as ranking_cases
 from elastic_core import rank
 from elastic_core.config import ConfigError
 from elastic_core.model import architectures
@@ -164,14 +165,14 @@ def test_ranks_with_different_padding_rank_like_one_process(pair, alone):
 
 def test_bfloat16_ranks_as_float32_does_to_its_rounding(pair):
     """Two units change places only if their scores differ by less than the rounding. Layers keep their order."""
-    for config, measure in ((cases.CONFIG, "projection"), (cases.EXPERTS, "output_norm")):
+    for config, measure in ((cases.CONFIG, "projection"), (ranking_cases.EXPERTS, "output_norm")):
         ids = torch.randint(0, config.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
         exact = rank(cases.random_elastic(3, config), list(ids), measure=measure)
         found = pair[0]["ranking"][f"iterative_nmse {measure} bfloat16"]
         assert found["depth"] == exact.depth
         assert found["depth_scores"] == pytest.approx(exact.depth_scores, rel=HALF_DEPTH)
         for key, scores in exact.scores.items():
-            # Of the largest score: one token that goes to another expert changes the score of a neuron that it hardly uses.
+            # Of the largest score: a token that goes to another expert changes much in a neuron that is hardly used.
             allowed = HALF_SCORE * scores.max()
             assert ((found["scores"][key] - scores).abs() <= allowed).all(), key
             if key != "hidden":  # of axes
