@@ -11,8 +11,9 @@ from elastic_core.search.importance import depth
 from elastic_core.search.importance.methods import DEPTH_METHODS
 from elastic_core.search.importance.state import RankingState
 from elastic_core.training.distributed.execution import Execution
-from elastic_core.training.distributed.placement import autocast, gather_root, place
-from tasks.rank import make_state
+from elastic_core.training.distributed.gradients import local
+from elastic_core.training.distributed.placement import autocast, gather_root, is_matrix, place, reshard
+from tasks.rank import load_parent, make_state
 from tests.support.models.parents import random_elastic
 from tests.support.models.routed_family import CONFIG
 
@@ -49,6 +50,19 @@ def ranking(ranks, data, directory):
             ranked = rank(sharded(config, ranks, precision), batches, **options)
         found[f"{method} {measure} {precision}"] = vars(ranked)
     return found
+
+
+def stored_ranking(ranks, data, directory):
+    """Of a parent with bfloat16 files, computed in float32: only a sharded parent is held in bfloat16."""
+    with ranks.first_only() as is_first:
+        if is_first:
+            random_elastic(3, CONFIG).bfloat16().save_pretrained(directory / "parent")
+    model = load_parent(directory / "parent", ranks, "float32", None)
+    ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
+    ranked = vars(rank(model, list(ids[:, ranks.part(4)]), reduce=ranks.sum))
+    reshard(model)
+    types = {str(p.dtype) for p in model.parameters() if is_matrix(p)}
+    return {**ranked, "types": types, "bytes": sum(local(p).nbytes for p in model.parameters() if is_matrix(p))}
 
 
 def padded_ranking(ranks, data, directory):

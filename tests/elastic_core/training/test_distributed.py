@@ -159,6 +159,13 @@ def test_two_ranks_rank_like_one_process(pair, alone):
         assert_ranked_alike(pair[0]["ranking"][method], expected)
 
 
+def test_a_parent_in_bfloat16_files_is_held_so_and_computed_as_asked(pair, alone):
+    found, expected = pair[0]["stored_ranking"], alone("stored_ranking")
+    assert_ranked_alike(found, expected)
+    assert found["types"] == {"torch.bfloat16"} and expected["types"] == {"torch.float32"}
+    assert found["bytes"] <= 0.26 * expected["bytes"]  # a half of the matrices, and half of the bytes
+
+
 def test_ranks_with_different_padding_rank_like_one_process(pair, alone):
     assert_ranked_alike(pair[0]["padded_ranking"], alone("padded_ranking"))
 
