@@ -74,6 +74,28 @@ def principal_axes(second_moment: Tensor) -> Tensor:
     return axes * largest.sign()
 
 
+class RatioSums:
+    """For every norm, the sum over positions of rms_k / rms_D, `totals[name]` (hidden,) float64: see `measure_ratios`.
+
+    `observe` is the observer of a `Slice`.
+    """
+
+    def __init__(self, config, axes: Tensor | None, order: Tensor):
+        self.totals: dict[str, Tensor | float] = dict.fromkeys(architectures.norm_names(config), 0.0)
+        self._axes, self._order = axes, order
+        self._numbers = torch.arange(1, config.hidden_size + 1)
+
+    def observe(self, key: str, x: Tensor, *_) -> None:
+        """Add the input (B, L, hidden) of a norm."""
+        if key not in self.totals:
+            return
+        with without_autocast(x):
+            for part in map(directions, parts_of(x)):
+                part = part[:, self._order.to(x.device)] if self._axes is None else part @ self._axes.to(part)
+                means = part.square().cumsum(-1) / self._numbers.to(x.device)
+                self.totals[key] = self.totals[key] + means.sqrt().sum(0, dtype=torch.float64)
+
+
 def measure_ratios(
     model: ElasticModel,
     texts: Iterable[Texts],
@@ -85,27 +107,15 @@ def measure_ratios(
 
     The channels are those after the rotation by `axes` (hidden, hidden); without it, those in `order` (hidden,).
     """
-    names = architectures.norm_names(model.config)
-    totals, num_positions = dict.fromkeys(names, 0.0), 0
-    numbers = torch.arange(1, model.config.hidden_size + 1)
-
-    def observe(key: str, x: Tensor, *_) -> None:
-        if key not in totals:
-            return
-        with without_autocast(x):
-            for part in map(directions, parts_of(x)):
-                part = part[:, order.to(x.device)] if axes is None else part @ axes.to(part)
-                means = part.square().cumsum(-1) / numbers.to(x.device)
-                totals[key] = totals[key] + means.sqrt().sum(0, dtype=torch.float64)
-
-    sliced = model.slice(observe=observe)
+    sums, num_positions = RatioSums(model.config, axes, order), 0
+    sliced = model.slice(observe=sums.observe)
     for part in texts:
         model.hidden_states(part.input_ids, sliced, part.documents)
         num_positions += part.input_ids.numel()
-    found = torch.stack([totals[name] for name in names])  # (norms, hidden)
+    found = torch.stack(list(sums.totals.values()))  # (norms, hidden)
     everything = reduce(torch.cat([found.flatten(), found.new_tensor([num_positions])])).cpu()
     means = (everything[:-1] / everything[-1]).float().view(found.shape)
-    return dict(zip(names, means.unbind(), strict=True))
+    return dict(zip(sums.totals, means.unbind(), strict=True))
 
 
 def rotated(config, name: str, tensor: Tensor, axes: Tensor, gains: dict[str, Tensor]) -> Tensor:

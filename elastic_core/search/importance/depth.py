@@ -80,7 +80,7 @@ class LogitError:
         total, held_bytes = 0.0, 0
         for batch in range(len(texts)):
             full = self.full(batch)
-            total, held_bytes = total + self._squared(full), held_bytes + full.nbytes
+            total, held_bytes = total + squared(full, self.gram), held_bytes + full.nbytes
             # Processes have different amounts of padding. All of them hold the states of a batch, or none does, because
             # a pass through sharded weights needs all of them.
             if not reduce(torch.tensor(float(held_bytes > HELD_BYTES))):
@@ -100,16 +100,6 @@ class LogitError:
         """The residual stream (B, L, D) of batch number `batch` after a layer; `x` is that before it."""
         return self.model.model.layers[layer](x, self.sliced, self.texts[batch].documents)
 
-    def _squared(self, hidden: Tensor, other: Tensor | None = None) -> Tensor:
-        """Σ Δᵀ(WᵀW)Δ over all positions, in float64. Δ (B, L, D) is `hidden` − `other`; `hidden` without `other`."""
-        others, total = itertools.repeat(None) if other is None else parts_of(other), 0.0
-        for part, base in zip(parts_of(hidden), others, strict=False):
-            if base is not None:
-                part = part.to(torch.promote_types(part.dtype, torch.float32)) - base
-            part = part.double()
-            total = total + ((part @ self.gram) * part).sum()
-        return total
-
     def __call__(self, batch: int, full: Tensor, x: Tensor, layers: list[int]) -> Tensor:
         """The sum for one batch on this process.
 
@@ -118,13 +108,24 @@ class LogitError:
         """
         for layer in layers:
             x = self.layer(batch, layer, x)
-        return self._squared(self.model.model.final_norm(x, self.sliced), full)
+        return squared(self.model.model.final_norm(x, self.sliced), self.gram, full)
 
 
 def gram_of(head: Tensor) -> Tensor:
     """WᵀW (D, D) of the head W (V, D), in float64. A block of rows is in float64 at a time."""
     blocks = (rows.double() for rows in head.split(max(1, HEAD_VALUES // head.shape[1])))
     return functools.reduce(torch.add, (rows.T @ rows for rows in blocks))
+
+
+def squared(hidden: Tensor, gram: Tensor, other: Tensor | None = None) -> Tensor:
+    """Σ Δᵀ(WᵀW)Δ over all positions, in float64. Δ (B, L, D) is `hidden` − `other`; `hidden` without `other`."""
+    others, total = itertools.repeat(None) if other is None else parts_of(other), 0.0
+    for part, base in zip(parts_of(hidden), others, strict=False):
+        if base is not None:
+            part = part.to(torch.promote_types(part.dtype, torch.float32)) - base
+        part = part.double()
+        total = total + ((part @ gram) * part).sum()
+    return total
 
 
 def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[int, float]:
