@@ -57,10 +57,12 @@ class RankWorkload:
 def rank_peak(config, setting, load: RankWorkload) -> Peak:
     """The moment of the stage at which memory is highest. `setting`: a `TrainingSetting`."""
     passes, held = ForwardPasses(config, setting), held_bytes(config, load)
-    gathered = gathered_bytes(config, setting)
+    root, in_pass = gathered_bytes(config, setting)
+    gathering = {"gathered": root + 1.5 * (in_pass - root)}
     moments = (
-        ("gathering of the embeddings", {"gathered": gathered[0]}),
-        *((name, {"gathered": gathered[1]} | kinds) for name, kinds in rank_moments(passes, load)),
+        ("gathering of the embeddings", {"gathered": 2 * root}),
+        *((name, {"gathered": in_pass} | kinds) for name, kinds in rank_moments(passes, load, root)),
+        *((f"gathering of a block, {name}", gathering | kinds) for name, kinds in between_blocks(passes, load)),
         ("sorting", {"activations": sorting_bytes(config, load)}),
     )
     peaks = (Peak(name, dict.fromkeys(KINDS, 0.0) | {"weights": held} | kinds) for name, kinds in moments)
@@ -74,10 +76,10 @@ def held_bytes(config, load: RankWorkload) -> float:
 
 
 def gathered_bytes(config, setting) -> tuple[float, float]:
-    """The bytes of gathered weights: while embeddings and head are gathered, and during a pass.
+    """The bytes of gathered weights: of embeddings and head, which stay gathered, and of all that is there in a pass.
 
-    FSDP gathers into one buffer, and copies it to the parameters. During a pass, there are embeddings and head, the
-    parameters of one block and the buffer of one.
+    FSDP gathers into one buffer and copies it to the parameters. So in a pass, a block is there twice: once as the
+    buffer. While the next block is copied, the buffer of the last one is still there too (see `between_blocks`).
     """
     if not setting.distributed:
         return 0.0, 0.0
@@ -89,7 +91,7 @@ def gathered_bytes(config, setting) -> tuple[float, float]:
         else:
             blocks[layer] = blocks.get(layer, 0) + matrices
     size = setting.dtype.itemsize
-    return float(2 * size * root), float(size * (root + 2 * max(blocks.values())))
+    return float(size * root), float(size * (root + 2 * max(blocks.values())))
 
 
 def sorting_bytes(config, load: RankWorkload) -> float:
@@ -98,52 +100,70 @@ def sorting_bytes(config, load: RankWorkload) -> float:
     return 2.0 * FLOAT32 * largest + (2 * FLOAT64 * config.hidden_size**2 if load.is_rotated else 0)
 
 
-def rank_moments(passes: ForwardPasses, load: RankWorkload) -> Iterator[tuple[str, dict[str, float]]]:
-    """(name, bytes by kind) of every moment that may be the peak: scores of the widths, ratios of norms, layers."""
-    tokens = float(load.batches * (TOKEN * load.sequences * load.length + passes.mask(load.sequences, load.length)))
-    sums = passes.sums(load)
+def rank_moments(passes: ForwardPasses, load: RankWorkload, root: float) -> Iterator[tuple[str, dict[str, float]]]:
+    """(name, bytes by kind) of every moment that may be the peak: scores of the widths, ratios of norms, layers.
+
+    `root`: the bytes of what stays gathered outside of a pass.
+    """
+    tokens, sums = token_bytes(passes, load), passes.sums(load)
     layers = {kind: passes.pattern.index(kind) for kind in dict.fromkeys(passes.pattern)}
     for kind, index in layers.items():
         peak = passes.layer(kind, load, "widths")
         yield f"widths, layer {index} ({kind})", {"sums": sums, "activations": tokens + peak}
-    yield "widths, final norm", {"sums": sums, "activations": tokens + passes.final_norm(load, "widths")}
-    yield "sum over workers", {"sums": 2 * sums, "activations": tokens}
-    hidden, norms = passes.config.hidden_size, len(architectures.norm_names(passes.config))
-    if load.private_norms:
+    yield "sum over workers", {"gathered": root, "sums": 2 * sums, "activations": tokens}
+    if load.private_norms:  # a layer needs no more than for the widths, but its norm may
+        hidden, norms = passes.config.hidden_size, len(architectures.norm_names(passes.config))
         kept = float(FLOAT64 * (norms * hidden + (hidden**2 if load.is_rotated else 0)))
-        for kind, index in layers.items():
-            peak = passes.layer(kind, load, "ratios")
-            yield f"norm ratios, layer {index} ({kind})", {"sums": kept, "activations": tokens + peak}
-    yield from depth_moments(passes, load, layers, tokens)
+        yield "norm ratios", {"sums": kept, "activations": tokens + passes.ratios(load)}
+    yield from depth_moments(passes, load, root, layers, tokens)
 
 
-def depth_moments(passes: ForwardPasses, load: RankWorkload, layers: dict[str, int], tokens: float):
-    """The moments of the depth ranking. It holds final states, and the residual stream before the candidate layer."""
-    parts = max(1, min(load.sequences, -(-depth.MIN_PIECES // load.depth_batches)))
-    sequences = load.sequences if load.depth_method != "iterative_nmse" else -(-load.sequences // parts)
-    part = float(sequences * load.length * passes.config.hidden_size * passes.setting.dtype.itemsize)
-    of_all = load.depth_batches * load.sequences * part / sequences
-    held = min(of_all, depth.HELD_BYTES) if load.depth_method != "one_shot_perplexity" else 0.0
-    stream = 2 * part if held else 0.0  # that before the candidate, and a final state that is not held
+def depth_moments(
+    passes: ForwardPasses, load: RankWorkload, root: float, layers: dict[str, int], tokens: float
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """The moments of the depth ranking."""
+    sequences, held, stream = depth_states(passes, load)
     tokens += float(load.depth_batches * load.sequences * load.length * TOKEN)  # their documents once more
+    kept = {"sums": passes.gram_bytes() if held else 0.0}
     for kind, index in layers.items():
         peak = passes.layer(kind, load, "depth", sequences)
-        yield (
-            f"depth, layer {index} ({kind})",
-            {
-                "sums": passes.gram_bytes() if held else 0.0,
-                "activations": tokens + held + stream + peak,
-            },
-        )
+        yield f"depth, layer {index} ({kind})", kept | {"activations": tokens + held + stream + peak}
+    peak = passes.logits(load, sequences)
+    yield "depth, logits", kept | {"gathered": root, "activations": tokens + held + stream + peak}
+    if held:
+        yield "depth, Gram matrix of the head", {"gathered": root, "activations": tokens + passes.gram_peak()}
+
+
+def depth_states(passes: ForwardPasses, load: RankWorkload) -> tuple[int, float, float]:
+    """What the depth ranking holds: (sequences at a time, bytes of the final states that it holds, of other states).
+
+    The others are the residual stream before the candidate layer, and the final states of a batch that are not held.
+    """
+    parts = max(1, min(load.sequences, -(-depth.MIN_PIECES // load.depth_batches)))
+    sequences = -(-load.sequences // parts) if load.depth_method == "iterative_nmse" else load.sequences
+    if load.depth_method == "one_shot_perplexity":
+        return sequences, 0.0, 0.0
+    row = load.length * passes.config.hidden_size * passes.setting.dtype.itemsize
+    return sequences, float(min(load.depth_batches * load.sequences * row, depth.HELD_BYTES)), 2.0 * sequences * row
+
+
+def between_blocks(passes: ForwardPasses, load: RankWorkload) -> Iterator[tuple[str, dict[str, float]]]:
+    """What there is between two blocks, in passes for the widths and for the depth ranking."""
+    row = float(load.length * passes.config.hidden_size * passes.setting.dtype.itemsize)
+    tokens, (sequences, held, stream) = token_bytes(passes, load), depth_states(passes, load)
+    yield "widths", {"sums": passes.sums(load), "activations": tokens + load.sequences * row}
     yield (
-        "depth, logits",
+        "depth",
         {
             "sums": passes.gram_bytes() if held else 0.0,
-            "activations": tokens + held + stream + passes.logits(load, sequences),
+            "activations": tokens + held + stream + sequences * row,
         },
     )
-    if held:
-        yield "depth, Gram matrix of the head", {"activations": tokens + passes.gram_peak()}
+
+
+def token_bytes(passes: ForwardPasses, load: RankWorkload) -> float:
+    """The bytes of the token ids of all batches, of their documents, and of masks that hide other documents."""
+    return float(load.batches * (TOKEN * load.sequences * load.length + passes.mask(load.sequences, load.length)))
 
 
 class ForwardPasses(Pieces):
@@ -151,7 +171,7 @@ class ForwardPasses(Pieces):
 
     @functools.cache  # noqa: B019 (as in Pieces)
     def layer(self, character: str, load: RankWorkload, what: str, sequences: int | None = None) -> float:
-        """The peak in one layer, with its input. `what`: ``widths``, ``ratios`` or ``depth``."""
+        """The peak in one layer, with its input. `what`: ``widths`` or ``depth``."""
         sequences = sequences or load.sequences
 
         def count(length: int) -> PieceMemory:
@@ -173,14 +193,13 @@ class ForwardPasses(Pieces):
                 documents.mask(self.setting.dtype)  # before anything is counted
             block = self.architecture.Block(self.config, index, part_of(self.layout, f"model.layers.{index}"))
             block, sliced = self._in_training_precision(block), self._observed(load, what)
-            return self._peak((sequences, length), lambda x: block(x, sliced, documents))
+            return self._peak((sequences, length), lambda x, documents=documents: block(x, sliced, documents))
 
-    @functools.cache  # noqa: B019
-    def final_norm(self, load: RankWorkload, what: str) -> float:
-        """The peak in the final norm, with its input."""
+    def ratios(self, load: RankWorkload) -> float:
+        """The peak in a norm, with its input, while ratios are measured."""
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            norm, sliced = self._make_norm(), self._observed(load, what)
-            return self._peak((load.sequences, load.length), lambda x: norm(x, sliced)).forward
+            norm, sliced = self._make_norm(), self._observed(load, "ratios")
+            return self._peak((load.sequences, load.length), lambda x, _=None: norm(x, sliced)).forward
 
     def logits(self, load: RankWorkload, sequences: int) -> float:
         """The peak where final states become the error of logits or a loss, with the states."""
@@ -191,18 +210,19 @@ class ForwardPasses(Pieces):
                 length = min(sequences * load.length, CHUNK)
                 head = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
                 labels = torch.empty(length, dtype=torch.int64)
-                chunk = self._peak((1, length), lambda x: chunked_cross_entropy(x.flatten(0, 1), head, labels)).forward
+                chunk = self._peak(
+                    (1, length), lambda x, _=None: chunked_cross_entropy(x.flatten(0, 1), head, labels[: x.shape[1]])
+                ).forward
                 return chunk + sequences * load.length * config.hidden_size * dtype.itemsize
             gram = torch.empty(config.hidden_size, config.hidden_size, dtype=torch.float64)
             return self._peak(
-                (sequences, load.length), lambda x: depth.squared(norm(x, sliced), gram, torch.empty_like(x))
+                (sequences, load.length), lambda x, _=None: depth.squared(norm(x, sliced), gram, torch.empty_like(x))
             ).forward
 
     def gram_bytes(self) -> float:
         """The bytes of the Gram matrix of the head."""
         return float(FLOAT64 * self.config.hidden_size**2)
 
-    @functools.cache  # noqa: B019
     def gram_peak(self) -> float:
         """The peak while it is computed."""
         with FakeTensorMode(), torch.no_grad():
@@ -249,14 +269,16 @@ class ForwardPasses(Pieces):
             matrices_to_(module, torch.bfloat16)
         return module
 
-    def _peak(self, shape: tuple[int, int], piece: Callable[[Tensor], Tensor]) -> PieceMemory:
-        """`forward`: the peak of the second of two passes, in which all sums exist already and do not count."""
+    def _peak(self, shape: tuple[int, int], piece: Callable[..., Tensor]) -> PieceMemory:
+        """`forward`: the peak of piece(x). A pass before it, on one position, makes the sums, which do not count."""
         source = torch.empty(*shape, self.config.hidden_size, dtype=self.setting.dtype)
-        with LiveBytes() as live:
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.setting.precision == "bfloat16"):
-                piece(source.clone())
-                sums, live.peak = live.now, live.now
-                x = source.clone()
-                y = piece(x)
+        with (
+            LiveBytes() as live,
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.setting.precision == "bfloat16"),
+        ):
+            piece(source[:1, :1].clone(), None)
+            sums, live.peak = live.now, live.now
+            x = source.clone()
+            y = piece(x)
             del x, y
         return PieceMemory(0.0, 0.0, float(live.peak - sums), 0.0, 0.0)
