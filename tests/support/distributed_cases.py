@@ -27,7 +27,14 @@ from elastic_core.training.stage import Loss, Routing
 from tasks.runtime import launch
 from tests.support.models.parents import random_elastic, random_llama_config, random_ratios
 from tests.support.models.routed_family import CONFIG
-from tests.support.ranking_cases import EXPERTS, padded_ranking, ranking, resumed_ranking, stored_ranking
+from tests.support.ranking_cases import (
+    EXPERTS,
+    padded_ranking,
+    ranking,
+    ranking_memory,
+    resumed_ranking,
+    stored_ranking,
+)
 from tests.support.runs import BUDGETS, MEMBERS, TEXT, make_router, make_stage
 
 # FFN and attention widths differ by layer; layer 3 is gone in one budget, layers 3 and 4 in another.
@@ -314,6 +321,7 @@ CASES = (
     poisoned,
     explained,
     ranking,
+    ranking_memory,
     stored_ranking,
     padded_ranking,
     resumed_ranking,

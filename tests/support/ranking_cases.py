@@ -3,7 +3,8 @@
 import contextlib
 
 import torch
-from transformers import NemotronHConfig
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import LlamaConfig, NemotronHConfig
 
 from elastic_core import rank
 from elastic_core.data.loader import IGNORED_LABEL, Batch
@@ -13,6 +14,8 @@ from elastic_core.search.importance.state import RankingState
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local
 from elastic_core.training.distributed.placement import autocast, gather_root, is_matrix, place, reshard
+from elastic_core.training.estimate.piece_memory import TrainingSetting
+from elastic_core.training.estimate.rank_memory import RankWorkload, rank_peak
 from tasks.rank import load_parent, make_state
 from tests.support.models.parents import random_elastic
 from tests.support.models.routed_family import CONFIG
@@ -31,6 +34,15 @@ RANKINGS = [
     (EXPERTS, "iterative_nmse", "output_norm", "bfloat16"),
     (EXPERTS, "one_shot_nmse", "projection", "bfloat16"),
 ]
+WIDE_LAYERS = NemotronHConfig(
+    **CONFIG.to_dict()
+    | {"vocab_size": 512, "hidden_size": 128, "layers_block_type": ["mamba", "mlp", "full_attention"]}
+    | {"intermediate_size": 512, "mamba_num_heads": 8, "mamba_head_dim": 32}
+)
+WIDE_LLAMA = LlamaConfig(
+    vocab_size=1024, hidden_size=128, num_hidden_layers=3, intermediate_size=384, num_attention_heads=4, head_dim=32,
+    num_key_value_heads=2, tie_word_embeddings=False,
+)  # fmt: skip
 
 
 def sharded(config, ranks, precision="float32"):
@@ -91,6 +103,39 @@ def padded_ranking(ranks, data, directory):
         ranks.barrier()
     depth.HELD_BYTES = held_bytes
     return vars(ranked)
+
+
+class Tracker(MemTracker):
+    """torch's tracker of live memory, without its hooks on modules, which allow one call of each."""
+
+    def _pre_fw_hook(self, *_):
+        pass
+
+    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
+
+
+def ranking_memory(ranks, data, directory):
+    """(planned bytes, bytes that a real ranking held), where layers and where gathered weights are the most."""
+    found = []
+    for config, precision, method, rows, length in (
+        (WIDE_LAYERS, "float32", "iterative_nmse", 2, 384),
+        (WIDE_LLAMA, "bfloat16", "one_shot_perplexity", 2, 384),
+        (WIDE_LLAMA, "float32", "iterative_nmse", 1, 32),
+    ):
+        model = place(random_elastic(3, config), ranks, Execution(), precision, frozen=True)
+        ids = torch.randint(0, config.vocab_size, (2, rows, length), generator=torch.Generator().manual_seed(0))
+        numbers = (torch.arange(length) >= length // 2).long().expand(rows, length).contiguous()
+        tracker = Tracker()
+        tracker.track_external(model)
+        with tracker, autocast(precision, ranks.device):
+            gather_root(model)
+            batches = [Batch(i.clone(), i.roll(-1, 1), numbers) for i in ids]
+            rank(model, batches, depth_method=method, reduce=ranks.sum, depth_batches=1, min_depth=2)
+        real = sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+        held, setting = getattr(torch, precision), TrainingSetting(precision, Execution(), ranks.is_distributed)
+        load = RankWorkload(rows, length, 2, 1, held, ranks.world, depth_method=method)
+        found.append((rank_peak(config, setting, load).total, real))
+    return found
 
 
 class Stopped(BaseException):

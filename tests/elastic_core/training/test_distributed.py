@@ -191,6 +191,11 @@ def groups_of(config, key):
     return elastic_units(architectures.parameter_layout(config))[key].groups
 
 
+def test_a_plan_of_a_ranking_counts_what_it_holds(pair):
+    for planned, real in pair[0]["ranking_memory"]:
+        assert planned == pytest.approx(real, rel=0.08)
+
+
 def test_two_ranks_go_on_with_a_stopped_ranking(pair, alone):
     found = pair[0]["resumed_ranking"]
     assert found["num_saves"] == 9  # stopped after the second, and again after the ninth
