@@ -26,7 +26,7 @@ from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.distributed.context import make_part
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local
-from elastic_core.training.distributed.placement import is_matrix
+from elastic_core.training.distributed.placement import autocast, is_matrix
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.losses import KeptLogits
 from elastic_core.training.low_bit import make_adamw8bit
@@ -366,6 +366,4 @@ def members_of(run: Run) -> dict[str, Member]:
 
 def precision(stage: Stage, device: torch.device) -> contextlib.AbstractContextManager:
     """The autocast context of the stage. Master weights, norms and the state space scan stay in float32."""
-    if stage.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return autocast(stage.precision, device)

@@ -143,7 +143,7 @@ def notes(plan: dict) -> list[str]:
     if plan["parent"]["active_parameters"]:
         lines.append("experts: memory as if tokens asked all of a layer's experts alike, operations of those they ask")
     lines.append(f"memory: {size(round(hardware['usable']))} of {size(round(hardware['memory']))} are there to be used")
-    lines.append(f"rank:   holds {size(round(plan['rank']['at_least']))} or more on every worker; it is not sharded")
+    lines.append(f"rank:   {size(round(plan['rank']['total']))} per worker, at most in {plan['rank']['moment']}")
     return lines
 
 
@@ -179,8 +179,8 @@ def changes(plan: dict) -> list[str]:
             lines.append("  and nothing more helps: take GPUs with more memory, or a smaller parent")
     if not plan["rank"]["fits"]:
         lines.append(
-            f"rank does not fit: {size(round(plan['rank']['at_least']))} of {usable}; run it on CPUs "
-            "(compute.gpus_per_worker: 0), or on GPUs with more memory"
+            f"rank does not fit: {size(round(plan['rank']['total']))} of {usable}; set rank.precision: bfloat16, or a "
+            "smaller rank.batch_size with more rank.batches, or take more workers"
         )
     return lines
 

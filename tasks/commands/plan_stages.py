@@ -10,11 +10,12 @@ import torch
 
 from elastic_core.config import require
 from elastic_core.cost.budgets import parse
-from elastic_core.cost.metrics import num_parameters
 from elastic_core.errors import UserError
 from elastic_core.model.submodel import Submodel, full_submodel
+from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.estimate.flops import attention_pairs, pass_flops
 from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
+from elastic_core.training.estimate.rank_memory import RankWorkload, rank_peak
 from elastic_core.training.estimate.step_memory import Peak, Workload, host_bytes, step_peak
 from elastic_core.training.stage import Stage
 from elastic_core.training.teacher_cache import bytes_per_token
@@ -241,14 +242,43 @@ def taught_share(name: str, stage: Stage, settings: Params, budget: str) -> floa
 
 
 def describe_rank(settings: Params, config, hardware: Hardware) -> dict:
-    """A lower bound of a worker's bytes in stage rank.
+    """The plan of stage rank: bytes of a worker by kind, at the moment at which it holds most."""
+    load, setting = make_rank_workload(settings, config)
+    peak = rank_peak(config, setting, load)
+    return {
+        "workers": max(1, settings.compute.workers),
+        "sequences": load.sequences,
+        "sequence_length": load.length,
+        "precision": setting.precision,
+        "memory": peak.kinds,
+        "total": peak.total,
+        "moment": peak.moment,
+        "fits": peak.total <= hardware.usable,
+    }
 
-    Every worker holds the whole parent in float32. For the widths it also holds two float64 copies of the residual
-    stream of its part of a batch (full rows) and, for the basis, a float64 matrix (hidden, hidden). For the depth
-    ranking it holds the head in float64.
+
+def make_rank_workload(settings: Params, config) -> tuple[RankWorkload, TrainingSetting]:
+    """What one worker computes in stage rank, and how.
+
+    A sharded parent that computes in float32 is held in the 16-bit type of its files. That is the type in the parent's
+    config.json. A parent that is trained here has float32 files.
     """
-    section, hidden = settings.rank, config.hidden_size
-    positions = section.batch_size // max(1, settings.compute.workers) * section.sequence_length
-    widths = 2 * positions * hidden + (hidden**2 if section.basis == "principal" else 0)
-    total = 4.0 * num_parameters(config) + 8.0 * max(widths, config.vocab_size * hidden)
-    return {"at_least": total, "fits": total <= hardware.usable}
+    section, compute = settings.rank, settings.compute
+    workers, held = max(1, compute.workers), getattr(torch, section.precision)
+    stored = getattr(config, "dtype", None)
+    if compute.workers and isinstance(stored, torch.dtype) and stored.itemsize == 2:
+        held = stored if section.precision == "float32" else held
+    load = RankWorkload(
+        section.batch_size // workers,
+        section.sequence_length,
+        section.batches,
+        section.depth_batches,
+        held,
+        compute.execution.shard_over or workers,
+        section.measure,
+        section.aggregation,
+        section.depth_method,
+        section.basis == "principal",
+        section.private_norms,
+    )
+    return load, TrainingSetting(section.precision, Execution(), compute.workers > 0, use_gpus(compute))

@@ -148,7 +148,8 @@ class Parent:
 class Rank:
     """Section `rank`: the size of the calibration set, and how units and layers are scored on it.
 
-    One batch has `batch_size` sequences of `sequence_length` tokens.
+    One batch has `batch_size` sequences of `sequence_length` tokens. Layers compute in `precision`; sums over positions
+    are in float64.
     """
 
     mixture: dict[str, float] = field(default_factory=dict)  # empty: equal shares of all sources
@@ -161,6 +162,7 @@ class Rank:
     aggregation: str = AGGREGATIONS[0]
     depth_method: str = DEPTH_METHODS[0]
     depth_batches: int = 4  # of `batches`, for the depth ranking
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def check(self, require: Require = require) -> None:
         for name in ("batches", "batch_size", "sequence_length"):

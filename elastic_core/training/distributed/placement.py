@@ -10,6 +10,7 @@ gradients. This is safe because all ranks train the same budget in the same micr
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Sequence
 
 import torch
@@ -69,6 +70,13 @@ def place(
     return model
 
 
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context in which a model computes in `precision`. Norms and the state space scan stay in float32."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
 def is_matrix(parameter: Tensor) -> bool:
     """Whether a parameter is sharded and multiplied in the stage's precision.
 
@@ -92,7 +100,7 @@ def shard(model: ElasticModel, ranks: Ranks, shard_over: int | None, precision: 
     The loss reads the head after `hidden_states` has returned. This works because FSDP keeps the root's weights
     gathered until the backward pass.
     """
-    policy = MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32)  # a frozen model may hold its matrices in a 16-bit type
     if precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {
@@ -117,6 +125,12 @@ def reduce_in_last(model: ElasticModel, kept: Sequence[Collection[int]], microba
     for layer, block in enumerate(model.model.layers):
         block.set_requires_gradient_sync(layer not in later, recurse=False)
     model.set_requires_gradient_sync(microbatch == len(kept) - 1, recurse=False)
+
+
+def gather_root(model: nn.Module) -> None:
+    """Gather embeddings and head of a sharded model. They stay gathered, so code outside of a pass can read them."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
 
 
 def reshard(model: nn.Module) -> None:

@@ -18,7 +18,8 @@ from elastic_core.model.submodel import Submodel
 from elastic_core.training.budget_norms import BudgetNorms
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
-from elastic_core.training.estimate.step_memory import state_bytes
+from elastic_core.training.estimate.rank_memory import held_bytes
+from elastic_core.training.estimate.step_memory import count_parameters, state_bytes
 from flows.cli.app import app
 from tasks.commands import plan, plan_stages
 from tasks.commands.plan_stages import Hardware
@@ -411,18 +412,33 @@ def test_norm_gains_of_budgets_are_counted_as_they_are_built():
         assert more["teacher"] == less["teacher"]
 
 
-def test_rank_holds_the_head_or_the_activations_of_a_batch():
-    hardware, small = Hardware(), settings_of("one-node", "rank.batch_size=8")
-    config, _ = plan.read_parent(small)
-    weights = 4 * num_parameters(config)
-    head = plan_stages.describe_rank(small, config, hardware)["at_least"]
-    assert head == weights + 8 * config.vocab_size * config.hidden_size
-    large = settings_of("one-node", "rank.batch_size=512", "rank.sequence_length=8192", "rank.basis=channels")
-    positions = 512 // large.compute.workers * 8192
-    widths = plan_stages.describe_rank(large, config, hardware)["at_least"]
-    assert widths == weights + 2 * 8 * positions * config.hidden_size
-    rotated = planning.override(large, {"rank.basis": "principal"})
-    assert plan_stages.describe_rank(rotated, config, hardware)["at_least"] == widths + 8 * config.hidden_size**2
+def test_rank_holds_a_shard_of_the_parent_in_the_type_of_its_files():
+    """And the rest whole. What a real ranking holds is compared in test_distributed.py."""
+    whole, shared = (settings_of("one-node", f"compute.workers={workers}") for workers in (0, 8))
+    config, _ = plan.read_parent(shared)
+    matrices, rest = count_parameters(architectures.parameter_layout(config))
+    assert config.dtype == torch.bfloat16
+    for settings, precision, size, shards in (
+        (whole, "float32", 4, 1),
+        (whole, "bfloat16", 2, 1),
+        (shared, "float32", 2, 8),
+        (shared, "bfloat16", 2, 8),
+    ):
+        settings = planning.override(settings, {"rank.precision": precision})
+        load, _ = plan_stages.make_rank_workload(settings, config)
+        assert held_bytes(config, load) == size * matrices / shards + 4 * rest
+    config.dtype = torch.float32
+    load, _ = plan_stages.make_rank_workload(planning.override(shared, {"rank.precision": "float32"}), config)
+    assert held_bytes(config, load) == 4 * matrices / 8 + 4 * rest
+
+
+def test_the_papers_ranking_fits_eight_gpus():
+    """In float32 one worker held 54.6 GB and more, before the parent was sharded."""
+    settings = settings_of("nemotron-nano-12b-v2", "compute.workers=8")
+    config, _ = plan.read_parent(settings)
+    described = plan_stages.describe_rank(settings, config, Hardware())
+    assert described["fits"] and 20e9 < described["total"] < 25e9
+    assert described["total"] == sum(described["memory"].values()) and described["sequences"] == 8
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
