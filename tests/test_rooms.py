@@ -51,7 +51,7 @@ CORE = {"torch", "transformers", "numpy", "safetensors", "tokenizers"}
 STORAGE = {"elastic_core/io/filesystem.py": {"fsspec", "botocore", "aiohttp"}}
 TEMPLATE_ERRORS = {"elastic_core/data/chat_template.py": {"jinja2"}}  # torch needs it; chat templates are its templates
 CONFIG_ERRORS = {"elastic_core/model/hf.py": {"huggingface_hub"}}  # the errors of transformers' configurations
-HUB = {f"elastic_core/export/{name}.py": {"huggingface_hub"} for name in ("model_card", "hub")}
+HUB = {f"elastic_core/{name}.py": {"huggingface_hub"} for name in ("export/model_card", "export/hub", "io/hub_errors")}
 KERNELS = {"elastic_core/model/ops/kernels.py": {"mamba_ssm", "causal_conv1d"}}  # where they are installed, on a GPU
 OPTIONAL = {
     "aiohttp",
@@ -250,7 +250,7 @@ def test_optional_packages_are_imported_in_one_file_each():
     several = {
         "datasets": {"tasks/corpora/hub_datasets.py", "tasks/evaluation/lm_eval_tasks.py"},
         "dvc": DVC,
-        "jinja2": templates | {"tasks/corpora/conversations/rendering.py"},
+        "jinja2": templates | {f"tasks/corpora/conversations/{name}.py" for name in ("jinja_templates", "rendering")},
         "lm_eval": LM_EVAL,
         "ray": RAY,
     }

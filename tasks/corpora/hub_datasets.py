@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_core.errors import UserError
+from elastic_core.io.hub_errors import SECONDS, kind_of
 from tasks.corpora.text_files import without_nulls
-from tasks.runtime.hub_errors import SECONDS, kind_of
 
 
 def commit_of(name: str, revision: str | None) -> str | None:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from elastic_core.data.tokenizer import check_json_files
 from elastic_core.errors import UserError, named
+from elastic_core.io.hub_errors import SECONDS, kind_of
 from elastic_core.io.tokenizer_files import ADVICE, MORE_TEMPLATES, TOKENIZER_FILES, TOKENIZERS, is_tokenizer_file
 from elastic_core.model.files.weights import INDEX, SHARD, SINGLE, weight_file_names
-from tasks.runtime.hub_errors import SECONDS, kind_of
 
 COMPANIONS = ("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "notice*", "COPYING*", "*parser*.py")  # see `is_companion`
 COMMIT = re.compile("[0-9a-f]{40}")  # in full; a shorter name may be a branch
