@@ -20,7 +20,8 @@ from elastic_core.io.hub_errors import SECONDS, kind_of
 from elastic_core.io.tokenizer_files import ADVICE, MORE_TEMPLATES, TOKENIZER_FILES, TOKENIZERS, is_tokenizer_file
 from elastic_core.model.files.weights import INDEX, SHARD, SINGLE, weight_file_names
 
-COMPANIONS = ("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "notice*", "COPYING*", "*parser*.py")  # see `is_companion`
+# See `is_companion`; the card tells the licence.
+COMPANIONS = ("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "notice*", "COPYING*", "*parser*.py", "README.md")
 COMMIT = re.compile("[0-9a-f]{40}")  # in full; a shorter name may be a branch
 SMALL = ("config.json", *TOKENIZER_FILES, f"{MORE_TEMPLATES}/*.jinja", INDEX)  # all files but the weights
 

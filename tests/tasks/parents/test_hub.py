@@ -56,7 +56,11 @@ def files(data, tmp_path_factory):
     copy_tokenizer(data.directory / "tokenizer", directory)
     found = files_of(directory)
     assert sum(name.endswith(".safetensors") for name in found) > 2
-    return found | {"README.md": b"about", "consolidated.safetensors": b"x" * 100, "pytorch_model.bin": b"x" * 100}
+    return found | {
+        "README.md": b"---\nlicense: mit\n---\nabout",
+        "consolidated.safetensors": b"x" * 100,
+        "pytorch_model.bin": b"x" * 100,
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +69,7 @@ def here(tmp_path, monkeypatch):
 
 
 def needed(files):
-    return {name for name in files if name not in ("README.md", "consolidated.safetensors", "pytorch_model.bin")}
+    return {name for name in files if name not in ("consolidated.safetensors", "pytorch_model.bin")}
 
 
 def weights(directory) -> dict[str, torch.Tensor]:
@@ -117,6 +121,7 @@ def test_a_parent_is_downloaded_once_with_only_what_is_needed(data, files, hub_c
     assert all(len(hub_server.ranges_of(name)) == 1 for name in needed(files))
     (directory,) = (hub_cache / "models--me--tiny" / "snapshots").iterdir()
     assert directory.name == FIRST and set(files_of(directory)) == needed(files)
+    assert json.loads(Path("artifacts/parent/parent_card.json").read_text()) == {"base_model": NAME, "license": "mit"}
 
 
 def test_a_download_that_was_stopped_goes_on(files, hub_server, monkeypatch):
