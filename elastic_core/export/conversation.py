@@ -48,8 +48,8 @@ class Conversation:
         submodel, length = self.model.submodel(budget), self.input_ids.shape[1]
         model = self.model.at(submodel)
         no_padding = torch.ones_like(self.input_ids)  # Without a mask, transformers would guess padding from token ids.
-        caching = {"use_cache": False}  # where `generate` could not know how much of the text is in the cache
-        if tracks_length(DynamicCache(config=model.config)):
+        caching = architectures.cache_values(self.model.config, submodel.kept_layers)
+        if not caching:
             if hand_over:
                 self._take_over(submodel)
             cache = self.caches.setdefault(submodel, DynamicCache(config=model.config))
@@ -74,14 +74,9 @@ class Conversation:
 def new_cache(config) -> DynamicCache:
     """An empty cache. Without attention layers it gets an unused one, which transformers asks for the text's length."""
     cache = DynamicCache(config=config)
-    if not tracks_length(cache):
+    if not any(isinstance(layer, DynamicLayer) for layer in cache.layers):
         cache.layers.append(DynamicLayer())
     return cache
-
-
-def tracks_length(cache: Cache) -> bool:
-    """Whether a cache knows how much text it has read. Those without attention layers do not."""
-    return any(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 
 def part_of_cache(config, cache: Cache, larger: Submodel, smaller: Submodel) -> Cache:

@@ -17,13 +17,13 @@ import os
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.data.special_tokens import generation_values
 from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.conversation import Conversation, tracks_length
+from elastic_core.export.conversation import Conversation
 from elastic_core.export.elastic_checkpoint import BudgetLike
 from elastic_core.export.mixed_batch import generate_mixed
 from elastic_core.export.padding import check_padding
@@ -202,17 +202,16 @@ class NestedModel:
                 name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
             set_parameter(model, name, weight, positions)
         architectures.of(self.config).finish(model, weight.device)
-        model.generation_config = self._generation_config()
-        if not tracks_length(DynamicCache(config=model.config)):
-            model.generation_config.use_cache = False  # `generate` of transformers needs an attention layer for it
+        model.generation_config = self._generation_config(submodel)
         return model.eval()
 
     def _gains_of(self, submodel: Submodel) -> norm_gains.Gains:
         return norm_gains.gains_of(self._gains, self.config, submodel, self._whole_gains.__getitem__)
 
-    def _generation_config(self) -> GenerationConfig:
+    def _generation_config(self, submodel: Submodel) -> GenerationConfig:
+        values = self._generation | architectures.cache_values(self.config, submodel.kept_layers)
         try:
-            return GenerationConfig.from_dict(self._generation)
+            return GenerationConfig.from_dict(values)
         except (TypeError, ValueError) as error:
             raise UserError(
                 f"{self.directory}/generation_config.json: transformers does not accept it ({error}); correct the file"

@@ -5,10 +5,10 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 from elastic_core import extract
-from elastic_core.export.conversation import new_cache, tracks_length
+from elastic_core.export.conversation import new_cache
 from tasks.serving import caches
 from tasks.serving.batch import Batch, read
 from tasks.serving.engine import Engine
@@ -69,9 +69,9 @@ def served(request, tmp_path_factory):
 
 
 def greedy(model, prompt: list[int], number: int) -> list[int]:
-    ids, use_cache = torch.tensor([prompt]), tracks_length(DynamicCache(config=model.config))
-    options = {"max_new_tokens": number, "do_sample": False, "use_cache": use_cache}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": number, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    return model.generate(ids, **options)[0, len(prompt) :].tolist()
 
 
 def test_texts_come_and_go_and_are_as_if_alone(served):
@@ -241,3 +241,15 @@ def test_numbers_that_are_not_finite_are_no_text(family):
     own.data.copy_(before)
     assert weight.isfinite().all()
     engine.stop()
+
+
+def test_a_conversation_without_attention_layers(served):
+    """transformers cannot decode these with a cache, so the whole text is read at every token."""
+    family, alone = served
+    talk, prompt = family.model.conversation(), prompts(1, family.config.vocab_size)[0]
+    talk.say(torch.tensor([prompt]))
+    found = []
+    for budget in ("full", "small", "full"):
+        expected = greedy(alone[budget], [*prompt, *found], 4)
+        assert talk.generate(budget, max_new_tokens=4, do_sample=False)[0].tolist() == expected
+        found += expected
