@@ -96,6 +96,9 @@ def memory(plan: dict) -> Table:
         table.add_row("beside it, in CPU memory", *(size(round(s["host_memory"])) for s in stages.values()))
     if any(s["cache"] for s in stages.values()):
         table.add_row("teacher's logits on disk, at most", *(size(round(s["cache"])) for s in stages.values()))
+    found = [s["total_with_kernels"] for s in stages.values()]
+    if any(found):
+        table.add_row("with mamba_ssm, causal_conv1d", *(size(round(total)) if total else "" for total in found))
     table.add_row("at most in", *(s["moment"] for s in stages.values()), style="dim")
     return table
 

@@ -81,6 +81,7 @@ def describe_stage(
         **describe_workload(name, settings),
         "memory": peak.kinds,
         "total": peak.total,
+        "total_with_kernels": total_with_kernels(name, settings, config, pieces),
         "host_memory": host_bytes(Pieces(config, training_setting(name, settings)), make_workload(name, settings)),
         "cache": cache_bytes(name, settings, config),
         "moment": peak.moment,
@@ -174,6 +175,14 @@ def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
         if (setting, gates) not in pieces:
             pieces[setting, gates] = Pieces(config, setting, gates)
     return max((step_peak(pieces[setting, gates], load) for gates, load in phases.items()), key=lambda p: p.total)
+
+
+def total_with_kernels(name: str, settings: Params, config, pieces: dict) -> float | None:
+    """The largest memory where `mamba_ssm` and `causal_conv1d` are installed; None if they change nothing."""
+    found = pieces.get((training_setting(name, settings), False))  # with gates, layers are computed in parts
+    if learns_softly(name, settings) or found is None or not found.has_kernels:
+        return None
+    return step_peak(found.with_kernels(), make_workload(name, settings)).total
 
 
 def describe_work(

@@ -33,6 +33,7 @@ CASES = {
 
 pytestmark = [
     pytest.mark.cuda_path,
+    pytest.mark.timeout(900),  # seconds, on a busy machine; alone it takes half a minute
     pytest.mark.skipif(interpreted.reason() is not None, reason=interpreted.reason() or ""),
 ]
 

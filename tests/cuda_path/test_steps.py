@@ -22,6 +22,7 @@ OTHERS += ("nested llama",)
 
 pytestmark = [
     pytest.mark.cuda_path,
+    pytest.mark.timeout(900),  # seconds, on a busy machine; alone it takes half a minute
     pytest.mark.skipif(guard.reason() is not None, reason=guard.reason() or ""),
 ]
 

@@ -81,6 +81,7 @@ class Mamba(nn.Module):
         self.groups, self.state_size = config.n_groups, config.ssm_state_size
         self.eps = config.layer_norm_epsilon
         self.time_step_limit = tuple(config.time_step_limit)
+        self.find_kernel = kernels.layer_kernel
         add_parameters(self, layout)
 
     def forward(self, x: Tensor, sliced: Slice, documents: Documents | None = None) -> Tensor:
@@ -108,7 +109,7 @@ class Mamba(nn.Module):
         if sliced.is_observed or any(gate is not None for gate in gates) or part_of(documents) is not None:
             return None
         taps, states = self.layout["conv1d.weight"][-1].size, self.groups * self.state_size
-        return kernels.layer_kernel(projected, inner, inner + 2 * states, taps, dtype)
+        return self.find_kernel(projected, inner, inner + 2 * states, taps, dtype)
 
     def _in_parts(
         self, projected: Tensor, weight: Weight, heads: int, channels: int, sliced: Slice, dtype, documents

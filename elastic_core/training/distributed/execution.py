@@ -1,6 +1,9 @@
 """How the workers hold and run a model: the fields of `compute.execution` in params.yaml."""
 
+import os
 from dataclasses import dataclass
+
+import torch
 
 from elastic_core.config import Require, require
 
@@ -20,6 +23,8 @@ class Execution:
     - `shard_over`: the number of workers that share one copy of the weights (None: all workers). With fewer than all,
       there are several groups of workers: each group holds a copy, and groups average their gradients.
     - `context_parallel`: the number of workers that share every sequence, each with an equal part of its positions.
+    - `deterministic`: on GPUs, take only operations that compute the same bits in every run, as far as torch and the
+      kernels have them. Steps are slower: kernels are not tuned to the GPU, and some sums need more memory.
     """
 
     activation_checkpointing: bool = False
@@ -29,6 +34,7 @@ class Execution:
     reduce_once: bool = False
     shard_over: int | None = None
     context_parallel: int = 1
+    deterministic: bool = False
 
     def check(self, require: Require = require) -> None:
         require(self.shard_over is None or self.shard_over >= 1, "shard_over", self.shard_over, "null, or 1 or more")
@@ -42,3 +48,15 @@ class Execution:
         require(divides, "execution.context_parallel", self.context_parallel, shared)
         is_possible = workers > 0 or not self.offload_student
         require(is_possible, "execution.offload_student", self.offload_student, allowed)
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Take deterministic operations from now on, in this process, where there is a choice: on GPUs.
+
+    Call it before the first operation on the GPU and before mamba_ssm is imported, which then has one configuration for
+    each of its kernels: which one is the fastest is measured in every process, and another one sums in another order.
+    An operation that has no deterministic version runs, with a warning.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)

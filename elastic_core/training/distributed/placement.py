@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from elastic_core.config import ConfigError
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.model.ops import kernels
-from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.distributed.execution import Execution, make_deterministic
 from elastic_core.training.distributed.ranks import Ranks
 
 GRAPHS_PER_LAYER = 32  # the most graphs that torch.compile may make of one layer's code
@@ -46,6 +46,8 @@ def place(
     needs no master weights: its matrices are stored in bfloat16. Raises ConfigError if `execution.shard_over` does not
     divide the number of workers.
     """
+    if execution.deterministic:
+        make_deterministic(ranks.device)
     empty = next(model.parameters()).is_meta
     if frozen:
         model.requires_grad_(False)

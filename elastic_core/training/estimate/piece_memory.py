@@ -7,6 +7,7 @@ memory, so only one of them is run. `step_memory` adds up the pieces of a step.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import weakref
@@ -29,6 +30,7 @@ from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import full_sizes
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.placement import matrices_to_
+from elastic_core.training.estimate import kernel_memory
 from elastic_core.training.losses import KeptLogits, distillation_loss
 from elastic_core.training.state_matching import state_loss
 
@@ -148,12 +150,28 @@ class Pieces:
         self.architecture, self.layout = architectures.of(config), architectures.parameter_layout(config)
         self.pattern, self.sharing = architectures.pattern(config), setting.execution.context_parallel
         self._full = self._make_slice()  # made here, outside any fake mode, so that its indices are real tensors
+        self.without_kernels: Pieces | None = None
+
+    def with_kernels(self) -> Pieces:
+        """The same pieces on a GPU with `mamba_ssm` and `causal_conv1d`: other layers with a scan, if without gates."""
+        other = copy.copy(self)
+        other.without_kernels = self
+        return other
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether there is a kernel for layers with a scan: in 16 bits, on a GPU, without gates or shared sequences."""
+        is_possible = self.setting.gpu and self.setting.dtype in LOW_PRECISION and not self.gates and self.sharing == 1
+        scans = (self.architecture.scan_block(self.config, layer, 1) for layer in range(len(self.pattern)))
+        return is_possible and any(block is not None for block in scans)
 
     @functools.cache  # noqa: B019 (the cache keeps instances alive; there are only a few per process)
     def layer(self, character: str, sequences: int, length: int) -> PieceMemory:
         """The memory of one layer on (sequences, length) tokens. `character` is its type in the layer pattern."""
         count = functools.partial(self._count_layer, character, sequences)
         block = self.architecture.scan_block(self.config, self.pattern.index(character), sequences)
+        if block is None and self.without_kernels is not None:
+            return self.without_kernels.layer(character, sequences, length)
         if block is None or self.setting.gpu:
             return count(length)
         short = max(SCAN_LENGTH, 2 * block)
@@ -165,6 +183,8 @@ class Pieces:
 
         The loss is distillation, from a teacher or from its `kept_logits`; or without either cross-entropy.
         """
+        if self.without_kernels is not None:
+            return self.without_kernels.tail(tokens, has_teacher, kept_logits)
         return extrapolate(lambda count: self._count_tail(count, has_teacher, kept_logits), tokens, LOSS_LENGTHS)
 
     @functools.cache  # noqa: B019
@@ -225,6 +245,8 @@ class Pieces:
                 documents.mask(self.setting.dtype)  # before anything is counted
             block = architecture.Block(self.config, index, part_of(self.layout, f"model.layers.{index}"))
             block = self._in_training_precision(block)
+            if on_meta and self.without_kernels is not None:
+                block.mixer.find_kernel = kernel_memory.find
             if self.setting.execution.activation_checkpointing:
                 checkpoint(block, preserve_rng_state=False)
             shape = (sequences, length, self.config.hidden_size)
