@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = ("members float32", "members bfloat16", "soft bfloat16", "hard routing bfloat16", "one document")
 STEPS += ("trainable teacher", "mixed teacher", "recomputation", "moe members bfloat16", "moe soft bfloat16")
 STEPS += ("llama members bfloat16", "llama soft float32")
-OTHERS = ("not finite", "rank by projection", "rank by output", "rank llama", "scores", "nested")
+OTHERS = ("not finite", "rank by projection", "rank by output", "rank llama", "rank bfloat16", "scores", "nested")
 OTHERS += ("nested llama",)
 
 pytestmark = [

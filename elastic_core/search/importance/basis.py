@@ -91,8 +91,11 @@ class RatioSums:
             return
         with without_autocast(x):
             for part in map(directions, parts_of(x)):
-                part = part[:, self._order.to(x.device)] if self._axes is None else part @ self._axes.to(part)
-                means = part.square().cumsum(-1) / self._numbers.to(x.device)
+                # Copied to the device, and converted, once.
+                self._numbers, self._order = self._numbers.to(x.device), self._order.to(x.device)
+                self._axes = None if self._axes is None else self._axes.to(part)
+                part = part[:, self._order] if self._axes is None else part @ self._axes
+                means = part.square().cumsum(-1) / self._numbers
                 self.totals[key] = self.totals[key] + means.sqrt().sum(0, dtype=torch.float64)
 
 

@@ -21,8 +21,10 @@ from elastic_core import rank, sort_
 from elastic_core.export.nested import NestedModel
 from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
 from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.distributed.placement import autocast
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import NonFiniteError, train_step
+from tasks.rank import load_parent
 from tests.support.cuda.runs import fitting_moe, random_run, save_family, save_models
 from tests.support.models.parents import random_config, random_elastic, random_ids, random_llama_config
 
@@ -55,12 +57,14 @@ def not_finite(gpu: Pretend, directory: Path) -> None:
     raise AssertionError("the second step was not refused")
 
 
-def ranking(model: str, measure: str) -> Callable:
+def ranking(model: str, measure: str, precision: str = "float32") -> Callable:
     def work(gpu: Pretend, directory: Path) -> None:
-        elastic = random_elastic(1, CONFIGS[model]).to(CUDA)
+        random_elastic(1, CONFIGS[model]).save_pretrained(directory / "parent")
+        elastic = load_parent(directory / "parent", RANKS, precision, None)
         batches = [random_ids(elastic.config, seed, (2, 12)).to(CUDA) for seed in range(2)]
         gpu.events.clear()
-        found = rank(elastic, batches, measure=measure)
+        with autocast(precision, CUDA):
+            found = rank(elastic, batches, measure=measure)
         assert all(value.device.type == "cpu" for value in [*found.scores.values(), *found.orders.values()])
         sort_(elastic, found)
 
@@ -121,6 +125,7 @@ CASES = {
     "rank by projection": ranking("nemotron", "projection"),
     "rank by output": ranking("moe", "output_norm"),
     "rank llama": ranking("llama", "projection"),
+    "rank bfloat16": ranking("moe", "output_norm", "bfloat16"),
     "scores": scores,
     "nested": nested("nemotron"),
     "nested llama": nested("llama"),
