@@ -7,7 +7,7 @@ if it copies its own functions for every conversation. The text is the same, and
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import BuiltinMethodType, MethodType
 
 from jinja2.runtime import LoopContext
@@ -26,7 +26,7 @@ _PLAIN = frozenset(
 
 
 class CompiledTemplate:
-    """A chat template. Renders one conversation at a time: a template with marks has a state while it renders.
+    """A chat template. It has a state while it renders, so it renders one conversation at a time.
 
     - `variables`: its variables, the same for all conversations.
     - `has_marks`: whether it has `{% generation %}`, around what the assistant says.
@@ -37,9 +37,10 @@ class CompiledTemplate:
     def __init__(self, text: str, variables: Mapping):
         self._compiled = _cached_compile_jinja_template(text)  # a new one: `quick_lookups` changes its environment
         quick_lookups(self._compiled.environment)
-        # Values of every rendering, so that Jinja does not copy its own functions for each of them.
-        self._functions, self._compiled.globals = {**self._compiled.globals, "documents": None}, {}
+        functions, self._compiled.globals = dict(self._compiled.globals), {}
         self._variables = dict(variables)
+        # One context for all conversations: to make one takes as long as to render a short conversation.
+        self._context = self._compiled.new_context({**functions, "documents": None}, shared=True)
         self.text = text
         self.has_marks = _GENERATION.search(text) is not None
 
@@ -48,19 +49,21 @@ class CompiledTemplate:
 
         Raises one of RENDER_ERRORS for what the template refuses.
         """
-        return "".join(self._compiled.root_render_func(self._context(messages, tools, prompt)))
+        return "".join(self._blocks(messages, tools, prompt))
 
     def render_marked(self, messages: list[dict], tools: list | None) -> tuple[str, list[Span]]:
         """The text of the messages, and the spans that the template marks, in characters. Errors: see `render`."""
         blocks, spans = [], []
         with self._compiled.environment.activate_tracker(blocks, spans):
-            blocks.extend(self._compiled.root_render_func(self._context(messages, tools, False)))
+            blocks.extend(self._blocks(messages, tools, False))
         return "".join(blocks), spans
 
-    def _context(self, messages: list[dict], tools: list | None, prompt: bool):
+    def _blocks(self, messages: list[dict], tools: list | None, prompt: bool) -> Iterator[str]:
+        context = self._context
         given = {"tools": tools, "add_generation_prompt": prompt}
-        values = {**self._functions, **given, **self._variables, "messages": messages}
-        return self._compiled.new_context(values, shared=True)
+        context.parent.update({**given, **self._variables, "messages": messages})
+        context.vars, context.exported_vars = {}, set()  # what the last conversation has set
+        return self._compiled.root_render_func(context)
 
 
 def quick_lookups(environment: SandboxedEnvironment) -> None:

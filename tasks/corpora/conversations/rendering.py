@@ -32,6 +32,7 @@ from tasks.corpora.encoding import CONTROL_STRINGS, any_of, special_tokens
 START, END = "\U000f0000", "\U000f0001"  # around a special token that is ordinary text; transformers' own characters
 MARKERS = re.compile(f"[{START}{END}]")
 _LONGEST = 64  # characters of a special token
+_BEGINNING = 32  # characters of a message
 _THINKING = ("<think>", "</think>")
 
 LOST_THINKING = "conversations whose thinking the chat template leaves out"
@@ -134,9 +135,10 @@ class ChatTemplate:
 
     def _check_tools(self, conversation: Conversation, template: CompiledTemplate) -> None:
         """Raise UserError for tools and calls of which the template knows nothing: it would leave them out."""
-        used = {"tools": conversation.tools, "tool_calls": any("tool_calls" in m for m in conversation.messages)}
-        for name, value in used.items():
-            if value and name not in template.text:
+        used = ["tools"] if conversation.tools else []
+        used += ["tool_calls" for message in conversation.messages if "tool_calls" in message]
+        for name in used:
+            if name not in template.text:
                 raise UserError(f"{conversation.place}: has {name}, but {self._name} has no place for them{_ADVICE}")
 
     def _marked(self, conversation: Conversation) -> tuple[Conversation, bool]:
@@ -266,14 +268,19 @@ class ChatTemplate:
     def _check_complete(self, conversation: Conversation, texts: list[str], counts: Counter) -> None:
         """Count a conversation of which something is missing in `texts`; refuse a missing result of a tool."""
         lost_message = lost_thinking = False
+        text, at = texts[0], 0
         for number, message in enumerate(conversation.messages, 1):
-            if message["content"] not in texts[0] and not _is_in(message["content"], texts):
+            content = message["content"]
+            begin = text.find(content[:_BEGINNING], at)  # to look for the whole of a long message takes much longer
+            if begin >= 0 and text.startswith(content, begin):
+                at = begin + len(content)
+            elif content not in text and not _is_in(content, texts):
                 if message["role"] == "tool":
                     raise UserError(
                         f"{conversation.place}: {self._name} leaves out message {number}, the result of a tool{_ADVICE}"
                     )
-                lost_message |= "</think>" not in message["content"]
-                lost_thinking |= "</think>" in message["content"]
+                lost_message |= "</think>" not in content
+                lost_thinking |= "</think>" in content
             if "reasoning_content" in message:
                 lost_thinking |= not _is_in(message["reasoning_content"], texts)
         counts[LOST_MESSAGES] += lost_message
