@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from benchmarks.interop.cases import CASES, NEW_TOKENS, QUESTION, TEXTS, answer_of, chat_ids, write_case
@@ -60,9 +60,13 @@ def make_case(name: str, place: Path) -> tuple[Path, dict]:
     request = {"prompts": prompts, "chat": QUESTION, "texts": TEXTS, "new_tokens": NEW_TOKENS}
     (directory / "request.json").write_text(json.dumps(request))
     tokens = answer_of(export, prompts)
-    words = [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens]
+    words = [tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "") for ids in tokens]
     print(f"{name}: written, answers of {', '.join(str(len(ids)) for ids in tokens)} tokens", flush=True)
-    return export, {"tokens": tokens, "chat": chat, "texts": texts, "words": words}
+    stop = GenerationConfig.from_pretrained(export).eos_token_id
+    stop = {*(stop if isinstance(stop, list) else [stop])}
+    answers = [ids[:-1] if ids[-1] in stop else ids for ids in tokens]
+    expected = {"tokens": tokens, "answers": answers, "words": words}
+    return export, {**expected, "chat": chat, "chat_ids": prompts[-1], "texts": texts}
 
 
 def try_engine(name: str, environment: Environment, exports: dict[str, tuple[Path, dict]]) -> dict:

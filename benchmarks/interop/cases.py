@@ -45,7 +45,7 @@ CASES = {
     "nemotron_h": Case((NemotronHConfig, HYBRID), Submodel(**SMALL, mamba_num_heads=4, intermediate_size=64)),
     "nemotron_h uneven": Case((NemotronHConfig, HYBRID), Submodel(**SMALL, intermediate_size=(96, 64, 32))),
     "nemotron_h padded": Case((NemotronHConfig, HYBRID), Submodel(**SMALL, intermediate_size=(96, 64, 32)), "pad"),
-    "SmolLM2": Case(None, Submodel(hidden_size=512, intermediate_size=1280)),
+    "SmolLM2": Case(None, Submodel(intermediate_size=1280)),
 }
 
 

