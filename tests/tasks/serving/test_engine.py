@@ -74,9 +74,11 @@ def greedy(model, prompt: list[int], number: int) -> list[int]:
     return model.generate(ids, **options)[0, len(prompt) :].tolist()
 
 
-def test_texts_come_and_go_and_are_as_if_alone(served):
+def test_texts_come_and_go_and_are_as_if_alone(served, monkeypatch):
     """Different lengths and ends, prompts that are read in parts, and more texts than places in a batch."""
     family, alone = served
+    sizes, step = [], Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch: sizes.append(len(batch.rows)) or step(batch))
     engine = start(family, max_batch=3, chunk=7)
     names = [*family.budgets]
     texts = prompts(9, family.config.vocab_size)
@@ -87,6 +89,7 @@ def test_texts_come_and_go_and_are_as_if_alone(served):
         assert reader.tokens == greedy(alone[reader.budget], reader.prompt, reader.max_new_tokens)
     engine.stop()
     assert engine._num_running() == 0 and not engine._waiting
+    assert max(sizes) > 1 and all(size <= 3 for size in sizes)
 
 
 def test_the_next_turn_reads_only_what_is_new(served):
