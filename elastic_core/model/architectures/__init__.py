@@ -25,6 +25,7 @@ Layers and their cost in training
   other.
 - `mixing_flops(config, sizes, kept, length, pairs, on_gpu)`: operations that do not multiply weights (ops/flops.py).
 - `scan_block(config, layer, sequences)`: the positions that the scan of a layer processes at one time, or None.
+  `set_scan_kernel(block, find)`: let such a layer find its kernel by another function, to count its memory.
 
 Files
 

@@ -183,6 +183,11 @@ def scan_block(config, layer: int, sequences: int) -> int | None:
     return ssd.CHUNK * max(1, ssd.BLOCK // (sequences * config.mamba_num_heads * ssd.CHUNK**2))
 
 
+def set_scan_kernel(block: nn.Module, find: Callable) -> None:
+    """Let a layer with a scan find its kernel by `find`, in the place of `kernels.layer_kernel`."""
+    block.mixer.find_kernel = find
+
+
 # Files
 
 

@@ -1,9 +1,6 @@
 """How the workers hold and run a model: the fields of `compute.execution` in params.yaml."""
 
-import os
 from dataclasses import dataclass
-
-import torch
 
 from elastic_core.config import Require, require
 
@@ -48,15 +45,3 @@ class Execution:
         require(divides, "execution.context_parallel", self.context_parallel, shared)
         is_possible = workers > 0 or not self.offload_student
         require(is_possible, "execution.offload_student", self.offload_student, allowed)
-
-
-def make_deterministic(device: torch.device) -> None:
-    """Take deterministic operations from now on, in this process, where there is a choice: on GPUs.
-
-    Call it before the first operation on the GPU and before mamba_ssm is imported, which then has one configuration for
-    each of its kernels: which one is the fastest is measured in every process, and another one sums in another order.
-    An operation that has no deterministic version runs, with a warning.
-    """
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)

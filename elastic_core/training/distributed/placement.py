@@ -11,6 +11,7 @@ gradients. This is safe because all ranks train the same budget in the same micr
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Collection, Sequence
 
 import torch
@@ -30,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from elastic_core.config import ConfigError
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.model.ops import kernels
-from elastic_core.training.distributed.execution import Execution, make_deterministic
+from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.ranks import Ranks
 
 GRAPHS_PER_LAYER = 32  # the most graphs that torch.compile may make of one layer's code
@@ -77,6 +78,18 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Take deterministic operations from now on, in this process, where there is a choice: on GPUs.
+
+    Call it before the first operation on the GPU and before mamba_ssm is imported, which then has one configuration for
+    each of its kernels: which one is the fastest is measured in every process, and another one sums in another order.
+    An operation that has no deterministic version runs, with a warning.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def is_matrix(parameter: Tensor) -> bool:

@@ -246,7 +246,7 @@ class Pieces:
             block = architecture.Block(self.config, index, part_of(self.layout, f"model.layers.{index}"))
             block = self._in_training_precision(block)
             if on_meta and self.without_kernels is not None:
-                block.mixer.find_kernel = kernel_memory.find
+                architecture.set_scan_kernel(block, kernel_memory.find)
             if self.setting.execution.activation_checkpointing:
                 checkpoint(block, preserve_rng_state=False)
             shape = (sequences, length, self.config.hidden_size)
