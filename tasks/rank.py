@@ -11,7 +11,7 @@ from elastic_core.search.importance.sorting import sort_directory
 from elastic_core.search.importance.state import RankingState
 from elastic_core.training.distributed import model_files
 from elastic_core.training.distributed.execution import Execution
-from elastic_core.training.distributed.placement import autocast, gather_root
+from elastic_core.training.distributed.placement import autocast, gather_root, reshard
 from elastic_core.training.distributed.ranks import Ranks
 from tasks.progress.bars import progress_bar
 from tasks.runs import provenance
@@ -71,7 +71,8 @@ def work(arguments: dict, ranks: Ranks) -> None:
         )
     for bar in bars.values():
         bar.close()
-    del model  # to sort needs memory for a few tensors only
+    reshard(model)  # sorting needs memory for a few tensors only
+    del model
     with ranks.first_only() as is_first:
         if is_first:
             ranking.save(OUT / "ranking.json")
