@@ -135,10 +135,10 @@ def check_sharding(setting: Setting) -> Iterator[Row]:
 
 
 def check_execution(setting: Setting) -> Iterator[Row]:
-    """What must change nothing: recomputation, the teacher in CPU memory, compiled blocks."""
+    """What must change nothing: recomputation, shards in CPU memory, compiled blocks."""
     for precision, bound in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
         expected = gradients(setting, setting.ranks, precision=precision)
-        for name in ("activation_checkpointing", "offload_teacher", "compile"):
+        for name in ("activation_checkpointing", "offload_teacher", "offload_student", "compile"):
             what = f"{name}, {precision}"
             if name == "compile" and setting.device.type == "cpu":
                 yield not_measured("execution = plain", what, "on GPUs only")
@@ -170,6 +170,7 @@ def equal_states(one: Run, two: Run) -> bool:
 
 def check_operations(setting: Setting) -> Iterator[Row]:
     yield from kernels.measure(setting.device, FLOAT32)
+    yield from kernels.shared_rows(setting.device, FLOAT32)
 
 
 CHECKS = (check_sharding, check_execution, check_resume, check_operations)

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from benchmarks.report import Row, measured, not_measured, within
 from benchmarks.shapes import scan_inputs
+from elastic_core.model.documents import Documents
+from elastic_core.model.layers import causal_attention
 from elastic_core.model.ops import kernels
 from elastic_core.model.ops.conv import causal_conv_silu
 from elastic_core.model.ops.norm import group_rms_norm
+from elastic_core.model.ops.parts import Part, PartDocuments
 from elastic_core.model.ops.ssd import ssd, ssd_naive
 
 # Kernels read and write bfloat16, three digits; the gradients of A and D are sums of such numbers over all positions,
@@ -130,3 +133,58 @@ def layers(device: torch.device, heads: int, channels: int, groups: int, states:
         return kernel(projected, weight, bias, dt_bias, -A_log.exp(), D, norm, sizes, None)
 
     return deviation(both_passes(fast, tuple(inputs)), both_passes(exact, tuple(inputs)))
+
+
+def shared_rows(device: torch.device, bound: float) -> Iterator[Row]:
+    """Rows in four parts, as workers that share sequences compute them, against whole rows. Two documents per row."""
+    ids = (torch.arange(64) >= 40).long().repeat(2, 1)
+    whole = Documents(ids, device)
+    for dtype, limit in ((torch.float32, bound), (torch.bfloat16, TRITON)):
+        for name, (function, inputs) in operations_on_rows(device, dtype).items():
+            expected = both_passes(lambda *values, function=function: function(*values, whole), inputs)
+            found = both_passes(lambda *values, function=function: in_parts(function, values, ids, device), inputs)
+            what = f"{name}, {str(dtype).removeprefix('torch.')}: output and gradients"
+            yield within("shared rows = whole rows", what, deviation(found, expected), limit)
+
+
+def operations_on_rows(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable, tuple[Tensor, ...]]]:
+    """What passes from position to position: name → (function of inputs and documents, inputs (2, 64, ...))."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    query, key, value, B, C = (normal(2, 64, heads, 32) for heads in (4, 2, 2, 2, 2))
+    x, weight, A, D = normal(2, 64, 24), normal(24, 1, 4), -normal(4).float().abs(), normal(4).float()
+    dt = 0.1 * normal(2, 64, 4).float().abs()
+    return {
+        "attention": (causal_attention, (query, key, value)),
+        "convolution": (lambda x, documents: kernels.conv_silu(x, weight, None, dtype, documents), (x,)),
+        "scan": (
+            lambda x, dt, B, C, documents: kernels.scan(x, dt, A, B, C, D, dtype, documents),
+            (query, dt, B, C),
+        ),
+    }
+
+
+def in_parts(
+    function: Callable, inputs: tuple[Tensor, ...], ids: Tensor, device: torch.device, size: int = 4
+) -> Tensor:
+    """`function` of each part of the rows, one part after another, put together.
+
+    In a first pass every part leaves what it gives to the others; in the second one, each gets what all have given.
+    """
+    given: list[Tensor] = []
+
+    def leave(x: Tensor) -> Tensor:
+        given.append(x)
+        return x[None].expand(size, *x.shape)
+
+    outputs = []
+    for gather in (leave, lambda x: torch.stack(given)):
+        outputs = []
+        for rank in range(size):
+            documents = PartDocuments(ids, device, Part(rank, size, gather))
+            where = documents.part.positions(ids.shape[1])
+            outputs.append(function(*(value[:, where] for value in inputs), documents))
+    return torch.cat(outputs, 1)

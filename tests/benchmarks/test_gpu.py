@@ -27,7 +27,7 @@ def test_the_small_run_passes_and_says_what_it_did_not_measure(tmp_path, monkeyp
     status = {(row.check, row.what): row.status for row in rows}
     assert report.FAIL not in status.values()
     assert status["resume", "weights and moments after the next step"] == report.PASS
-    assert sum(row.status == report.PASS for row in rows) == 14
+    assert sum(row.status == report.PASS for row in rows) == 22
     assert status["execution = plain", "compile, bfloat16"] == report.NOT_MEASURED
     for name in ("scan", "convolution", "gated norm"):
         assert status["kernel = torch", f"{name}, output and gradients"] == report.NOT_MEASURED

@@ -118,7 +118,7 @@ def test_the_memory_of_a_part_is_predicted(tmp_path):
     settings = read(parameters(overrides=[*values, "train_extended.sequence_length=512"]), "params.yaml")
     config = new_config(settings.parent.model, settings.prepare_data.vocab_size)
     predicted, measured = run_forked(predicted_and_measured, 2, tmp_path, config, settings)
-    assert predicted / measured == pytest.approx(1, abs=0.08)
+    assert predicted / measured == pytest.approx(1, abs=0.15)
 
 
 def test_parts_know_their_documents():
