@@ -109,6 +109,26 @@ def test_a_token_that_begins_the_next_turn_is_not_trained():
     assert said(tokenizer, encode(tokenizer, [messages])[0]) == ["call<|end_header_id|>two"]
 
 
+def test_a_token_of_both_the_prompt_and_the_answer_is_trained(monkeypatch):
+    tokenizer = chat_tokenizer(CHATML)
+    starts = ["\n", "\n\n", "\n\n\n", " \n", "\n the number", "\n\n" + "é" * 200, "\n" + " " * 300, "\n🙂"]
+    given = [
+        [{"role": "user", "content": "a?"}, {"role": "assistant", "content": start + end}]
+        for start in starts
+        for end in ("", "four jars", "\n" * 80 + "x")
+    ]
+    found, _ = encode(tokenizer, given)
+    with monkeypatch.context() as patched:  # the whole conversation is encoded with offsets
+        patched.setattr(ConversationEncoder, "_token_at", lambda *_: None)
+        patched.setattr(ConversationEncoder, "_token_of", lambda *_: None)
+        assert found == encode(tokenizer, given)[0]
+    counted = []
+    monkeypatch.setattr(ConversationEncoder, "_token_at", lambda *_: None)
+    own = ConversationEncoder._token_of
+    monkeypatch.setattr(ConversationEncoder, "_token_of", lambda *given: counted.append(own(*given)) or counted[-1])
+    assert found == encode(tokenizer, given)[0] and sum(one is not None for one in counted) > len(given) / 2
+
+
 def test_all_tokens_have_no_mask():
     tokenizer = chat_tokenizer(CHATML)
     given = list(chats())
