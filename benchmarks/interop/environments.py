@@ -85,7 +85,8 @@ ENVIRONMENTS = {
     "mistral.rs": Environment("mistralrs_reader.py", ("mistralrs==0.9.5",)),
     "llama.cpp": Environment(
         "llama_cpp_reader.py",
-        ("xllamacpp==2026.10.11549", "sentencepiece", "protobuf", "setuptools", "wheel"),
+        # The converter wants this transformers. Newer ones add keys of experts to every nemotron_h, and it reads those.
+        ("xllamacpp==2026.10.11549", "transformers==4.57.6", "sentencepiece", "protobuf", "setuptools", "wheel"),
         sources=(LLAMA_CPP,),
         inherits=True,
     ),

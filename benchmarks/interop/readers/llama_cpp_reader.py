@@ -74,6 +74,10 @@ def generate(file: Path) -> dict:
     }
 
 
+if isinstance(json.loads((directory / "config.json").read_text())["intermediate_size"], list):
+    reason = "the converter reads no widths that differ between layers"
+    print(json.dumps({"version": version("xllamacpp"), "unsupported": reason}))
+    sys.exit()
 with tempfile.TemporaryDirectory() as place:
     model = Path(place) / "model.gguf"
     convert(model)

@@ -8,11 +8,10 @@ from pathlib import Path
 from mlx_lm import load, stream_generate
 
 directory, request = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-try:
-    model, tokenizer = load(directory)
-except ValueError as error:
-    print(json.dumps({"unsupported": str(error)}))
+if isinstance(json.loads((Path(directory) / "config.json").read_text())["intermediate_size"], list):
+    print(json.dumps({"version": version("mlx-lm"), "unsupported": "no widths that differ between layers"}))
     sys.exit()
+model, tokenizer = load(directory)
 tokens = []
 for ids in request["prompts"]:
     steps = stream_generate(model, tokenizer, ids, max_tokens=request["new_tokens"])
