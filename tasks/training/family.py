@@ -54,9 +54,9 @@ def make_run(
     sequences = PackedSequences(data, stage.mixture, stage.sequence_length, seed)
     teacher, cache = None, None
     if stage.teacher == "cached":
-        cache = cached_teacher(settings, job, stage, sequences, seed, model.config.vocab_size, ranks)
+        cache = cached_teacher(RANK / "model", settings, job, stage, sequences, seed, model.config.vocab_size, ranks)
     elif stage.teacher != "trainable":
-        teacher = frozen_teacher(settings, stage, ranks)
+        teacher = frozen_teacher(RANK / "model", settings, stage, ranks)
     return Run(
         model,
         stage,

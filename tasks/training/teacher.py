@@ -17,18 +17,24 @@ from tasks.progress.bars import Bars
 from tasks.runs.job import Job
 from tasks.settings.schema import Params
 
-PARENT = Path("artifacts/rank/model")
 READ = ("artifacts/data", "artifacts/rank")  # what the teacher's logits depend on, besides the settings of the stage
 FORMAT = 1  # of the files
 
 
-def frozen_teacher(settings: Params, stage: Stage, ranks: Ranks) -> ElasticModel:
-    """The sorted parent, placed on the workers."""
-    return model_files.from_pretrained(PARENT, ranks, settings.compute.execution, stage.precision, frozen=True)
+def frozen_teacher(parent: Path, settings: Params, stage: Stage, ranks: Ranks) -> ElasticModel:
+    """The sorted parent in the directory `parent`, placed on the workers."""
+    return model_files.from_pretrained(parent, ranks, settings.compute.execution, stage.precision, frozen=True)
 
 
 def cached_teacher(
-    settings: Params, job: Job, stage: Stage, data: PackedSequences, seed: int, vocab_size: int, ranks: Ranks
+    parent: Path,
+    settings: Params,
+    job: Job,
+    stage: Stage,
+    data: PackedSequences,
+    seed: int,
+    vocab_size: int,
+    ranks: Ranks,
 ) -> TeacherCache:
     """The parent's largest logits for every row that the stage reads. Those that are not on disk yet are computed.
 
@@ -40,7 +46,7 @@ def cached_teacher(
     cache = TeacherCache(Path(settings.compute.storage) / name, data, stage, vocab_size)
     show = Bars(job.name, "file").show if ranks.rank == 0 else None
     cache.make(
-        lambda: frozen_teacher(settings, stage, ranks),
+        lambda: frozen_teacher(parent, settings, stage, ranks),
         ranks,
         precision(stage, ranks.device),
         None if show is None else lambda done, total: show("logits of the teacher", done, total),
