@@ -4,6 +4,7 @@
 # make soak [TRIALS=50] [FUZZ=10000]   read that many broken files and arguments; then kill runs at random moments,
 #                            many times, and compare what they end at (an hour)
 # make bench [SECTIONS="steps scan"]   every goal of speed and size against its alternative (half an hour for all)
+# make interop [ENGINES="MLX transformers-4.57.6"]   whether other programs read exports and generate the same (half an hour)
 # make evidence [PROFILE=smoke]   train a finished run's family in several ways and seeds, and compare (six hours)
 # make dashboard             Prefect server, worker and deployment in the foreground; then
 #                            .venv/bin/prefect deployment run elastic/full --watch
@@ -18,7 +19,7 @@ VENV := .venv
 SETUP := $(VENV)/.ready
 PAGE := .dvc/plots/page.html
 
-.PHONY: setup run test soak bench evidence dashboard lint
+.PHONY: setup run test soak bench interop evidence dashboard lint
 setup: $(SETUP) $(PAGE)
 
 run: $(SETUP) $(PAGE)
@@ -35,6 +36,9 @@ soak: $(SETUP)
 
 bench: $(SETUP)
 	env $$($(VENV)/bin/python -m tasks.runtime.environment) $(VENV)/bin/python -m benchmarks.bench $(SECTIONS)
+
+interop: $(SETUP)
+	$(VENV)/bin/python -m benchmarks.interop $(if $(ENGINES),--engines $(ENGINES))
 
 evidence: $(SETUP)
 	$(VENV)/bin/python -m benchmarks.evidence --profile $(PROFILE)

@@ -17,7 +17,10 @@ from benchmarks.report import FAIL, not_measured, table, write
 from tasks.runs.provenance import processor_name
 
 # Each is a module of benchmarks/sections with a function `rows(quick: bool) -> Iterator[Row]`.
-SECTIONS = ("steps", "scan", "losses", "ranking", "extraction", "serving", "preparation", "checkpoints", "start_up")
+SECTIONS = (
+    *("steps", "scan", "losses", "ranking", "extraction", "serving", "server", "preparation", "checkpoints"),
+    "start_up",
+)
 ON_A_GPU = (
     "kernels of mamba_ssm and causal_conv1d = torch, with gradients",
     "model FLOPs utilisation of 1.2 B at 8,192 tokens, goal ≥ 45 %",

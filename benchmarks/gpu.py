@@ -7,11 +7,13 @@ benchmarks/results/<device>.json, and exits with 1 where a check failed.
 
 import argparse
 import functools
+import math
 import os
 import platform
 import re
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from benchmarks.report import FAIL, Row, holds, not_measured, table, within, wri
 from benchmarks.shapes import RandomTokens, Shape, random_model
 from elastic_core import Submodel
 from elastic_core.model.architectures.nemotron_h import layers_of
+from elastic_core.model.ops import kernels as fast_kernels
 from elastic_core.search.choices import Choices
 from elastic_core.search.router import Router
 from elastic_core.search.selection import Member
@@ -36,7 +39,7 @@ from elastic_core.training.distributed import model_files
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import average_gradients, whole
 from elastic_core.training.distributed.ranks import Ranks
-from elastic_core.training.loop import accumulate_gradients, train_step
+from elastic_core.training.loop import accumulate_gradients, router_backward, train_step
 from elastic_core.training.run import Run, named_parameters, resume, save, state_tensors, trained_modules
 from elastic_core.training.stage import Loss, Routing, Stage
 
@@ -52,6 +55,7 @@ CHECKED = Shape("checked", 512, "M-*M-M-*", 4096, 257, 2)
 TIMED = (
     Shape("0.2 B", 1024, "M-M-M*-M-M-M*-", 32768, 2048, 8, groups=8),
     Shape("1.2 B", 2048, "M-M-M*-M-M-M*-M-M-M*-M-M-", 65536, 8192, 2, groups=8),
+    Shape("2.0 B", 3072, "M-M-M*-M-M-M*-M-M-M*-M-M-", 65536, 8192, 1, groups=8),
 )
 
 
@@ -110,6 +114,8 @@ def gradients(setting: Setting, ranks: Ranks, execution=PLAIN, precision="float3
     """Every gradient of a step's microbatches, whole and in CPU memory, and their losses."""
     run = start(setting, ranks, execution, precision, soft)
     results = accumulate_gradients(run, dealt or list(BUDGETS))
+    gates = [result["gates"] for result in results if result["gates"] is not None]
+    router_backward(run, results, [of_microbatch.leaf.grad.cpu() for of_microbatch in gates])
     average_gradients(trained_modules(run).values(), ranks)
     found = {name: whole(p.grad).cpu() for name, p in named_parameters(run) if p.grad is not None}
     return found | {f"loss {i}": result["loss"].cpu() for i, result in enumerate(results)}
@@ -129,10 +135,10 @@ def check_sharding(setting: Setting) -> Iterator[Row]:
 
 
 def check_execution(setting: Setting) -> Iterator[Row]:
-    """What must change nothing: recomputation, the teacher in CPU memory, compiled blocks."""
+    """What must change nothing: recomputation, shards in CPU memory, compiled blocks."""
     for precision, bound in (("float32", FLOAT32), ("bfloat16", BFLOAT16)):
         expected = gradients(setting, setting.ranks, precision=precision)
-        for name in ("activation_checkpointing", "offload_teacher", "compile"):
+        for name in ("activation_checkpointing", "offload_teacher", "offload_student", "compile"):
             what = f"{name}, {precision}"
             if name == "compile" and setting.device.type == "cpu":
                 yield not_measured("execution = plain", what, "on GPUs only")
@@ -164,6 +170,7 @@ def equal_states(one: Run, two: Run) -> bool:
 
 def check_operations(setting: Setting) -> Iterator[Row]:
     yield from kernels.measure(setting.device, FLOAT32)
+    yield from kernels.shared_rows(setting.device, FLOAT32)
 
 
 CHECKS = (check_sharding, check_execution, check_resume, check_operations)
@@ -179,8 +186,9 @@ def environment(device: torch.device) -> dict:
     return {"device": torch.cuda.get_device_name(device), "memory_bytes": memory, **versions}
 
 
-def run(device: str, small: bool) -> tuple[dict, list[Row]]:
-    """All rows on a device, in a process group of one rank."""
+def run(device: str, small: bool, minutes: float = math.inf) -> tuple[dict, list[Row]]:
+    """All rows on a device, in a process group of one rank. After so many minutes, nothing more is begun."""
+    deadline = time.monotonic() + 60 * minutes
     is_gpu = device == "cuda"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # bit-equal steps; read when CUDA starts
     if is_gpu:
@@ -193,33 +201,48 @@ def run(device: str, small: bool) -> tuple[dict, list[Row]]:
             setting = Setting(Ranks(device=ranks.device), ranks, shape, Path(directory))
             for seed, name in enumerate(("model", "teacher")):
                 random_model(shape.config(), seed).save_pretrained(setting.directory / name)
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            start_deterministic(ranks.device)
             for check in CHECKS:
-                rows += show(check(setting))
+                rows += show(check(setting), deadline)
             torch.use_deterministic_algorithms(False)
-        rows += show(speed.measure(ranks, (TINY,) if small else TIMED))
+        rows += show(speed.measure(ranks, (TINY,) if small else TIMED), deadline)
         return environment(ranks.device), rows
     finally:
         dist.destroy_process_group()
 
 
-def show(rows: Iterator[Row]) -> Iterator[Row]:
-    """Say on stderr that work goes on."""
+def start_deterministic(device: torch.device) -> None:
+    """Switch deterministic algorithms on, for the checks. Kernels are imported before.
+
+    mamba_ssm would otherwise leave its autotuner one configuration for the whole process, and the speeds that are
+    measured later would be those of untuned kernels.
+    """
+    if device.type == "cuda":
+        fast_kernels.missing()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def show(rows: Iterator[Row], deadline: float = math.inf) -> Iterator[Row]:
+    """Say on stderr that work goes on. Nothing is begun after the `deadline`, of time.monotonic()."""
     for row in rows:
         print(f"{row.check}: {row.what}: {row.result} ({row.status})", file=sys.stderr, flush=True)
         yield row
+        if time.monotonic() > deadline:
+            yield not_measured(row.check, "what would come next", "the time is over (--minutes)")
+            return
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny models, a minute on a CPU")
+    parser.add_argument("--minutes", type=float, default=9.0, help="after these, no further row is begun")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the JSON goes")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch sees no CUDA device here; `--device cpu --small` checks the mechanics without one")
     warnings.filterwarnings("ignore", message=".*deterministic")
-    about, rows = run(arguments.device, arguments.small)
+    about, rows = run(arguments.device, arguments.small, arguments.minutes)
     print(f"{about}\n\n{table(rows)}")
     name = re.sub(r"\W+", "-", about["device"]) + ("-small" if arguments.small else "")
     write(arguments.out / f"{name}.json", about, rows)

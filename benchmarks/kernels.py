@@ -9,14 +9,19 @@ from torch import Tensor
 
 from benchmarks.report import Row, measured, not_measured, within
 from benchmarks.shapes import scan_inputs
+from elastic_core.model.documents import Documents
+from elastic_core.model.layers import causal_attention
 from elastic_core.model.ops import kernels
 from elastic_core.model.ops.conv import causal_conv_silu
+from elastic_core.model.ops.norm import group_rms_norm
+from elastic_core.model.ops.parts import Part, PartDocuments
 from elastic_core.model.ops.ssd import ssd, ssd_naive
 
 # Kernels read and write bfloat16, three digits; the gradients of A and D are sums of such numbers over all positions,
 # and A's cancels. Against torch's float32; not tried yet.
 TRITON = 5e-2
 # heads, channels, groups, states: whole, and as slices leave them (heads per group and channels that are no power of 2)
+COMPARED = ("scan", "convolution", "gated norm", "layer")
 LAYERS = ((8, 64, 2, 64), (6, 40, 2, 64), (12, 80, 4, 128))
 
 
@@ -45,8 +50,8 @@ def measure(device: torch.device, bound: float) -> Iterator[Row]:
     for chunk in (32, 128):
         found = both_passes(functools.partial(ssd, chunk=chunk), inputs)
         yield within("scan = recurrence", f"output and gradients, chunk {chunk}", deviation(found, exact), bound)
-    missing = kernels.missing() if is_gpu else dict.fromkeys(("scan", "convolution", "gated norm"), "on GPUs only")
-    for name, compare in (("scan", scans), ("convolution", convolutions), ("gated norm", norms)):
+    missing = kernels.missing() if is_gpu else dict.fromkeys(COMPARED, "on GPUs only")
+    for name, compare in zip(COMPARED, (scans, convolutions, norms, layers), strict=True):
         if name in missing:
             yield not_measured("kernel = torch", f"{name}, output and gradients", missing[name])
             continue
@@ -103,3 +108,83 @@ def norms(device: torch.device, heads: int, channels: int, groups: int, states: 
         return kernels.gated_norm(y, z, weight, 1e-5, groups, torch.bfloat16)
 
     return deviation(both_passes(fast, (y, z, weight)), both_passes(slow, (y, z, weight)))
+
+
+def layers(device: torch.device, heads: int, channels: int, groups: int, states: int) -> float:
+    """Everything between the projections of a Mamba layer by one kernel."""
+    inner, shared = heads * channels, groups * states
+    draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    shapes = (1, 300, 2 * inner + 2 * shared + heads), (inner + 2 * shared, 4), (inner + 2 * shared,)
+    inputs = [draw(shape).to(device) for shape in (*shapes, (heads,), (heads,), (heads,), (inner,))]
+    inputs[:1] = rounded(inputs[:1])
+    sizes = kernels.MambaSizes(channels, groups, 1e-3, 1e-5)
+
+    def exact(projected, weight, bias, dt_bias, A_log, D, norm):
+        z, conv, dt = projected.split([inner, inner + 2 * shared, heads], -1)
+        x, B, C = causal_conv_silu(conv, weight[:, None], bias).split([inner, shared, shared], -1)
+        B, C = (t.unflatten(-1, (groups, states)) for t in (B, C))
+        dt = F.softplus(dt + dt_bias).clamp(min=sizes.time_step_min)
+        y = ssd(x.unflatten(-1, (heads, channels)), dt, -A_log.exp(), B, C, D)
+        return group_rms_norm(y.flatten(2) * F.silu(z), norm, sizes.eps, groups, inner // groups)
+
+    def fast(projected, weight, bias, dt_bias, A_log, D, norm):
+        projected = projected.bfloat16()
+        kernel = kernels.layer_kernel(projected, inner, inner + 2 * shared, 4, torch.bfloat16)
+        return kernel(projected, weight, bias, dt_bias, -A_log.exp(), D, norm, sizes, None)
+
+    return deviation(both_passes(fast, tuple(inputs)), both_passes(exact, tuple(inputs)))
+
+
+def shared_rows(device: torch.device, bound: float) -> Iterator[Row]:
+    """Rows in four parts, as workers that share sequences compute them, against whole rows. Two documents per row."""
+    ids = (torch.arange(64) >= 40).long().repeat(2, 1)
+    whole = Documents(ids, device)
+    for dtype, limit in ((torch.float32, bound), (torch.bfloat16, TRITON)):
+        for name, (function, inputs) in operations_on_rows(device, dtype).items():
+            expected = both_passes(lambda *values, function=function: function(*values, whole), inputs)
+            found = both_passes(lambda *values, function=function: in_parts(function, values, ids, device), inputs)
+            what = f"{name}, {str(dtype).removeprefix('torch.')}: output and gradients"
+            yield within("shared rows = whole rows", what, deviation(found, expected), limit)
+
+
+def operations_on_rows(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Callable, tuple[Tensor, ...]]]:
+    """What passes from position to position: name → (function of inputs and documents, inputs (2, 64, ...))."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    query, key, value, B, C = (normal(2, 64, heads, 32) for heads in (4, 2, 2, 2, 2))
+    x, weight, A, D = normal(2, 64, 24), normal(24, 1, 4), -normal(4).float().abs(), normal(4).float()
+    dt = 0.1 * normal(2, 64, 4).float().abs()
+    return {
+        "attention": (causal_attention, (query, key, value)),
+        "convolution": (lambda x, documents: kernels.conv_silu(x, weight, None, dtype, documents), (x,)),
+        "scan": (
+            lambda x, dt, B, C, documents: kernels.scan(x, dt, A, B, C, D, dtype, documents),
+            (query, dt, B, C),
+        ),
+    }
+
+
+def in_parts(
+    function: Callable, inputs: tuple[Tensor, ...], ids: Tensor, device: torch.device, size: int = 4
+) -> Tensor:
+    """`function` of each part of the rows, one part after another, put together.
+
+    In a first pass every part leaves what it gives to the others; in the second one, each gets what all have given.
+    """
+    given: list[Tensor] = []
+
+    def leave(x: Tensor) -> Tensor:
+        given.append(x)
+        return x[None].expand(size, *x.shape)
+
+    outputs = []
+    for gather in (leave, lambda x: torch.stack(given)):
+        outputs = []
+        for rank in range(size):
+            documents = PartDocuments(ids, device, Part(rank, size, gather))
+            where = documents.part.positions(ids.shape[1])
+            outputs.append(function(*(value[:, where] for value in inputs), documents))
+    return torch.cat(outputs, 1)

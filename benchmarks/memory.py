@@ -46,22 +46,33 @@ def measured(config, settings: Params, name: str, ranks: Ranks) -> int:
 
 def make_run(config, settings: Params, name: str, ranks: Ranks) -> Run:
     torch.manual_seed(0)
-    stage, budgets = getattr(settings, name), resolve(settings, config)
+    stage, budgets, execution = getattr(settings, name), resolve(settings, config), settings.compute.execution
     # While the router learns, all budgets run the whole model; gates of the full one, which is pinned, learn nothing.
     budget = min(budgets, key=budgets.get) if name == "train_short" else max(budgets, key=budgets.get)
     stage = dataclasses.replace(stage, budget_shares=dict.fromkeys(budgets, 0.0) | {budget: 1.0})
     model, teacher = (
-        place(random_model(config), ranks, settings.compute.execution, stage.precision, frozen)
-        for frozen in (False, True)
+        place(random_model(config), ranks, execution, stage.precision, frozen) for frozen in (False, True)
     )
     data = RandomTokens(config.vocab_size, stage.sequence_length, document=-(-stage.sequence_length // 2))
     if name == "train_short":
         layers = tuple(range(architectures.num_layers(config)))
         space = ElasticSpace(config, settings.choices, layers, metric=metric_of_family(settings))
         router = Router(space, tuple(budgets.values()))
-        return Run(model, stage, data, budgets, None, router, settings.routing, teacher, ranks=ranks)
+        return Run(
+            model, stage, data, budgets, None, router, settings.routing, teacher, ranks=ranks, execution=execution
+        )
     members = {budget: Member(target, Submodel()) for budget, target in budgets.items()}  # no other takes more
-    return Run(model, stage, data, budgets, members, teacher=teacher, metric=metric_of_family(settings), ranks=ranks)
+    return Run(
+        model,
+        stage,
+        data,
+        budgets,
+        members,
+        teacher=teacher,
+        metric=metric_of_family(settings),
+        ranks=ranks,
+        execution=execution,
+    )
 
 
 def random_model(config) -> ElasticModel:

@@ -1,30 +1,41 @@
 """Stage `evaluate`: score the extracted models of a budget. transformers loads them, as it would for any user.
 
+An item is a model and a group of scores. Items are computed one after the other in this process, or by workers at the
+same time, each with one model in memory. Finished items are kept, so a stage that was stopped goes on.
+
+- tasks/evaluation/items.py: which items there are, and their scores
 - tasks/evaluation/text_scores.py: loss, KL to the parent and bits per byte on held-out text
 - tasks/evaluation/lm_eval_tasks.py: reasoning tasks and benchmarks, run by lm-eval
 - tasks/evaluation/latency_and_memory.py: decode time and memory
 - tasks/evaluation/samples.py: continuations of a few prompts, to read
 """
 
+import contextlib
+import functools
 import json
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 from elastic_core.data.loader import TokenData
+from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.json_files import read_json
 from elastic_core.io.provenance_file import read_provenance
-from tasks.evaluation import latency_and_memory, lm_eval_tasks
-from tasks.evaluation.samples import samples
-from tasks.evaluation.text_scores import count_parameters, first_tokens, held_out_scores
+from tasks.evaluation import lm_eval_tasks
+from tasks.evaluation.items import Item, Models, Setting, compute, list_items
 from tasks.progress.bars import progress_bar
+from tasks.runs.job import remove_files, started
 from tasks.runtime.chat_templates import check_chat_template, check_tasks_template
+from tasks.runtime.launch import launch_items
+from tasks.settings import remote_checks
 from tasks.settings.load import FILE, load
-from tasks.settings.sections import Evaluate
+from tasks.settings.schema import Params
 
 DATA, PARENT, MODELS, OUT = (Path("artifacts") / name for name in ("data", "parent", "models", "evaluate"))
 UNIFORM = "uniform"  # see tasks/extract.py
@@ -33,51 +44,95 @@ VERSIONS = ("zero_shot", "short", "extended")
 
 def main(budget: str) -> None:
     """Evaluate all versions of `budget`: "parent", or a name in section budgets or untrained of params.yaml."""
-    section, data = load().evaluate, TokenData(DATA)
+    settings = load()
+    section, is_parent = settings.evaluate, budget == "parent"
+    TokenData(DATA)  # raises where there are no data
     # Only the benchmarks that lm-eval itself brings need the Hugging Face hub. Without them, no network is needed.
     if section.benchmarks is None or section.benchmarks.include is not None:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
     transformers.utils.logging.disable_progress_bar()
-    if budget == "parent":  # the first of these stages; a bad benchmark should not wait for the other scores
+    if is_parent:  # the first of these stages; a bad benchmark should not wait for the other scores
         check_chat_template(section.benchmarks, DATA / "tokenizer", f"{FILE}: evaluate.benchmarks")
         check_tasks_template(section.tasks, DATA / "tokenizer", f"{FILE}: evaluate.tasks")
         lm_eval_tasks.check_benchmark_tasks(section.benchmarks, f"{FILE}: evaluate.benchmarks", download=True)
-    parent = None if budget == "parent" else load_model(PARENT)
-    directories = {"parent": PARENT} if budget == "parent" else {v: MODELS / budget / v for v in VERSIONS}
-    submodel = None if budget == "parent" else read_json(MODELS / budget / "submodel.json")
-    rows = {}
-    with progress_bar(f"evaluate {budget}", len(directories), "model") as bar:
-        for version, directory in directories.items():
-            model = load_model(directory)
-            rows[version] = evaluate(section, data, model, parent)
-            rows[version] |= {"submodel": submodel, "provenance": read_provenance(directory)}
+    directories = {"parent": PARENT} if is_parent else {v: MODELS / budget / v for v in VERSIONS}
+    submodel = None if is_parent else read_json(MODELS / budget / "submodel.json")
+    uniform = MODELS / budget / UNIFORM
+    items = list_items(
+        section,
+        directories,
+        None if is_parent else PARENT,
+        uniform if uniform.is_dir() else None,
+        split=settings.compute.workers > 0,
+    )
+    with places(budget, settings) as (directory, states):
+        setting = Setting(section, DATA, None if is_parent else PARENT, states, directory)
+        found = evaluate(budget, items, setting, settings)
+        origins = {version: read_provenance(path) for version, path in directories.items()}
+        rows = assemble(items, found, {v: {"submodel": submodel, "provenance": origins[v]} for v in directories})
+        write_text(OUT / f"{budget}.json", json.dumps(rows, indent=1) + "\n")
+
+
+def evaluate(budget: str, items: list[Item], setting: Setting, settings: Params) -> dict[str, dict]:
+    """Item → its scores. Those that an earlier run of the stage has finished are read from its files."""
+    files = {item.name: setting.logs / f"{item.name}.json" for item in items}
+    found = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    work = functools.partial(compute_item, setting, {})
+    with progress_bar(f"evaluate {budget}", len(items), "item") as bar:
+        bar.update(len(found))
+
+        def done(item: Item, scores: dict) -> None:
+            write_text(files[item.name], json.dumps(scores) + "\n")
+            found[item.name] = scores
             bar.update()
-    # All versions have one shape and so one speed: it is measured once, with the last version.
-    speed = {
-        "latency": latency_and_memory.latency(
-            section.latency, model, parent, first_tokens(data, section.held_out[0], section.latency.prompt_tokens)
-        ),
-        "environment": latency_and_memory.environment(),
-    }
-    rows = {version: values | speed for version, values in rows.items()}
-    rows[version]["samples"] = samples(section, data, model)
-    if (uniform := MODELS / budget / UNIFORM).is_dir():
-        model = load_model(uniform)
-        rows["zero_shot"]["uniform"] = count_parameters(model) | held_out_scores(section, data, model, parent)
-    write_text(OUT / f"{budget}.json", json.dumps(rows, indent=1) + "\n")
+
+        launch_items(work, items, settings.compute, done, found.keys())
+    return found
 
 
-def load_model(directory: Path):
-    """Load a model directory with transformers. Heterogeneous models need remote code: their own modeling file."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, trust_remote_code=True).eval()
+def compute_item(setting: Setting, kept: dict, item: Item, device: torch.device) -> dict:
+    """The scores of an item. `kept` holds the models of this process, so that the next item finds its model loaded."""
+    transformers.utils.logging.disable_progress_bar()
+    models = kept.setdefault(device, Models(device, setting.section.dtype))
+    return compute(item, setting, models)
 
 
-def evaluate(section: Evaluate, data: TokenData, model, parent) -> dict:
-    """All scores of one model. `parent` is the model to compare with, or None for the parent itself."""
-    return {
-        **count_parameters(model),
-        **held_out_scores(section, data, model, parent),
-        "memory": latency_and_memory.memory(model, first_tokens(data, section.held_out[0], section.cache_tokens)),
-        "tasks": lm_eval_tasks.reasoning_scores(section, data, model),
-        "benchmarks": lm_eval_tasks.benchmark_scores(section.benchmarks, data, model),
-    }
+def assemble(items: list[Item], found: dict[str, dict], origins: dict[str, dict]) -> dict[str, dict]:
+    """Version → all of its scores. `origins`: version → its submodel and provenance."""
+    rows = {}
+    for version, origin in origins.items():
+        groups: dict[str, dict] = {}
+        for item in items:
+            if item.name.startswith(f"{version}-"):
+                groups[item.group] = groups.get(item.group, {}) | found[item.name]
+        tasks = {group: groups.get(group, {}) for group in ("tasks", "benchmarks")}
+        rows[version] = groups["text"] | {"memory": groups["memory"]} | tasks | origin | found["speed"]
+        rows[version] |= groups.get("samples", {})  # of the last version
+    if "uniform-text" in found:
+        rows["zero_shot"]["uniform"] = found["uniform-text"]
+    return rows
+
+
+@contextlib.contextmanager
+def places(budget: str, settings: Params) -> Iterator[tuple[Path, str]]:
+    """Where the finished items are (on this machine), and the states of the parent (where every worker reaches them).
+
+    Both are removed when the block has ended. Where there is no dvc.yaml, as in a call from Python, no later run can
+    know them again, and they are in a temporary directory.
+    """
+    workers = settings.compute.workers > 0
+    if not Path("dvc.yaml").is_file():
+        with tempfile.TemporaryDirectory(dir=OUT.parent) as directory:
+            yield Path(directory).absolute(), directory
+        return
+    if workers:
+        remote_checks.check(settings, "compute")
+    name = "evaluate_parent" if budget == "parent" else f"evaluate@{budget}"
+    name = f"evaluate_untrained@{budget}" if budget in settings.untrained else name
+    with started(name, settings if workers else None) as job:
+        location = job.checkpoints(settings) if workers else str(job.directory)
+        yield job.directory, storage.join(location, "states")
+    for place in {location, str(job.directory)}:
+        remove_files(place)
+        if not storage.is_url(place):
+            shutil.rmtree(place, ignore_errors=True)

@@ -14,7 +14,7 @@ from elastic_core import extract
 from elastic_core.config import ConfigError
 from elastic_core.cost.metrics import read_metric
 from elastic_core.errors import UserError
-from elastic_core.export import elastic_checkpoint
+from elastic_core.export import elastic_checkpoint, hub, model_card
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.directory_transfer import upload_directory
@@ -28,7 +28,8 @@ from tasks.settings.schema import Params
 
 OUT = Path("artifacts/models")
 FAMILY = Path("artifacts/train_extended/model")
-UNIFORM = "uniform"
+UNIFORM, FINAL = "uniform", "extended"
+NOTES = {"zero_shot": "not trained", "short": "after the first stage", "extended": "after both stages"}
 SOURCES = {"zero_shot": Path("artifacts/rank/model"), "short": Path("artifacts/train_short/model"), "extended": FAMILY}
 
 
@@ -37,23 +38,42 @@ def main(budget: str) -> None:
     settings = load()
     remote_checks.check(settings, "extract")
     section = settings.extract
-    submodel = find_submodel(settings, budget)
+    submodel, dtype = find_submodel(settings, budget), getattr(torch, section.dtype) if section.dtype else None
     for version, source in SOURCES.items():
         out = OUT / budget / version
-        extract(source, submodel, out, section.heterogeneous, getattr(torch, section.dtype))
+        extract(source, submodel, out, section.heterogeneous, dtype, name=f"{budget}, {NOTES[version]}")
         if version == "zero_shot":
-            provenance.write(out, provenance.read_records("prepare_data", "parent", "rank"))
+            write_records(out)
         if section.destination is not None:
-            copy = storage.join(section.destination, budget, version)
-            upload_directory(out, copy)
-            print(f"{out}: copied to {copy}")
+            print(f"{out}: copied to {copy(out, section.destination, budget, version)}")
     print(f"{OUT / budget}: {submodel}")
     uniform = find_uniform_counterpart(submodel)
     if uniform is not None:
-        extract(SOURCES["zero_shot"], uniform, OUT / budget / UNIFORM, dtype=getattr(torch, section.dtype))
-        provenance.write(OUT / budget / UNIFORM, provenance.read_records("prepare_data", "parent", "rank"))
+        extract(SOURCES["zero_shot"], uniform, OUT / budget / UNIFORM, dtype=dtype, name=f"{budget}, {UNIFORM}")
+        write_records(OUT / budget / UNIFORM)
         print(f"{OUT / budget / UNIFORM}: {uniform}")
     write_text(OUT / budget / "submodel.json", json.dumps(submodel.to_dict()) + "\n")  # for the report
+
+
+def write_records(out: Path) -> None:
+    """Write where the weights of a model come from that has seen no training stage, also into its card."""
+    records = provenance.read_records("prepare_data", "parent", "rank")
+    provenance.write(out, records)
+    card = (out / model_card.CARD).read_text(encoding="utf-8")
+    write_text(out / model_card.CARD, model_card.with_provenance(card, records))
+
+
+def copy(out: Path, destination: str, budget: str, version: str) -> str:
+    """Copy an extracted model to `destination`, and return where it is.
+
+    On the hub, a budget is a repository. Its main branch has the final version, and each other version is a branch.
+    """
+    if hub.is_hub(destination):
+        revision = None if version == FINAL else version
+        return hub.push(out, hub.repository_of(destination, budget), revision=revision, message=f"Version {version}")
+    place = storage.join(destination, budget, version)
+    upload_directory(out, place)
+    return place
 
 
 def find_submodel(settings: Params, budget: str) -> Submodel:

@@ -4,13 +4,13 @@ DVC runs this stage every time, because only it can see whether these inputs hav
 elastic_core/io/fingerprints.py. A later stage runs again if the file that it depends on has changed:
 
 - ``corpora.json``: the files of each source in section `prepare_data`, with its held-out files and its chat template
-- ``parent.json``: the files of the parent at `parent.path`; ``tokenizer.json``: those of its tokenizer alone
+- ``parent.json``: the files of the parent at `parent.path`, or of its revision on the hub; ``tokenizer.json``: those of
+  its tokenizer alone
 - ``benchmarks.json``: the task files of section `evaluate.benchmarks`, and the data files that they name
 - ``libraries.json``: the versions of the libraries that dvc.yaml lists
 """
 
 import json
-import re
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -26,14 +26,15 @@ from elastic_core.io.tokenizer_files import is_tokenizer_file
 from tasks.corpora import hub_datasets
 from tasks.corpora.benchmark_files import check_task_files, data_places
 from tasks.corpora.sources import Source, paths_of
+from tasks.parents import hub
 from tasks.settings.load import load
 from tasks.settings.local_checks import PACKAGE, is_package
+from tasks.settings.paths import is_hub_name
 from tasks.settings.schema import Params
 
 OUT = Path("artifacts/inputs")
 LIBRARIES = OUT / "libraries.json"
 CACHE = Path("checkpoints/digests.json")
-COMMIT = re.compile("[0-9a-f]{40}")  # in full; a shorter name may be a branch
 
 
 def main() -> None:
@@ -62,15 +63,15 @@ def corpora(settings: Params, cache: DigestCache) -> dict:
     Sources from packages have none: their versions are in libraries.json.
     """
     sources = settings.prepare_data.parsed_sources()
-    before = _last(OUT / "corpora.json")
+    before = _last(OUT / "corpora.json", {str: dict})
     found = {name: _fields(source, cache, before.get(name, {})) for name, source in sources.items()}
     return {name: fields for name, fields in found.items() if fields}
 
 
-def _last(path: Path) -> dict:
-    """The fingerprints of the last time."""
+def _last(path: Path, shape=dict) -> dict:
+    """The fingerprints of the last time, if they have this shape (see `read_json`)."""
     try:
-        return read_json(path, shape={str: dict})
+        return read_json(path, shape=shape)
     except (OSError, UserError):  # it does not exist yet or is damaged
         return {}
 
@@ -89,7 +90,7 @@ def _fields(source: Source, cache: DigestCache, before: dict) -> dict:
 def _hub_dataset(name: str, revision: str | None, before: dict | None) -> dict:
     """Name and revision; of a branch or tag also the commit that it is at, or was at when the hub last told it."""
     given = {"name": name, "revision": revision}
-    if COMMIT.fullmatch(revision or ""):
+    if hub.COMMIT.fullmatch(revision or ""):
         return given
     if (commit := hub_datasets.commit_of(name, revision)) is not None:
         return given | {"commit": commit}
@@ -99,20 +100,22 @@ def _hub_dataset(name: str, revision: str | None, before: dict | None) -> dict:
 
 def parent(settings: Params, cache: DigestCache) -> dict:
     """The fingerprint of the parent's directory, or its package's version. Empty for a parent that is trained here."""
-    return _parent(settings, cache, only=None)
+    return _parent(settings, cache, "parent", only=None)
 
 
 def tokenizer(settings: Params, cache: DigestCache) -> dict:
     """The same for the files of the parent's tokenizer: other weights do not change the data."""
-    return _parent(settings, cache, only=is_tokenizer_file)
+    return _parent(settings, cache, "tokenizer", only=is_tokenizer_file)
 
 
-def _parent(settings: Params, cache: DigestCache, only: Callable[[str], bool] | None) -> dict:
+def _parent(settings: Params, cache: DigestCache, name: str, only: Callable[[str], bool] | None) -> dict:
     path = settings.parent.path
     if path is None:
         return {}
     if is_package(path):
         return {"package": path, "version": metadata.version(path.removeprefix(PACKAGE))}
+    if is_hub_name(path):
+        return hub.fingerprint(path, only, _last(OUT / f"{name}.json"))
     return fingerprint(path, cache, only)
 
 

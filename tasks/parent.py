@@ -1,6 +1,7 @@
 """Stage `parent`: get the model that the family is made from.
 
-It is imported from a directory, a URL or a pip package (`parent.path`), or trained here from scratch (`parent.model`).
+It is imported from a directory, the Hugging Face hub, a URL or a pip package (`parent.path`), or trained here from
+scratch (`parent.model`).
 """
 
 import shutil
@@ -16,19 +17,22 @@ from elastic_core import ElasticModel
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import IGNORED_LABEL, PackedSequences, TokenData, check_tokenizer, held_out_batches
 from elastic_core.errors import UserError
+from elastic_core.export import model_card
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
 from elastic_core.io.directory_transfer import download_directory
-from elastic_core.io.tokenizer_files import is_tokenizer_file
+from elastic_core.io.tokenizer_files import is_companion, is_tokenizer_file, left_out
 from elastic_core.model import architectures, hf
+from elastic_core.model.files.parent_copy import copy_model
+from elastic_core.model.files.parent_dtype import with_parent_dtype
 from elastic_core.model.files.weights import weight_file_names
-from elastic_core.model.parent_files import check_logits, check_weights
+from elastic_core.model.parent_files import check_stored_logits, check_weights
 from elastic_core.search.selection import Member
 from elastic_core.training.distributed import model_files, placement
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.run import Run
-from tasks.parents import gguf
-from tasks.parents.config import new_config, read_parent_config
+from tasks.parents import gguf, hub
+from tasks.parents.config import as_used, new_config, read_parent_config
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.runs import provenance
 from tasks.runs.job import LOCAL, Job, started
@@ -37,6 +41,7 @@ from tasks.runtime.preflight import check_family, check_parent
 from tasks.settings import remote_checks
 from tasks.settings.load import FILE, load
 from tasks.settings.local_checks import is_package
+from tasks.settings.paths import is_hub_name
 from tasks.settings.schema import Params
 from tasks.settings.sections import Evaluate, Parent
 from tasks.training.family import run_to_end, training_record
@@ -56,9 +61,10 @@ def main() -> None:
     if settings.parent.path is not None:
         begin = time.monotonic()
         with started("parent") as job:
-            import_parent(settings.parent, data)
+            source = import_parent(settings.parent, data)
             write_text(METRICS, "")
-            provenance.write_record(provenance.end(job.record, time.monotonic() - begin, provenance.describe_device()))
+            seconds, device = time.monotonic() - begin, provenance.describe_device()
+            provenance.write_record(provenance.end(job.record, seconds, device, source=source))
     else:
         run_stage(work, settings, "parent", settings.parent.training)
 
@@ -72,53 +78,65 @@ def initialise(config: PreTrainedConfig, seed: int) -> ElasticModel:
     return model
 
 
-def import_parent(parent: Parent, data: TokenData) -> None:
-    """Copy the parent from a directory, URL or package, with its weights converted to float32.
+def import_parent(parent: Parent, data: TokenData) -> str:
+    """Take over the parent from a directory, the hub, a URL or a package, with the element types of its files.
 
-    Its config.json has the `rope_scaling` of the section, and its head is untied if the section says so.
+    Returns where it came from: its path; for a model of the hub, its name and commit.
+    Its config.json has the `rope_scaling` of the section and the element type of the parent's files, and its head is
+    untied if the section says so. Memory holds one layer at a time. Files that need no change are linked or copied as
+    they are (see `copy_model`).
     Raises UserError if the parent's tokenizer is not the one that the data was made with, if weights or logits are not
     finite, and if the logits do not depend on the text.
     """
     config, where = read_parent_config(parent, 0), f"parent.path ({parent.path})"
     check_tokenizer(data, load_tokenizer(parent.path), config.vocab_size, where)
-    with local_parent(parent.path) as directory:
-        stored, reader = ElasticModel.empty(directory)
+    with local_parent(parent.path) as (directory, is_own):
+        model, reader = ElasticModel.empty(directory, config)
         if reader.has_tied_head and not parent.untie_head:
             print(f"parent: {hf.HEAD} equals the embeddings, and config.json ties them; one copy is kept")
-        check_weights(reader, list(architectures.shapes(stored.config)))  # without the head that it gets
-        model = ElasticModel.from_pretrained(directory, config=config)
+        if others := left_out(storage.states(parent.path if storage.is_url(parent.path) else directory)):
+            print(f"parent: files that the family does not keep: {', '.join(others)}")
+        check_weights(reader, list(architectures.shapes(hf.read_config(directory))))  # an untied head is no file's
         num_tokens = min(TEST_TOKENS, config.vocab_size)
-        check_logits(model, torch.arange(num_tokens)[None], where)
+        check_stored_logits(model, reader, torch.arange(num_tokens)[None], where)
+        model.config = with_parent_dtype(model.config, reader.stored(next(iter(model.layout))).entry.dtype)
         model.norm_gains = None  # of submodels, if this is an elastic checkpoint; stage `rank` measures new ones
-        model.save_pretrained(OUT, tokenizer_from=directory)
+        copy_model(model, reader, directory, OUT, may_link=not is_own)
+        name = hub.HubModel.parse(parent.path).name if is_hub_name(parent.path) else None
+        model_card.write_parent_facts(OUT, model_card.parent_facts(directory, name))
+        return hub.at_commit(parent.path, directory) if is_hub_name(parent.path) else parent.path
 
 
 @contextmanager
-def local_parent(path: str) -> Iterator[Path]:
-    """The parent as a local directory. From a URL or package, it is copied, and the copy is deleted at the end.
+def local_parent(path: str) -> Iterator[tuple[Path, bool]]:
+    """The parent as a local directory, and whether it is the user's own, whose files may change later.
 
-    The copy is beside the checkpoints and not in a temporary directory, for two reasons: that disk has space for a
-    model, and a download that was killed can be resumed file by file.
+    From a URL or package, it is copied, and the copy is deleted at the end. It is beside the checkpoints and not in a
+    temporary directory, for two reasons: that disk has space for a model, and a download that was killed can be resumed
+    file by file. From the hub, it is in the hub's cache.
     """
     copy = LOCAL / "parent-download"
+    if is_hub_name(path):
+        yield hub.fetch_model(path), False
+        return
     if is_package(path):
         gguf.write_directory(path, copy)
     elif storage.is_url(path):
         download_parent(path, copy)
     else:
-        yield Path(path)
+        yield Path(path), True
         return
     try:
-        yield copy
+        yield copy, False
     finally:
         shutil.rmtree(copy)
 
 
 def download_parent(path: str, copy: Path) -> None:
     """Download configuration, tokenizer and weights of a model from a URL to the directory `copy`."""
-    weights = weight_file_names(path)
+    keep = {*weight_file_names(path), model_card.CARD}  # the card tells the licence
     shutil.rmtree(copy, ignore_errors=True)
-    download_directory(path, copy, only=lambda name: is_tokenizer_file(name) or name in weights)
+    download_directory(path, copy, only=lambda name: is_tokenizer_file(name) or is_companion(name) or name in keep)
 
 
 def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:
@@ -130,7 +148,7 @@ def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:
     manifest = data.manifest
     eos = manifest.eos_token_id
     tokens = {"eos_token_id": eos, "bos_token_id": manifest.bos_token_id, "pad_token_id": eos}
-    config = new_config(settings.parent.model, manifest.vocab_size, **tokens)
+    config = as_used(new_config(settings.parent.model, manifest.vocab_size, **tokens), settings.parent)
     model = initialise(config, settings.seed)
     if ranks.rank == 0:
         print(
@@ -145,6 +163,7 @@ def train_parent(settings: Params, job: Job, ranks: Ranks) -> None:
         seed=settings.seed,
         checkpoints=job.checkpoints(settings),
         ranks=ranks,
+        execution=settings.compute.execution,
     )
     run_to_end(run, settings, job, METRICS)
     model_files.save_pretrained(model, OUT, ranks, tokenizer_from=DATA / "tokenizer")

@@ -109,7 +109,8 @@ def prepare(
 ) -> Manifest:
     """Write the data directory `out_dir`: token files (see elastic_core.data.token_files), `tokenizer/` and `lm_eval/`.
 
-    - `tokenizer_source`: the directory, URL or package of the tokenizer. None: train one on the training splits.
+    - `tokenizer_source`: the directory, URL, name on the hub or package of the tokenizer. None: train one on the
+      training splits.
     - `threads`: the number of threads that encode text (None: one per core). It does not change the files.
     - `work`: a directory for unfinished files, on the disk of `out_dir`. A call that was stopped goes on there, when it
       is made again with the same arguments. None: a stopped call starts over.

@@ -10,7 +10,9 @@ gc.disable()  # until all tests are collected
 # The longest groups begin first, so that no worker of pytest-xdist is left alone with one of them at the end.
 LONG_FIRST = ("browser", "kill", "server", "ray", "slow", "s3")
 
-pytest_plugins = ["tests.support.runs", "tests.support.places", "tests.support.committed_params"]
+pytest_plugins = [
+    *("tests.support.runs", "tests.support.places", "tests.support.committed_params", "tests.support.hub_server"),
+]
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DO_NOT_TRACK="1")
 
 

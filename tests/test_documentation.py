@@ -5,6 +5,7 @@ Fenced blocks are tried by their language: bash, json, python and yaml. Blocks o
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -31,6 +32,8 @@ from flows.cli.app import app
 from tasks.commands import find_family
 from tasks.corpora.conversations.messages import Fields, conversation
 from tasks.parents.config import new_config
+from tasks.serving.family import Family
+from tasks.serving.jobs import Limits
 from tasks.settings import replaced
 from tasks.settings.load import read
 from tasks.settings.merging import merge, profile_names
@@ -39,9 +42,11 @@ from tests.support import documentation
 from tests.support.committed_params import COMMITTED, ROOT
 from tests.support.documentation import OWN, PACKAGES, PAGES, README, blocks_of, commands, name_of, spans, split_page
 from tests.support.models.parents import random_elastic
+from tests.support.models.running_server import running_server
 from tests.support.pipeline.command_line import call, error_of
 
 OTHERS = [ROOT / "benchmarks/NOTES.md", *sorted((ROOT / "benchmarks/results").glob("*.md"))]  # only links are tried
+SERVER = "http://127.0.0.1:8000"  # of `elastic serve`
 LANGUAGES = {"bash", "json", "python", "yaml", "text"}
 
 
@@ -121,7 +126,7 @@ def test_configuration_has_every_parameter():
 
 def test_configuration_has_every_profile_and_every_replaced_parameter():
     named = spans(ROOT / "docs/configuration.md")
-    rows = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "docs/configuration.md").read_text().split("## ")[1], re.MULTILINE)
+    rows = re.findall(r"^\| `([\w.-]+)` \|", (ROOT / "docs/configuration.md").read_text().split("## ")[1], re.MULTILINE)
     assert sorted(rows) == sorted(profile_names())
     for path in replaced.KEYS:
         assert any(path.rpartition(".")[2] in span for span in named), path
@@ -254,7 +259,12 @@ def moved(text: str, workspace: Path) -> str:
 def test_every_python_block_runs(block, inside):
     call("extract", inside / "small", "--budget", "small", "--force")  # which the page of serving reads
     namespace = types.ModuleType("block").__dict__
-    exec(compile(moved(block.text, inside), str(block), "exec"), namespace)
+    with contextlib.ExitStack() as running:
+        text = moved(block.text, inside)
+        if SERVER in text:
+            address, _ = running.enter_context(running_server(Family(find_family.FAMILY), Limits()))
+            text = text.replace(SERVER, address)
+        exec(compile(text, str(block), "exec"), namespace)
     if block.page == "README.md":
         assert len(block.text.splitlines()) <= 14
         assert namespace["logits"].shape == (4, 64, 1024)

@@ -24,6 +24,7 @@ ROOMS = {
             "training",
             "evaluation",
             "reporting",
+            "serving",
             "commands",
         ),
         *(
@@ -50,6 +51,7 @@ CORE = {"torch", "transformers", "numpy", "safetensors", "tokenizers"}
 STORAGE = {"elastic_core/io/filesystem.py": {"fsspec", "botocore", "aiohttp"}}
 TEMPLATE_ERRORS = {"elastic_core/data/chat_template.py": {"jinja2"}}  # torch needs it; chat templates are its templates
 CONFIG_ERRORS = {"elastic_core/model/hf.py": {"huggingface_hub"}}  # the errors of transformers' configurations
+HUB = {f"elastic_core/{name}.py": {"huggingface_hub"} for name in ("export/model_card", "export/hub", "io/hub_errors")}
 KERNELS = {"elastic_core/model/ops/kernels.py": {"mamba_ssm", "causal_conv1d"}}  # where they are installed, on a GPU
 OPTIONAL = {
     "aiohttp",
@@ -65,16 +67,22 @@ OPTIONAL = {
     "lm_eval",
     "mamba_ssm",
     "pandas",
+    "prometheus_client",
     "pyarrow",
     "ray",
     "s3fs",
     "sympy",
     "tensorboard",
+    "torchao",
+    "uvicorn",
     "vl_convert",
+    "vllm",
     "wandb",
     "yaml",
 }
+LOW_BIT = {"elastic_core/training/low_bit.py": {"torchao"}}  # where it is installed
 RAY = {"tasks/runtime/launch.py", "tasks/runtime/ray_cluster.py"}
+LM_EVAL = {"tasks/evaluation/lm_eval_model.py", "tasks/evaluation/lm_eval_tasks.py"}
 DVC = {"flows/process/dvc_repro.py", "tasks/runs/dvc.py"}  # to run stages, and in a stage
 
 
@@ -209,7 +217,7 @@ def test_the_core_needs_little(path):
         CORE
         | {"elastic_core"}
         | sys.stdlib_module_names
-        | (STORAGE | KERNELS | CONFIG_ERRORS | TEMPLATE_ERRORS).get(name_of(path), set())
+        | (STORAGE | KERNELS | LOW_BIT | CONFIG_ERRORS | HUB | TEMPLATE_ERRORS).get(name_of(path), set())
     )
     if path.name.endswith(".py.txt"):  # travels with exported models, so it knows transformers only
         allowed = (allowed | {"huggingface_hub"}) - {"elastic_core"}
@@ -242,11 +250,11 @@ def test_optional_packages_are_imported_in_one_file_each():
     several = {
         "datasets": {"tasks/corpora/hub_datasets.py", "tasks/evaluation/lm_eval_tasks.py"},
         "dvc": DVC,
-        "jinja2": templates | {"tasks/corpora/conversations/rendering.py"},
+        "jinja2": templates | {f"tasks/corpora/conversations/{name}.py" for name in ("jinja_templates", "rendering")},
+        "lm_eval": LM_EVAL,
         "ray": RAY,
     }
     assert {name: paths for name, paths in users.items() if len(paths) > 1} == several
-    assert users["lm_eval"] == {"tasks/evaluation/lm_eval_tasks.py"}
     assert users["altair"] == {"tasks/reporting/charts.py"}
     assert users["mamba_ssm"] == users["causal_conv1d"] == {"elastic_core/model/ops/kernels.py"}
     assert users["tensorboard"] == users["wandb"] == {"tasks/progress/tracking.py"}

@@ -19,7 +19,7 @@ from elastic_core.config import ConfigError
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint
-from elastic_core.io.digests import file_digest
+from elastic_core.io.fingerprints import file_digest
 from elastic_core.io.json_files import read_json
 from elastic_core.model import hf
 from elastic_core.model.submodel import Submodel

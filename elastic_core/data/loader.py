@@ -142,14 +142,19 @@ class PackedSequences:
 
     def batch(self, first: int, count: int) -> Batch:
         """Samples `first` to `first + count - 1`, each tensor (count, L)."""
+        return self.batch_of_rows(self.rows(first, count))
+
+    def rows(self, first: int, count: int) -> list[tuple[int, int]]:
+        """(index of the source in `sources`, number of its row) of each sample. An epoch has every row once."""
         samples = np.arange(first, first + count)
         sources = self.source_indices(first, count)
         turns = samples // len(self._schedule) * self._counts[sources]
         turns += self._earlier[samples % len(self._schedule)]
-        picks = [
-            (self.sources[s], self._rows[s].parts(self._shuffled_row(int(s), int(turn))))
-            for s, turn in zip(sources, turns, strict=True)
-        ]
+        return [(int(s), self._shuffled_row(int(s), int(turn))) for s, turn in zip(sources, turns, strict=True)]
+
+    def batch_of_rows(self, rows: list[tuple[int, int]]) -> Batch:
+        """The sequences of rows as `rows` gives them, each tensor (number of rows, L)."""
+        picks = [(self.sources[s], self._rows[s].parts(row)) for s, row in rows]
         return _read_batch(self._data, "train", picks, self.sequence_length)
 
     def _packed(self, source: str) -> PackedRows:

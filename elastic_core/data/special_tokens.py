@@ -14,7 +14,7 @@ from elastic_core.data.chat_template import end_of_turn_id
 from elastic_core.data.tokenizer import load_tokenizer
 from elastic_core.errors import UserError
 from elastic_core.io.json_files import read_json
-from elastic_core.io.tokenizer_files import TOKENIZERS, copy_tokenizer
+from elastic_core.io.tokenizer_files import TOKENIZERS, copy_companions, copy_tokenizer
 
 FILE = "generation_config.json"
 NAMES = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -53,12 +53,13 @@ def token_ids(generation: dict) -> dict:
 
 
 def write_text_files(directory: Path, source: str | os.PathLike | None, generation: dict) -> None:
-    """Copy the tokenizer files of `source` to `directory`, and write `generation` as generation_config.json.
+    """Copy the tokenizer files of `source`, its licence and its parsers, and write generation_config.json.
 
-    A file in `source` that has the same values is copied as it is.
+    `generation`: the values of that file. A file in `source` that has the same values is copied as it is.
     """
     if source is not None:
         copy_tokenizer(source, directory)
+        copy_companions(source, directory)
     if (directory / FILE).is_file() and read_json(directory / FILE) == generation:
         return
     (directory / FILE).write_text(json.dumps(generation, indent=2, sort_keys=True) + "\n", encoding="utf-8")

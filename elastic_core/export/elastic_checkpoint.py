@@ -18,6 +18,8 @@ from elastic_core.model import hf, norm_gains
 from elastic_core.model.submodel import Submodel, full_submodel
 from elastic_core.search.selection import Member
 
+BudgetLike = str | float | Submodel  # a trained budget's name, a target, or a Submodel
+
 FILE = "elastic.json"
 SHAPE = {
     **{"cost": (str, dict), "budgets": {str: {"target": float, "submodel": dict}}, "path": [dict]},

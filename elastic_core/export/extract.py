@@ -18,7 +18,7 @@ from torch import Tensor
 
 from elastic_core.data import special_tokens
 from elastic_core.errors import UserError
-from elastic_core.export import elastic_checkpoint
+from elastic_core.export import elastic_checkpoint, model_card
 from elastic_core.io.atomic import whole_directory
 from elastic_core.io.provenance_file import copy_provenance
 from elastic_core.io.tensor_files import Entry, Stored
@@ -26,6 +26,8 @@ from elastic_core.model import architectures, hf, norm_gains
 from elastic_core.model.axes import PER_LAYER, WIDTHS
 from elastic_core.model.dims import kept_rows, layer_index, layer_of
 from elastic_core.model.files.experts import is_stacked, matrices, matrix_name
+from elastic_core.model.files.parent_dtype import parent_dtype, with_parent_dtype
+from elastic_core.model.files.weights import shard_bytes
 from elastic_core.model.submodel import Submodel, keys_of
 
 
@@ -35,6 +37,7 @@ def extract(
     out_directory: str | os.PathLike,
     heterogeneous: str = "remote_code",
     dtype: torch.dtype | None = None,
+    name: str | None = None,
 ) -> Submodel:
     """Write a submodel of a checkpoint directory to `out_directory`, and return it with all of its sizes set.
 
@@ -44,7 +47,9 @@ def extract(
     - `heterogeneous`: how to write widths that differ between layers. ``remote_code`` adds a modeling file; load the
       directory with ``trust_remote_code=True``. ``pad`` fills the MLPs with zeros up to the widest one. The result
       computes the same and loads everywhere. A homogeneous submodel needs neither: it is a stock directory.
-    - `dtype`: the element type of the written tensors (None: as stored).
+    - `dtype`: the element type of the written tensors. None: that of the parent's files, if the family was made from
+      an existing parent (parent_dtype.py), else as stored. A few small tensors stay in float32 (see `stored_in`).
+    - `name`: the name of the budget in the model card (None: the budget as it was given).
 
     Norms have the gains of this submodel (norm_gains.py). The tokenizer and its chat template come along, and
     generation stops at the same tokens (see special_tokens.py).
@@ -59,10 +64,14 @@ def extract(
         )
     config = hf.read_config(elastic_directory)
     if not isinstance(submodel_or_budget, Submodel):
+        name = str(submodel_or_budget) if name is None else name
         submodel_or_budget = elastic_checkpoint.find_submodel(elastic_directory, submodel_or_budget)
     submodel = submodel_or_budget.resolve(config)
     pad = heterogeneous == "pad" and not submodel.is_homogeneous
-    generation = special_tokens.generation_values(config, elastic_directory)
+    dtype = dtype or parent_dtype(config, str(elastic_directory))
+    config = with_parent_dtype(config, None)
+    no_cache = architectures.cache_values(config, submodel.kept_layers)
+    generation = special_tokens.generation_values(config, elastic_directory) | no_cache
     changes = config_changes(config, submodel, pad) | special_tokens.token_ids(generation)
     reader = hf.TensorReader(elastic_directory)
     tensors = _sliced_tensors(reader, config, submodel, pad, dtype)
@@ -71,12 +80,15 @@ def extract(
         changes["dtype"] = str(dtype).removeprefix("torch.")
     with whole_directory(out_directory) as partial:
         hf.write_config(partial, config, **changes)
-        hf.write_tensors(partial, {name: sliced.entry for name, sliced in tensors.items()}, tensors.items())
+        entries = {name: sliced.entry for name, sliced in tensors.items()}
+        hf.write_tensors(partial, entries, tensors.items(), shard_bytes(elastic_directory))
         if "auto_map" in changes:
             file = architectures.of(config).MODELING_FILE
             (partial / file).write_text(resources.files("elastic_core.export").joinpath(file + ".txt").read_text())
         special_tokens.write_text_files(partial, elastic_directory, generation)
         copy_provenance(elastic_directory, partial)
+        card = model_card.card_of_submodel(elastic_directory, config, submodel, name, "auto_map" not in changes)
+        (partial / model_card.CARD).write_text(card, encoding="utf-8")
     return submodel
 
 
@@ -98,7 +110,7 @@ def _sliced_tensors(reader, config, submodel: Submodel, pad: bool, dtype) -> dic
             continue
         shape = tuple(dim.count(final) for dim in dims)
         stored, kept = reader.stored(name), [kept_rows(dim, sizes) for dim in dims]
-        held = None if dtype is None else architectures.held_in(config, name, dtype)
+        held = architectures.stored_in(config, name, dtype or stored.entry.dtype)
         if layer is not None:
             name = name.replace(f"layers.{layer}.", f"layers.{number[layer]}.", 1)
         if is_stacked(name):
@@ -216,6 +228,7 @@ def config_changes(config, submodel: Submodel, pad: bool = False) -> dict:
     if problem is not None:
         raise UserError(problem)
     changes = architecture.config_changes(config, submodel.kept_layers, widths)
+    changes |= architectures.cache_values(config, submodel.kept_layers)
     if any(isinstance(widths.get(field), list) for field in PER_LAYER):
         module = architecture.MODELING_FILE.removesuffix(".py")
         names = zip(("AutoConfig", "AutoModelForCausalLM"), architecture.REMOTE_CLASSES, strict=True)

@@ -18,10 +18,15 @@ from pathlib import Path
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
-from elastic_core.io.digests import file_digest
 from elastic_core.io.json_files import read_json
 
 SMALL_BYTES = 64 << 20
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(location: storage.Location, cache: DigestCache, only: Callable[[str], bool] | None = None) -> dict:

@@ -162,6 +162,15 @@ def kept_rows(dim: Dim, sizes: Mapping[str, int]) -> int | Tensor:
     return _kept_rows(dim, tuple(sizes.get(leaf.key, leaf.size) for leaf in dim.leaves()))
 
 
+def rows_key(dim: Dim, sizes: Mapping[str, int]) -> tuple:
+    """What `kept_rows` depends on. It is equal for the same dimension of layers with equal sizes."""
+    if isinstance(dim, Fixed):
+        return (dim.size,)
+    if isinstance(dim, Units):
+        return dim.size, dim.groups, sizes.get(dim.key, dim.size)
+    return type(dim), *(rows_key(part, sizes) for part in dim.parts)
+
+
 def narrow(tensor: Tensor, dims: tuple[Dim, ...], sizes: Mapping[str, int]) -> Tensor:
     """Narrow every dimension of `tensor` to `sizes`: a view where the kept rows are a prefix, else a gather."""
     return take(tensor, [kept_rows(dim, sizes) for dim in dims])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic_core.errors import UserError
+from elastic_core.model.ops.device_copy import to_device
 
 
 class Documents:
@@ -22,6 +23,7 @@ class Documents:
     - `is_inner_start` (B, L) bool: the same positions.
     - `lengths`: the number of positions of every document, one row after another.
     - `cumulative_lengths` (N + 1,) int32: 0, and the end of every document, as numbers of positions in all rows.
+    - `row_length`: L, or more if these are parts of longer rows (ops/parts.py).
     - `uncompiled(function, *args)` calls a function that reads `lengths`, or one of the tensors that are as long as
       there are documents. torch.compile must not trace it: it would make new graphs for every batch.
     """
@@ -29,18 +31,19 @@ class Documents:
     def __init__(self, document_ids: Tensor, device: torch.device):
         """`document_ids` (B, L) int64, in CPU memory: the lengths are read from it."""
         batch, length = document_ids.shape
+        self.row_length = length
         is_start = torch.ones(batch, length, dtype=torch.bool)
         is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         starts = is_start.flatten().nonzero().flatten()
         ends = torch.cat([starts[1:], torch.tensor([batch * length])])
         positions = torch.arange(batch * length) - starts.repeat_interleave(ends - starts)
         self.lengths: list[int] = (ends - starts).tolist()
-        self.ids = (is_start.cumsum(1) - 1).to(torch.int32).to(device, non_blocking=True)
-        self.positions = positions.view(batch, length).to(device, non_blocking=True)
-        self.inner_starts = starts[starts % length > 0].to(device, non_blocking=True)
+        self.ids = to_device((is_start.cumsum(1) - 1).to(torch.int32), device)
+        self.positions = to_device(positions.view(batch, length), device)
+        self.inner_starts = to_device(starts[starts % length > 0], device)
         is_start[:, 0] = False
-        self.is_inner_start = is_start.to(device, non_blocking=True)
-        self.cumulative_lengths = torch.cat([starts, ends[-1:]]).to(torch.int32).to(device, non_blocking=True)
+        self.is_inner_start = to_device(is_start, device)
+        self.cumulative_lengths = to_device(torch.cat([starts, ends[-1:]]).to(torch.int32), device)
         self._masks: dict[torch.dtype, Tensor] = {}
         # Whoever compiles has imported the compiler. Without it, its import would take a second.
         self.uncompiled = _disabled_call() if "torch._dynamo" in sys.modules else _call

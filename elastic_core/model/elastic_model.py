@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from elastic_core.io.tensor_files import Entry
 from elastic_core.model import architectures, hf, norm_gains
 from elastic_core.model.dims import Layout
 from elastic_core.model.documents import Documents, documents_of
+from elastic_core.model.files.weights import shard_bytes
 from elastic_core.model.hf import HEAD
 from elastic_core.model.layers import Norm, add_parameters, part_of
 from elastic_core.model.slicing import Observer, Slice
@@ -136,7 +138,8 @@ class ElasticModel(nn.Module):
         """Write a Hugging Face directory of the whole model, complete or not at all.
 
         `tokenizer_from` is a directory with the tokenizer and chat template to copy. The special tokens are the same in
-        all files (see special_tokens.py). Raises UserError if `directory` exists and is not a model directory.
+        all files (see special_tokens.py). Files of weights are at most as large as those there.
+        Raises UserError if `directory` exists and is not a model directory.
         """
         parameters = dict(self.named_parameters())
         self.write(directory, ((name, parameters[name].detach().cpu()) for name in self.layout), tokenizer_from)
@@ -154,11 +157,25 @@ class ElasticModel(nn.Module):
             entry = Entry(parameters[name].dtype, tuple(parameters[name].shape))
             entries |= hf.disk_entries(name, entry, disk_name)
         written = (found for name, rows in tensors for found in hf.disk_tensors(name, rows, disk_name))
-        generation = special_tokens.generation_values(self.config, tokenizer_from)
-        changes = special_tokens.token_ids(generation) | {"dtype": str(self._any_matrix().dtype).removeprefix("torch.")}
+        dtype, most = self._any_matrix().dtype, shard_bytes(tokenizer_from)
+        self.write_with(
+            directory, lambda partial: hf.write_tensors(partial, entries, written, most), dtype, tokenizer_from
+        )
+
+    def write_with(
+        self,
+        directory: str | os.PathLike,
+        write_weights: Callable[[Path], None],
+        dtype: torch.dtype,
+        tokenizer_from: str | os.PathLike | None = None,
+    ) -> None:
+        """As `save_pretrained`, where `write_weights` fills the new directory with safetensors files of `dtype`."""
+        no_cache = architectures.cache_values(self.config)
+        generation = special_tokens.generation_values(self.config, tokenizer_from) | no_cache
+        changes = special_tokens.token_ids(generation) | no_cache | {"dtype": str(dtype).removeprefix("torch.")}
         with whole_directory(directory) as partial:
             hf.write_config(partial, self.config, **changes)
-            hf.write_tensors(partial, entries, written)
+            write_weights(partial)
             special_tokens.write_text_files(partial, tokenizer_from, generation)
             if self.norm_gains is not None:
                 self.norm_gains.write(partial)
@@ -175,18 +192,22 @@ class ElasticModel(nn.Module):
         """
         submodel = (submodel or self.full).resolve(self.config)
         sizes, gains = submodel.sizes(self.config), self.gains_of(submodel)
-        return Slice(self.layout, self._any_matrix().device, sizes, submodel.kept_layers, gates, observe, gains)
+        return Slice(self.layout, self._device(), sizes, submodel.kept_layers, gates, observe, gains)
 
     def gains_of(self, submodel: Submodel) -> norm_gains.Gains:
         """The gains of a resolved submodel's norms, where they are not those of the whole model."""
         if self.norm_gains is None or submodel == self.full:
             return {}
-        device = self._any_matrix().device
+        device = self._device()
         gains = self.norm_gains.of(self.config, submodel, self.get_parameter)
         return {name: gain.to(device) for name, gain in gains.items()}
 
     def _any_matrix(self) -> Tensor:
         return self.get_parameter(next(iter(self.layout)))
+
+    def _device(self) -> torch.device:
+        """Where the model computes. Shards of matrices may be in CPU memory; norms are not sharded."""
+        return next(self.model.final_norm.parameters()).device
 
     def hidden_states(
         self,

@@ -20,9 +20,8 @@ from elastic_core.model import architectures
 from elastic_core.model.architectures import HEAD
 from elastic_core.model.axes import PER_LAYER
 from elastic_core.model.files.experts import StoredStack, is_stacked, matrix_name, place_in_stack
-from elastic_core.model.files.weights import weight_map
+from elastic_core.model.files.weights import SHARD_BYTES, weight_map
 
-SHARD_BYTES = 5 * 2**30  # of one safetensors file
 # Configuration values that have to be 1 or more, as far as an architecture has them.
 SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -277,5 +276,5 @@ def write_config(directory: Path, config, **changes) -> None:
     values.pop("auto_map", None)  # it names modeling files that are not copied
     architecture = architectures.of(config)
     values |= {"architectures": [architecture.MODELS[config.model_type][1]], **changes}
-    values |= architecture.file_values(values)
+    values = architecture.file_values(values)
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from elastic_core.model.dims import Layout
 from elastic_core.model.documents import Documents
 from elastic_core.model.ops.norm import rms_norm
+from elastic_core.model.ops.parts import attention_with_earlier_parts
+from elastic_core.model.ops.parts import part_of as part_of_rows
 from elastic_core.model.slicing import Slice
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
     """
     if documents is None:
         y = _attention(query, key, value, is_causal=True)
+    elif part_of_rows(documents) is not None:
+        has_flash = _has_flash_attention(query.device, query.dtype, query.shape[-1])
+        kernel = _packed_attention if has_flash else None
+        y = documents.uncompiled(attention_with_earlier_parts, query, key, value, documents, kernel)
     elif has_mask(query.shape[1], query.dtype, query.is_cuda):
         y = _attention(query, key, value, attn_mask=documents.mask(query.dtype))
     elif _has_flash_attention(query.device, query.dtype, query.shape[-1]):
@@ -95,8 +101,12 @@ def _has_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
+    if query.is_cuda and query.dtype not in LOW_PRECISION:
+        # The kernel that never holds all scores takes float32 only if keys have as many heads as queries. Otherwise
+        # torch stores the scores of all pairs of positions, which are far larger than the copies here.
+        key, value = (t.repeat_interleave(query.shape[2] // t.shape[2], dim=2) for t in (key, value))
     tensors = (t.transpose(1, 2) for t in (query, key, value))
-    return F.scaled_dot_product_attention(*tensors, enable_gqa=True, **mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(*tensors, enable_gqa=query.shape[2] != key.shape[2], **mask).transpose(1, 2)
 
 
 def _attention_by_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
@@ -108,9 +118,15 @@ def _attention_by_document(query: Tensor, key: Tensor, value: Tensor, documents:
 
 def _variable_length_attention(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
     """Flash attention over documents of different lengths, in one kernel."""
-    from torch.nn.attention.varlen import varlen_attn  # imports the compiler, for which a stage's start would wait
-
     ends, longest = documents.cumulative_lengths, max(documents.lengths)
     tensors = (t.flatten(0, 1) for t in (query, key, value))
-    y = varlen_attn(*tensors, ends, ends, longest, longest, window_size=CAUSAL, enable_gqa=True)
-    return y.view(query.shape)
+    return _packed_attention(*tensors, ends, ends, longest, longest).view(query.shape)
+
+
+def _packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, key_ends: Tensor, longest: int, longest_key: int
+) -> Tensor:
+    """A document with fewer queries than keys has its last queries: the last query sees all keys."""
+    from torch.nn.attention.varlen import varlen_attn  # imports the compiler, for which a stage's start would wait
+
+    return varlen_attn(query, key, value, ends, key_ends, longest, longest_key, window_size=CAUSAL, enable_gqa=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from elastic_core.io.filesystem import Location
 from elastic_core.io.tokenizer_files import TOKENIZER_FILES
 from elastic_core.model import architectures, hf
 from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.model.files.stored_forward import stored_logits
 
 BLOCK_VALUES = 1 << 22  # of a tensor that are checked at one time
 ROUNDING = 1e-5  # of the largest logit; smaller differences are rounding in float32
@@ -62,13 +65,27 @@ def check_logits(model: ElasticModel, input_ids: Tensor, where: str) -> None:
 
     input_ids (B, L) int64 of different tokens. `where` starts the message.
     """
-    logits = model(input_ids).float()  # (B, L, vocab)
+    are_zero = ((name, not bool(parameter.any())) for name, parameter in model.named_parameters())
+    judge_logits(model(input_ids).float(), are_zero, where)
+
+
+def check_stored_logits(model: ElasticModel, reader: hf.TensorReader, input_ids: Tensor, where: str) -> None:
+    """The same for weights in files; memory holds one layer at a time. `model` is on the meta device."""
+    are_zero = ((name, not bool(reader.read(name).any())) for name, _ in model.named_parameters())
+    judge_logits(stored_logits(model, reader, input_ids), are_zero, where)
+
+
+def judge_logits(logits: Tensor, are_zero: Iterable[tuple[str, bool]], where: str) -> None:
+    """Raise UserError for logits (B, L, vocab) that are not finite, or the same for every token and position.
+
+    are_zero: for every parameter, its name and whether it is all zero; read only for the message.
+    """
     if not bool(logits.isfinite().all()):
         raise UserError(f"{where}: the model computes NaN or infinite logits; copy the model again")
     negligible = ROUNDING * logits.abs().max()
     by_token, by_position = (logits.amax(dim) - logits.amin(dim) for dim in (2, 1))
     if by_token.max() <= negligible or by_position.max() <= negligible:
         what = "every token" if by_token.max() <= negligible else "every text"
-        zero = [name for name, parameter in model.named_parameters() if not bool(parameter.any())]
+        zero = [name for name, is_zero in are_zero if is_zero]
         weights = f"; {len(zero)} tensors are all zero, such as {', '.join(zero[:NAMED])}" if zero else ""
         raise UserError(f"{where}: the model's logits are the same for {what}{weights}; it has learnt nothing")

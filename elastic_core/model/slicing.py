@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from elastic_core.model.dims import Dim, Layout, kept_rows, take
+from elastic_core.model.dims import Dim, Layout, kept_rows, rows_key, take
+from elastic_core.model.ops.device_copy import all_to_device
 
 Observer = Callable[[str, Tensor, Tensor | None, Tensor | None], None]
 
@@ -47,10 +48,7 @@ class Slice:
         self.gates = {key: shared[id(gate)] for key, gate in (gates or {}).items()}
         # Computed once per slice and not in every forward. So a compiled forward sees constants, and an index is copied
         # to the device once.
-        self._rows: dict[Dim, int | Tensor] = {}
-        for dim in {dim for dims in layout.values() for dim in dims}:
-            rows = kept_rows(dim, self.sizes)
-            self._rows[dim] = rows.to(device) if isinstance(rows, Tensor) else rows
+        self._rows = _rows_on_device({dim for dims in layout.values() for dim in dims}, sizes, device)
         self._observe = observe
         self._num_live: dict[str, Tensor] = {}
 
@@ -124,6 +122,15 @@ class Slice:
         """Call the observer, if there is one (see the class)."""
         if self._observe is not None:
             self._observe(key, activation, writes, owners)
+
+
+def _rows_on_device(dims: set[Dim], sizes: Mapping[str, int], device: torch.device) -> dict[Dim, int | Tensor]:
+    """`kept_rows` of every dimension, on `device`. Layers with equal sizes share one index."""
+    rows = {dim: kept_rows(dim, sizes) for dim in dims}
+    keys = {dim: rows_key(dim, sizes) for dim, found in rows.items() if isinstance(found, Tensor)}
+    different = {key: rows[dim] for dim, key in keys.items()}
+    on_device = dict(zip(different, all_to_device(list(different.values()), device), strict=True))
+    return rows | {dim: on_device[key] for dim, key in keys.items()}
 
 
 class _Gated(torch.autograd.Function):

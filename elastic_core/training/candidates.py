@@ -26,7 +26,6 @@ from torch import Tensor
 from elastic_core.cost.budgets import TOLERANCE
 from elastic_core.data.loader import IGNORED_LABEL
 from elastic_core.model import architectures
-from elastic_core.model.documents import documents_of
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.search.selection import combinations_with_room, propose, select_family
 from elastic_core.training.distributed.placement import reshard
@@ -175,11 +174,10 @@ def _measure(
     sums = torch.zeros(len(candidates) + 1, dtype=torch.float64, device=device)
     what, done, total = progress
     per_part = run.stage.batch_size // run.stage.microbatches
-    own_part = run.ranks.part(per_part)
     with torch.compiler.set_stance("force_eager"), precision(run.stage, device):  # a slice is not worth a graph
         for part in parts:
-            batch = run.data.batch(part * per_part + own_part.start, own_part.stop - own_part.start).to(device)
-            documents = documents_of(batch.document_ids, batch.input_ids)
+            batch = run.batch(part * per_part, per_part).to(device)
+            documents = run.documents(batch, batch.input_ids)
             full = run.slice_of(model)
             states = model.hidden_states(batch.input_ids, full, documents)
             teacher = states, model.head(full)  # Read after the forward pass: only then is a sharded head gathered.

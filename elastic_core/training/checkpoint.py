@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from elastic_core.errors import UserError
 from elastic_core.io import storage
-from elastic_core.io.digests import file_digest
 from elastic_core.io.directory_transfer import download_files
+from elastic_core.io.fingerprints import file_digest
 from elastic_core.training.distributed.ranks import Ranks
 
 logger = logging.getLogger(__name__)

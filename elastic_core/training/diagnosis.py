@@ -7,7 +7,6 @@ from torch import Tensor
 from elastic_core.data.loader import Batch
 from elastic_core.model import architectures
 from elastic_core.model.dims import layer_index
-from elastic_core.model.documents import documents_of
 from elastic_core.training.distributed.gradients import local
 from elastic_core.training.run import Run, named_parameters
 
@@ -90,7 +89,7 @@ def layer_statistics(run: Run, sliced, batch: Batch) -> list[tuple[str, float, f
     handles.append(decoder.final_norm.register_forward_hook(recorder("the final norm")))
     try:
         input_ids = batch.input_ids.to(run.ranks.device)
-        run.model.hidden_states(input_ids, sliced, documents_of(batch.document_ids, input_ids))
+        run.model.hidden_states(input_ids, sliced, run.documents(batch, input_ids))
     finally:
         for handle in handles:
             handle.remove()

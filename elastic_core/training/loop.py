@@ -28,12 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from elastic_core.data.loader import IGNORED_LABEL, Batch
-from elastic_core.model.documents import documents_of
+from elastic_core.model.ops.device_copy import to_device
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.diagnosis import NonFiniteError, explain_gradient, explain_loss
 from elastic_core.training.distributed.gradients import average_gradients, clip_gradients, gradient_norm
+from elastic_core.training.distributed.placement import reduce_in_last
 from elastic_core.training.losses import distillation_loss
-from elastic_core.training.routing import choose_slice, router_entropy, settle
+from elastic_core.training.routing import choose_slice, kept_layers, router_entropy, settle
 from elastic_core.training.run import Run, matches_states, precision, resume, save, teacher_of, trained_modules
 from elastic_core.training.stage import assign_budgets
 from elastic_core.training.state_matching import StateMatching
@@ -85,10 +86,17 @@ def train_step(run: Run) -> dict:
     assigned = assign_budgets(run.shares, stage.microbatches, run.seed, run.step)
     mode = "hard" if run.members else "soft"
     results = accumulate_gradients(run, assigned)
-    average_gradients(modules.values(), run.ranks)
+    # On a GPU, the router's gradients are made of numbers that are read together with the losses.
+    is_late = any(result["gates"] is not None for result in results)
+    average_gradients([module for name, module in modules.items() if not (is_late and name == "router")], run.ranks)
+    norm = gradient_norm(gradients_to_clip(modules)[0])
+    microbatches, model_norm, gate_gradients = fetch_numbers(run, assigned, results, norm)
+    if is_late:
+        router_backward(run, results, gate_gradients)
+        average_gradients([run.router], run.ranks)
     gradients = gradients_to_clip(modules)
-    norms = [gradient_norm(part) for part in gradients]
-    microbatches, norm_values = fetch_numbers(run, assigned, results, norms)
+    norms = [norm, *(gradient_norm(part) for part in gradients[1:])]
+    norm_values = [model_norm, *(part.item() for part in norms[1:])]
     if all(map(math.isfinite, [*norm_values, *(result["total"] for result in microbatches)])):
         for part, norm in zip(gradients, norms, strict=True):
             clip_gradients(part, stage.gradient_clip, norm)
@@ -122,45 +130,59 @@ def gradients_to_clip(modules: dict[str, nn.Module]) -> list[list[Tensor]]:
 def accumulate_gradients(run: Run, assigned: list[str]) -> list[dict]:
     """Run forward and backward pass of every microbatch. `assigned`: the budget of each. Returns this rank's losses.
 
+    On a GPU, `router_backward` must follow for the gradients of a router.
+
     With FSDP, a block reduces its gradients over ranks after every microbatch that runs it, and not only in the last
-    microbatch: the budget of the last one may not keep this layer, and then its gradients would never be reduced.
+    microbatch: the budget of the last one may not keep this layer, and then its gradients would never be reduced. With
+    `reduce_once`, it does so after the last microbatch that runs it.
     """
+    layers = kept_layers(run, assigned) if run.execution.reduce_once and run.ranks.is_distributed else None
     batches = [microbatch_data(run, microbatch) for microbatch in range(len(assigned))]
     num_labelled = run.ranks.sum(torch.stack([(batch.labels != IGNORED_LABEL).sum() for batch in batches])).clamp(min=1)
     results = []
     for microbatch, (budget, batch) in enumerate(zip(assigned, batches, strict=True)):
         result = microbatch_loss(run, microbatch, budget, batch, num_labelled[microbatch])
         # Each rank's loss is its part of a sum over ranks. Gradients are averaged over ranks, which divides by `world`.
+        if layers is not None:
+            reduce_in_last(run.model, layers, microbatch)
         total = run.ranks.world * result["loss"]
-        if result["router_loss"] is not None:
+        if result["router_loss"] is not None and result["gates"] is None:
             total = total + run.routing.weight * result["router_loss"]
         (total / len(assigned)).backward()
         results.append({key: value.detach() if isinstance(value, Tensor) else value for key, value in result.items()})
     return results
 
 
+def router_backward(run: Run, results: list[dict], gate_gradients: list[Tensor]) -> None:
+    """The router's part of the backward pass on a GPU. `gate_gradients` (CPU memory) are those of every microbatch."""
+    gates = [result["gates"] for result in results if result["gates"] is not None]
+    for of_microbatch, gradient in zip(gates, gate_gradients, strict=True):
+        of_microbatch.backward(gradient, run.routing.weight / len(results))
+
+
 def microbatch_data(run: Run, microbatch: int) -> Batch:
     """This rank's sequences of a microbatch: tensors (B, L) in CPU memory.
 
-    B is `batch_size` divided by `microbatches` and by the number of ranks.
+    B is `batch_size` divided by `microbatches` and by the number of ranks, if no ranks share sequences.
     """
-    part = run.ranks.part(run.stage.batch_size // run.stage.microbatches)
-    return run.data.batch(run.stage.first_sample(run.step, microbatch) + part.start, part.stop - part.start)
+    return run.batch(run.stage.first_sample(run.step, microbatch), run.stage.batch_size // run.stage.microbatches)
 
 
 def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_labelled: Tensor) -> dict:
     """The losses of one microbatch, which trains one budget.
 
-    Returns `loss` and `router_loss` (with gradients), and for the metrics `ce`, `kl`, `state` and `cost` (without).
+    Returns `loss` and `router_loss` (with gradients), and for the metrics `ce`, `kl`, `state` and `cost` (without);
+    and `gates`, see `Choice`.
     `loss`, `ce`, `kl` and `state` are this rank's parts of a mean over the `num_labelled` () positions that all ranks
     have together. `state` is None where no states are matched. `router_loss` and `cost` are None once the router's
     choice has settled.
     """
     weights, device = run.stage.loss_of(budget), run.ranks.device
-    input_ids, labels = batch.input_ids.to(device), batch.labels.to(device)
-    documents = documents_of(batch.document_ids, input_ids)
-    sliced, router_loss, cost = choose_slice(run, microbatch, budget)
-    model, teacher, matching = teacher_of(run, microbatch, budget), None, None
+    input_ids, labels = to_device(batch.input_ids, device), to_device(batch.labels, device)
+    documents = run.documents(batch, input_ids)
+    sliced, router_loss, cost, gates = choose_slice(run, microbatch, budget)
+    model, matching = teacher_of(run, microbatch, budget), None
+    teacher = run.cached_logits(microbatch) if weights.kl_weight > 0 else None
     if model is not None and matches_states(run, budget):
         matching = StateMatching(run.model.config, sliced, labels, num_labelled)
     with precision(run.stage, device):
@@ -182,7 +204,8 @@ def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_la
             weights.temperature,
             num_labelled=num_labelled,
         )
-    result = {"loss": loss, "ce": ce, "kl": kl, "state": None, "cost": cost, "router_loss": router_loss}
+    result = {"loss": loss, "ce": ce, "kl": kl, "state": None}
+    result |= {"cost": cost, "router_loss": router_loss, "gates": gates}
     if matching is not None:
         state = matching.loss()
         result |= {"loss": loss + weights.state_weight * state, "state": state}
@@ -190,27 +213,30 @@ def microbatch_loss(run: Run, microbatch: int, budget: str, batch: Batch, num_la
 
 
 def fetch_numbers(
-    run: Run, assigned: list[str], results: list[dict], norms: list[Tensor]
-) -> tuple[list[dict], list[float]]:
-    """Copy the step's numbers to the CPU: (a dict per microbatch, gradient norms). Losses are summed over ranks.
+    run: Run, assigned: list[str], results: list[dict], model_norm: Tensor
+) -> tuple[list[dict], float, list[Tensor]]:
+    """Copy the step's numbers to the CPU: (a dict per microbatch, norm of the model's gradients, gradients of gates).
 
-    This is the only moment at which a step waits for the GPU. A microbatch's `total` is the loss that was
-    differentiated: `loss` plus the weighted `router_loss`. It has `state` only where states are matched. The router's
-    numbers are already in CPU memory, and the same on every rank.
+    This is the only moment at which a step waits for the GPU. Losses are summed over ranks. A microbatch's `total` is
+    the loss that was differentiated: `loss` plus the weighted `router_loss`. It has `state` only where states are
+    matched. The router's numbers are already in CPU memory, and the same on every rank. The gradients of the gates are
+    those of every microbatch that has its gates on a GPU.
     """
     names = [[name for name in LOSSES if result[name] is not None] for result in results]
     found = [result[name] for result, part in zip(results, names, strict=True) for name in part]
     losses = run.ranks.sum(torch.stack(found).double())
-    *losses, model_norm = torch.cat([losses, norms[0].double().view(1).to(losses.device)]).tolist()
-    microbatches, values = [], iter(losses)
+    gates = [result["gates"].leaf.grad for result in results if result["gates"] is not None]
+    numbers = [losses, model_norm.double().view(1).to(losses.device), *(gradient.double() for gradient in gates)]
+    losses, norm, *gate_gradients = torch.cat(numbers).cpu().split([len(part) for part in numbers])
+    microbatches, values = [], iter(losses.tolist())
     for budget, result, part in zip(assigned, results, names, strict=True):
-        numbers = {name: next(values) for name in part}
-        row = {"budget": budget, "total": numbers["loss"], **numbers, "cost": None}
+        row_values = {name: next(values) for name in part}
+        row = {"budget": budget, "total": row_values["loss"], **row_values, "cost": None}
         if result["router_loss"] is not None:
             row["cost"], row["router_loss"] = result["cost"].item(), result["router_loss"].item()
             row["total"] += run.routing.weight * row["router_loss"]
         microbatches.append(row)
-    return microbatches, [model_norm, *(norm.item() for norm in norms[1:])]
+    return microbatches, norm.item(), gate_gradients
 
 
 def means_by_budget(run: Run, microbatches: list[dict]) -> dict[str, dict]:

@@ -1,5 +1,9 @@
 """Losses (eqs. 12–17). The task loss is computed in chunks of tokens: the logits of all tokens never exist at once."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +15,30 @@ from elastic_core.errors import UserError
 # Tokens per chunk. With a large vocabulary a chunk is smaller, so that its logits have about LOGITS_PER_CHUNK entries
 # (64 MiB in float32). Below MIN_CHUNK tokens, matrix products would be too small to be efficient.
 CHUNK, MIN_CHUNK, LOGITS_PER_CHUNK = 1024, 512, 2**24
+
+
+class KeptLogits(NamedTuple):
+    """What a teacher says about positions: its k most probable tokens, and all others as one class.
+
+    `ids` (..., k) int64; `logprobs` (..., k + 1), at the temperature of the loss: those of the ids, then the rest's.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+
+    def flatten(self) -> KeptLogits:
+        return KeptLogits(*(tensor.flatten(0, -2) for tensor in self))
+
+    def as_logprobs(self, part: slice, student: Tensor) -> Tensor:
+        """Log-probabilities (t, V) for the positions `part`; `student` (t, V) are its own at the same temperature.
+
+        The mass of the rest is spread over its tokens as the student spreads its own. Then the KL to the student over
+        all tokens is the KL over the k tokens and one class for the rest, and so are its gradients.
+        """
+        ids, logprobs = self.ids[part], self.logprobs[part].to(student.dtype)
+        filled = student.scatter(-1, ids, -torch.inf)
+        filled += logprobs[:, -1:] - filled.logsumexp(-1, keepdim=True)
+        return filled.scatter_(-1, ids, logprobs[:, :-1])
 
 
 class DistillationLoss(torch.autograd.Function):
@@ -33,7 +61,10 @@ class DistillationLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             student = _log_softmax(F.linear(hidden[part], head).to(wide), 1.0 if teacher is None else temperature)
-            teacher_logits = None if teacher is None else F.linear(teacher[0][part], teacher[1]).to(wide)
+            if isinstance(teacher, KeptLogits):
+                teacher_logits = teacher.as_logprobs(part, student[1]).mul_(temperature)
+            else:
+                teacher_logits = None if teacher is None else F.linear(teacher[0][part], teacher[1]).to(wide)
             grad, ce, kl = _chunk_loss(student, labels[part], teacher_logits, ce_weight, kl_weight, temperature)
             del student, teacher_logits
             grad = grad.to(hidden.dtype)
@@ -98,7 +129,7 @@ def distillation_loss(
     hidden: Tensor,
     head: Tensor,
     labels: Tensor,
-    teacher: tuple[Tensor, Tensor] | None = None,
+    teacher: tuple[Tensor, Tensor] | KeptLogits | None = None,
     ce_weight: float = 0.0,
     kl_weight: float = 1.0,
     temperature: float = 1.0,
@@ -109,7 +140,7 @@ def distillation_loss(
 
     - `hidden` (..., D), `head` (V, D): final hidden states and head of the student.
     - `labels` (...) int64; positions with IGNORED take no part.
-    - `teacher`: (hidden states (..., D'), head (V, D')) of the teacher. They get no gradient.
+    - `teacher`: (hidden states (..., D'), head (V, D')) of the teacher, or its kept logits. They get no gradient.
     - `temperature` T is that of the KL. CE has temperature 1.
     - `chunk`: number of tokens whose logits exist at a time (None: see `CHUNK`).
     - `num_labelled` (): the number to divide sums by (None: the number of positions here that have a label). Give it
@@ -117,7 +148,9 @@ def distillation_loss(
 
     Returns (loss, CE, KL), each (). CE and KL get no gradient. Raises UserError for a `kl_weight` without a teacher.
     """
-    if teacher is not None:
+    if isinstance(teacher, KeptLogits):
+        teacher = teacher.flatten()
+    elif teacher is not None:
         teacher = teacher[0].detach().flatten(0, -2), teacher[1].detach()
     elif kl_weight:
         raise UserError("kl_weight: distillation needs a teacher; pass one, or set kl_weight to 0")

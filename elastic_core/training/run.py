@@ -12,19 +12,26 @@ from torch import Tensor, nn
 
 from elastic_core.config import ConfigError
 from elastic_core.cost.metrics import PARAMETERS, Metric, exact_cost
-from elastic_core.data.loader import PackedSequences
+from elastic_core.data.loader import Batch, PackedSequences
 from elastic_core.model import architectures
+from elastic_core.model.documents import Documents, documents_of
 from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.model.ops.parts import PartDocuments
 from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.router import Router
 from elastic_core.search.selection import Member
 from elastic_core.training.budget_norms import BudgetNorms, make_budget_norms
 from elastic_core.training.checkpoint import Checkpoints
+from elastic_core.training.distributed.context import make_part
+from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local
-from elastic_core.training.distributed.placement import is_matrix
+from elastic_core.training.distributed.placement import autocast, is_matrix
 from elastic_core.training.distributed.ranks import Ranks
-from elastic_core.training.stage import Routing, Stage, uses_trainable_teacher
+from elastic_core.training.losses import KeptLogits
+from elastic_core.training.low_bit import make_adamw8bit
+from elastic_core.training.stage import Routing, Stage, uses_itself, uses_trainable_teacher
+from elastic_core.training.teacher_cache import TeacherCache
 
 
 @dataclass
@@ -36,12 +43,14 @@ class Run:
       until the router's choice has settled.
     - `model` and `teacher` are placed on `ranks.device` (see `distributed.placement.place`). The router stays in CPU
       memory and is the same on every rank.
+    - `teacher_cache`: for teacher ``cached``, with all of its files.
     - Costs are in the router's metric. Without a router, they are in `metric`.
     - `checkpoints`: directory or URL of the checkpoints (None: write none).
     - `settled_for`: for how many steps the router's choice has been the same. `last_choices`: that choice, one
       combination per budget. `indices`: the final combinations; None until the choice has settled. `comparison`: how
       they were chosen, as JSON values (see candidates.py); None if no candidates were compared.
     - `norms`: the norm gains of budgets; None if the model has none for submodels.
+    - `execution`: how the workers hold and run the model, as in `place`.
     - `progress(what, done, total)` is called during the comparison of candidates.
 
     Raises ConfigError if budgets, teacher, stage and number of ranks do not fit together.
@@ -55,10 +64,12 @@ class Run:
     router: Router | None = None
     routing: Routing = field(default_factory=Routing)
     teacher: ElasticModel | None = None
+    teacher_cache: TeacherCache | None = None
     metric: Metric = PARAMETERS
     seed: int = 0
     checkpoints: str | os.PathLike | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    execution: Execution = field(default_factory=Execution)
     step: int = 0
     skipped: int = 0  # steps without an update, because a loss or gradient was not finite
     skipped_in_a_row: int = 0
@@ -72,7 +83,8 @@ class Run:
         if (self.members is None) == (self.router is None):
             raise ConfigError("Run: give either the members of the family or a router that chooses them")
         assert self.router is None or self.router.targets == tuple(self.budgets.values())
-        self.ranks.part(self.stage.batch_size // self.stage.microbatches, "batch_size / microbatches")
+        self.part = make_part(self.ranks, self.execution.context_parallel)
+        check_part(self)
         check_budget_names(self)
         check_teacher(self)
         check_teacher_states(self)
@@ -86,6 +98,40 @@ class Run:
             take_norms(self, start=True)
         self._costs: dict[str, float] = {}
         self._slices: dict[tuple[int, Submodel], Slice] = {}
+
+    def own_sequences(self, count: int) -> slice:
+        """Which of `count` sequences this rank computes, alone or together with those that share sequences with it."""
+        return self.ranks.part(count, "batch_size / microbatches", self.execution.context_parallel)
+
+    def batch(self, first: int, count: int) -> Batch:
+        """This rank's part of the samples `first` to `first + count - 1`, in CPU memory.
+
+        Where ranks share sequences, ids and labels are this rank's positions, and the document ids are whole rows.
+        """
+        own = self.own_sequences(count)
+        batch = self.data.batch(first + own.start, own.stop - own.start)
+        if self.part is None:
+            return batch
+        where = self.part.positions(batch.input_ids.shape[1])
+        return Batch(batch.input_ids[:, where], batch.labels[:, where], batch.document_ids)
+
+    def documents(self, batch: Batch, input_ids: Tensor) -> Documents | None:
+        """The documents of a batch of `batch`, on the device of its `input_ids`."""
+        if self.part is None:
+            return documents_of(batch.document_ids, input_ids)
+        return PartDocuments(batch.document_ids, input_ids.device, self.part)
+
+    def cached_logits(self, microbatch: int) -> KeptLogits | None:
+        """What the teacher says about this rank's part of a microbatch, from disk. None without a cache."""
+        if self.teacher_cache is None:
+            return None
+        own = self.own_sequences(self.stage.batch_size // self.stage.microbatches)
+        first = self.stage.first_sample(self.step, microbatch) + own.start
+        kept = self.teacher_cache.logits(first, own.stop - own.start, self.ranks.device)
+        if self.part is None:
+            return kept
+        where = self.part.positions(self.stage.sequence_length)
+        return KeptLogits(*(tensor[:, where] for tensor in kept))
 
     def slice_of(self, model: ElasticModel, submodel: Submodel | None = None) -> Slice:
         """`model.slice(submodel)`, made once per run and not in every microbatch, with the norm gains of now."""
@@ -126,6 +172,16 @@ class Run:
         return self._costs[budget]
 
 
+def check_part(run: Run) -> None:
+    """Raise ConfigError if the ranks cannot have equal parts of the batches."""
+    stage, size = run.stage, run.execution.context_parallel
+    run.own_sequences(stage.batch_size // stage.microbatches)
+    smallest = size * architectures.smallest_part(run.model.config)
+    if size > 1 and (stage.sequence_length % size or stage.sequence_length < smallest):
+        allowed = f"multiples of context_parallel ({size}), {smallest} or more"
+        raise ConfigError(f"sequence_length: got {stage.sequence_length}; allowed: {allowed}")
+
+
 def check_budget_names(run: Run) -> None:
     """Raise ConfigError if the stage has settings for a budget that is not in `run.budgets`."""
     for name in ("budget_shares", "loss_by_budget"):
@@ -151,18 +207,19 @@ def check_teacher(run: Run) -> None:
         weights, share = stage.loss_of(name), shares.get(name, 0.0)
         for field_name in ("kl_weight", "state_weight"):
             weight = getattr(weights, field_name)
-            if stage.teacher != "trainable" and run.teacher is None and share > 0 and weight > 0:
+            has_frozen = run.teacher is not None or run.teacher_cache is not None
+            if stage.teacher != "trainable" and not has_frozen and share > 0 and weight > 0:
                 raise ConfigError(
                     f"loss.{field_name}: got {weight} for budget {name}, but no model for the {stage.teacher} "
                     f"teacher; give one, or set {field_name} to 0 (and ce_weight above 0)"
                 )
-        if stage.teacher != "frozen" and run.budgets[name] == 1.0 and not (weights.ce_weight > 0 and share > 0):
+        if uses_itself(stage) and run.budgets[name] == 1.0 and not (weights.ce_weight > 0 and share > 0):
             raise ConfigError(
                 f"teacher: got {stage.teacher}, so budget {name} is the teacher, but it has ce_weight "
                 f"{weights.ce_weight} and a share of {share}; set both above 0 (loss_by_budget, budget_shares), so "
                 "that it learns from text"
             )
-    if stage.teacher != "frozen" and 1.0 not in run.budgets.values():
+    if uses_itself(stage) and 1.0 not in run.budgets.values():
         raise ConfigError(f"teacher: got {stage.teacher}, which needs a budget of 1.0; add one, or use 'frozen'")
 
 
@@ -205,12 +262,13 @@ def matches_states(run: Run, budget: str) -> bool:
 
 def make_optimizer(
     model: ElasticModel, router: Router | None, norms: BudgetNorms | None, stage: Stage, routing: Routing
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW with three groups: the matrices (with weight decay), the model's other parameters with the norm gains of
     budgets, and the router.
 
     If no microbatch of a step runs a layer, the layer's gradients are None, not zero. So neither weight decay nor old
     momentum changes this layer. A group must not mix sharded and whole parameters: only the matrices are sharded.
+    With `stage.optimizer` adamw8bit, the moments of the matrices have 8 bits.
     """
     decayed = [p for p in model.parameters() if is_matrix(p)]
     plain = [p for p in model.parameters() if not is_matrix(p)]
@@ -221,6 +279,8 @@ def make_optimizer(
     ]
     if router is not None:
         groups.append({"params": list(router.parameters()), "weight_decay": 0.0, "peak": routing.learning_rate})
+    if stage.optimizer == "adamw8bit":
+        return make_adamw8bit(groups, decayed, lr=stage.learning_rate, betas=stage.betas)
     return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, fused=True)
 
 
@@ -245,11 +305,15 @@ def state_tensors(run: Run) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters(run):
+        tensors[name] = parameter.detach()
+        if run.stage.optimizer == "adamw8bit":
+            run.optimizer.start(parameter)
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in run.optimizer.tensors(parameter).items()}
+            continue
         state = run.optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=local(parameter).device)
             state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-        tensors[name] = parameter.detach()
         tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
     return tensors
 
@@ -302,6 +366,4 @@ def members_of(run: Run) -> dict[str, Member]:
 
 def precision(stage: Stage, device: torch.device) -> contextlib.AbstractContextManager:
     """The autocast context of the stage. Master weights, norms and the state space scan stay in float32."""
-    if stage.precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    return autocast(stage.precision, device)

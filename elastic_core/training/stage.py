@@ -91,8 +91,10 @@ class Stage:
     - `learning_rate` is the peak. It is reached linearly in `warmup_steps` steps. Then `schedule` lowers it to
       `final_learning_rate` times the peak.
     - `precision`: the type in which matrices are multiplied. The optimizer always updates float32 weights.
-    - `teacher`: ``frozen``, the parent; ``trainable``, the full budget of the model itself; or ``mixed``, a linear
-      change from the first to the second over the stage.
+    - `optimizer`: ``adamw``, or ``adamw8bit`` with moments of 8 bits for the matrices (package torchao).
+    - `teacher`: ``frozen``, the parent; ``trainable``, the full budget of the model itself; ``mixed``, a linear change
+      from the first to the second over the stage; or ``cached``, the parent's `kept_logits` most probable tokens at
+      every position, which are computed before the first step and read from disk.
     - `loss`, and `loss_by_budget` for budgets with a loss of their own.
     - A checkpoint is written every `checkpoint_every` steps, and the newest `keep_checkpoints` are kept.
     - A step whose loss or gradient is not finite is skipped. More than `max_skipped_steps` in a row end the run.
@@ -112,7 +114,9 @@ class Stage:
     betas: tuple[float, ...] = (0.9, 0.95)
     gradient_clip: float = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"
-    teacher: Literal["frozen", "trainable", "mixed"] = "frozen"
+    teacher: Literal["frozen", "trainable", "mixed", "cached"] = "frozen"
+    kept_logits: int = 64
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     loss: Loss = Loss()
     loss_by_budget: dict[str, Loss] = field(default_factory=dict)
     checkpoint_every: int = 100
@@ -127,6 +131,9 @@ class Stage:
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         divides = self.microbatches < 1 or self.batch_size % self.microbatches == 0
         require(divides, "batch_size", self.batch_size, f"a multiple of microbatches ({self.microbatches})")
+        require(self.kept_logits >= 1, "kept_logits", self.kept_logits, "1 or more")
+        if self.teacher == "cached":
+            self._check_cached(require)
         require(self.max_skipped_steps >= 0, "max_skipped_steps", self.max_skipped_steps, "0 or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         require(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
@@ -138,6 +145,15 @@ class Stage:
             shares = getattr(self, name)
             valid = all(share >= 0 for share in shares.values()) and (not shares or sum(shares.values()) > 0)
             require(valid, name, shares, "shares of 0 or more, not all 0")
+
+    def _check_cached(self, require: Require) -> None:
+        """The cache holds what a frozen teacher says at one temperature, and none of its states."""
+        of_budgets = {f"loss_by_budget.{budget}": loss for budget, loss in self.loss_by_budget.items()}
+        for name, loss in {"loss": self.loss, **of_budgets}.items():
+            require(loss.state_weight == 0, f"{name}.state_weight", loss.state_weight, "0 with teacher cached")
+            same = loss.kl_weight == 0 or loss.temperature == self.loss.temperature
+            allowed = f"that of loss ({self.loss.temperature}) with teacher cached"
+            require(same, f"{name}.temperature", loss.temperature, allowed)
 
     def loss_of(self, budget: str) -> Loss:
         """The loss weights of a budget."""
@@ -175,6 +191,11 @@ def assign_budgets(shares: dict[str, float], microbatches: int, seed: int, step:
     assigned = [names[min(bisect.bisect_right(cumulative, point), len(names) - 1)] for point in points]
     np.random.default_rng([seed, step]).shuffle(assigned)
     return assigned
+
+
+def uses_itself(stage: Stage) -> bool:
+    """Whether the full budget of the model is a teacher at some time of the stage."""
+    return stage.teacher in ("trainable", "mixed")
 
 
 def uses_trainable_teacher(stage: Stage, shares: dict[str, float], seed: int, step: int, microbatch: int) -> bool:

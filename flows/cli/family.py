@@ -1,4 +1,4 @@
-"""`elastic extract`, `generate` and `inspect`: what is done with a trained family."""
+"""`elastic adopt`, `extract`, `generate` and `inspect`: what is done with a trained family."""
 
 import json
 import sys
@@ -31,7 +31,9 @@ def extract(
         Heterogeneous,
         typer.Option(help="For widths that differ between layers: add a modeling file, or pad MLPs with zeros."),
     ] = Heterogeneous.remote_code,
-    dtype: Annotated[Dtype | None, typer.Option(help="Element type (default: as stored).", show_default=False)] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Element type (default: that of the parent's files).", show_default=False)
+    ] = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Replace a model that is at OUT.")] = False,
 ) -> None:
     """Cut one member out of a family, as a directory that transformers and others load.
@@ -58,6 +60,85 @@ def extract(
             f"{family}; {written.num_bytes:,} bytes of weights in {written.seconds:.1f} s\n"
             f"{predicted}{written.submodel}"
         )
+
+
+def adopt(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The full model, in which its members are nested.", show_default=False)
+    ],
+    sizes: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="YAML or JSON: the name and the sizes of every member.", show_default=False),
+    ],
+    head_order: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORDER",
+            help="Which heads a member keeps: `group` for the first of every group, `shard:8` for the first of every "
+            "one of 8 tensor-parallel shards.",
+            show_default="what the losses say",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write a copy there, and leave DIR as it is.", show_default=False)
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The text for losses.", show_default="docs/method.md")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of the text.")] = 2048,
+    most_excess: Annotated[
+        float, typer.Option(help="How much larger than the whole model's a member's loss may be, in nats per token.")
+    ] = 1.0,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Whatever the losses; replace an elastic.json.")] = False,
+) -> None:
+    """Make a nested checkpoint of another program one that `extract`, `generate` and `inspect` know.
+
+    The file lists sizes as elastic.json does. What a member does not name is the full model's; a member without sizes
+    is the full model:
+
+        large: {}
+        small: {hidden_size: 2048, kept_layers: [0, 1, 2, 5], intermediate_size: 5632, num_attention_heads: 16}
+
+    The members have to be nested. Their losses on a text are measured, to tell right sizes from wrong ones.
+
+    - `elastic adopt /models/nested-12b --sizes sizes.yaml`
+    - `elastic adopt /models/nested-12b --sizes sizes.yaml --head-order shard:16 --out models/nested-12b`
+    """
+    with clear_errors("stopped; nothing was written"):
+        from flows.tables import aligned
+        from tasks.commands.adoption.adopt import adopt as adopt_checkpoint
+
+        done = adopt_checkpoint(directory, sizes, head_order, out, text, tokens, most_excess, force)
+        rows = [("member", "loss", "sizes"), ("(whole)", f"{done.loss:.3f}", "")]
+        rows += [(name, f"{done.losses[name]:.3f}", str(member)) for name, member in done.members.items()]
+        others = ", ".join(f"{order} {loss:.3f}" for order, loss in done.by_order.items())
+        say(f"{done.out}: an elastic checkpoint of {len(done.members)} members; losses on {done.tokens:,} tokens\n")
+        say(aligned(rows))
+        if len(done.by_order) > 1:
+            say(f"\nhead order {done.head_order}; the members' mean loss by order: {others}")
+
+
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A family, or an extracted model.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    public: Annotated[bool, typer.Option("--public", help="For everyone (default: private).")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="The branch (default: main).", show_default=False, metavar="BRANCH")
+    ] = None,
+) -> None:
+    """Upload a model to the Hugging Face hub, with its model card, and the results if the run has any.
+
+    The token is HF_TOKEN, or that of `hf auth login`.
+
+    - `elastic push models/small me/my-small`
+    - `elastic push artifacts/train_extended/model me/my-family --public`
+    """
+    with clear_errors("stopped; the repository has what it had before"):
+        from tasks.commands import find_family
+        from tasks.commands.extract import push
+
+        directory = find_family.find(directory)
+        say(f"{directory}: uploaded to {push(directory, repository, not public, revision)}")
 
 
 def generate(

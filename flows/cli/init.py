@@ -1,6 +1,5 @@
 """`elastic init`: a profile for a parent and text of the user."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,8 +8,9 @@ from flows.cli.errors import clear_errors, say
 
 
 def init(
-    directory: Annotated[
-        Path, typer.Argument(metavar="DIR", help="The parent: a local Hugging Face directory with its tokenizer.")
+    parent: Annotated[
+        str,
+        typer.Argument(metavar="DIR", help="A local Hugging Face directory with its tokenizer, or a name on the hub."),
     ],
     data: Annotated[
         list[str],
@@ -38,6 +38,7 @@ def init(
     They are a start: change what you know better. No weights are read.
 
     - `elastic init /models/SmolLM2-135M --data "corpus/*.jsonl"`
+    - `elastic init Qwen/Qwen3-0.6B --data "corpus/*.jsonl"`: from the Hugging Face hub
     - `elastic init /models/mine --name mine --data "a/*.txt" --data "b/*.parquet" --budget full=1.0 --budget half=0.5`
     """
     with clear_errors("stopped; nothing was written"):
@@ -49,7 +50,7 @@ def init(
         family = read_family(budgets or (), "--budget")
         from tasks.commands.init import init as write_profile
 
-        path = write_profile(directory, data, family, name, text_field, force, ROOT)
+        path = write_profile(parent, data, family, name, text_field, force, ROOT)
         say(f"{path}: written; read it, and change what you know better. Then:")
         say(f"  elastic plan {path.stem}     # memory, operations and hours")
         say(f"  elastic run {path.stem}")

@@ -12,7 +12,12 @@ from flows.cli.options import Settings, complete_profile
 
 def plan(
     profile: Annotated[
-        str, typer.Argument(metavar="PROFILE", help="As `elastic run` takes it.", autocompletion=complete_profile)
+        str,
+        typer.Argument(
+            metavar="PROFILE",
+            help="As `elastic run` takes it; or a parent without a profile: a name on the hub, or a directory.",
+            autocompletion=complete_profile,
+        ),
     ] = "default",
     gpus: Annotated[
         int | None,
@@ -23,6 +28,9 @@ def plan(
     peak: Annotated[
         float | None,
         typer.Option(help="TFLOP/s of one GPU.", show_default="an H100's: 989 in bfloat16, 67 in float32"),
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Of one GPU for one hour; the plan then has the cost in the same currency.")
     ] = None,
     config: Annotated[
         Path | None,
@@ -43,13 +51,17 @@ def plan(
 
     - `elastic plan nemotron-nano-12b-v2`: the paper's run
     - `elastic plan nemotron-nano-12b-v2 --gpus 8`: the same on one node
+    - `elastic plan Qwen/Qwen3-8B`: a parent on the Hugging Face hub, in the profile that is made for it, or else in the
+      one that `elastic init` would write
     """
     with clear_errors("stopped"):
         from tasks.commands.plan import plan_profile
         from tasks.commands.plan_stages import Hardware
+        from tasks.commands.planning.parents import plan_parent
 
-        hardware = Hardware.read(gpu_memory, utilisation, peak)
-        description = plan_profile(profile, settings or (), gpus, hardware, config)
+        hardware = Hardware.read(gpu_memory, utilisation, peak, price)
+        make_plan = plan_parent if "/" in profile else plan_profile
+        description = make_plan(profile, settings or (), gpus, hardware, config)
         if as_json:
             say(json.dumps(description, indent=1))
         else:

@@ -8,7 +8,7 @@ from flows.cli.show_inspect import UNBOUND, digits, headings, mebibytes, size, w
 
 KINDS = {
     "weights": "weights, float32",
-    "optimizer": "two moments, float32",
+    "optimizer": "two moments",
     "gradients": "gradients",
     "teacher": "frozen teacher",
     "gathered": "gathered weights, and gradients on their way",
@@ -83,6 +83,8 @@ def memory(plan: dict) -> Table:
     stages = plan["stages"]
     table = new_table("memory of a worker", *stages)
     table.add_row("workers, sharing one copy", *(f"{s['workers']}, {s['shards']}" for s in stages.values()))
+    if any(s["sharing"] > 1 for s in stages.values()):
+        table.add_row("workers per sequence", *(str(s["sharing"]) for s in stages.values()))
     loads = (f"{s['sequences']} × {s['sequence_length']:,}" for s in stages.values())
     table.add_row("sequences × tokens at a time", *loads)
     table.add_row("precision", *(s["precision"] for s in stages.values()), end_section=True)
@@ -90,6 +92,13 @@ def memory(plan: dict) -> Table:
         if any(s["memory"][kind] for s in stages.values()):
             table.add_row(text, *(size(round(s["memory"][kind])) for s in stages.values()))
     table.add_row("together", *(size(round(s["total"])) for s in stages.values()), style="bold")
+    if any(s["host_memory"] for s in stages.values()):
+        table.add_row("beside it, in CPU memory", *(size(round(s["host_memory"])) for s in stages.values()))
+    if any(s["cache"] for s in stages.values()):
+        table.add_row("teacher's logits on disk, at most", *(size(round(s["cache"])) for s in stages.values()))
+    found = [s["total_with_kernels"] for s in stages.values()]
+    if any(found):
+        table.add_row("with mamba_ssm, causal_conv1d", *(size(round(total)) if total else "" for total in found))
     table.add_row("at most in", *(s["moment"] for s in stages.values()), style="dim")
     return table
 
@@ -106,6 +115,9 @@ def work(plan: dict) -> Table:
     if all(s["gpu_hours"] is not None for s in stages.values()):
         table.add_row("GPU-hours", *(f"{s['gpu_hours']:,.1f}" for s in stages.values()))
         table.add_row("hours", *(f"{s['hours']:,.1f}" for s in stages.values()))
+    if all(s["cost"] is not None for s in stages.values()):
+        price = f"cost, at {plan['hardware']['price']:g} per GPU-hour"
+        table.add_row(price, *(f"{s['cost']:,.0f}" for s in stages.values()))
     return table
 
 
@@ -113,6 +125,9 @@ def notes(plan: dict) -> list[str]:
     """What was assumed, in sentences."""
     hardware, lines = plan["hardware"], []
     unit = "MiB" if plan["memory"] else "ms/token" if plan["time"] else plan["counted"].replace("_", " ")
+    if "profile" in plan:
+        written = "as `elastic init` would write it for plenty of text; change it with --set"
+        lines.append(f"profile: {plan['profile'] or written}")
     ranges = [(name, *values["range"]) for name, values in plan["budgets"].items()]
     lines.append(f"layers: dropped {plan['assumption']['dropped']}, for their ranking is not known yet")
     for name, low, high in ranges:
@@ -131,7 +146,7 @@ def notes(plan: dict) -> list[str]:
     if plan["parent"]["active_parameters"]:
         lines.append("experts: memory as if tokens asked all of a layer's experts alike, operations of those they ask")
     lines.append(f"memory: {size(round(hardware['usable']))} of {size(round(hardware['memory']))} are there to be used")
-    lines.append(f"rank:   holds {size(round(plan['rank']['at_least']))} or more on every worker; it is not sharded")
+    lines.append(f"rank:   {size(round(plan['rank']['total']))} per worker, at most in {plan['rank']['moment']}")
     return lines
 
 
@@ -167,8 +182,8 @@ def changes(plan: dict) -> list[str]:
             lines.append("  and nothing more helps: take GPUs with more memory, or a smaller parent")
     if not plan["rank"]["fits"]:
         lines.append(
-            f"rank does not fit: {size(round(plan['rank']['at_least']))} of {usable}; run it on CPUs "
-            "(compute.gpus_per_worker: 0), or on GPUs with more memory"
+            f"rank does not fit: {size(round(plan['rank']['total']))} of {usable}; set rank.precision: bfloat16, or a "
+            "smaller rank.batch_size with more rank.batches, or take more workers"
         )
     return lines
 

@@ -9,7 +9,6 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from elastic_core import extract
@@ -23,8 +22,10 @@ from elastic_core.io.tokenizer_files import TOKENIZERS
 from elastic_core.model import hf
 from elastic_core.model.architectures.nemotron_h import MODELING_FILE
 from elastic_core.model.hf import CONFIG_ERRORS
+from elastic_core.model.ops import transformers_kernels
 from tasks.commands.extract import find_budget
 from tasks.commands.inspect import open_model
+from tasks.serving.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def generate(
         raise UserError(f"--temperature: got {temperature}; allowed: 0 (always the most likely token) or more")
     if not any((directory / name).is_file() for name in TOKENIZERS):
         raise UserError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's tokenizer to it")
-    with _quiet():
+    with quiet():
         if chat is not None:  # before a member is extracted
             with _errors_of_transformers(directory):
                 _prompt_ids(load_tokenizer(directory, trust_remote_code=False), prompt, chat)
@@ -84,6 +85,7 @@ def generate(
             with _errors_of_transformers(directory):
                 tokenizer = load_tokenizer(plain, directory, **trust)
                 model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
+                transformers_kernels.choose_by_device()
             for place in (directory, plain):  # the file of a family is checked first, so that an error names it
                 if (place / GENERATION_FILE).is_file():
                     model.generation_config = _read_generation(place / GENERATION_FILE)
@@ -181,17 +183,3 @@ def _has_our_code(directory: Path) -> bool:
             f"{directory}: has modeling code that this library did not write; to use it, load the model in Python"
         )
     return True
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Switch off transformers' progress bars and hints, so that only the continuation is printed."""
-    before, had_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
-        if had_bars:
-            transformers.logging.enable_progress_bar()

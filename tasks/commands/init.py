@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -21,16 +21,20 @@ from elastic_core.cost.metrics import num_parameters
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
-from elastic_core.model import architectures, hf
+from elastic_core.model import architectures
 from elastic_core.model.axes import FIELDS
+from elastic_core.search.importance.methods import BASES
 from tasks.commands import check
 from tasks.commands.init_profile import Profile, Source, Training, text_of
 from tasks.commands.plan import find_members
 from tasks.corpora.text_sources import Files
+from tasks.parents.config import read_config
+from tasks.parents.hub import HubModel
 from tasks.parents.targets import resolve
 from tasks.settings import merging
 from tasks.settings.load import read
 from tasks.settings.local_checks import check_parent
+from tasks.settings.paths import is_hub_name
 from tasks.settings.yaml_files import parse as parse_yaml
 
 BUDGETS = {"full": 1.0, "medium": 0.75, "small": 0.5}
@@ -44,7 +48,7 @@ RESOLUTIONS = ((5, 1.0), (7, 0.5), (9, 0.25), (13, 0.125), (17, 0.0))
 
 
 def init(
-    directory: Path,
+    parent: str | Path,
     data: Iterable[str],
     budgets: Mapping[str, Spelling] | None = None,
     name: str | None = None,
@@ -52,19 +56,21 @@ def init(
     force: bool = False,
     root: Path = merging.ROOT,
 ) -> Path:
-    """Write profiles/NAME.yaml for the parent in `directory` and the text files that the globs `data` match.
+    """Write profiles/NAME.yaml for a parent and the text files that the globs `data` match.
 
-    Raises UserError for a directory, a corpus or a budget that cannot be used, and for an existing profile without
-    `force`. Then nothing is written.
+    `parent` is a local directory or a name on the hub. Raises UserError for a parent, a corpus or a budget that cannot
+    be used, and for an existing profile without `force`. Then nothing is written.
     """
-    name = name or re.sub(r"[^\w-]+", "-", directory.resolve().name).strip("-").lower()
+    parent = str(parent)
+    name = name or re.sub(r"[^\w.-]+", "-", name_of(parent)).strip("-.").lower()
     fits = re.fullmatch(r"\w[\w.-]*", name) is not None and name != "default"
     require(fits, "--name", name, "letters, digits, - and _, but not default")
     path = root / "profiles" / f"{name}.yaml"
     if path.exists() and not force:
         raise UserError(f"{path}: exists; choose another --name, or replace it with --force")
-    check_parent(str(directory.absolute()), "DIR")
-    config = hf.read_config(directory)
+    if not is_hub_name(parent):
+        check_parent(str(Path(parent).absolute()), "DIR")
+    config = read_config(parent)
     sources, characters = read_sources(data, text_field, root)
     budgets = dict(budgets or BUDGETS)
     kinds = {parse(given, f"budgets.{budget}").kind for budget, given in budgets.items()}
@@ -72,20 +78,37 @@ def init(
     require(
         not timed, "--budget", ", ".join(map(str, budgets.values())), "shares, counts or memory: time needs a table"
     )
-    written = Profile(
-        parent=as_written(str(directory), root),
-        description=f"{directory.resolve().name}: {num_parameters(config):,} parameters, {config.model_type}",
+    gpus = 1 if torch.cuda.is_available() else 0
+    written = new_profile(
+        parent=parent if is_hub_name(parent) else as_written(parent, root),
+        config=config,
         budgets=budgets,
-        metric="memory" if "bytes" in kinds else "parameters",
-        choices={},
         sources=sources,
-        **lengths(config, sources, characters, len(budgets)),
-        dtype="bfloat16" if str(config.dtype).endswith(("bfloat16", "float16")) else "float32",
-        on_gpu=torch.cuda.is_available(),
+        **lengths(config, sources, characters, len(budgets), gpus),
+        gpus=gpus,
     )
-    text = with_choices(written, config, root)
+    text = with_choices(written, config, root, check.check)
     write_text(path, text)
     return path
+
+
+def name_of(parent: str) -> str:
+    """The name of a parent without its owner or the directory that it is in."""
+    return HubModel.parse(parent).name.partition("/")[2] if is_hub_name(parent) else Path(parent).resolve().name
+
+
+def new_profile(parent: str, config, budgets: Mapping[str, Spelling], **values) -> Profile:
+    """A profile without choices (see `with_choices`) for a parent with this configuration; `values`: other fields."""
+    return Profile(
+        parent=parent,
+        description=f"{name_of(parent)}: {num_parameters(config):,} parameters, {config.model_type}",
+        budgets=budgets,
+        metric="memory" if "bytes" in {parse(given).kind for given in budgets.values()} else "parameters",
+        choices={},
+        basis="channels" if config.tie_word_embeddings else BASES[0],
+        dtype="bfloat16" if str(config.dtype).endswith(("bfloat16", "float16")) else "float32",
+        **values,
+    )
 
 
 def as_written(path: str, root: Path) -> str:
@@ -127,17 +150,19 @@ def _unused_name(pattern: str, taken: Iterable[str]) -> str:
     return found
 
 
-def lengths(config, sources: Mapping[str, Source], characters: int, num_budgets: int) -> dict:
+def lengths(config, sources: Mapping[str, Source], characters: int, num_budgets: int, gpus: int) -> dict:
     """The training stages, and the tokens for them and for evaluation, from the size of parent and data."""
-    on_gpu = torch.cuda.is_available()
     tokens = max(1, int(characters / CHARACTERS_PER_TOKEN))
     longest = getattr(config, "max_position_embeddings", None) or 2**20
-    short = _power_of_two(min(2048 if on_gpu else 256, longest, tokens // 64))
+    short = _power_of_two(min(2048 if gpus else 256, longest, tokens // 64))
     extended = _power_of_two(min(4 * short, longest, tokens // 16))
     rate = min(1e-3, max(3e-5, 1e-4 * (1e9 / num_parameters(config)) ** 0.25))
-    most = min(TOKENS_ON_GPU if on_gpu else TOKENS_ON_CPU, REPEATS * tokens)
-    microbatches = num_budgets * (4 if on_gpu else 1)
-    sizes = ((short, microbatches * (4 if on_gpu else 2), most, rate), (extended, microbatches, most // 2, rate / 2))
+    most = min(TOKENS_ON_GPU if gpus else TOKENS_ON_CPU, REPEATS * tokens)
+    microbatches, workers = num_budgets * max(1, 4 // gpus if gpus else 1), max(1, gpus)
+    sizes = (
+        (short, microbatches * workers * (4 if gpus else 2), most, rate),
+        (extended, microbatches * workers, most // 2, rate / 2),
+    )
     stages = [
         Training(length, batch, microbatches, min(5000, max(20, total // (length * batch))), lr)
         for length, batch, total, lr in sizes
@@ -158,8 +183,11 @@ def _power_of_two(limit: int) -> int:
 # --- choices ---------------------------------------------------------------------------------------------------------
 
 
-def with_choices(profile: Profile, config, root: Path) -> str:
-    """The text of the profile with choices that can meet the budgets. Raises ConfigError if there are none."""
+def with_choices(profile: Profile, config, root: Path, check: Callable[[Mapping], None]) -> str:
+    """The text of the profile with choices that can meet the budgets, and that `check` accepts as parameters.
+
+    Raises ConfigError if there are none.
+    """
     error = None
     for choices in possible_choices(config, profile.budgets):
         text = text_of(dataclasses.replace(profile, choices=choices))
@@ -168,7 +196,7 @@ def with_choices(profile: Profile, config, root: Path) -> str:
             settings = read(values)
             try:
                 find_members(settings, config, resolve(settings, config))
-                check.check(values)
+                check(values)
             except ConfigError as found:
                 error = found
             else:
@@ -206,6 +234,8 @@ def choices_of(config, lowest: float, count: int, coarseness: float) -> dict[str
             continue
         least = max(unit.least, math.ceil(lowest * unit.size))
         found[field] = ladder(unit.size, least, step, count, coarseness)
+        if field == "hidden_size" and heads:
+            found[field] = tuple(size for size in found[field] if all(_can_be_written(config, size, n) for n in heads))
     layers = architectures.num_layers(config)
     found["depth"] = ladder(layers, math.ceil((1 + lowest) / 2 * layers), 1, min(count, 6), 0)
     while math.prod(map(len, found.values())) > MOST_COMBINATIONS:
@@ -215,13 +245,15 @@ def choices_of(config, lowest: float, count: int, coarseness: float) -> dict[str
 
 
 def _head_choices(config, unit, lowest: float) -> tuple[int, ...]:
-    """Numbers of query heads. transformers' Llama takes hidden sizes that all of them divide."""
+    """Numbers of query heads that go with the parent's hidden size."""
     if unit is None:
         return ()
     sizes = [size for size in range(unit.size, 0, -unit.groups) if size >= lowest * unit.size]
-    if config.model_type == "llama":
-        sizes = [size for size in sizes if config.hidden_size % size == 0]
-    return tuple(sizes[:3])
+    return tuple([size for size in sizes if _can_be_written(config, config.hidden_size, size)][:3])
+
+
+def _can_be_written(config, hidden_size: int, num_heads: int) -> bool:
+    return architectures.of(config).size_problem(config, hidden_size, num_heads) is None
 
 
 def ladder(full: int, least: int, step: int, count: int, coarseness: float) -> tuple[int, ...]:

@@ -60,7 +60,8 @@ class Profile:
     short: Training
     extended: Training
     dtype: str
-    on_gpu: bool
+    basis: str  # of the residual stream
+    gpus: int  # 0: the CPU
 
 
 def text_of(profile: Profile) -> str:
@@ -86,7 +87,10 @@ def _head(profile: Profile) -> list[tuple[str, str]]:
             "# Written by `elastic init`. Values that are not here come from params.yaml, which explains all of them.",
             "",
         ),
-        (f"parent: {{path: {quoted(profile.parent)}}}", "Hugging Face directory with its tokenizer"),
+        (
+            f"parent: {{path: {quoted(profile.parent)}}}",
+            "Hugging Face directory with its tokenizer, or a name on the hub",
+        ),
     ]
     if profile.metric != "parameters":
         lines.append((f"cost: {{metric: {profile.metric}}}", "what the budgets count"))
@@ -125,9 +129,10 @@ def _ranking(profile: Profile) -> list[tuple[str, str]]:
     return [
         ("rank:", "importance of units and layers, on training text"),
         ("  batches: 16", "calibration batches"),
-        (f"  batch_size: {4 if profile.on_gpu else 2}", "sequences per batch"),
+        (f"  batch_size: {-(-4 // profile.gpus) * profile.gpus if profile.gpus else 2}", "sequences per batch"),
         (f"  sequence_length: {profile.short.sequence_length}", "tokens per sequence"),
         ("  depth_batches: 2", "of these batches, to score layers; every layer costs a forward pass each"),
+        (f"  basis: {profile.basis}", "channels: the parent's own, sorted, as tied embeddings need; or principal axes"),
         ("routing:", "how the router learns, in stage 1"),
         ("  learning_rate: 5.0e-3", "of the router"),
         ("  share: 0.3", "of the steps of stage 1, at most"),
@@ -136,7 +141,7 @@ def _ranking(profile: Profile) -> list[tuple[str, str]]:
 
 
 def _stage(name: str, comment: str, profile: Profile, stage: Training) -> list[tuple[str, str]]:
-    per_microbatch = stage.batch_size // stage.microbatches
+    per_microbatch = stage.batch_size // stage.microbatches // max(1, profile.gpus)
     return [
         (f"{name}:", comment),
         (f"  sequence_length: {stage.sequence_length}", "tokens per sequence"),
@@ -146,7 +151,7 @@ def _stage(name: str, comment: str, profile: Profile, stage: Training) -> list[t
         (f"  learning_rate: {stage.learning_rate:.1e}", "peak; lower it if the loss jumps"),
         ("  final_learning_rate: 0.1", "at the end, as a share of the peak"),
         (f"  warmup_steps: {min(60, stage.steps // 10)}", "steps of linear warm-up"),
-        (f"  precision: {'bfloat16' if profile.on_gpu else 'float32'}", "of the computation; weights stay float32"),
+        (f"  precision: {'bfloat16' if profile.gpus else 'float32'}", "of the computation; weights stay float32"),
         (f"  checkpoint_every: {max(1, min(100, stage.steps // 5))}", "steps; a stopped run goes on from there"),
         ("  budget_shares: {}", "budget → share of the microbatches; {}: equal"),
     ]
@@ -168,11 +173,11 @@ def _evaluation(profile: Profile) -> list[tuple[str, str]]:
 
 
 def _compute(profile: Profile) -> list[tuple[str, str]]:
-    if not profile.on_gpu:
+    if not profile.gpus:
         return [("compute: {workers: 0, gpus_per_worker: 0}", "in this process; with GPUs: workers and 1")]
     return [
         ("compute:", "`elastic plan` tells whether it fits, and what to change"),
-        ("  workers: 1", "one per GPU"),
+        (f"  workers: {profile.gpus}", "one per GPU"),
         ("  gpus_per_worker: 1", "0 on a machine without GPUs"),
         ("  cpus_per_worker: 4", ""),
         ("  execution: {activation_checkpointing: true}", "less memory, more computation"),

@@ -18,6 +18,7 @@ from elastic_core.cost.metrics import Metric, exact_cost
 from elastic_core.data.loader import TokenData, mean_document_length
 from elastic_core.errors import UserError
 from elastic_core.io import storage
+from elastic_core.io.json_files import read_json
 from elastic_core.model import architectures, hf
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.selection import check_reachable, combinations_with_room, select
@@ -31,13 +32,14 @@ from tasks.commands.plan_stages import (
     stages_of,
     use_gpus,
 )
-from tasks.parents import gguf
-from tasks.parents.config import as_used, new_config
+from tasks.commands.planning.changes import describe_changes
+from tasks.parents.config import as_used, new_config, read_config
 from tasks.parents.targets import metric_of_family, resolve
 from tasks.runtime.preflight import check_architecture
 from tasks.settings.load import read
 from tasks.settings.local_checks import check_parent, is_package
 from tasks.settings.merging import ROOT, file_of, parameters, read_override
+from tasks.settings.paths import is_hub_name
 from tasks.settings.profiles import working_directory, workspace_of
 from tasks.settings.schema import Params
 
@@ -68,10 +70,10 @@ def plan_profile(
         return make_plan(settings, *read_parent(settings, config), hardware, find_data(profile, overrides))
 
 
-def make_plan(settings: Params, config, source: str, hardware: Hardware, data: Path) -> dict:
+def make_plan(settings: Params, config, source: str, hardware: Hardware, data: Path | None) -> dict:
     """The whole plan, as plain values.
 
-    source: where the parent's `config` was read, for the output. data: the directory that prepare_data writes.
+    source: where the parent's `config` was read, for the output. data: the directory that prepare_data writes, if any.
 
     `counted` is the family's metric. Costs are in its unit: a number of parameters, bytes if `memory` is set, or
     milliseconds per token if `time` is set. `deviation` is the member's distance from its target, as a share of the
@@ -84,7 +86,10 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware, data: P
     full = exact_cost(metric, config)
     lengths, reason = document_lengths(settings, data)
     stages = {
-        name: describe_stage(name, settings, config, members, hardware, pieces, lengths[name])
+        name: {
+            **describe_stage(name, settings, config, members, hardware, pieces, lengths[name]),
+            **describe_changes(name, settings, config, hardware, pieces),
+        }
         for name in stages_of(settings)
     }
     rank = describe_rank(settings, config, hardware)
@@ -105,7 +110,7 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware, data: P
             }
             for name, submodel in members.items()
         },
-        "documents": {"data": str(data), "unknown_because": reason},
+        "documents": {"data": data and str(data), "unknown_because": reason},
         "hardware": {**dataclasses.asdict(hardware), "usable": hardware.usable},
         "stages": stages,
         "rank": rank,
@@ -116,9 +121,8 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware, data: P
 def read_parent(settings: Params, config: Path | None = None):
     """The parent's configuration as it is used, and where it was read.
 
-    It is read from `config` if given, else from the profile's parent. A profile may name a path that does not exist on
-    this machine. In that case it is read from the directory of the same name in profiles/parents. Raises ConfigError if
-    there is no such directory, and for a package that is not installed.
+    It is read from `config` if given, else from the profile's parent: for a parent that is not on this machine from
+    profiles/parents, if that has it (see `ready_directory`). Raises ConfigError if it cannot be read.
     """
     found, source = _find_parent(settings, config)
     return as_used(found, settings.parent), source
@@ -131,18 +135,32 @@ def _find_parent(settings: Params, config: Path | None):
     path = settings.parent.path
     if path is None:
         return new_config(settings.parent.model, settings.prepare_data.vocab_size), "parent.model"
-    if is_package(path):
-        return gguf.read_config(path), path
-    ready = PARENTS / path.rstrip("/").rpartition("/")[2]
-    if storage.is_url(path) or (Path(path) / "config.json").is_file() or not ready.is_dir():
-        try:
-            return hf.read_config(path), path
-        except UserError as error:
-            known = ", ".join(sorted(directory.name for directory in PARENTS.iterdir()))
-            raise ConfigError(
-                f"parent.path: {error}; give --config a config.json, or name one in profiles/parents ({known})"
-            ) from None
-    return hf.read_config(ready), str(ready.relative_to(ROOT) / "config.json")
+    if (ready := ready_directory(path)) is not None:
+        return hf.read_config(ready), str(ready.relative_to(ROOT) / "config.json")
+    try:
+        return read_config(path), path
+    except ConfigError:
+        raise
+    except UserError as error:
+        known = ", ".join(sorted(directory.name for directory in PARENTS.iterdir()))
+        raise ConfigError(
+            f"parent.path: {error}; give --config a config.json, or name one in profiles/parents ({known})"
+        ) from None
+
+
+def ready_directory(path: str) -> Path | None:
+    """The directory in profiles/parents for a parent that is not on this machine; None if none fits.
+
+    For a model of the hub it has the model's whole name in config.json; other paths are found by their last name. A
+    revision is not looked for there.
+    """
+    if is_package(path) or storage.is_url(path) or (Path(path) / "config.json").is_file():
+        return None
+    if is_hub_name(path):
+        files = PARENTS.glob("*/config.json")
+        return next((file.parent for file in files if read_json(file).get("_name_or_path") == path), None)
+    directory = PARENTS / path.rstrip("/").rpartition("/")[2]
+    return directory if directory.is_dir() else None
 
 
 def check_time_limits(settings: Params, config) -> None:
@@ -177,13 +195,13 @@ def find_data(profile: str, overrides: Iterable[str]) -> Path:
     return workspace_of(profile) / DATA
 
 
-def document_lengths(settings: Params, data: Path) -> tuple[dict[str, float | None], str | None]:
+def document_lengths(settings: Params, data: Path | None) -> tuple[dict[str, float | None], str | None]:
     """Training stage → mean length of its documents (see `mean_document_length`), and None.
 
     If the directory `data` does not tell them: every length is None, and the reason.
     """
     stages = stages_of(settings)
-    if not data.is_dir():
+    if data is None or not data.is_dir():
         return dict.fromkeys(stages), "prepare_data has not run"
     try:
         tokens = TokenData(data)

@@ -1,12 +1,8 @@
-"""Estimates what a training stage takes, for `elastic plan`: memory of a worker, FLOPs, hours.
-
-If a stage does not fit on a GPU, it also suggests changes of parameters.
-"""
+"""Estimates what a training stage takes, for `elastic plan`: memory of a worker, FLOPs, hours."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 
@@ -14,13 +10,15 @@ import torch
 
 from elastic_core.config import require
 from elastic_core.cost.budgets import parse
-from elastic_core.cost.metrics import num_parameters
 from elastic_core.errors import UserError
 from elastic_core.model.submodel import Submodel, full_submodel
+from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.estimate.flops import attention_pairs, pass_flops
 from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
-from elastic_core.training.estimate.step_memory import Peak, Workload, step_peak
+from elastic_core.training.estimate.rank_memory import RankWorkload, rank_peak
+from elastic_core.training.estimate.step_memory import Peak, Workload, host_bytes, step_peak
 from elastic_core.training.stage import Stage
+from elastic_core.training.teacher_cache import bytes_per_token
 from tasks.settings.schema import Params
 from tasks.settings.sections import Compute
 
@@ -38,14 +36,16 @@ class Hardware:
     memory: float = 80e9  # bytes of a GPU
     utilisation: float = 0.4  # share of the peak that training reaches
     peak: float | None = None  # FLOP/s
+    price: float | None = None  # of one GPU for one hour, in any currency
 
     def __post_init__(self):
         require(self.memory > 0, "gpu-memory", self.memory, "above 0")
         require(0 < self.utilisation <= 1, "utilisation", self.utilisation, "above 0, up to 1")
         require(self.peak is None or self.peak > 0, "peak", self.peak, "above 0")
+        require(self.price is None or self.price >= 0, "price", self.price, "0 or more")
 
     @classmethod
-    def read(cls, memory: str, utilisation: float, teraflops: float | None) -> Hardware:
+    def read(cls, memory: str, utilisation: float, teraflops: float | None, price: float | None = None) -> Hardware:
         """Parse `memory` such as '80GB', '141 GB' or '80GiB'. `teraflops` is the peak in TFLOP/s.
 
         Raises UserError for another spelling.
@@ -54,7 +54,7 @@ class Hardware:
         if found is None:
             raise UserError(f"gpu-memory: got {memory!r}; allowed: a size such as 80GB or 80GiB")
         unit = {"GB": 1e9, "GiB": 2.0**30}[found[2]]
-        return cls(float(found[1]) * unit, utilisation, None if teraflops is None else 1e12 * teraflops)
+        return cls(float(found[1]) * unit, utilisation, None if teraflops is None else 1e12 * teraflops, price)
 
     @property
     def usable(self) -> float:
@@ -77,16 +77,16 @@ def describe_stage(
     document_length see `describe_work`.
     """
     peak = stage_peak(name, settings, config, pieces)
-    changes = find_changes(name, settings, config, hardware, pieces)
     return {
         **describe_workload(name, settings),
         "memory": peak.kinds,
         "total": peak.total,
+        "total_with_kernels": total_with_kernels(name, settings, config, pieces),
+        "host_memory": host_bytes(Pieces(config, training_setting(name, settings)), make_workload(name, settings)),
+        "cache": cache_bytes(name, settings, config),
         "moment": peak.moment,
         "fits": peak.total <= hardware.usable,
         **describe_work(name, settings, config, members, hardware, document_length),
-        "changes": changes,
-        "shorter": find_shorter(name, settings, config, hardware, pieces, changes),
     }
 
 
@@ -112,6 +112,7 @@ def describe_workload(name: str, settings: Params) -> dict:
     return {
         "workers": max(1, settings.compute.workers),
         "shards": load.shards,
+        "sharing": load.sharing,
         "sequences": load.sequences,
         "sequence_length": load.length,
         "microbatches": stage.microbatches,
@@ -124,8 +125,9 @@ def make_workload(name: str, settings: Params) -> Workload:
     """What one worker computes in a microbatch of a stage."""
     stage, workers = stages_of(settings)[name], max(1, settings.compute.workers)
     shards = settings.compute.execution.shard_over or workers
-    sequences = stage.batch_size // stage.microbatches // workers
-    has_teacher = name != "parent" and stage.teacher != "trainable"
+    sharing = settings.compute.execution.context_parallel
+    sequences = stage.batch_size // stage.microbatches // (workers // sharing)
+    has_teacher = name != "parent" and stage.teacher in ("frozen", "mixed")
     shares = {} if name == "parent" else stage.budget_shares or dict.fromkeys(settings.budgets, 1.0)
     matches_states = any(
         share > 0 and stage.loss_of(budget).state_weight > 0 and taught_share(name, stage, settings, budget) > 0
@@ -134,13 +136,29 @@ def make_workload(name: str, settings: Params) -> Workload:
     has_norms = name != "parent" and settings.rank.private_norms
     return Workload(
         sequences,
-        stage.sequence_length,
+        stage.sequence_length // sharing,
         shards,
         stage.microbatches > 1,
         has_teacher,
         matches_states,
         sum(not parse(budget).is_full for budget in settings.budgets.values()) if has_norms else 0,
+        stage.kept_logits if name != "parent" and stage.teacher == "cached" else 0,
+        sharing,
+        stage.optimizer == "adamw8bit",
     )
+
+
+def cache_bytes(name: str, settings: Params, config) -> float:
+    """The bytes on disk of the teacher's largest logits: at most, as if no row of the data was read twice."""
+    stage, load = stages_of(settings)[name], make_workload(name, settings)
+    return float(stage.num_tokens() * bytes_per_token(load.kept_logits, config.vocab_size)) if load.kept_logits else 0.0
+
+
+def training_setting(name: str, settings: Params) -> TrainingSetting:
+    """How a worker trains in a stage."""
+    compute = settings.compute
+    precision = stages_of(settings)[name].precision
+    return TrainingSetting(precision, compute.execution, compute.workers > 0, use_gpus(compute))
 
 
 def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
@@ -148,8 +166,7 @@ def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
 
     While the router learns, layers have gates and no states are matched; after that, it is the other way round.
     """
-    stage, compute = stages_of(settings)[name], settings.compute
-    setting = TrainingSetting(stage.precision, compute.execution, compute.workers > 0, use_gpus(compute))
+    setting = training_setting(name, settings)
     load, learns = make_workload(name, settings), learns_softly(name, settings)
     phases = {True: dataclasses.replace(load, matches_states=False)} if learns else {False: load}
     if load.matches_states:
@@ -158,6 +175,14 @@ def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
         if (setting, gates) not in pieces:
             pieces[setting, gates] = Pieces(config, setting, gates)
     return max((step_peak(pieces[setting, gates], load) for gates, load in phases.items()), key=lambda p: p.total)
+
+
+def total_with_kernels(name: str, settings: Params, config, pieces: dict) -> float | None:
+    """The largest memory where `mamba_ssm` and `causal_conv1d` are installed; None if they change nothing."""
+    found = pieces.get((training_setting(name, settings), False))  # with gates, layers are computed in parts
+    if learns_softly(name, settings) or found is None or not found.has_kernels:
+        return None
+    return step_peak(found.with_kernels(), make_workload(name, settings)).total
 
 
 def describe_work(
@@ -207,6 +232,7 @@ def describe_work(
         "peak": peak,
         "gpu_hours": hours,
         "hours": None if hours is None else hours / max(1, compute.workers),
+        "cost": None if hours is None or hardware.price is None else hours * hardware.price,
     }
 
 
@@ -220,120 +246,48 @@ def taught_share(name: str, stage: Stage, settings: Params, budget: str) -> floa
     if name == "parent" or loss.kl_weight == loss.state_weight == 0:
         return 0.0
     share = 1.0 - settings.routing.share if loss.kl_weight == 0 and name == "train_short" else 1.0
-    trainable_share = {"frozen": 0.0, "mixed": 0.5, "trainable": 1.0}[stage.teacher]
+    trainable_share = {"mixed": 0.5, "trainable": 1.0}.get(stage.teacher, 0.0)
     return share * (1.0 - trainable_share) if parse(settings.budgets[budget]).is_full else share
 
 
 def describe_rank(settings: Params, config, hardware: Hardware) -> dict:
-    """A lower bound of a worker's bytes in stage rank.
+    """The plan of stage rank: bytes of a worker by kind, at the moment at which it holds most."""
+    load, setting = make_rank_workload(settings, config)
+    peak = rank_peak(config, setting, load)
+    return {
+        "workers": max(1, settings.compute.workers),
+        "sequences": load.sequences,
+        "sequence_length": load.length,
+        "precision": setting.precision,
+        "memory": peak.kinds,
+        "total": peak.total,
+        "moment": peak.moment,
+        "fits": peak.total <= hardware.usable,
+    }
 
-    Every worker holds the whole parent in float32. For the widths it also holds two float64 copies of the residual
-    stream of its part of a batch (full rows) and, for the basis, a float64 matrix (hidden, hidden). For the depth
-    ranking it holds the head in float64.
+
+def make_rank_workload(settings: Params, config) -> tuple[RankWorkload, TrainingSetting]:
+    """What one worker computes in stage rank, and how.
+
+    A sharded parent that computes in float32 is held in the 16-bit type of its files. That is the type in the parent's
+    config.json. A parent that is trained here has float32 files.
     """
-    section, hidden = settings.rank, config.hidden_size
-    positions = section.batch_size // max(1, settings.compute.workers) * section.sequence_length
-    widths = 2 * positions * hidden + (hidden**2 if section.basis == "principal" else 0)
-    total = 4.0 * num_parameters(config) + 8.0 * max(widths, config.vocab_size * hidden)
-    return {"at_least": total, "fits": total <= hardware.usable}
-
-
-# --- what to change --------------------------------------------------------------------------------------------------
-
-
-def find_changes(name: str, settings: Params, config, hardware: Hardware, pieces: dict) -> list[dict]:
-    """Changes that make a stage fit, one after the other until it fits. Each has its parameters, and the bytes with it.
-
-    Empty if the stage fits already or if nothing helps. The last entry says whether the stage fits then.
-    """
-    changes, total = [], stage_peak(name, settings, config, pieces).total
-    while total > hardware.usable:
-        for change in possible_changes(name, settings):
-            changed = override(settings, change)
-            changed_total = stage_peak(name, changed, config, pieces).total
-            if changed_total < 0.99 * total:
-                settings, total = changed, changed_total
-                changes.append({"set": change, "total": total, "fits": total <= hardware.usable})
-                break
-        else:
-            return changes
-    return changes
-
-
-def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
-    """Changes to try, the cheapest first. None of them changes the number of tokens of a step."""
-    stage, compute, execution = stages_of(settings)[name], settings.compute, settings.compute.execution
-    workers, section = max(1, compute.workers), "parent.training" if name == "parent" else name
-    changes = []
-    if not execution.activation_checkpointing:
-        changes.append({"compute.execution.activation_checkpointing": True})
-    if stage.microbatches < (most := stage.batch_size // workers):
-        changes.append({f"{section}.microbatches": most})
-    if compute.workers and execution.shard_over not in (None, workers):
-        changes.append({"compute.execution.shard_over": None})
-    if compute.workers and not execution.offload_teacher and make_workload(name, settings).has_teacher:
-        changes.append({"compute.execution.offload_teacher": True})
-    if (more := more_workers(settings, 2 * workers)) is not None:
-        changes.append(more)
-    return changes
-
-
-def find_shorter(
-    name: str, settings: Params, config, hardware: Hardware, pieces: dict, changes: list[dict]
-) -> dict | None:
-    """An alternative to more workers: shorter sequences that fit, with the same number of tokens per step.
-
-    It includes those entries of `changes` that do not change the workers. None if no alternative is needed, and if the
-    sequences cannot be halved often enough.
-    """
-    kept = [change["set"] for change in changes if "compute.workers" not in change["set"]]
-    if len(kept) == len(changes) and (not changes or changes[-1]["fits"]):
-        return None
-    change = {key: value for values in kept for key, value in values.items()}
-    section, total = "parent.training" if name == "parent" else name, math.inf
-    while total > hardware.usable:
-        stage = stages_of(override(settings, change))[name]
-        if stage.sequence_length % 2:
-            return None
-        change |= {
-            f"{section}.sequence_length": stage.sequence_length // 2,
-            f"{section}.batch_size": stage.batch_size * 2,
-            f"{section}.microbatches": stage.microbatches * 2,
-        }
-        total = stage_peak(name, override(settings, change), config, pieces).total
-    return {"set": change, "total": total}
-
-
-def more_workers(settings: Params, workers: int) -> dict[str, object] | None:
-    """Changes for `workers` workers, so that every stage's batches are multiples of it. Tokens per step stay the same.
-
-    None if that is impossible.
-    """
-    changes: dict[str, object] = {"compute.workers": workers}
-    for name, stage in stages_of(settings).items():
-        size, section = stage.batch_size // stage.microbatches, "parent.training" if name == "parent" else name
-        if stage.batch_size % workers:
-            return None
-        if size % workers:
-            candidates = range(stage.microbatches, 0, -1)
-            parts = next(n for n in candidates if stage.batch_size % n == 0 and stage.batch_size // n % workers == 0)
-            changes[f"{section}.microbatches"] = parts
-    rank = settings.rank
-    if rank.batch_size % workers:
-        batches, left = divmod(rank.batches * rank.batch_size, workers)
-        if left or batches < rank.depth_batches:
-            return None
-        changes |= {"rank.batch_size": workers, "rank.batches": batches}
-    return changes
-
-
-def override(settings: Params, changes: dict[str, object]) -> Params:
-    """A copy of `settings` with other values. `changes`: name in params.yaml, such as ``train_short.steps`` → value."""
-    for key, value in changes.items():
-        settings = _replace(settings, key.split("."), value)
-    return settings
-
-
-def _replace(section, path: list[str], value):
-    key, *rest = path
-    return dataclasses.replace(section, **{key: _replace(getattr(section, key), rest, value) if rest else value})
+    section, compute = settings.rank, settings.compute
+    workers, held = max(1, compute.workers), getattr(torch, section.precision)
+    stored = getattr(config, "dtype", None)
+    if compute.workers and isinstance(stored, torch.dtype) and stored.itemsize == 2:
+        held = stored if section.precision == "float32" else held
+    load = RankWorkload(
+        section.batch_size // workers,
+        section.sequence_length,
+        section.batches,
+        section.depth_batches,
+        held,
+        compute.execution.shard_over or workers,
+        section.measure,
+        section.aggregation,
+        section.depth_method,
+        section.basis == "principal",
+        section.private_norms,
+    )
+    return load, TrainingSetting(section.precision, Execution(), compute.workers > 0, use_gpus(compute))

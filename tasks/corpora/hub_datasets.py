@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_core.errors import UserError
-from elastic_core.io.storage import StorageUnavailable
+from elastic_core.io.hub_errors import SECONDS, kind_of
 from tasks.corpora.text_files import without_nulls
-
-SECONDS = 5.0  # to wait for the hub's answer
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
@@ -62,7 +60,7 @@ class HubDataset:
             raise
         except errors as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise _kind(error)(f"{self}: cannot be read: {reason}") from None
+            raise kind_of(error)(f"{self}: cannot be read: {reason}") from None
 
     def _open(self):
         import datasets
@@ -100,22 +98,7 @@ class HubDataset:
             )
         except (ConnectionError, httpx.TransportError, datasets.exceptions.DatasetNotFoundError, FileNotFoundError):
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise _kind(error)(
+            raise kind_of(error)(
                 f"{self}: cannot be reached ({reason}), and is in no local cache (HF_DATASETS_CACHE, HF_HUB_CACHE); "
                 "check the name and the connection, or give a local directory"
             ) from None
-
-
-def _kind(error: BaseException | None) -> type[UserError]:
-    """StorageUnavailable if the hub did not answer or was too busy, so that the same request may succeed later."""
-    from huggingface_hub import is_offline_mode
-    from huggingface_hub.utils import httpx
-
-    while error is not None and not is_offline_mode():
-        if isinstance(error, (ConnectionError, TimeoutError, httpx.TransportError)):
-            return StorageUnavailable
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None and (status >= 500 or status == 429):
-            return StorageUnavailable
-        error = error.__cause__
-    return UserError

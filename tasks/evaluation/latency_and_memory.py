@@ -68,7 +68,7 @@ class Sequence:
     @torch.no_grad()
     def step(self, input_ids: Tensor | None = None) -> None:
         """Process the prompt `input_ids` (1, L). With None, generate one token, using the cache."""
-        start = time.perf_counter()
+        start = now(self.model.device)
         output = self.model(
             self.token if input_ids is None else input_ids,
             past_key_values=self.cache,
@@ -76,7 +76,14 @@ class Sequence:
             logits_to_keep=1,
         )
         self.token, self.cache = output.logits[:, -1:].argmax(-1), output.past_key_values
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(now(self.model.device) - start)
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, after a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @contextlib.contextmanager
@@ -136,10 +143,11 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def environment() -> dict:
-    """The device, and the versions of Python and of the packages that were used."""
+def environment(device: torch.device | None = None) -> dict:
+    """The device (None: the processor), and the versions of Python and of the packages that were used."""
+    is_gpu = device is not None and device.type == "cuda"
     return {
-        "device": processor_name(),
+        "device": torch.cuda.get_device_name(device) if is_gpu else processor_name(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "lm_eval")},

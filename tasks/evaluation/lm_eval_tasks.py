@@ -1,6 +1,7 @@
 """Runs lm-eval: the reasoning tasks that are made with the data, and the benchmarks that a profile names."""
 
 import contextlib
+import dataclasses
 import difflib
 import logging
 import math
@@ -16,14 +17,13 @@ from jinja2 import TemplateError
 from lm_eval import evaluate
 from lm_eval.api.registry import AGGREGATION_REGISTRY, METRIC_REGISTRY
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import TokenData
 from elastic_core.data.tokenizer import load_tokenizer
 from tasks.corpora.benchmark_files import TaskFile, check_task_files
+from tasks.evaluation.lm_eval_model import Model, Served
 from tasks.settings.sections import Benchmarks, Evaluate
 
 METRICS = ("acc_norm", "acc", "exact_match")  # a task shows the first of these that it has, else its first metric
@@ -35,67 +35,18 @@ TASK_ERRORS = (
 RESAMPLES = 1000  # bootstrap, for the standard error of metrics without a formula
 
 
-class Model(HFLM):
-    """lm-eval's adapter of a transformers model for the tasks of a section, without its progress bars.
+def reasoning_scores(section: Evaluate, data: TokenData, model, tasks: tuple[str, ...] | None = None) -> dict:
+    """Task → exact match (0 to 1), its standard error, the exact match of guessing, and the number of items.
 
-    An answer ends at the model's own stop ids, at the stop texts of its task, and at those of the section.
+    `tasks`: of those of the section (None: all).
     """
-
-    def __init__(self, section: Benchmarks, model, tokenizer):
-        is_chat, think_end = bool(section.apply_chat_template), section.think_end_token
-        if think_end in tokenizer.get_added_vocab():  # as a text, it would be gone: special tokens are not decoded
-            think_end = tokenizer.convert_tokens_to_ids(think_end)
-        if isinstance(section.apply_chat_template, str):  # lm-eval does not hand the name on
-            tokenizer.chat_template = tokenizer.get_chat_template(section.apply_chat_template)
-        super().__init__(
-            pretrained=model,
-            tokenizer=tokenizer,
-            batch_size=section.batch_size,
-            device="cpu",
-            add_bos_token=False if is_chat else None,  # the template writes bos itself
-            think_end_token=think_end,
-            enable_thinking=section.enable_thinking,
-        )
-        self._stop = section.stop
-
-    def generate_until(self, requests, disable_tqdm=True):
-        for request in requests:
-            options = request.args[1]
-            until = options.get("until") or []
-            until = [until] if isinstance(until, str) else until
-            options["until"] = [*until, *(text for text in self._stop if text not in until)]
-            most = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
-            if most >= self.max_length:
-                raise ConfigError(
-                    f"evaluate.benchmarks: {request.task_name} asks for answers of up to {most:,} tokens, and the "
-                    f"model has a context of {self.max_length:,}; set gen_kwargs: {{max_gen_toks: …}} to less"
-                )
-        return super().generate_until(requests, disable_tqdm=True)
-
-    def _model_generate(self, context, max_length, stop, **options):
-        if self.think_end_token is not None:  # a stop text ends the answer, and not the thinking before it
-            stop = []
-        if self.model.generation_config.max_new_tokens is not None:  # transformers would prefer it to max_length
-            options["max_new_tokens"] = max_length - context.shape[1]
-        return super()._model_generate(context, max_length, stop, **options)
-
-    def loglikelihood(self, requests, disable_tqdm=True):
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def loglikelihood_rolling(self, requests, disable_tqdm=True):
-        return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-
-def reasoning_scores(section: Evaluate, data: TokenData, model) -> dict:
-    """Task → exact match (0 to 1), its standard error, the exact match of guessing, and the number of items."""
-    if not section.tasks:
+    tasks = section.tasks if tasks is None else tasks
+    if not tasks:
         return {}
-    options = Benchmarks(
-        section.tasks, limit=section.limit, batch_size=section.task_batch_size, apply_chat_template=True
-    )
+    options = Benchmarks(tasks, limit=section.limit, batch_size=section.task_batch_size, apply_chat_template=True)
     results = _evaluate(options, data, model, _manager(data.directory / "lm_eval"))
     scores = {}
-    for task in section.tasks:
+    for task in tasks:
         value = float(results["results"][task]["exact_match,answer"])
         metadata = results["configs"][task]["metadata"]
         num_items = results["n-samples"][task]["effective"]
@@ -108,14 +59,17 @@ def reasoning_scores(section: Evaluate, data: TokenData, model) -> dict:
     return scores
 
 
-def benchmark_scores(section: Benchmarks | None, data: TokenData, model) -> dict:
+def benchmark_scores(section: Benchmarks | None, data: TokenData, model, tasks: tuple[str, ...] | None = None) -> dict:
     """Task → the shown metric, its value, its standard error, the number of items, and all metrics.
 
     A group with an aggregate metric has one entry. A tag, and a group without an aggregate metric, have one entry for
     each of their tasks. The standard error is None if lm-eval has none. Returns {} for `section` None.
+
+    `tasks`: of those of the section (None: all).
     """
     if section is None:
         return {}
+    section = section if tasks is None else dataclasses.replace(section, tasks=tasks)
     manager = _manager(_include(section))
     results = _evaluate(section, data, model, manager)
     shown = [task for name in section.tasks for task in _shown(name, results, manager)]
@@ -254,10 +208,12 @@ def _manager(include: Path | None) -> TaskManager:
 def _evaluate(section: Benchmarks, data: TokenData, model, manager: TaskManager) -> dict:
     """lm-eval's results for the tasks of a section. Relative paths in the task files start at its `data_root`.
 
+    `model`: a transformers model, or `Served`, whose engine answers if all tasks are generative.
+
     Equal to those of lm-eval's `simple_evaluate`, which also describes the machine: it starts pip and more, for longer
     than a small evaluation takes.
     """
-    model = Model(section, model, load_tokenizer(data.directory / "tokenizer"))
+    tokenizer = load_tokenizer(data.directory / "tokenizer")
     as_turns = section.fewshot_as_multiturn
     with contextlib.chdir(section.data_root):
         random.seed(DEFAULT_RANDOM_SEED)  # code of tasks may sample
@@ -266,8 +222,13 @@ def _evaluate(section: Benchmarks, data: TokenData, model, manager: TaskManager)
         loaded = manager.load(list(section.tasks))
         for task in loaded["tasks"].values():
             _set_options(task, section)
+        generates = all(task.OUTPUT_TYPE == "generate_until" for task in loaded["tasks"].values())
+        if isinstance(model, Served) and generates:
+            adapter = Model(section, model.without_weights(), tokenizer, model.engine())
+        else:
+            adapter = Model(section, model.load() if isinstance(model, Served) else model, tokenizer)
         return evaluate(
-            model,
+            adapter,
             loaded,
             limit=section.limit,
             system_instruction=section.system_instruction,

@@ -92,6 +92,7 @@ def first_item(path: Path) -> dict[str, str]:
 @torch.no_grad()
 def _continue(model, prompt: Tensor, stop: int | list[int]) -> Tensor:
     """The token ids (1, up to NEW_TOKENS) that follow `prompt` (1, L)."""
+    prompt = prompt.to(model.device)
     output = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),

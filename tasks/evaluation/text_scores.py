@@ -10,22 +10,25 @@ from torch import Tensor
 
 from elastic_core.data.loader import IGNORED_LABEL, Batch, TokenData, held_out_batches
 from elastic_core.errors import UserError
+from tasks.evaluation.batch_sizes import first_batch_size, fitting
+from tasks.evaluation.teacher import CachedTeacher, Logits, live, write_head, write_states
 from tasks.settings.sections import Evaluate
 
 
 @torch.no_grad()
-def text_scores(model, parent, batches: Iterator[Batch]) -> tuple[float, float, int]:
+def text_scores(model, parent: Logits | None, batches: Iterator[Batch]) -> tuple[float, float, int]:
     """Sums over all predicted tokens: cross-entropy in nats, KL(parent ‖ model) in nats, and the number of tokens.
 
     batches: one document per row, padded at its end. Positions with the label IGNORED_LABEL are skipped.
-    parent: None gives a KL of 0.
+    parent: the parent's logits. None gives a KL of 0.
     """
     loss, kl, tokens = 0.0, 0.0, 0
-    for input_ids, labels, _ in batches:
-        logprobs = model(input_ids, use_cache=False).logits.log_softmax(-1)
+    for batch in batches:
+        labels = batch.labels
+        logprobs = model(batch.input_ids, use_cache=False).logits.float().log_softmax(-1)
         loss += F.nll_loss(logprobs.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum").item()
         if parent is not None:
-            parent_logprobs = parent(input_ids, use_cache=False).logits.log_softmax(-1)
+            parent_logprobs = parent(batch).float().log_softmax(-1)
             divergence = (parent_logprobs.exp() * (parent_logprobs - logprobs)).sum(-1)
             kl += divergence[labels != IGNORED_LABEL].sum().item()
         tokens += int((labels != IGNORED_LABEL).sum())
@@ -35,19 +38,15 @@ def text_scores(model, parent, batches: Iterator[Batch]) -> tuple[float, float, 
 def held_out_scores(section: Evaluate, data: TokenData, model, parent) -> dict:
     """Loss and KL in nats per token and bits per byte, for every held-out source and for all sources together.
 
+    parent: a transformers model, a `CachedTeacher`, or None.
+
     KL is given for all sources together only. `tokens` is the number of predicted tokens: of a conversation only those
     that are trained, such as the assistant's. Bits per byte are of the sources of text, in which all tokens are
     predicted; without such a source there are none. Raises UserError for a source without a token to predict.
     """
     scores, totals, of_text = {}, [0.0, 0.0, 0], [0.0, 0.0]
     for source in section.held_out:
-        batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
-        loss, kl, tokens = text_scores(model, parent, batches)
-        if tokens == 0:
-            raise UserError(
-                f"evaluate.held_out: {source} has no trained token in the first {section.sequence_length} tokens of "
-                "its documents; raise evaluate.sequence_length or evaluate.max_tokens"
-            )
+        loss, kl, tokens = _sums(section, data, model, parent, source, section.sequence_length)
         totals = [total + value for total, value in zip(totals, (loss, kl, tokens), strict=True)]
         scores |= {f"loss_{source}": loss / tokens, f"tokens_{source}": tokens}
         if is_text(data, source):
@@ -58,6 +57,60 @@ def held_out_scores(section: Evaluate, data: TokenData, model, parent) -> dict:
         scores["bits_per_byte"] = of_text[0] / math.log(2) / of_text[1]
     loss, kl, tokens = totals
     return scores | {"loss": loss / tokens, "kl_to_parent": kl / tokens, "tokens": tokens}
+
+
+def scores_at_lengths(section: Evaluate, data: TokenData, model) -> dict[str, dict]:
+    """Sequence length → loss in nats per token and number of tokens, over all held-out sources.
+
+    The lengths are those of the section that differ from its `sequence_length`.
+    """
+    found = {}
+    for length in section.lengths or ():
+        if length != section.sequence_length:
+            sums = [_sums(section, data, model, None, source, length) for source in section.held_out]
+            loss, _, tokens = map(sum, zip(*sums, strict=True))
+            found[str(length)] = {"loss": loss / tokens, "tokens": tokens}
+    return found
+
+
+def write_teacher(section: Evaluate, data: TokenData, model, location: str) -> None:
+    """Write what a `CachedTeacher` at `location` needs of a parent for `held_out_scores`."""
+    write_head(model, location)
+    for source in section.held_out:
+        length = section.sequence_length
+
+        def work(batch_size: int, source: str = source, length: int = length) -> None:
+            write_states(model, _batches(section, data, model, source, length, batch_size), location, source, length)
+
+        fitting(section.batch_size, model.device, _guess(model, length), work)
+
+
+def _sums(section: Evaluate, data: TokenData, model, parent, source: str, length: int) -> tuple[float, float, int]:
+    """See `text_scores`, for one source in sequences of `length`."""
+
+    def work(batch_size: int) -> tuple[float, float, int]:
+        if isinstance(parent, CachedTeacher):
+            logits = parent.logits(source, length)
+        else:
+            logits = None if parent is None else live(parent)
+        return text_scores(model, logits, _batches(section, data, model, source, length, batch_size))
+
+    found = fitting(section.batch_size, model.device, _guess(model, length), work)
+    if found[2] == 0:
+        raise UserError(
+            f"evaluate.held_out: {source} has no trained token in the first {length} tokens of its documents; raise "
+            "evaluate.sequence_length or evaluate.max_tokens"
+        )
+    return found
+
+
+def _batches(section: Evaluate, data: TokenData, model, source: str, length: int, batch_size: int) -> Iterator[Batch]:
+    for batch in held_out_batches(data, source, length, batch_size, section.max_tokens):
+        yield batch.to(model.device)
+
+
+def _guess(model, length: int) -> int:
+    return first_batch_size(model.device, length, model.config.vocab_size)
 
 
 def is_text(data: TokenData, source: str) -> bool:

@@ -4,27 +4,46 @@ from __future__ import annotations
 
 from transformers import NemotronHConfig, PreTrainedConfig
 
+from elastic_core.errors import named
 from elastic_core.model import architectures, hf
-from tasks.parents import gguf
+from tasks.parents import gguf, hub
 from tasks.settings.local_checks import is_package
+from tasks.settings.paths import is_hub_name
 from tasks.settings.sections import Parent, ParentModel
 
 
 def read_parent_config(parent: Parent, vocab_size: int) -> PreTrainedConfig:
-    """The configuration of section `parent`: of a directory, URL or package (see `as_used`), or of `model`.
+    """The configuration of section `parent`: of an existing parent (see `read_config`), or of `model`; as it is used.
 
-    `vocab_size` applies to `model` only. Raises UserError for an unknown or unsupported architecture, ConfigError for
-    a package that is not installed, and StorageError for a URL that cannot be read.
+    `vocab_size` applies to `model` only.
     """
     if parent.path is None:
-        return new_config(parent.model, vocab_size)
-    config = gguf.read_config(parent.path) if is_package(parent.path) else hf.read_config(parent.path)
-    return as_used(config, parent)
+        return as_used(new_config(parent.model, vocab_size), parent)
+    return as_used(read_config(parent.path), parent)
+
+
+def read_config(path: str) -> PreTrainedConfig:
+    """The configuration of an existing parent: of a directory, URL, package or model of the hub.
+
+    Raises UserError for an unknown or unsupported architecture and for a model that the hub does not give, ConfigError
+    for a package that is not installed, and StorageError for a URL that cannot be read.
+    """
+    if is_package(path):
+        return gguf.read_config(path)
+    if not is_hub_name(path):
+        return hf.read_config(path)
+    with named(path):
+        return hf.read_config(hub.fetch(path, "config.json"))
 
 
 def as_used(config: PreTrainedConfig, parent: Parent) -> PreTrainedConfig:
-    """The configuration of an existing parent with the section's `rope_scaling` and `untie_head`. Raises UserError."""
+    """A parent's configuration with the section's `rope_scaling`, `clamp_time_step` and `untie_head`.
+
+    Raises UserError for what the architecture does not have.
+    """
     config = architectures.with_rope_scaling(config, parent.rope_scaling)
+    if parent.clamp_time_step:
+        config = architectures.with_clamped_time_step(config)
     return architectures.with_own_head(config) if parent.untie_head else config
 
 

@@ -144,6 +144,9 @@ def _text(settings, parent: dict) -> dict[str, Column]:
             columns[f"loss_{source}"] = Column(f"loss {source}", "nats/token", how)
         else:
             columns[f"bits_per_byte_{source}"] = Column(f"bpb {source}", "bits/byte", f"The same, for {source} only.")
+    for length, found in parent.get("lengths", {}).items():
+        how = f"Cross-entropy as in loss, on {found['tokens']:,} tokens in sequences of {int(length):,} tokens."
+        columns[f"loss_at_{length}"] = Column(f"loss at {int(length):,}", "nats/token", how)
     return columns
 
 

@@ -1,12 +1,12 @@
 """Makes the tables of the report: results, training, the router's choices, importance. Reads artifacts/."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
+from transformers import PreTrainedConfig
 
 from elastic_core.io.json_files import read_json
-from elastic_core.model import architectures
+from elastic_core.model import architectures, hf
 from elastic_core.model.axes import AXES, FIELDS
 from elastic_core.model.submodel import Submodel
 from tasks.progress.metrics_file import read_rows
@@ -70,6 +70,7 @@ def _text_and_cost(values: dict) -> dict:
     return {
         **{name: value for name, value in values.items() if name.startswith("bits_per_byte")},
         **{f"loss_{source}": values[f"loss_{source}"] for source in conversations(values)},
+        **{f"loss_at_{length}": found["loss"] for length, found in values.get("lengths", {}).items()},
         **_ratios("latency_ratio", latency["per_token_ratio"], latency["per_token_ratio_quartiles"]),
         **_ratios("prefill_ratio", latency["prefill_ratio"], latency["prefill_ratio_quartiles"]),
         "ms_per_token": 1000 * latency["per_token_seconds"],
@@ -194,9 +195,9 @@ def settled() -> int | None:
     return max(soft) if soft and rows[-1]["mode"] != "soft" else None
 
 
-def parent_config() -> SimpleNamespace:
-    """The parent's config.json as stage rank writes it: with all values, also those that equal a default."""
-    return SimpleNamespace(**read_json(ARTIFACTS / "rank" / "model" / "config.json"))
+def parent_config() -> PreTrainedConfig:
+    """The parent's configuration, as stage rank writes it."""
+    return hf.read_config(ARTIFACTS / "rank" / "model")
 
 
 def router(scores: Scores, config) -> pd.DataFrame:

@@ -11,8 +11,9 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -23,10 +24,18 @@ from elastic_core.training.checkpoint import CheckpointError, CheckpointUnavaila
 from elastic_core.training.diagnosis import NonFiniteError
 from elastic_core.training.distributed.ranks import Ranks
 from tasks.runtime.exit_status import FULL_DISK, StageError, StageInterrupted
-from tasks.runtime.ray_cluster import ENVIRONMENT, check_cluster, cluster, has_token
+from tasks.runtime.ray_cluster import cluster, prepare
 from tasks.settings.sections import Compute
 
 Work = Callable[[dict, Ranks], None]
+
+
+class Item(Protocol):
+    """A part of a stage's work that any worker can do alone."""
+
+    name: str
+    needs: tuple[str, ...]
+
 
 AGREE_SECONDS = 60  # that workers wait for each other to raise the same error
 # Errors that every rank raises: a new start of the workers would only repeat them.
@@ -41,10 +50,7 @@ def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
     where a server was away or workers were lost more often than `compute.retries`, and ConfigError for a cluster that
     does not answer.
     """
-    if compute.gpus_per_worker and not compute.workers and not torch.cuda.is_available():
-        raise ConfigError(
-            "compute.gpus_per_worker: got 1, but torch sees no CUDA device here; set it to 0, or workers above 0"
-        )
+    _check_gpu(compute)
     call = {"work": work, "arguments": arguments, "directory": os.getcwd(), "use_gpu": compute.gpus_per_worker > 0}
     # Ray is not needed in a single process, and its import takes a second. Under torchrun it joins the processes.
     is_single = not compute.workers and "RANK" not in os.environ
@@ -54,14 +60,84 @@ def launch(work: Work, arguments: dict, compute: Compute, name: str) -> None:
         raise StageInterrupted(text) if temporary else StageError(text)
 
 
+def launch_items(
+    work: Callable[[Item, torch.device], dict],
+    items: Sequence[Item],
+    compute: Compute,
+    done: Callable[[Item, dict], None],
+    finished: Collection[str] = (),
+) -> None:
+    """Call `work(item, device)` for every item, and `done(item, result)` in this process as soon as it has returned.
+
+    An item has a `name`, and `needs`, the names of items that come first. Items in `finished` are done already. Without
+    workers, this process works, in the order of the items. Otherwise every item is a task of Ray with a worker's CPUs
+    and GPU, and as many run at once as there are workers.
+
+    Raises what `work` raises, or StageError and StageInterrupted as `launch` does.
+    """
+    _check_gpu(compute)
+    waiting = [item for item in items if item.name not in finished]
+    if not waiting:
+        return
+    if not compute.workers:
+        device = torch.device("cuda" if compute.gpus_per_worker else "cpu")
+        for item in waiting:
+            done(item, work(item, device))
+        return
+    with cluster(compute, prepare(compute)):
+        _items_by_ray(work, waiting, compute, done, set(finished))
+
+
+def _items_by_ray(work, waiting: list[Item], compute: Compute, done, finished: set[str]) -> None:
+    import ray
+
+    options = {"num_cpus": compute.cpus_per_worker, "num_gpus": compute.gpus_per_worker, "max_retries": compute.retries}
+    remote, running = ray.remote(**options)(_item_worker), {}
+    call = {"work": work, "directory": os.getcwd(), "use_gpu": compute.gpus_per_worker > 0}
+    while waiting or running:
+        for item in [item for item in waiting if finished.issuperset(item.needs)][: compute.workers - len(running)]:
+            running[remote.remote(call, item)] = item
+            waiting.remove(item)
+        (ready,), _ = ray.wait(list(running))
+        item = running.pop(ready)
+        try:
+            result, problem = ray.get(ready)
+        except ray.exceptions.RayTaskError as error:
+            raise StageError(str(error)) from None  # with the worker's own traceback
+        except ray.exceptions.RayError as error:
+            raise StageInterrupted(
+                f"{item.name}: its worker was lost {compute.retries + 1} times (compute.retries: {compute.retries}): "
+                f"{error}. Start again: finished items are kept"
+            ) from None
+        if problem is not None:
+            text, temporary = problem
+            raise StageInterrupted(text) if temporary else StageError(text)
+        finished.add(item.name)
+        done(item, result)
+
+
+def _item_worker(call: dict, item: Item) -> tuple[dict | None, tuple[str, bool] | None]:
+    """One item on one worker: its result, and otherwise as `_worker`."""
+    os.chdir(call["directory"])
+    try:
+        return call["work"](item, torch.device("cuda" if call["use_gpu"] else "cpu")), None
+    except (*FINAL, OSError) as error:
+        ending = _ending(error)
+        if ending is None:
+            raise
+        return None, (str(ending), isinstance(ending, StageInterrupted))
+
+
+def _check_gpu(compute: Compute) -> None:
+    if compute.gpus_per_worker and not compute.workers and not torch.cuda.is_available():
+        raise ConfigError(
+            "compute.gpus_per_worker: got 1, but torch sees no CUDA device here; set it to 0, or workers above 0"
+        )
+
+
 def _by_ray(call: dict, compute: Compute, name: str) -> tuple[str, bool] | None:
     """Run the work on all workers by Ray Train; what one worker returns."""
-    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
-    address = os.environ.get("RAY_ADDRESS")
-    if compute.workers and address not in (None, "", "local"):
-        check_cluster(address)
-        if has_token():  # Ray's clusters ask for one by default; a client has to be told, before it is imported
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
+    address = prepare(compute)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError

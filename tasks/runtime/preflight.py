@@ -18,11 +18,13 @@ from elastic_core.model.parent_files import check_parent_files
 from elastic_core.search.importance.basis import check_basis
 from elastic_core.search.selection import check_reachable
 from elastic_core.search.space import ElasticSpace
+from tasks.parents import hub
 from tasks.parents.config import read_parent_config
 from tasks.parents.targets import comparable_budgets, metric_of_family, resolve
 from tasks.settings.budgets import check_shares
 from tasks.settings.load import is_sound, raise_problems
 from tasks.settings.local_checks import is_package
+from tasks.settings.paths import is_hub_name
 from tasks.settings.schema import Params
 
 
@@ -41,7 +43,7 @@ def add_family_problems(problems: Problems, params) -> None:
 
     What depends on a parameter that has a problem is left out. Raises StorageError.
     """
-    keys = ("parent.path", "parent.rope_scaling", "parent.untie_head")
+    keys = ("parent.path", "parent.rope_scaling", "parent.untie_head", "parent.clamp_time_step")
     if not is_sound(problems, params, *keys):
         return
     if params.parent.path is None and not is_sound(problems, params, "parent.model", "prepare_data.vocab_size"):
@@ -74,7 +76,9 @@ def add_parent_problems(problems: Problems, params) -> None:
     if path is None or is_package(path):
         return
     try:
-        check_parent_files(path)
+        directory = hub.check(path) if is_hub_name(path) else path
+        if directory is not None:  # else weights are downloaded by the stage `parent`
+            check_parent_files(directory)
     except StorageError:
         raise
     except UserError as error:

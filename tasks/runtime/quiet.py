@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 
-LOGGERS = ("ray", "lm_eval", "transformers", "datasets")
+LOGGERS = ("ray", "lm_eval", "transformers", "datasets", "torchao", "torch.utils._pytree")
 
 
 def silence_libraries() -> None:

@@ -29,6 +29,18 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # a process that asks whether this machine is being taken away
+
+
+def prepare(compute: Compute) -> str | None:
+    """Set the environment for Ray before it is imported; the address of its cluster. Raises ConfigError without one."""
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    address = os.environ.get("RAY_ADDRESS")
+    if compute.workers and address not in (None, "", "local"):
+        check_cluster(address)
+        if has_token():  # Ray's clusters ask for one by default; a client has to be told, before it is imported
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+    return address
 
 
 @contextlib.contextmanager
@@ -36,18 +48,19 @@ def cluster(compute: Compute, address: str | None) -> Iterator[None]:
     """Connect to the cluster at `address`, or start one on this machine that ends with the block."""
     import ray
 
+    is_local = address in (None, "", "local")
     environment = {
-        "env_vars": {**ENVIRONMENT, "PYTHONPATH": python_path()},
+        "env_vars": {**ENVIRONMENT, **(LOCAL if is_local else {}), "PYTHONPATH": python_path()},
         "worker_process_setup_hook": "tasks.runtime.quiet.silence_libraries",
     }
     options = {"logging_level": "ERROR", "runtime_env": environment}
-    if address in (None, "", "local"):
+    if is_local:
         cores = max(os.cpu_count() or 1, compute.workers * compute.cpus_per_worker)
         options |= {"address": "local", "include_dashboard": False, "num_cpus": cores}
     else:
         options["address"] = address
     with contextlib.ExitStack() as stack:
-        if options["address"] == "local":
+        if is_local:
             if (directory := stack.enter_context(short_directory())) is not None:
                 options["_temp_dir"] = directory
             stack.enter_context(nothing_left())

@@ -10,8 +10,10 @@ from collections.abc import Iterable
 
 from elastic_core.config import Require
 from elastic_core.cost.budgets import parse
-from elastic_core.training.stage import Stage
+from elastic_core.io.storage import is_url
+from elastic_core.training.stage import Stage, uses_itself
 from tasks.settings.budgets import check_spellings
+from tasks.settings.sections import is_installed
 
 STAGES = (
     "fingerprint",
@@ -57,6 +59,7 @@ def check_rank(params, require: Require) -> None:
 
 def check_parent_training(params, require: Require) -> None:
     if params.parent.training is not None:
+        _check_optimizer(params, "parent.training", params.parent.training, require)
         _check_batch(params, "parent.training", params.parent.training, require)
 
 
@@ -86,17 +89,35 @@ CHECKS = {  # check → the sections that it needs
 
 def _check_family_stage(params, name: str, stage: Stage, require: Require) -> None:
     _check_shares(params, name, stage, require)
-    if stage.teacher != "frozen":
+    _check_optimizer(params, name, stage, require)
+    if uses_itself(stage):
         _check_teacher(params, name, stage, require)
+    if stage.teacher == "cached":
+        allowed = "a directory that all workers can reach: teacher cached maps its files into memory"
+        require(not is_url(params.compute.storage), "compute.storage", params.compute.storage, allowed)
     _check_batch(params, name, stage, require)
+
+
+def _check_optimizer(params, name: str, stage: Stage, require: Require) -> None:
+    if stage.optimizer == "adamw8bit":
+        allowed = "adamw, because the package torchao is not installed (pip install --editable '.[low-bit]')"
+        require(is_installed("torchao"), f"{name}.optimizer", stage.optimizer, allowed)
+        allowed = "adamw with compute.execution.offload_student, which has the moments in CPU memory"
+        require(not params.compute.execution.offload_student, f"{name}.optimizer", stage.optimizer, allowed)
 
 
 def _check_batch(params, name: str, section, require: Require) -> None:
     """Check the mixture, and that every worker gets as many sequences as the others."""
     _check_sources(params, f"{name}.mixture", section.mixture, require)
     size, workers = section.batch_size // max(1, getattr(section, "microbatches", 1)), max(1, params.compute.workers)
-    allowed = f"sequences that divide evenly by compute.workers ({workers}) in every microbatch"
-    require(size % workers == 0, f"{name}.batch_size", section.batch_size, allowed)
+    sharing = params.compute.execution.context_parallel if isinstance(section, Stage) else 1
+    if sharing < 1 or workers % sharing:  # a problem of its own
+        return
+    text = f"compute.workers ({workers})" + (f" / context_parallel ({sharing})" if sharing > 1 else "")
+    allowed = f"sequences that divide evenly by {text} in every microbatch"
+    require(size % (workers // sharing) == 0, f"{name}.batch_size", section.batch_size, allowed)
+    allowed = f"a multiple of compute.execution.context_parallel ({sharing}), whose workers have equal parts of it"
+    require(section.sequence_length % sharing == 0, f"{name}.sequence_length", section.sequence_length, allowed)
 
 
 def _check_sources(params, key: str, names: Iterable[str], require: Require) -> None:

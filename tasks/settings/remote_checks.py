@@ -7,7 +7,8 @@ stage that uses a remote location checks it here first, within seconds. `python 
 from collections.abc import Iterable, Mapping
 
 from elastic_core.config import ConfigError, Problems
-from elastic_core.errors import named
+from elastic_core.errors import UserError, named
+from elastic_core.export import hub
 from elastic_core.io import storage
 from tasks.corpora.sources import PATHS
 from tasks.settings.load import FILE
@@ -61,7 +62,14 @@ def _check_parent(settings: Params) -> None:
 
 
 def _check_destination(settings: Params) -> None:
-    if settings.extract.destination:
+    if hub.is_hub(settings.extract.destination):
+        try:
+            hub.check_access(settings.extract.destination)
+        except storage.StorageUnavailable as error:
+            raise storage.StorageUnavailable(f"extract.destination: {error}") from None
+        except UserError as error:
+            raise ConfigError(f"extract.destination: {error}") from None
+    elif settings.extract.destination:
         _check_access(settings.extract.destination, "extract.destination", writing=True)
 
 

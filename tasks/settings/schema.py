@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from elastic_core.cost.budgets import Cost, Spelling
 from elastic_core.search.choices import Choices
 from elastic_core.training.stage import Routing, Stage
-from tasks.settings.paths import locate
+from tasks.settings.paths import locate, locate_parent
 from tasks.settings.sections import Compute, Evaluate, Extract, Parent, PrepareData, Rank, Tracking
 
 SECTIONS = (  # the order of params.yaml, in which problems are listed
@@ -58,6 +58,9 @@ class Params:
             evaluate = replace(evaluate, held_out=tuple(self.prepare_data.not_generated_names()))
         if evaluate.tasks is None:
             evaluate = replace(evaluate, tasks=tuple(self.prepare_data.practised_task_names()))
+        if evaluate.lengths is None:
+            stages = (self.train_short, self.train_extended)
+            evaluate = replace(evaluate, lengths=tuple(sorted({stage.sequence_length for stage in stages})))
         changes |= located({"parent": parent, "evaluate": evaluate, "cost": self.cost})
         return replace(self, **changes)
 
@@ -66,7 +69,7 @@ def located(sections: dict) -> dict:
     """The same sections (name → dataclass) with the paths of parent, benchmarks and table where they are found."""
     found = dict(sections)
     if "parent" in found and found["parent"].path is not None:
-        found["parent"] = replace(found["parent"], path=locate(found["parent"].path))
+        found["parent"] = replace(found["parent"], path=locate_parent(found["parent"].path))
     if "evaluate" in found and found["evaluate"].benchmarks is not None:
         found["evaluate"] = replace(found["evaluate"], benchmarks=found["evaluate"].benchmarks.located())
     if "cost" in found and found["cost"].table is not None:

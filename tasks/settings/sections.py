@@ -21,6 +21,7 @@ from elastic_core.training.stage import Stage
 from tasks.corpora.benchmark_files import check_answer_options
 from tasks.corpora.reasoning import Evaluation
 from tasks.corpora.sources import Source, located, parse_source
+from tasks.settings.parts.evaluation import BatchSize, Vllm, check_backend, check_batch_size
 from tasks.settings.paths import locate
 
 SMALLEST_VOCABULARY = 256 + 2 + 5  # one token per byte, two special tokens, and those of the chat template
@@ -112,10 +113,12 @@ class ParentModel:
 
 @dataclass(frozen=True)
 class Parent:
-    """Section `parent`: a Hugging Face directory, its URL or a package. With `path` null, `model` is trained.
+    """Section `parent`: an existing parent, or one that is trained here.
 
+    `path` is a Hugging Face directory, its URL, a name on the hub or a package. With `path` null, `model` is trained.
     `rope_scaling` scales the rotary positions of an existing parent to longer texts, in the form of transformers.
     `untie_head` gives a parent with tied embeddings a head of its own, a copy of the embeddings.
+    `clamp_time_step` limits the time step of Mamba layers as transformers does, instead of by `time_step_limit`.
     With a path, `model` and `training` are not used, so they are not read and None.
     """
 
@@ -124,6 +127,7 @@ class Parent:
     training: Stage | None = None
     rope_scaling: dict[str, Any] | None = None
     untie_head: bool = False
+    clamp_time_step: bool = False
 
     def check(self, require: Require = require) -> None:
         if self.rope_scaling is not None:
@@ -144,7 +148,8 @@ class Parent:
 class Rank:
     """Section `rank`: the size of the calibration set, and how units and layers are scored on it.
 
-    One batch has `batch_size` sequences of `sequence_length` tokens.
+    One batch has `batch_size` sequences of `sequence_length` tokens. Layers compute in `precision`; sums over positions
+    are in float64.
     """
 
     mixture: dict[str, float] = field(default_factory=dict)  # empty: equal shares of all sources
@@ -157,6 +162,7 @@ class Rank:
     aggregation: str = AGGREGATIONS[0]
     depth_method: str = DEPTH_METHODS[0]
     depth_batches: int = 4  # of `batches`, for the depth ranking
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def check(self, require: Require = require) -> None:
         for name in ("batches", "batch_size", "sequence_length"):
@@ -173,7 +179,7 @@ class Extract:
     """Section `extract`: how submodels are exported."""
 
     heterogeneous: Literal["remote_code", "pad"] = "remote_code"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] | None = None  # None: that of the parent's files
     destination: str | None = None  # each model is copied to <destination>/<budget>/<version>
 
     def check(self, require: Require = require) -> None:
@@ -203,7 +209,7 @@ class Benchmarks:
     data_root: str = "."  # relative paths inside those files start here
     limit: int | None = None
     num_fewshot: int | None = None  # null: the task's own number
-    batch_size: int = 8
+    batch_size: BatchSize = 8
     apply_chat_template: bool | str = False  # write prompts with the tokenizer's chat template, or the one of this name
     system_instruction: str | None = None
     fewshot_as_multiturn: bool | None = None  # examples as turns of a conversation; null: with a chat template
@@ -217,7 +223,7 @@ class Benchmarks:
         require(len(set(self.tasks)) == len(self.tasks), "tasks", self.tasks, "every task once")
         require(self.limit is None or self.limit >= 1, "limit", self.limit, "1 or more, or null")
         require(self.num_fewshot is None or self.num_fewshot >= 0, "num_fewshot", self.num_fewshot, "0 or more")
-        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        check_batch_size("batch_size", self.batch_size, require)
         check_answer_options(self, require)
 
     def located(self) -> Benchmarks:
@@ -231,23 +237,33 @@ class Evaluate:
     """Section `evaluate`: the data on which the extracted models are measured.
 
     `max_tokens` counts tokens per source of `held_out`; `limit` counts items per task of `tasks`. `cache_tokens` is the
-    length of the sequence with which the cache is measured.
+    length of the sequence with which the cache is measured. `lengths` are further sequence lengths for the loss.
+    `dtype` null is bfloat16 on GPUs and float32 on CPUs. `backend` is what generates answers of tasks.
     """
 
     held_out: tuple[str, ...] | None = None  # null: all texts and conversations that are not generated
     tasks: tuple[str, ...] | None = None  # null: the tasks of prepare_data.evaluation whose kind of source is there
     max_tokens: int = 16384
     sequence_length: int = 256
-    batch_size: int = 16
+    lengths: tuple[int, ...] | None = None  # null: those of train_short and train_extended
+    batch_size: BatchSize = 16
     limit: int = 200
-    task_batch_size: int = 64
+    task_batch_size: BatchSize = 64
     cache_tokens: int = 1024
     latency: LatencyOptions = field(default_factory=LatencyOptions)
     benchmarks: Benchmarks | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    backend: Literal["hf", "vllm"] = "hf"
+    vllm: Vllm = field(default_factory=Vllm)
 
     def check(self, require: Require = require) -> None:
-        for name in ("max_tokens", "sequence_length", "batch_size", "limit", "task_batch_size", "cache_tokens"):
+        for name in ("max_tokens", "sequence_length", "limit", "cache_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("batch_size", "task_batch_size"):
+            check_batch_size(name, getattr(self, name), require)
+        for length in self.lengths or ():
+            require(length >= 1, "lengths", length, "1 or more")
+        check_backend(self.backend, self.vllm, require)
 
 
 @dataclass(frozen=True)
@@ -274,6 +290,7 @@ class Compute:
         shards, workers = self.execution.shard_over, self.workers or int(os.environ.get("WORLD_SIZE", 1))
         divides = shards is None or shards < 1 or workers % shards == 0
         require(divides, "execution.shard_over", shards, f"null, or a divisor of the number of workers ({workers})")
+        self.execution.check_workers(self.workers or int(os.environ.get("WORLD_SIZE", 0)), require)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tasks.runs import provenance
 from tasks.runs.job import Job
 from tasks.runtime.preflight import check_lengths
 from tasks.settings.schema import Params
+from tasks.training.teacher import cached_teacher, frozen_teacher
 
 DATA, RANK = Path("artifacts/data"), Path("artifacts/rank")
 
@@ -51,11 +52,11 @@ def make_run(
     data = TokenData(DATA)
     check_tokenizer(data, RANK / "model", model.config.vocab_size, "the parent")
     sequences = PackedSequences(data, stage.mixture, stage.sequence_length, seed)
-    teacher = None
-    if stage.teacher != "trainable":
-        teacher = model_files.from_pretrained(
-            RANK / "model", ranks, settings.compute.execution, stage.precision, frozen=True
-        )
+    teacher, cache = None, None
+    if stage.teacher == "cached":
+        cache = cached_teacher(RANK / "model", settings, job, stage, sequences, seed, model.config.vocab_size, ranks)
+    elif stage.teacher != "trainable":
+        teacher = frozen_teacher(RANK / "model", settings, stage, ranks)
     return Run(
         model,
         stage,
@@ -64,9 +65,11 @@ def make_run(
         **family,
         routing=settings.routing if "router" in family else Routing(),
         teacher=teacher,
+        teacher_cache=cache,
         seed=seed,
         checkpoints=job.checkpoints(settings),
         ranks=ranks,
+        execution=settings.compute.execution,
     )
 
 

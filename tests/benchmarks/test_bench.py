@@ -46,5 +46,6 @@ def test_small_shapes_of_ranking_and_of_all_that_reads_and_writes(run):
 
 
 def test_small_shapes_of_serving(run):
-    printed = run("serving")
+    printed = run("serving", "server")
     assert printed.count("greedy tokens") == printed.count("| pass") == 3
+    assert printed.count("8 concurrent requests") == 1

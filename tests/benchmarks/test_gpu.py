@@ -27,7 +27,7 @@ def test_the_small_run_passes_and_says_what_it_did_not_measure(tmp_path, monkeyp
     status = {(row.check, row.what): row.status for row in rows}
     assert report.FAIL not in status.values()
     assert status["resume", "weights and moments after the next step"] == report.PASS
-    assert sum(row.status == report.PASS for row in rows) == 14
+    assert sum(row.status == report.PASS for row in rows) == 22
     assert status["execution = plain", "compile, bfloat16"] == report.NOT_MEASURED
     for name in ("scan", "convolution", "gated norm"):
         assert status["kernel = torch", f"{name}, output and gradients"] == report.NOT_MEASURED
@@ -48,6 +48,28 @@ def test_deviations_and_bounds():
 
 def test_a_failed_check_ends_with_an_error(tmp_path, monkeypatch, capsys):
     rows = [report.within("check", "what", 1.0, 0.1)]
-    monkeypatch.setattr(gpu, "run", lambda device, small: ({"device": "a GPU / 80GB"}, rows))
+    monkeypatch.setattr(gpu, "run", lambda device, small, minutes: ({"device": "a GPU / 80GB"}, rows))
     assert run("--device", "cpu", "--out", str(tmp_path), monkeypatch=monkeypatch) == 1
     assert "fail" in capsys.readouterr().out and (tmp_path / "a-GPU-80GB.json").is_file()
+
+
+def test_kernels_are_imported_before_deterministic_algorithms_are_switched_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu.fast_kernels, "missing", lambda: seen.append(torch.are_deterministic_algorithms_enabled()))
+    try:
+        gpu.start_deterministic(torch.device("cuda"))
+        assert seen == [False] and torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_nothing_is_begun_after_the_deadline(capsys):
+    begun = []
+
+    def rows():
+        for number in range(3):
+            begun.append(number)
+            yield report.measured("check", str(number), "1 ms")
+
+    assert [row.status for row in gpu.show(rows(), deadline=0.0)] == [report.MEASURED, report.NOT_MEASURED]
+    assert begun == [0]

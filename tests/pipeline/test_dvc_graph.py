@@ -36,7 +36,7 @@ BUDGETS, TABLE = PARAMETERS["budgets"], PARAMETERS["cost"]["table"]
 # What decides how work is started, watched and checked, and no stage's result.
 NO_RESULT = ("elastic_core/errors.py", "tasks/progress", "tasks/runs", "tasks/runtime", "tasks/__init__.py")
 NO_RESULT += tuple(f"tasks/settings/{name}.py" for name in ("__init__", "budgets", "load", "local_checks", "profiles"))
-NO_RESULT += tuple(f"tasks/settings/{name}.py" for name in ("remote_checks", "replaced", "schema"))
+NO_RESULT += tuple(f"tasks/settings/{name}.py" for name in ("paths", "remote_checks", "replaced", "schema"))
 
 
 SECTIONS = ROOT / "tasks/settings/sections.py"

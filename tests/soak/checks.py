@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from elastic_core.io.digests import file_digest
+from elastic_core.io.fingerprints import file_digest
 from elastic_core.training.checkpoint import MANIFEST, read_manifest
 from tests.soak import workspace as spaces
 from tests.soak.trials import Kill, Stage

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ def environment(mark: str, **more: str) -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "OMP_NUM_THREADS": THREADS,
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # for `stacks`
         "HF_HUB_OFFLINE": "1",
         "DO_NOT_TRACK": "1",
         **more,
@@ -63,6 +66,25 @@ def left_after(mark: str, seconds: float) -> list[str]:
         with contextlib.suppress(psutil.NoSuchProcess):
             lines.append(f"{process.pid} {' '.join(process.cmdline())[:100].strip()}")
     return lines
+
+
+def stacks(mark: str, log: Path, ray: Path) -> str:
+    """Where every Python process with the mark stands: it is aborted, and writes that to its log.
+
+    `log` is the log of the process that was started; the logs of Ray's workers are below `ray`.
+    """
+    names = {process.pid: " ".join(process.cmdline())[:60].strip() for process in living(mark)}
+    for process in reversed(living(mark)):  # the workers before those that end when a worker does
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGABRT)
+    time.sleep(1.0)
+    found = [f"processes: {names}"]
+    for path in (log, *sorted(ray.rglob("worker-*.err"))):
+        text = path.read_text(errors="replace")
+        if "Fatal Python error: Aborted" in text:
+            text = re.sub(r"\nExtension modules: .*", "", text[text.index("Fatal Python error: Aborted") :])
+            found.append(f"{path.name}: {text[:6000]}")
+    return "\n".join(found)
 
 
 @contextlib.contextmanager

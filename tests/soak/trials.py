@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.soak import workspace as spaces
-from tests.soak.processes import environment, left_after, living, marked, start
+from tests.soak.processes import environment, left_after, living, marked, stacks, start
 
 GONE_SECONDS = 10.0  # within which nothing of a killed run may be left
-LIMIT_SECONDS = 300.0  # for a run that nobody kills
+LIMIT_SECONDS = 200.0  # for a run that nobody kills; below the time limit of a test, so that it can say what hangs
 AGAIN, MOST_KILLS = 0.4, 3  # chance that the next start is killed too, and how often at most
 STAGE = ("-m", "tasks", spaces.STAGE)
 WORKER = "RayTrainWorker"
@@ -162,7 +162,8 @@ class Stage:
             status = self.process.wait(LIMIT_SECONDS)
             self.ended = time.monotonic()
         except subprocess.TimeoutExpired:
-            return [f"not ended after {LIMIT_SECONDS} s: {self.output()[-300:]}"]
+            where = stacks(self.mark, self.log, Path(self.ray.name))
+            return [f"not ended after {LIMIT_SECONDS} s: {self.output()[-300:]}\n{where}"]
         problems = [] if status == 0 else [f"exit status {status}: {self.output()[-300:]}"]
         return problems + [f"left behind: {line}" for line in left_after(self.mark, GONE_SECONDS)]
 

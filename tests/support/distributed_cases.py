@@ -3,7 +3,6 @@
 Each case is a function of (ranks, data, directory) and returns plain numbers and whole tensors.
 """
 
-import contextlib
 import errno
 import os
 import sys
@@ -11,12 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import NemotronHConfig
 
-from elastic_core import Submodel, rank
+from elastic_core import Submodel
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import PackedSequences, TokenData
-from elastic_core.search.importance.state import RankingState
 from elastic_core.search.selection import Member
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.distributed.execution import Execution
@@ -27,10 +24,17 @@ from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import train, train_step
 from elastic_core.training.run import Run, named_parameters, save
 from elastic_core.training.stage import Loss, Routing
-from tasks.rank import make_state
 from tasks.runtime import launch
 from tests.support.models.parents import random_elastic, random_llama_config, random_ratios
 from tests.support.models.routed_family import CONFIG
+from tests.support.ranking_cases import (
+    EXPERTS,
+    padded_ranking,
+    ranking,
+    ranking_memory,
+    resumed_ranking,
+    stored_ranking,
+)
 from tests.support.runs import BUDGETS, MEMBERS, TEXT, make_router, make_stage
 
 # FFN and attention widths differ by layer; layer 3 is gone in one budget, layers 3 and 4 in another.
@@ -38,12 +42,6 @@ UNEVEN = Submodel(14, (0, 1, 2, 4), (16, 24), 4, 6, 4).resolve(CONFIG)
 PLAIN = Execution()
 TIED = random_llama_config(12)
 assert TIED.tie_word_embeddings and TIED.num_hidden_layers == 3
-MIXTURES = {
-    "layers_block_type": ["moe", "full_attention", "moe"],
-    **{"n_routed_experts": 6, "n_group": 2, "num_experts_per_tok": 2, "moe_latent_size": 8},
-    **{"moe_intermediate_size": 12, "moe_shared_expert_intermediate_size": 16},
-}
-EXPERTS = NemotronHConfig(**CONFIG.to_dict() | MIXTURES)
 # Later on, the norm of a nearly silent group makes gradients leap: with 0.3 % of noise in the weights, as bfloat16 has,
 # their norm goes from 0.8 to 2.7, on one rank too; and what float32 rounds off grows to a thousandth.
 BEFORE_LEAPS = 8
@@ -66,6 +64,7 @@ def start(ranks, data, execution=PLAIN, routed=False, teacher=True, members=None
         router=make_router() if routed else None,
         teacher=place(frozen, ranks, execution, stage.precision, frozen=True) if teacher else None,
         ranks=ranks,
+        execution=execution,
         **values,
     )
 
@@ -240,43 +239,6 @@ def explained(ranks, data, directory):
         return {"messages": ranks.gather(f"{type(error).__name__}: {error}")}
 
 
-def ranking(ranks, data, directory):
-    """By every method; and experts, of which a rank's tokens ask some."""
-    ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
-    found, part = {}, ranks.part(4)
-    cases = [(CONFIG, method, "projection") for method in ("iterative_nmse", "one_shot_nmse", "one_shot_perplexity")]
-    for config, method, measure in [*cases, (EXPERTS, "one_shot_nmse", "output_norm")]:
-        model = random_elastic(3, config)
-        ranked = rank(model, list(ids[:, part]), depth_method=method, reduce=ranks.sum, measure=measure)
-        found[f"{method} {measure}"] = vars(ranked)
-    return found
-
-
-class Stopped(BaseException):
-    """As a kill: nothing of ours catches it."""
-
-
-def resumed_ranking(ranks, data, directory):
-    """Stopped after some batches and scores, and then gone on with."""
-    ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
-    batches, model, saves = list(ids[:, ranks.part(4)]), random_elastic(3, CONFIG), []
-    state = make_state(str(directory), ranks)
-
-    def stop(name, content):
-        state.save(name, content)
-        saves.append(name)
-        if len(saves) in (2, 9):
-            raise Stopped
-
-    options = {"reduce": ranks.sum, "measure": "projection"}
-    for _ in range(2):
-        with contextlib.suppress(Stopped):
-            rank(model, batches, **options, state=RankingState(state.load, stop, state.is_first))
-        ranks.barrier()
-    ranked = rank(model, batches, **options, state=make_state(str(directory), ranks))
-    return {**vars(ranked), "num_saves": len(saves)}
-
-
 def stored(ranks, data, directory):
     """Written from shards, read into shards, gathered again."""
     model = place(random_elastic(5, CONFIG), ranks, Execution(), "float32")
@@ -359,6 +321,9 @@ CASES = (
     poisoned,
     explained,
     ranking,
+    ranking_memory,
+    stored_ranking,
+    padded_ranking,
     resumed_ranking,
     stored,
     unwritable,

@@ -20,6 +20,7 @@ from flows.cli.app import app
 from tasks.settings import replaced
 from tasks.settings.local_checks import INSTALL_PACKAGE
 from tasks.settings.merging import profile_names
+from tasks.settings.paths import is_hub_name
 from tasks.settings.schema import Params
 from tests.support.committed_params import ROOT
 from tests.support.pipeline.command_line import call
@@ -142,7 +143,8 @@ def check_elastic(words: list[str], complete: bool) -> None:
         context = command.make_context(words[0], list(words[1:]))  # parses, and calls nothing
         if "profile" in context.params:
             profile = context.params["profile"]
-            assert profile in profile_names() or PLACEHOLDER.fullmatch(profile)
+            is_parent = words[0] == "plan" and is_hub_name(profile)
+            assert profile in profile_names() or PLACEHOLDER.fullmatch(profile) or is_parent
         for text in context.params.get("settings") or ():
             check_parameter(text.partition("=")[0])
         for stage in filter(None, [context.params.get("first"), context.params.get("last")]):

@@ -1,6 +1,8 @@
 """Stage parent: an imported parent that cannot be used is refused before it is written."""
 
+import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +21,10 @@ from elastic_core.io.fingerprints import DigestCache
 from elastic_core.io.tokenizer_files import copy_tokenizer
 from elastic_core.model import hf, norm_gains
 from tasks import fingerprint, parent
+from tasks.parents.config import read_parent_config
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.prepare_data import prepare
+from tasks.settings.load import read
 from tasks.settings.sections import Benchmarks, Evaluate, Parent
 from tests.support.committed_params import COMMITTED, put, use_parent, write
 from tests.support.models.chat_templates import CHATML, LLAMA3, chat_tokenizer
@@ -109,6 +113,31 @@ def test_tasks_and_benchmarks_without_a_chat_template_are_refused_before_any_tra
     with pytest.raises(UserError, match=words):
         parent.check_stages(settings, TokenData(tmp_path / "data"))
     parent.check_stages(settings, data)  # a tokenizer that is trained here has one
+
+
+def test_a_family_knows_its_parents_licence_and_element_type(data, tied, tmp_path, capsys):
+    """Also from a download. What it does not keep of the parent's files is said."""
+    change(tied, lambda tensors: tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()}))
+    (tied / "README.md").write_text("---\nlicense: llama3\n---\n# Parent\n")
+    for name in ("LICENSE", "answer_parser.py", "figure.png"):
+        (tied / name).write_text(name)
+    parent.import_parent(Parent(f"file://{tied}"), data)
+    out = tmp_path / "artifacts/parent"
+    assert "parent: files that the family does not keep: figure.png\n" in capsys.readouterr().out
+    assert {"LICENSE", "answer_parser.py"} <= {path.name for path in out.iterdir()}
+    assert not {"README.md", "figure.png"} & {path.name for path in out.iterdir()}
+    assert json.loads((out / "parent_card.json").read_text()) == {"license": "llama3"}
+    assert json.loads((out / "config.json").read_text())["parent_dtype"] == "bfloat16"
+
+
+def test_the_time_step_is_clamped_where_the_section_says_so(data, tied):
+    """A parent that is trained here too, and only where there is a time step."""
+    model = read(COMMITTED, "params.yaml").parent
+    assert tuple(read_parent_config(model, 64).time_step_limit) == (0.0, math.inf)
+    clamped = read_parent_config(dataclasses.replace(model, clamp_time_step=True), 64)
+    assert clamped.time_step_limit == (clamped.time_step_min, math.inf) == (0.001, math.inf)
+    with pytest.raises(UserError, match="clamp_time_step: a llama has no Mamba layers and no time step; set it to f"):
+        parent.import_parent(Parent(str(tied), clamp_time_step=True), data)
 
 
 def test_templates_with_names_are_files_of_the_tokenizer(tied, tmp_path):

@@ -9,6 +9,7 @@ Names and sizes
 - `requirements(config)`: conditions on a parent, each as (holds, message if it does not hold).
 - `max_positions(config)`: the longest text for which position embeddings are made, or None. `scale_positions(config,
   scaling)`: scale them to longer texts, in place.
+- `clamp_time_step(config)`: limit the time step of Mamba layers as transformers does, in place.
 - `pattern(config)`: one character per layer, which names its kind.
 - `units(config)`: every unit key with its size and groups.
 - `parameter_layout(config)`: the table. It lists everything that files hold, including tensors that are not trained.
@@ -16,6 +17,7 @@ Names and sizes
 - `kept_state(config)`: what a layer keeps of a text during decoding, as layouts `kv_cache` (for one token), `ssm_state`
   and `conv_state` (for one sequence).
 - `WIDE`: endings of the names of parameters that stay in float32 in a bfloat16 model, as in transformers.
+  `WIDE_IN_FILES`: those that stay in float32 in bfloat16 files.
 
 Layers and their cost in training
 
@@ -23,17 +25,18 @@ Layers and their cost in training
   other.
 - `mixing_flops(config, sizes, kept, length, pairs, on_gpu)`: operations that do not multiply weights (ops/flops.py).
 - `scan_block(config, layer, sequences)`: the positions that the scan of a layer processes at one time, or None.
+  `set_scan_kernel(block, find)`: let such a layer find its kernel by another function, to count its memory.
 
 Files
 
 - `canonical_name(name)`: the parameter's name for a tensor in a file (None: the tensor is not used).
   `disk_name(name)`: the reverse.
-- `file_values(values)`: further values for config.json.
+- `file_values(values)`: the values of config.json, as other programs read them.
 - `config_changes(config, kept_layers, widths)`: the values in a submodel's configuration that differ from the parent's.
   A list in `widths` has one entry per kept layer.
 - `MODELING_FILE`, `REMOTE_CLASSES`: the modeling file that is copied beside a model with different widths in its
   layers, and the classes in it. None: such a model can only be exported with padded MLPs.
-- `size_problem(config, hidden_size, num_attention_heads)`: why transformers cannot load these sizes, or None.
+- `size_problem(config, hidden_size, num_attention_heads)`: why readers of the files cannot load these sizes, or None.
 
 Decoding with transformers (export/nested.py)
 
@@ -47,7 +50,7 @@ files (files/experts.py), and a token uses `config.num_experts_per_tok` of them.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 
 import torch
@@ -58,6 +61,7 @@ import elastic_core.model.architectures.nemotron_h as nemotron_h
 from elastic_core.config import require
 from elastic_core.errors import UserError
 from elastic_core.model.dims import Fixed, Layout, Units, is_matrix, is_stack, layer_index
+from elastic_core.model.ops import transformers_kernels
 
 HEAD = "lm_head.weight"
 # model_type → module
@@ -82,8 +86,13 @@ def config_class(model_type: str | None, where: str) -> type:
 
 
 def model_class(config) -> type:
-    """The causal language model class of a configuration in transformers, whose import takes a second."""
-    return getattr(transformers, of(config).MODELS[config.model_type][1])
+    """The causal language model class of a configuration in transformers, whose import takes a second.
+
+    Its models run on CPUs and GPUs, whichever kernels are installed.
+    """
+    found = getattr(transformers, of(config).MODELS[config.model_type][1])
+    transformers_kernels.choose_by_device()
+    return found
 
 
 def units(config) -> dict[str, Units]:
@@ -135,6 +144,20 @@ def held_in(config, name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if name.endswith(of(config).WIDE) else dtype
 
 
+def stored_in(config, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The element type of a parameter in files of `dtype`: at least float32 for those named in `WIDE_IN_FILES`."""
+    return torch.promote_types(dtype, torch.float32) if name.endswith(of(config).WIDE_IN_FILES) else dtype
+
+
+def cache_values(config, kept_layers: Iterable[int] | None = None) -> dict:
+    """What config.json and generation_config.json say where transformers cannot decode with a cache, else nothing.
+
+    `kept_layers` None: all layers.
+    """
+    kept = range(num_layers(config)) if kept_layers is None else kept_layers
+    return {} if of(config).can_cache(config, kept) else {"use_cache": False}
+
+
 def has_experts(config) -> bool:
     """Whether a layer has routed experts, so that a token uses only a part of the parameters."""
     return any(is_stack(dims) for dims in parameter_layout(config).values())
@@ -167,6 +190,17 @@ def with_rope_scaling(config, scaling: Mapping | None):
     return config
 
 
+def with_clamped_time_step(config):
+    """A copy of a configuration in which the time step is limited as in transformers.
+
+    A layer's time step is limited by the checkpoint's `time_step_limit`. transformers ignores that, and takes
+    `time_step_min` for the lower limit. Raises UserError for an architecture without a time step.
+    """
+    config = copy.deepcopy(config)
+    of(config).clamp_time_step(config)
+    return config
+
+
 def with_own_head(config):
     """A copy of a configuration in which the head is not the embeddings. Raises ConfigError if it is so already."""
     allowed = "false, because the parent's head is not tied to its embeddings"
@@ -174,6 +208,13 @@ def with_own_head(config):
     config = copy.deepcopy(config)
     config.tie_word_embeddings = False
     return config
+
+
+def smallest_part(config) -> int:
+    """The fewest positions that a part of a row may have, where several workers share it: a convolution reaches back
+    into one part only.
+    """
+    return max([1, *(dims[-1].size - 1 for dims in kept_state(config).get("conv_state", {}).values())])
 
 
 def pads_exactly(config) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
+from elastic_core.errors import UserError
 from elastic_core.model.architectures.rotary import Rotary, rope_requirements, rotate
 from elastic_core.model.dims import Fixed, Layout, Product, Units
 from elastic_core.model.documents import Documents
@@ -27,7 +28,7 @@ MODELS = {
 }
 EMBEDDINGS, FINAL_NORM = "embed_tokens", "norm"
 NORMS = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}  # part of a layer → the norm before it
-WIDE = ()
+WIDE, WIDE_IN_FILES = (), ()
 MODELING_FILE, REMOTE_CLASSES = None, None  # a model with different widths in its layers must be padded
 
 
@@ -66,6 +67,11 @@ def scale_positions(config, scaling: Mapping) -> None:
     config.rope_parameters, config.max_position_embeddings = scaled_rope(
         config.rope_parameters, config.max_position_embeddings, scaling
     )
+
+
+def clamp_time_step(config) -> None:
+    """Raise UserError, because there is no time step."""
+    raise UserError(f"clamp_time_step: a {config.model_type} has no Mamba layers and no time step; set it to false")
 
 
 def pattern(config) -> str:
@@ -175,6 +181,10 @@ def scan_block(config, layer: int, sequences: int) -> int | None:
     return None
 
 
+def set_scan_kernel(block: nn.Module, find: Callable) -> None:
+    """Nothing, because no layer has a scan."""
+
+
 # Files
 
 
@@ -189,21 +199,31 @@ def disk_name(name: str) -> str:
 
 
 def file_values(values: dict) -> dict:
-    """Further values for config.json: none."""
-    return {}
+    """The values of config.json, as the readers of the files understand them.
+
+    Older readers do not know ``rope_parameters``. They need ``rope_theta`` and ``rope_scaling`` beside it, or take
+    10,000 and no scaling without a word.
+    """
+    rope = dict(values["rope_parameters"])
+    theta = rope.pop("rope_theta")
+    return values | {"rope_theta": theta, "rope_scaling": None if rope["rope_type"] == "default" else rope}
 
 
 def size_problem(config, hidden_size: int, num_attention_heads: int) -> str | None:
-    """Why transformers cannot load these sizes, or None.
+    """Why readers of the files cannot load these sizes, or None.
 
-    Its Llama requires a hidden size that is a multiple of the number of heads, although it has a head_dim.
+    transformers' Llama requires a hidden size that is a multiple of the number of heads, although it has a head_dim.
+    For Qwen2 only transformers reads a head_dim: the others take hidden_size / num_attention_heads.
     """
-    if config.model_type != "llama" or hidden_size % num_attention_heads == 0:
-        return None
-    return (
-        f"hidden_size: got {hidden_size} with num_attention_heads {num_attention_heads}; "
-        "allowed: multiples of the number of heads, otherwise transformers does not load the model"
-    )
+    problem = f"hidden_size: got {hidden_size} with num_attention_heads {num_attention_heads}; allowed: "
+    if config.model_type == "llama" and hidden_size % num_attention_heads != 0:
+        return problem + "multiples of the number of heads, otherwise transformers does not load the model"
+    if config.model_type == "qwen2" and hidden_size != num_attention_heads * head_dim(config):
+        return problem + (
+            f"num_attention_heads times the size of a head ({head_dim(config)}), because only transformers reads "
+            "another head_dim for qwen2"
+        )
+    return None
 
 
 def can_cache(config, kept_layers: Iterable[int]) -> bool:

@@ -24,6 +24,7 @@ from elastic_core.model.slicing import Slice
 MODELS = {"nemotron_h": ("NemotronHConfig", "NemotronHForCausalLM")}
 EMBEDDINGS, FINAL_NORM = "embeddings", "norm_f"
 WIDE = (ffn.CORRECTION,)
+WIDE_IN_FILES = (*WIDE, ".A_log", ".D", ".dt_bias")
 MODELING_FILE = "modeling_elastic_nemotron_h.py"
 REMOTE_CLASSES = ("ElasticNemotronHConfig", "ElasticNemotronHForCausalLM")
 MOST_CHUNK = 1 << 11  # tokens; transformers computes with matrices of chunk × chunk for every head
@@ -44,6 +45,7 @@ def requirements(config) -> list[tuple[bool, str]]:
             f"num_attention_heads={config.num_attention_heads} is not a multiple of "
             f"num_key_value_heads={config.num_key_value_heads}",
         ),
+        mamba.limit_requirement(config),
         activation_requirement("mlp_hidden_act", config.mlp_hidden_act),
         (config.mamba_hidden_act == "silu", f"mamba_hidden_act={config.mamba_hidden_act!r}; allowed: 'silu'"),
         (1 <= config.chunk_size <= MOST_CHUNK, f"chunk_size={config.chunk_size}; allowed: 1 to {MOST_CHUNK:,}"),
@@ -63,6 +65,11 @@ def max_positions(config) -> int | None:
 def scale_positions(config, scaling: Mapping) -> None:
     """Raise UserError, because there are no rotary positions."""
     raise UserError("rope_scaling: a nemotron_h has no rotary positions; remove it, longer texts need no scaling")
+
+
+def clamp_time_step(config) -> None:
+    """Limit the time step of a configuration as transformers does, in place: `time_step_min` is the smallest."""
+    config.time_step_limit = mamba.clamped_limit(config)
 
 
 def pattern(config) -> str:
@@ -176,6 +183,11 @@ def scan_block(config, layer: int, sequences: int) -> int | None:
     return ssd.CHUNK * max(1, ssd.BLOCK // (sequences * config.mamba_num_heads * ssd.CHUNK**2))
 
 
+def set_scan_kernel(block: nn.Module, find: Callable) -> None:
+    """Let a layer with a scan find its kernel by `find`, in the place of `kernels.layer_kernel`."""
+    block.mixer.find_kernel = find
+
+
 # Files
 
 
@@ -195,9 +207,19 @@ def disk_name(name: str) -> str:
 
 
 def file_values(values: dict) -> dict:
-    """Further values for config.json: vLLM and SGLang read the layers from them, and otherwise assume other layers."""
+    """The values of config.json, as the readers of the files understand them.
+
+    All versions of transformers, vLLM, SGLang, MLX and llama.cpp read the layers from ``hybrid_override_pattern``. The
+    names in ``layers_block_type`` belong to some versions of transformers only. llama.cpp takes a model with keys of
+    experts for one with experts. The heads of multi-token prediction are not written, so their keys are not either.
+    """
     types = values["layers_block_type"]
-    return {"hybrid_override_pattern": pattern_of(types), "num_hidden_layers": len(types)}
+    left_out = {"layers_block_type", "num_nextn_predict_layers", "mtp_layers_block_type"}
+    if "moe" not in types:
+        left_out.update(ffn.MOE_KEYS)
+    kept = {name: value for name, value in values.items() if name not in left_out}
+    kept = mamba.with_time_step_limit(kept)
+    return kept | {"hybrid_override_pattern": pattern_of(types), "num_hidden_layers": len(types)}
 
 
 def size_problem(config, hidden_size: int, num_attention_heads: int) -> str | None:

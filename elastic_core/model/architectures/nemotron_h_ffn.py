@@ -12,6 +12,7 @@ change which experts a token chooses. With a smaller gate, log(gate / FADING) is
 fewer tokens choose it. With gates of 0 and 1 the result is exactly that of the slice, and it is continuous near them.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -25,9 +26,15 @@ from elastic_core.model.layers import add_parameters, part_of
 from elastic_core.model.ops.activation import activation
 from elastic_core.model.slicing import Slice
 
+GROUPED_MULTIPLE = 8  # torch's grouped products need rows of a multiple of 16 bytes
 FADING = 0.1  # with a gate below this value, an expert is chosen less often
 # Added to the scores to choose experts, but not to weight their outputs. A buffer in transformers; never trained.
 CORRECTION = "gate.e_score_correction_bias"
+MOE_KEYS = (  # of config.json; n_groups is not one of them, it counts the groups of Mamba heads
+    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_latent_size"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_overlap", "n_group", "topk_group", "norm_topk_prob"),
+    *("routed_scaling_factor", "output_router_logits"),
+)
 
 
 def moe_requirements(config) -> list[tuple[bool, str]]:
@@ -182,7 +189,11 @@ class MoE(nn.Module):
         # and results are the same in every run.
         pairs = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1).index_select(0, order)  # (T·k, in)
         gate = sliced.gate(self.ffn_units)
-        inner, y = self.run_experts(pairs, chosen, up, down, self.act, None if gate is None else gate.to(x.dtype))
+        gate = None if gate is None else gate.to(x.dtype)
+        if has_grouped_products(pairs, up, down):
+            inner, y = run_grouped_experts(pairs, chosen.flatten()[order], up, down, self.act, gate)
+        else:
+            inner, y = self.run_experts(pairs, chosen, up, down, self.act, gate)
         if sliced.is_observed:
             self._observe(chosen, weights, order, inner, y, down, sliced)
         y = y.index_select(0, order.argsort()).view(*chosen.shape, -1)  # (T, k, in)
@@ -223,6 +234,37 @@ def run_experts(pairs: Tensor, chosen: Tensor, up: Tensor, down: Tensor, act, ga
             hidden = act(inner[-1])
             outputs.append(F.linear(hidden if gate is None else hidden * gate, w2))
     return torch.cat(inner), torch.cat(outputs)
+
+
+def has_grouped_products(pairs: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether the GPU can multiply the tokens of all experts in one product, in bfloat16.
+
+    Then the process need not know how many tokens each expert has, for which it would wait for the GPU.
+    """
+    if not pairs.is_cuda:
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else pairs.dtype
+    strides = [stride for weight in (up, down) for stride in weight.stride()[:2]]
+    sizes = [size for weight in (up, down) for size in weight.shape[1:]]
+    fits = all(number % GROUPED_MULTIPLE == 0 for number in [*strides, *sizes])
+    return dtype == torch.bfloat16 and fits and _has_compute_8(pairs.device)
+
+
+@functools.cache
+def _has_compute_8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def run_grouped_experts(pairs: Tensor, owners: Tensor, up: Tensor, down: Tensor, act, gate: Tensor | None):
+    """`run_experts` in bfloat16, with one product for all experts. `owners` (T·k,): the expert of each pair, sorted."""
+    pairs, up, down = (tensor.to(torch.bfloat16) for tensor in (pairs, up, down))
+    experts = torch.arange(len(up), device=owners.device)
+    ends = torch.searchsorted(owners, experts, right=True, out_int32=True)  # of each expert's pairs
+    inner = F.grouped_mm(pairs, up.mT, offs=ends)
+    hidden = act(inner)
+    hidden = hidden if gate is None else hidden * gate.to(hidden.dtype)
+    # Autocast computes some activations in float32, and does not know grouped products.
+    return inner, F.grouped_mm(hidden.to(torch.bfloat16), down.mT, offs=ends)
 
 
 def pairs_of_experts(chosen: Tensor, num_experts: int) -> list[int]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from elastic_core.model.documents import Documents
+from elastic_core.model.ops.device_copy import to_device
 from elastic_core.model.rope_scaling import ROPE_TYPES
 
 
@@ -65,8 +66,9 @@ class Rotary:
         (L, head_dim) for positions 0 to L - 1; with documents, (B, L, head_dim), from 0 in each document.
         """
         if like.device not in self._frequencies:
-            self._frequencies[like.device] = next(iter(self._frequencies.values())).to(like.device)
-        positions = torch.arange(like.shape[1], device=like.device, dtype=torch.float32)
+            self._frequencies[like.device] = to_device(next(iter(self._frequencies.values())), like.device)
+        length = like.shape[1] if documents is None else documents.row_length
+        positions = torch.arange(length, device=like.device, dtype=torch.float32)
         angles = positions[:, None] * self._frequencies[like.device]  # (L, head_dim / 2)
         angles = torch.cat([angles, angles], dim=-1)
         tables = (angles.cos() * self.scale).to(like.dtype), (angles.sin() * self.scale).to(like.dtype)

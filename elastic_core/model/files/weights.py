@@ -1,6 +1,8 @@
 """Finds the safetensors files of a model directory, and says what to do where there are none."""
 
+import os
 import re
+from pathlib import Path
 
 from elastic_core.errors import UserError
 from elastic_core.io import storage
@@ -10,6 +12,7 @@ from elastic_core.io.tensor_headers import read_raw_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PYTORCH_FILE = re.compile(r"pytorch_model.*\.(bin|pt)(\.index\.json)?")
+SHARD_BYTES = 5 * 2**30  # the most bytes of a file, for weights that do not come from a sharded model
 SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
@@ -23,6 +26,19 @@ def weight_map(directory: Location) -> dict[str, str]:
     if SINGLE in names:
         header, _ = read_raw_header(storage.join(directory, SINGLE))
         return dict.fromkeys(header, SINGLE)
+    return _read_index(directory, names)
+
+
+def weight_file_names(directory: Location, names: set[str] | None = None) -> set[str]:
+    """The names of all files that hold the weights: the single file, or the index and its files.
+
+    `names`: the files that there are, if `directory` has only the index of them yet. Raises UserError as `weight_map`.
+    """
+    names = set(storage.list_names(directory)) if names is None else names
+    return {SINGLE} if SINGLE in names else {INDEX, *_read_index(directory, names).values()}
+
+
+def _read_index(directory: Location, names: set[str]) -> dict[str, str]:
     if INDEX not in names:
         raise UserError(f"{directory}: {_why_none(directory, names)}")
     place = storage.join(directory, INDEX)
@@ -39,10 +55,13 @@ def weight_map(directory: Location) -> dict[str, str]:
     return files
 
 
-def weight_file_names(directory: Location) -> set[str]:
-    """The names of all files that hold the weights: the single file, or the index and its files."""
-    files = set(weight_map(directory).values())
-    return files if files == {SINGLE} else {INDEX, *files}
+def shard_bytes(directory: str | os.PathLike | None) -> int:
+    """The most bytes of a file of weights that come from a local directory: those of its largest shard, if it has any.
+
+    Also for a directory without weights, and for none.
+    """
+    shards = [] if directory is None else [path for path in Path(directory).iterdir() if SHARD.fullmatch(path.name)]
+    return max((path.stat().st_size for path in shards), default=SHARD_BYTES)
 
 
 def convert_command(directory: Location) -> str:

@@ -59,14 +59,14 @@ def _clear_before(x: Tensor, starts: Tensor | None, lag: int) -> None:
     """Set the inputs to 0 that stand `lag` positions before a start, in x (B, L, C), in place."""
     if starts is not None:
         first = starts - starts % x.shape[1]  # of the row
-        x.view(-1, x.shape[2])[torch.maximum(starts - lag, first)] = 0
+        x.view(-1, x.shape[2]).index_fill_(0, torch.maximum(starts - lag, first), 0)
 
 
 def _clear_from(grad: Tensor, starts: Tensor | None, lag: int) -> None:
     """Set the gradients to 0 of the `lag`-th position of a document, in grad (B, L, C), in place."""
     if starts is not None:
         last = starts - starts % grad.shape[1] + grad.shape[1] - 1  # of the row
-        grad.view(-1, grad.shape[2])[torch.minimum(starts + lag - 1, last)] = 0
+        grad.view(-1, grad.shape[2]).index_fill_(0, torch.minimum(starts + lag - 1, last), 0)
 
 
 def _taps(weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ so one rotation serves all budgets. SliceGPT (arXiv 2401.15024) does this for on
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 
 import torch
@@ -25,6 +26,7 @@ from elastic_core.search.importance.calibration import Texts
 
 ADVICE = "set parent.untie_head: true, which adds parameters, or rank.basis: channels"
 BLOCK_VALUES = 1 << 24  # of a tensor that are rotated at one time, in float64
+ACTIVATION_VALUES = 1 << 25  # of an activation from which sums are computed at one time
 
 
 def check_basis(config) -> None:
@@ -36,9 +38,29 @@ def check_basis(config) -> None:
         raise ConfigError(f"rank.basis: principal is not possible with tied embeddings; {ADVICE}")
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in the type in which the terms of sums are computed: float64; float32 for a 16-bit type."""
+    return tensor.float() if tensor.dtype.itemsize == 2 else tensor.double()
+
+
+def parts_of(tensor: Tensor, dim: int = 1, row_values: int | None = None) -> tuple[Tensor, ...]:
+    """The tensor in parts along a dimension, each with at most ACTIVATION_VALUES numbers (but at least one row).
+
+    `row_values`: the numbers of one row; None: counted in `tensor`. A tensor that is small enough is one part.
+    """
+    row_values = tensor.numel() // max(1, tensor.shape[dim]) if row_values is None else row_values
+    return tensor.split(max(1, ACTIVATION_VALUES // max(1, row_values)), dim)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """A context in which products are in the type of their factors. Autocast would compute float32 ones in bfloat16."""
+    # The meta device has no autocast.
+    return contextlib.nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def directions(x: Tensor) -> Tensor:
-    """Inputs of a norm (B, L, hidden), each divided by its root mean square: (B·L, hidden) float64."""
-    x = x.flatten(0, -2).double()
+    """Inputs of a norm (B, L, hidden), each divided by its root mean square: (B·L, hidden), in the type of `wide`."""
+    x = wide(x.flatten(0, -2))
     return x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
 
 
@@ -52,6 +74,31 @@ def principal_axes(second_moment: Tensor) -> Tensor:
     return axes * largest.sign()
 
 
+class RatioSums:
+    """For every norm, the sum over positions of rms_k / rms_D, `totals[name]` (hidden,) float64: see `measure_ratios`.
+
+    `observe` is the observer of a `Slice`.
+    """
+
+    def __init__(self, config, axes: Tensor | None, order: Tensor):
+        self.totals: dict[str, Tensor | float] = dict.fromkeys(architectures.norm_names(config), 0.0)
+        self._axes, self._order = axes, order
+        self._numbers = torch.arange(1, config.hidden_size + 1)
+
+    def observe(self, key: str, x: Tensor, *_) -> None:
+        """Add the input (B, L, hidden) of a norm."""
+        if key not in self.totals:
+            return
+        with without_autocast(x):
+            for part in map(directions, parts_of(x)):
+                # Copied to the device, and converted, once.
+                self._numbers, self._order = self._numbers.to(x.device), self._order.to(x.device)
+                self._axes = None if self._axes is None else self._axes.to(part)
+                part = part[:, self._order] if self._axes is None else part @ self._axes
+                means = part.square().cumsum(-1) / self._numbers
+                self.totals[key] = self.totals[key] + means.sqrt().sum(0, dtype=torch.float64)
+
+
 def measure_ratios(
     model: ElasticModel,
     texts: Iterable[Texts],
@@ -63,24 +110,15 @@ def measure_ratios(
 
     The channels are those after the rotation by `axes` (hidden, hidden); without it, those in `order` (hidden,).
     """
-    names = architectures.norm_names(model.config)
-    totals, num_positions = dict.fromkeys(names, 0.0), 0
-    numbers = torch.arange(1, model.config.hidden_size + 1)
-
-    def observe(key: str, x: Tensor, *_) -> None:
-        if key in totals:
-            x = directions(x)
-            x = x[:, order.to(x.device)] if axes is None else x @ axes.to(x.device)
-            totals[key] = totals[key] + (x.square().cumsum(-1) / numbers.to(x.device)).sqrt().sum(0)
-
-    sliced = model.slice(observe=observe)
+    sums, num_positions = RatioSums(model.config, axes, order), 0
+    sliced = model.slice(observe=sums.observe)
     for part in texts:
         model.hidden_states(part.input_ids, sliced, part.documents)
         num_positions += part.input_ids.numel()
-    found = torch.stack([totals[name] for name in names])  # (norms, hidden)
+    found = torch.stack(list(sums.totals.values()))  # (norms, hidden)
     everything = reduce(torch.cat([found.flatten(), found.new_tensor([num_positions])])).cpu()
     means = (everything[:-1] / everything[-1]).float().view(found.shape)
-    return dict(zip(names, means.unbind(), strict=True))
+    return dict(zip(sums.totals, means.unbind(), strict=True))
 
 
 def rotated(config, name: str, tensor: Tensor, axes: Tensor, gains: dict[str, Tensor]) -> Tensor:

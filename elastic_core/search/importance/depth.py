@@ -1,5 +1,7 @@
 """Depth ranking: score each layer by the normalized MSE of the logits when the layer is left out (eq. 5)."""
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -10,6 +12,7 @@ from elastic_core.data.loader import IGNORED_LABEL, Batch
 from elastic_core.errors import UserError
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
+from elastic_core.search.importance.basis import parts_of
 from elastic_core.search.importance.calibration import Texts, calibration_texts
 from elastic_core.search.importance.methods import DEPTH_METHODS
 from elastic_core.search.importance.state import RankingState
@@ -20,6 +23,7 @@ Reduce = Callable[[Tensor], Tensor]
 ADVICE = "check the weights of the model: they may be damaged or untrained"
 MIN_PIECES = 8  # of calibration data, for the iterative method
 HELD_BYTES = 1 << 30  # Final hidden states up to this size stay on the device. The others are computed again each time.
+HEAD_VALUES = 1 << 25  # of the head that are in float64 at one time
 
 
 def rank_layers(
@@ -54,7 +58,9 @@ def rank_layers(
     # For the iterative method, every batch is split into pieces: a candidate can be ruled out after each of them.
     num_parts = -(-MIN_PIECES // max(1, len(batches))) if method == "iterative_nmse" else 1
     texts = calibration_texts(batches, num_parts)
-    state.begin_depth([method, min_depth, [list(part.input_ids.shape) for part in texts]])
+    # The shapes with padding are the same on all processes. So all of them take over what was saved, or none does.
+    shapes = [list((batch.input_ids if isinstance(batch, Batch) else batch).shape) for batch in batches]
+    state.begin_depth([method, min_depth, num_parts, shapes])
     return METHODS[method](model, texts, min_depth, progress, reduce, state)
 
 
@@ -69,14 +75,15 @@ class LogitError:
     def __init__(self, model: ElasticModel, texts: list[Texts], reduce: Reduce, state: RankingState | None = None):
         self.model, self.texts, self.sliced, self.reduce = model, texts, model.slice(), reduce
         self.state = state or RankingState()
-        head = model.head(self.sliced).double()
-        self.gram = head.T @ head  # (D, D)
+        self.gram = gram_of(model.head(self.sliced))  # (D, D)
         self._held: dict[int, Tensor] = {}
         total, held_bytes = 0.0, 0
         for batch in range(len(texts)):
             full = self.full(batch)
-            total, held_bytes = total + self._squared(full.double()), held_bytes + full.nbytes
-            if held_bytes <= HELD_BYTES:
+            total, held_bytes = total + squared(full, self.gram), held_bytes + full.nbytes
+            # Processes have different amounts of padding. All of them hold the states of a batch, or none does, because
+            # a pass through sharded weights needs all of them.
+            if not reduce(torch.tensor(float(held_bytes > HELD_BYTES))):
                 self._held[batch] = full
         self.denominator = reduce(total).item()
         if not 0 < self.denominator < math.inf:
@@ -93,9 +100,6 @@ class LogitError:
         """The residual stream (B, L, D) of batch number `batch` after a layer; `x` is that before it."""
         return self.model.model.layers[layer](x, self.sliced, self.texts[batch].documents)
 
-    def _squared(self, hidden: Tensor) -> Tensor:
-        return ((hidden @ self.gram) * hidden).sum()
-
     def __call__(self, batch: int, full: Tensor, x: Tensor, layers: list[int]) -> Tensor:
         """The sum for one batch on this process.
 
@@ -104,7 +108,24 @@ class LogitError:
         """
         for layer in layers:
             x = self.layer(batch, layer, x)
-        return self._squared((self.model.model.final_norm(x, self.sliced) - full).double())
+        return squared(self.model.model.final_norm(x, self.sliced), self.gram, full)
+
+
+def gram_of(head: Tensor) -> Tensor:
+    """WᵀW (D, D) of the head W (V, D), in float64. A block of rows is in float64 at a time."""
+    blocks = (rows.double() for rows in head.split(max(1, HEAD_VALUES // head.shape[1])))
+    return functools.reduce(torch.add, (rows.T @ rows for rows in blocks))
+
+
+def squared(hidden: Tensor, gram: Tensor, other: Tensor | None = None) -> Tensor:
+    """Σ Δᵀ(WᵀW)Δ over all positions, in float64. Δ (B, L, D) is `hidden` − `other`; `hidden` without `other`."""
+    others, total = itertools.repeat(None) if other is None else parts_of(other), 0.0
+    for part, base in zip(parts_of(hidden), others, strict=False):
+        if base is not None:
+            part = part.to(torch.promote_types(part.dtype, torch.float32)) - base
+        part = part.double()
+        total = total + ((part @ gram) * part).sum()
+    return total
 
 
 def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[int, float]:

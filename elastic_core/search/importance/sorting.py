@@ -6,6 +6,7 @@ axis are its first k units.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -30,6 +31,27 @@ def sort_(model: ElasticModel, ranking: Ranking) -> ElasticModel:
         model.get_parameter(name).copy_(tensor)
     model.norm_gains = NormRatios(ranking.norm_ratios) if ranking.norm_ratios else None
     return model
+
+
+@torch.no_grad()
+def sort_directory(
+    source: str | os.PathLike, target: str | os.PathLike, ranking: Ranking, device: torch.device | None = None
+) -> None:
+    """Write the sorted model of the directory `source` as the directory `target`, tensor by tensor.
+
+    Memory holds a few tensors. Tensors that are only permuted keep a bfloat16 type of the files. All others are in
+    float32, because rotated weights would be rounded again in 16 bits. They are rotated on `device` (None: the CPU).
+    Raises UserError if the ranking is not one of this model.
+    """
+    model, reader = ElasticModel.empty(source)
+    keeps = torch.float32 if ranking.axes is not None else torch.bfloat16
+    for name, parameter in model.named_parameters():
+        stored = reader.stored(name).entry.dtype
+        parameter.data = parameter.data.to(stored if stored == keeps else torch.float32)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    tensors = sorted_tensors(model.config, lambda name: reader.read(name).to(device, dtypes[name]), ranking)
+    model.norm_gains = NormRatios(ranking.norm_ratios) if ranking.norm_ratios else None
+    model.write(target, ((name, tensor.cpu()) for name, tensor in tensors), tokenizer_from=source)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,14 +30,18 @@ class RankingState:
     - `load(name)`: the bytes that were saved under a name, or None. The same on all processes.
     - `save(name, data)`: saves bytes, and replaces earlier ones at one moment. Called on all processes.
     - `is_first`: whether this is the first of all processes.
+    - `seconds`: the least time between two saves of the sums for the widths. Those of a large model are large: with a
+      basis, they include a matrix (hidden, hidden).
     """
 
     load: Callable[[str], bytes | None] = lambda name: None
     save: Callable[[str, bytes], None] | None = None
     is_first: bool = True
+    seconds: float = 0.0
     _setting: object = field(default=None, init=False)
     _journal: list[dict[int, float]] = field(default_factory=list, init=False)
     _place: int = field(default=0, init=False)
+    _saved_at: float = field(default_factory=time.monotonic, init=False)
 
     def load_widths(self) -> tuple[int, dict[str, Tensor], dict[str, int]]:
         """(number of finished batches, sums, counts). All of the sums are with the first process."""
@@ -48,12 +53,20 @@ class RankingState:
             totals, counts = {key: torch.zeros_like(total) for key, total in totals.items()}, dict.fromkeys(counts, 0)
         return done, totals, counts
 
+    def is_due(self, reduce: Callable[[Tensor], Tensor]) -> bool:
+        """Whether the sums are to be saved now. The first process decides; all processes call it together."""
+        if self.save is None:
+            return False
+        is_late = self.is_first and time.monotonic() - self._saved_at >= self.seconds
+        return bool(reduce(torch.tensor(float(is_late))) > 0)
+
     def save_widths(self, done: int, totals: dict[str, Tensor], counts: dict[str, int]) -> None:
         """Save the sums of all processes over the first `done` batches."""
         if self.save is not None:
             buffer = io.BytesIO()
             torch.save((done, totals, counts), buffer)
             self._save(WIDTHS, buffer.getvalue())
+            self._saved_at = time.monotonic()
 
     def ratios(self, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """The norm ratios that `compute` returns; from the state, if they were computed before the stop."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -17,8 +18,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor, gathered from the shards of all ranks. All ranks have to call this together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The whole tensor, gathered from the shards of all ranks. All ranks have to call this together.
+
+    Shards in CPU memory are copied to the ranks' device first, because NCCL gathers on GPUs only.
+    """
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def average_gradients(modules: Iterable[nn.Module], ranks: Ranks) -> None:
@@ -41,13 +45,30 @@ def average_gradients(modules: Iterable[nn.Module], ranks: Ranks) -> None:
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm () of all `gradients` together. They may be sharded, whole or both."""
+    """The 2-norm () of all `gradients` together. They may be sharded, whole or both, and shards may be in CPU memory.
+
+    It is on the ranks' device, or for whole gradients alone on theirs.
+    """
     sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
     plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    norms = [whole(nn.utils.get_total_norm(part)) for part in (sharded, plain) if part]
+    norms = [norm(part) for norm, part in ((_norm_of_sharded, sharded), (nn.utils.get_total_norm, plain)) if part]
     if not norms:
         return torch.zeros(())
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+
+def _norm_of_sharded(gradients: list[Tensor]) -> Tensor:
+    if local(gradients[0]).device.type == gradients[0].device_mesh.device_type:
+        return whole(nn.utils.get_total_norm(gradients))
+    return norm_of_offloaded(gradients)
+
+
+def norm_of_offloaded(gradients: list[DTensor]) -> Tensor:
+    """The 2-norm () of sharded gradients with shards in CPU memory, on the ranks' device. NCCL sums on GPUs only."""
+    mesh = gradients[0].device_mesh
+    total = nn.utils.get_total_norm([local(gradient) for gradient in gradients]).square().to(mesh.device_type)
+    dist.all_reduce(total, group=mesh.get_group("shard"))
+    return total.sqrt()
 
 
 def clip_gradients(gradients: list[Tensor], max_norm: float, norm: Tensor) -> None:
@@ -55,5 +76,8 @@ def clip_gradients(gradients: list[Tensor], max_norm: float, norm: Tensor) -> No
 
     `norm` is their norm (see `gradient_norm`), as a tensor: the process does not wait for its value.
     """
-    if gradients:
-        torch._foreach_mul_([local(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    scale, by_device = (max_norm / (norm + 1e-6)).clamp(max=1.0), {}
+    for gradient in map(local, gradients):  # shards in CPU memory, and whole gradients on the GPU
+        by_device.setdefault(gradient.device, []).append(gradient)
+    for device, found in by_device.items():
+        torch._foreach_mul_(found, scale.to(device))

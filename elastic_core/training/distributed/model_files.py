@@ -8,20 +8,29 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.model.hf import TensorReader
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local, whole
-from elastic_core.training.distributed.placement import place
+from elastic_core.training.distributed.placement import is_matrix, matrices_to_, place
 from elastic_core.training.distributed.ranks import Ranks
 
 
 def from_pretrained(
-    directory: str | os.PathLike, ranks: Ranks, execution: Execution, precision: str = "float32", frozen: bool = False
+    directory: str | os.PathLike,
+    ranks: Ranks,
+    execution: Execution,
+    precision: str = "float32",
+    frozen: bool = False,
+    as_stored: bool = False,
 ) -> ElasticModel:
     """Load a model directory and place the model (see `placement.place`).
 
-    Each rank reads only the rows of its own shards.
+    Each rank reads only the rows of its own shards. With `as_stored`, a sharded model that computes in float32 holds
+    its matrices in the 16-bit type of the files, if all of them have it. They are converted when they are gathered.
     """
     model, reader = ElasticModel.empty(directory)
+    if as_stored and ranks.is_distributed:
+        matrices_to_(model, stored_type(model, reader))
     place(model, ranks, execution, precision, frozen)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -30,6 +39,13 @@ def from_pretrained(
             elif local(parameter).numel():  # With many ranks, the last ranks may have an empty shard.
                 local(parameter).copy_(reader.read(name, own_rows(parameter)))
     return model
+
+
+def stored_type(model: ElasticModel, reader: TensorReader) -> torch.dtype:
+    """The type in which files have the matrices of a model: a 16-bit type if all of them have it, else float32."""
+    names = (name for name, parameter in model.named_parameters() if is_matrix(parameter))
+    found = {reader.stored(name).entry.dtype for name in names}
+    return found.pop() if len(found) == 1 and max(dtype.itemsize for dtype in found) == 2 else torch.float32
 
 
 def own_rows(parameter: DTensor) -> slice:

@@ -10,6 +10,10 @@ gradients. This is safe because all ranks train the same budget in the same micr
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
@@ -26,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from elastic_core.config import ConfigError
 from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.model.ops import kernels
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.ranks import Ranks
 
@@ -42,6 +47,8 @@ def place(
     needs no master weights: its matrices are stored in bfloat16. Raises ConfigError if `execution.shard_over` does not
     divide the number of workers.
     """
+    if execution.deterministic:
+        make_deterministic(ranks.device)
     empty = next(model.parameters()).is_meta
     if frozen:
         model.requires_grad_(False)
@@ -51,8 +58,10 @@ def place(
         for block in model.model.layers:
             checkpoint(block, preserve_rng_state=False)
     if execution.compile:
+        if ranks.device.type == "cuda":
+            kernels.look_up()
         compile_blocks(model)
-    offloaded = frozen and execution.offload_teacher and ranks.is_distributed
+    offloaded = (execution.offload_teacher if frozen else execution.offload_student) and ranks.is_distributed
     if ranks.is_distributed:
         shard(model, ranks, execution.shard_over, precision, offloaded)
     storage_device = torch.device("cpu") if offloaded else ranks.device
@@ -62,6 +71,25 @@ def place(
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(ranks.device)
     return model
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context in which a model computes in `precision`. Norms and the state space scan stay in float32."""
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Take deterministic operations from now on, in this process, where there is a choice: on GPUs.
+
+    Call it before the first operation on the GPU and before mamba_ssm is imported, which then has one configuration for
+    each of its kernels: which one is the fastest is measured in every process, and another one sums in another order.
+    An operation that has no deterministic version runs, with a warning.
+    """
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def is_matrix(parameter: Tensor) -> bool:
@@ -87,7 +115,7 @@ def shard(model: ElasticModel, ranks: Ranks, shard_over: int | None, precision: 
     The loss reads the head after `hidden_states` has returned. This works because FSDP keeps the root's weights
     gathered until the backward pass.
     """
-    policy = MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32)  # a frozen model may hold its matrices in a 16-bit type
     if precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     options = {
@@ -100,6 +128,24 @@ def shard(model: ElasticModel, ranks: Ranks, shard_over: int | None, precision: 
         fully_shard(block, **options)
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "hidden_states")
+
+
+def reduce_in_last(model: ElasticModel, kept: Sequence[Collection[int]], microbatch: int) -> None:
+    """Make the next backward pass reduce the gradients of those blocks that no later microbatch of the step runs.
+
+    `kept` has the layers that each microbatch of the step runs. The gradients of other blocks, and of embeddings and
+    head before the last microbatch, stay whole on every rank and are added up.
+    """
+    later = set().union(*kept[microbatch + 1 :])
+    for layer, block in enumerate(model.model.layers):
+        block.set_requires_gradient_sync(layer not in later, recurse=False)
+    model.set_requires_gradient_sync(microbatch == len(kept) - 1, recurse=False)
+
+
+def gather_root(model: nn.Module) -> None:
+    """Gather embeddings and head of a sharded model. They stay gathered, so code outside of a pass can read them."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
 
 
 def reshard(model: nn.Module) -> None:

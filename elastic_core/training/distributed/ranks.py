@@ -122,12 +122,15 @@ class Ranks:
             raise answer[1]
         return answer[0]
 
-    def part(self, count: int, name: str = "batch_size") -> slice:
+    def part(self, count: int, name: str = "batch_size", sharing: int = 1) -> slice:
         """The slice of `count` items that belongs to this rank; all ranks get the same number.
 
-        Raises ConfigError, with `name` in its text, if the number of ranks does not divide `count`.
+        `sharing` ranks in a row get the same items. Raises ConfigError, with `name` in its text, if the number of
+        ranks, or of groups of sharing ranks, does not divide `count`.
         """
-        if count % self.world:
-            raise ConfigError(f"{name}: got {count}; allowed: multiples of the number of workers ({self.world})")
-        size = count // self.world
-        return slice(self.rank * size, (self.rank + 1) * size)
+        groups, shared = self.world // sharing, "" if sharing == 1 else " per sequence"
+        if count % groups:
+            raise ConfigError(f"{name}: got {count}; allowed: multiples of the number of workers{shared} ({groups})")
+        size = count // groups
+        start = self.rank // sharing * size
+        return slice(start, start + size)

@@ -7,6 +7,8 @@ memory, so only one of them is run. `step_memory` adds up the pieces of a step.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
@@ -20,13 +22,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from elastic_core.model import architectures
+from elastic_core.model.dims import layer_index
 from elastic_core.model.documents import Documents
 from elastic_core.model.layers import LOW_PRECISION, Norm, has_mask, part_of
+from elastic_core.model.ops.parts import Part, PartDocuments
 from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import full_sizes
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.placement import matrices_to_
-from elastic_core.training.losses import distillation_loss
+from elastic_core.training.estimate import kernel_memory
+from elastic_core.training.losses import KeptLogits, distillation_loss
 from elastic_core.training.state_matching import state_loss
 
 # For longer sequences, the memory is extrapolated from two lengths: it grows linearly with the number of chunks. The
@@ -143,26 +148,44 @@ class Pieces:
     def __init__(self, config, setting: TrainingSetting, gates: bool = False):
         self.config, self.setting, self.gates = config, setting, gates
         self.architecture, self.layout = architectures.of(config), architectures.parameter_layout(config)
-        self.pattern = architectures.pattern(config)
+        self.pattern, self.sharing = architectures.pattern(config), setting.execution.context_parallel
         self._full = self._make_slice()  # made here, outside any fake mode, so that its indices are real tensors
+        self.without_kernels: Pieces | None = None
+
+    def with_kernels(self) -> Pieces:
+        """The same pieces on a GPU with `mamba_ssm` and `causal_conv1d`: other layers with a scan, if without gates."""
+        other = copy.copy(self)
+        other.without_kernels = self
+        return other
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether there is a kernel for layers with a scan: in 16 bits, on a GPU, without gates or shared sequences."""
+        is_possible = self.setting.gpu and self.setting.dtype in LOW_PRECISION and not self.gates and self.sharing == 1
+        scans = (self.architecture.scan_block(self.config, layer, 1) for layer in range(len(self.pattern)))
+        return is_possible and any(block is not None for block in scans)
 
     @functools.cache  # noqa: B019 (the cache keeps instances alive; there are only a few per process)
     def layer(self, character: str, sequences: int, length: int) -> PieceMemory:
         """The memory of one layer on (sequences, length) tokens. `character` is its type in the layer pattern."""
         count = functools.partial(self._count_layer, character, sequences)
         block = self.architecture.scan_block(self.config, self.pattern.index(character), sequences)
+        if block is None and self.without_kernels is not None:
+            return self.without_kernels.layer(character, sequences, length)
         if block is None or self.setting.gpu:
             return count(length)
         short = max(SCAN_LENGTH, 2 * block)
         return extrapolate(count, length, (short, 2 * short))
 
     @functools.cache  # noqa: B019
-    def tail(self, tokens: int, has_teacher: bool = True) -> PieceMemory:
+    def tail(self, tokens: int, has_teacher: bool = True, kept_logits: int = 0) -> PieceMemory:
         """The memory of final norm and loss on `tokens` tokens, without the teacher's hidden states.
 
-        The loss is distillation, or without a teacher cross-entropy.
+        The loss is distillation, from a teacher or from its `kept_logits`; or without either cross-entropy.
         """
-        return extrapolate(lambda count: self._count_tail(count, has_teacher), tokens, LOSS_LENGTHS)
+        if self.without_kernels is not None:
+            return self.without_kernels.tail(tokens, has_teacher, kept_logits)
+        return extrapolate(lambda count: self._count_tail(count, has_teacher, kept_logits), tokens, LOSS_LENGTHS)
 
     @functools.cache  # noqa: B019
     def states(self, tokens: int) -> PieceMemory:
@@ -177,16 +200,32 @@ class Pieces:
     def mask(self, sequences: int, length: int) -> float:
         """The bytes of the mask that hides other documents. All layers use the same one, and no piece counts it."""
         has_attention = bool(architectures.kept_state(self.config)["kv_cache"])
-        if length == 1 or not has_attention or not has_mask(length, self.setting.dtype, self.setting.gpu):
+        if (
+            self.sharing > 1
+            or length == 1
+            or not has_attention
+            or not has_mask(length, self.setting.dtype, self.setting.gpu)
+        ):
             return 0.0
         return float(sequences * length**2 * self.setting.dtype.itemsize)
 
     def _documents(self, sequences: int, length: int) -> Documents | None:
-        """Two documents in every row. None if layers allocate the same without: fused kernels make no copies."""
+        """Two documents in every row. None if layers allocate the same without: fused kernels make no copies.
+
+        Where several workers share a row, it is one document, and this is its last part: no other part needs more.
+        """
         if length == 1 or (self.setting.gpu and self.setting.dtype in LOW_PRECISION):
             return None
         ids = (torch.arange(length) >= length // 2).long().repeat(sequences, 1)
         return Documents(ids, ids.device)
+
+    def _part_documents(self, sequences: int, length: int, on_meta: bool) -> PartDocuments:
+        """The last part, of `length` positions, of rows that workers share."""
+        ids = torch.zeros(sequences, length * self.sharing, dtype=torch.int64)
+        part = Part(self.sharing - 1, self.sharing, lambda x: x[None].expand(self.sharing, *x.shape).contiguous())
+        documents = PartDocuments(ids, torch.device("meta" if on_meta else "cpu"), part)
+        documents.with_halo(architectures.smallest_part(self.config))  # made here, outside any fake mode
+        return documents
 
     def _count_layer(self, character: str, sequences: int, length: int) -> PieceMemory:
         """`layer` without extrapolation."""
@@ -196,19 +235,44 @@ class Pieces:
         # fake CPU tensors: on the meta device torch would choose the attention that stores all scores, while on fake
         # tensors it chooses the fused one, as on a GPU.
         on_meta = self.setting.gpu and architecture.scan_block(self.config, index, sequences) is not None
-        documents = None if on_meta else self._documents(sequences, length)
+        has_fused_attention = self.setting.gpu and self.setting.dtype in LOW_PRECISION and not on_meta
+        if self.sharing > 1 and not has_fused_attention:
+            documents = self._part_documents(sequences, length, on_meta)
+        else:
+            documents = None if on_meta else self._documents(sequences, length)
         with torch.device("meta") if on_meta else FakeTensorMode(allow_non_fake_inputs=True):
             if documents is not None and self.mask(sequences, length):
                 documents.mask(self.setting.dtype)  # before anything is counted
             block = architecture.Block(self.config, index, part_of(self.layout, f"model.layers.{index}"))
             block = self._in_training_precision(block)
+            if on_meta and self.without_kernels is not None:
+                architecture.set_scan_kernel(block, kernel_memory.find)
             if self.setting.execution.activation_checkpointing:
                 checkpoint(block, preserve_rng_state=False)
             shape = (sequences, length, self.config.hidden_size)
             source = torch.empty(shape, dtype=self.setting.dtype, requires_grad=True)
             sliced = self._slice()
             memory = measure(lambda x: block(x, sliced, documents), source, self.setting, block)
+        if self.sharing > 1 and has_fused_attention:
+            memory = self._with_earlier_keys(memory, index, sequences, length)
         return self._with_casts(memory, block) if on_meta else memory
+
+    def _with_earlier_keys(self, memory: PieceMemory, layer: int, sequences: int, length: int) -> PieceMemory:
+        """Add the keys and values of all parts, for fused attention: gathered and picked, and in the backward pass
+        their gradients. The fused kernel itself cannot run on tensors without storage.
+        """
+        layout = architectures.kept_state(self.config)["kv_cache"]
+        width = sum(
+            dims[0].count(full_sizes(self.config)) for name, dims in layout.items() if layer_index(name) == layer
+        )
+        size = 2.0 * sequences * length * self.sharing * width * self.setting.dtype.itemsize
+        is_kept = not self.setting.execution.activation_checkpointing
+        return dataclasses.replace(
+            memory,
+            kept=memory.kept + size * is_kept,
+            forward=memory.forward + size,
+            backward=memory.backward + 2 * size,
+        )
 
     def _with_casts(self, memory: PieceMemory, block: nn.Module) -> PieceMemory:
         """Add what autocast needs on a GPU without sharding. On the meta device there is no autocast.
@@ -228,7 +292,7 @@ class Pieces:
             memory.gradients + copies,
         )
 
-    def _count_tail(self, tokens: int, has_teacher: bool = True) -> PieceMemory:
+    def _count_tail(self, tokens: int, has_teacher: bool = True, kept_logits: int = 0) -> PieceMemory:
         """`tail` without extrapolation."""
         config = self.config
         shape, dtype = (1, tokens, config.hidden_size), self.setting.dtype
@@ -241,7 +305,10 @@ class Pieces:
             teacher = None
             if has_teacher:
                 teacher = torch.empty(shape, dtype=dtype), torch.empty(tail.head.shape, dtype=dtype)
-            weights = float(not has_teacher), float(has_teacher)
+            if kept_logits:
+                ids = torch.empty(*shape[:2], kept_logits, dtype=torch.int64)
+                teacher = KeptLogits(ids, torch.empty(*shape[:2], kept_logits + 1, dtype=torch.float16))
+            weights = float(teacher is None), float(teacher is not None)
             labels, sliced = torch.empty(shape[:2], dtype=torch.int64), self._slice()
             source = torch.empty(shape, dtype=dtype, requires_grad=True)
             return measure(

@@ -7,14 +7,19 @@ allocator, workspaces of libraries and NCCL, and the CUDA context. Leave about 1
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from elastic_core.model import architectures
 from elastic_core.model.dims import Layout, is_matrix, layer_index
 from elastic_core.model.elastic_model import HEAD
-from elastic_core.training.estimate.piece_memory import Pieces
+from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
+from elastic_core.training.low_bit import block_size
 
 KINDS = ("weights", "optimizer", "teacher", "gradients", "gathered", "activations", "loss")
 FLOAT32 = 4  # bytes
@@ -22,14 +27,18 @@ FLOAT32 = 4  # bytes
 
 @dataclass(frozen=True)
 class Workload:
-    """What one worker computes in a microbatch: `sequences` sequences of `length` tokens.
+    """What one worker computes in a microbatch: `sequences` sequences, `length` tokens of each.
 
+    - `sharing`: the number of workers that share a sequence. Its whole length is `length` times this.
     - `shards`: the number of workers that share one copy of the weights.
     - `accumulates`: a step has several microbatches. So from the second one on, all gradients exist from the start.
     - `has_teacher`: the worker also holds a frozen teacher.
     - `matches_states`: the loss matches the teacher's states. The worker holds them for every layer. If only smaller
       budgets match states, this counts more than they hold.
     - `budgets_with_norms`: the number of budgets that train norm gains of their own.
+    - `has_8bit_moments`: the optimizer is adamw8bit.
+    - `kept_logits`: how many logits per position a cached teacher has; 0 without one. Before the first step, a worker
+      that has no such cache yet holds the frozen teacher, too.
     """
 
     sequences: int
@@ -39,6 +48,9 @@ class Workload:
     has_teacher: bool = True
     matches_states: bool = False
     budgets_with_norms: int = 0
+    kept_logits: int = 0
+    sharing: int = 1
+    has_8bit_moments: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,9 @@ def count_parameters(layout: Layout) -> tuple[int, int]:
 def step_peak(pieces: Pieces, load: Workload) -> Peak:
     """The peak of a step that trains the full model. No smaller budget needs more."""
     kinds = state_bytes(pieces, load)
-    moments = ((name, kinds | changes) for name, changes in step_moments(pieces, load, kinds["gradients"]))
+    moments = [(name, kinds | changes) for name, changes in step_moments(pieces, load, kinds["gradients"])]
+    if load.kept_logits:
+        moments.append(("logits of the teacher, before the first step", cache_moment(pieces, load)))
     return max((Peak(name, dict.fromkeys(KINDS, 0.0) | values) for name, values in moments), key=lambda p: p.total)
 
 
@@ -72,20 +86,64 @@ def state_bytes(pieces: Pieces, load: Workload) -> dict[str, float]:
     """The bytes of weights and optimizer (both float32), of a frozen teacher, and of the gradients of all weights.
 
     Matrices are sharded; norms, with those of budgets, are not. The matrices of a frozen teacher are in the stage's
-    precision; with `offload_teacher` they are not on the GPU and do not count.
+    precision. With `reduce_once` and several microbatches, gradients are whole. Offloaded matrices (`offload_teacher`,
+    `offload_student`) are not on the GPU and do not count.
     """
     setting = pieces.setting
     matrices, rest = count_parameters(pieces.layout)
     norm_gains = load.budgets_with_norms * len(architectures.norm_names(pieces.config)) * pieces.config.hidden_size
-    held = matrices / load.shards + rest + norm_gains
+    held = rest + norm_gains + (0 if is_offloaded(setting) else matrices / load.shards)
+    is_whole = setting.distributed and setting.execution.reduce_once and load.accumulates
     teacher = FLOAT32 * rest
     if not (setting.distributed and setting.execution.offload_teacher):
         teacher += setting.dtype.itemsize * matrices / load.shards
     return {
         "weights": FLOAT32 * held,
-        "optimizer": 2 * FLOAT32 * held,
-        "gradients": FLOAT32 * held,
+        "optimizer": moment_bytes(pieces, load, held),
+        "gradients": FLOAT32 * (rest + norm_gains + matrices if is_whole else held),
         "teacher": teacher if load.has_teacher else 0.0,
+    }
+
+
+def moment_bytes(pieces: Pieces, load: Workload, held: float) -> float:
+    """The bytes of the two moments of `held` parameters; with 8 bits, a number of a matrix has a byte and its scale."""
+    saved = 0.0
+    if load.has_8bit_moments and not is_offloaded(pieces.setting):
+        for dims in pieces.layout.values():
+            shape = [dim.size for dim in dims]
+            block = block_size(torch.empty(shape, device="meta")) if is_matrix(dims) else None
+            saved += 0 if block is None else math.prod(shape) * (FLOAT32 - 1 - FLOAT32 / block)
+    return 2 * (FLOAT32 * held - saved / load.shards)
+
+
+def is_offloaded(setting: TrainingSetting) -> bool:
+    """Whether the shards of the trained model are in CPU memory."""
+    return setting.distributed and setting.execution.offload_student
+
+
+def host_bytes(pieces: Pieces, load: Workload) -> float:
+    """The bytes of offloaded shards in CPU memory, of one worker: of the trained model with gradients and two moments,
+    and of a frozen teacher.
+    """
+    setting, matrices = pieces.setting, count_parameters(pieces.layout)[0] / load.shards
+    student = 4 * FLOAT32 * matrices if is_offloaded(setting) else 0.0
+    has_teacher = load.has_teacher and setting.distributed and setting.execution.offload_teacher
+    return student + (setting.dtype.itemsize * matrices if has_teacher else 0.0)
+
+
+def cache_moment(pieces: Pieces, load: Workload) -> dict[str, float]:
+    """The bytes by kind while the logits of a teacher are computed: no optimizer and no gradients exist yet."""
+    with_teacher = dataclasses.replace(load, has_teacher=True)
+    kinds, gathered = state_bytes(pieces, with_teacher), sharding_bytes(pieces, load)[0]
+    whole = Pieces(pieces.config, dataclasses.replace(pieces.setting, execution=Execution()))  # no sequence is shared
+    sequences, length = max(1, load.sequences // load.sharing), load.length * load.sharing
+    layers = (whole.layer(character, sequences, length) for character in set(pieces.pattern))
+    return {
+        "weights": kinds["weights"],
+        "teacher": kinds["teacher"],
+        "gathered": gathered,
+        "activations": whole.mask(sequences, length) + max(layer.forward for layer in layers),
+        "loss": whole.tail(sequences * length, False).forward,
     }
 
 
@@ -101,7 +159,7 @@ def step_moments(pieces: Pieces, load: Workload, gradients: float) -> Iterator[t
     hidden = float(load.sequences * load.length * pieces.config.hidden_size * size)
     gathered, reduced_block, reduced_root, embeddings = sharding_bytes(pieces, load)
     layers = [pieces.layer(character, load.sequences, load.length) for character in pieces.pattern]
-    tail = pieces.tail(load.sequences * load.length, load.has_teacher)
+    tail = pieces.tail(load.sequences * load.length, load.has_teacher, load.kept_logits)
     kept = pieces.mask(load.sequences, load.length)
     existing = gradients if load.accumulates else 0.0  # bytes of the gradients at this moment
     teacher = hidden if load.has_teacher else 0.0
@@ -135,7 +193,7 @@ def step_moments(pieces: Pieces, load: Workload, gradients: float) -> Iterator[t
         yield f"backward pass of layer {index} ({pieces.pattern[index]})", {
             "gradients": existing, "gathered": gathered, "activations": kept + layer.backward, "loss": matched,
         }  # fmt: skip
-        if not load.accumulates:
+        if not load.accumulates and not is_offloaded(pieces.setting):
             existing += layer.gradients / shards
     head = tail.gradients if distributed or (tied and load.accumulates) else 0.0
     yield "gradients of the embeddings", {

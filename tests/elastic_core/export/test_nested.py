@@ -1,6 +1,7 @@
 """Many models in one: every budget on one set of weights gives what the extracted directory gives."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from elastic_core import Submodel, extract
 from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
-from elastic_core.export.nested import NestedModel, nested_chain, part_of_cache
+from elastic_core.export.conversation import part_of_cache
+from elastic_core.export.nested import NestedModel, nested_chain
 from elastic_core.model import architectures, hf
 from elastic_core.search.selection import Member
 from tests.support.models.parents import (
@@ -47,6 +49,7 @@ def make_family(directory, seed: int, heterogeneous=(), architecture: str = "nem
     """A random parent with three nested budgets and one in between, the smallest without the last layer."""
     config = CONFIGS[architecture](seed)
     config.time_step_min, config.eos_token_id = 1e-30, None  # see tests/elastic_core/export/test_extract.py
+    config.time_step_limit = (0.0, math.inf)
     save_random_parent(directory, seed, config)
     config = hf.read_config(directory)
     big = random_submodel(config, seed, heterogeneous, all_layers=True).resolve(config)
@@ -208,3 +211,44 @@ def test_other_padding_is_refused(family):
     assert model.generate(
         ids, "small", pad_token_id=0, eos_token_id=[0, 1], do_sample=False, max_new_tokens=1
     ).shape == (4, 10)
+
+
+def test_rows_with_budgets_of_their_own(family):
+    model, budgets, _ = family
+    names = ["small", "full", "small", budgets["big"]]
+    rows, ids, mask = padded(model.config, "left")
+    if not architectures.pads_exactly(model.config):
+        rows = [random_ids(model.config, i, (1, 6)).clamp(min=1) for i in range(len(names))]
+        ids, mask = torch.cat(rows), torch.ones(len(rows), 6, dtype=torch.int64)
+    alone = [model.generate(row, name, **GREEDY)[0, row.shape[1] :] for row, name in zip(rows, names, strict=True)]
+    end = alone[0][1].item()  # the first row ends early
+    options = GREEDY | {"attention_mask": mask, "eos_token_id": end, "pad_token_id": 0}
+    found = model.generate(ids, names, **options)
+    for row, tokens in enumerate(alone):
+        stop = tokens.tolist().index(end) + 1 if end in tokens else 5
+        assert torch.equal(found[row, ids.shape[1] :][:stop], tokens[:stop])
+        assert not found[row, ids.shape[1] + stop :].any()
+    with pytest.raises(UserError, match="got 3 for 4 rows"):
+        model.generate(ids, names[:3], **options)
+    with pytest.raises(UserError, match="num_return_sequences: not allowed"):
+        model.generate(ids, names, num_return_sequences=2, **options)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bfloat16_and_other_devices(tmp_path, device):
+    """The models of budgets are those that are extracted in the same element type."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    budgets = make_family(tmp_path / "elastic", 4)
+    model = NestedModel.from_pretrained(tmp_path / "elastic", torch.bfloat16, device)
+    ids = random_ids(model.config, 3).to(device)
+    for name in budgets:
+        extract(tmp_path / "elastic", name, tmp_path / name, dtype=torch.bfloat16)
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto").to(device).eval()
+        with torch.no_grad():
+            logits, expected = model.at(name)(ids).logits, alone(ids).logits
+        assert relative_error(logits.float(), expected.float()) < 2e-2  # sums of bfloat16 numbers in another order
+        options = GREEDY | {"attention_mask": torch.ones_like(ids)}
+        assert model.generate(ids, name, **options).shape == (len(ids), ids.shape[1] + 5)
+        types = [{n: p.dtype for n, p in one.named_parameters()} for one in (model.at(name), alone)]
+        assert types[0] == types[1]

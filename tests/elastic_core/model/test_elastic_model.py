@@ -1,16 +1,21 @@
 """The elastic forward against transformers, against slices, and against a naive model written from the equations."""
 
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 
 from elastic_core import ElasticModel, Submodel, extract
+from elastic_core.model import architectures
 from elastic_core.model.submodel import full_sizes
 from tests.support.models.parents import (
     random_config,
     random_elastic,
     random_ids,
+    random_reference,
     random_submodel,
     randomise,
     relative_error,
@@ -21,8 +26,8 @@ from tests.support.oracles.index_sets import in_groups, index_sets
 PER_LAYER = ("intermediate_size", "mamba_num_heads", "num_attention_heads")
 
 
-def as_elastic(reference: NemotronHForCausalLM) -> ElasticModel:
-    model = ElasticModel(reference.config)
+def as_elastic(reference: NemotronHForCausalLM, config=None) -> ElasticModel:
+    model = ElasticModel(config or reference.config)
     model.load_state_dict(reference.state_dict())
     return model.eval()
 
@@ -93,7 +98,7 @@ def naive_logits(model: ElasticModel, ids, gates) -> torch.Tensor:
             groups=conv.shape[-1],
         )
         conv = F.silu(conv).transpose(1, 2)
-        dt = torch.clamp(F.softplus(dt + p[name + "dt_bias"]), min=config.time_step_min)
+        dt = torch.clamp(F.softplus(dt + p[name + "dt_bias"]), *config.time_step_limit)
         groups = []
         for j in range(G):
             B = conv[..., H * P + j * N : H * P + (j + 1) * N]
@@ -175,6 +180,27 @@ def test_soft_at_one_hot_is_the_slice(seed, heterogeneous):
             naive = naive_logits(model, ids, masks_of(model.config, submodel))
         assert relative_error(soft, hard) < 1e-12
         assert relative_error(naive, hard) < 1e-12
+
+
+def test_the_time_step_keeps_to_the_checkpoints_limits():
+    """Against the recurrence. Limits change the result here, so that a limit that is not applied is seen."""
+    config, found = random_config(1), []
+    for limit in ((0.0, math.inf), (0.05, math.inf), (0.0, 0.1), [0.01, 0.1]):
+        config.time_step_min, config.time_step_limit = 0.02, limit
+        model, ids = random_elastic(1, config).double(), random_ids(config, 1, (2, 13))
+        with torch.no_grad():
+            found.append(model(ids))
+            naive = naive_logits(model, ids, masks_of(config, model.full))
+        assert relative_error(naive, found[-1]) < 1e-12
+    assert all(relative_error(one, other) > 1e-3 for one, other in itertools.combinations(found, 2))
+    config.time_step_limit = (0.0, math.inf)
+    clamped = architectures.with_clamped_time_step(config)
+    assert clamped.time_step_limit == (0.02, math.inf) and config.time_step_limit == (0.0, math.inf)
+    reference = random_reference(1, config)  # transformers, which has a lower limit for all checkpoints
+    ours = as_elastic(reference, clamped)
+    with torch.no_grad():
+        assert relative_error(ours(ids), reference(ids, use_cache=False).logits) < 1e-5
+        assert relative_error(as_elastic(reference)(ids), reference(ids, use_cache=False).logits) > 1e-3
 
 
 @pytest.mark.parametrize("heterogeneous", [(), ("intermediate_size",), PER_LAYER])

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, NemotronHConfig
 
 from elastic_core import ElasticModel, Submodel, rank, sort_
 from elastic_core.errors import UserError
+from elastic_core.io.tensor_files import read_header
 from elastic_core.model import architectures
 from elastic_core.search.importance.ranking import Ranking
+from elastic_core.search.importance.sorting import sort_directory
 from tests.support.models.parents import (
     random_config,
     random_elastic,
@@ -165,15 +167,12 @@ def test_norm_ratios_of_another_model_are_refused():
 
 STREAM = """
 import json, resource, sys, torch
-from elastic_core import ElasticModel
 from elastic_core.search.importance.ranking import Ranking
-from elastic_core.search.importance.sorting import sorted_tensors
+from elastic_core.search.importance.sorting import sort_directory
 torch.set_num_threads(1)
-model, reader = ElasticModel.empty(sys.argv[1])
 ranking = Ranking.load(sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-with torch.no_grad():
-    model.write(sys.argv[3], sorted_tensors(model.config, reader.read, ranking))
+sort_directory(sys.argv[1], sys.argv[3], ranking)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
@@ -203,3 +202,24 @@ def test_a_directory_is_sorted_tensor_by_tensor(tmp_path):
     written = ElasticModel.from_pretrained(tmp_path / "sorted")
     for (name, expected), found in zip(sort_(model, ranking).named_parameters(), written.parameters(), strict=True):
         assert torch.equal(found, expected), name
+
+
+def test_only_rotated_weights_of_a_bfloat16_directory_become_float32(tmp_path):
+    """A permutation rounds nothing. A rotation of bfloat16 weights is not rounded to bfloat16 again."""
+    model = random_elastic(2).bfloat16()
+    model.save_pretrained(tmp_path / "parent")
+    ids = batches_of(model.config, 2)
+    for basis, dtype in (("channels", torch.bfloat16), ("principal", torch.float32)):
+        parent = ElasticModel.from_pretrained(tmp_path / "parent")
+        ranking = rank(parent, ids, basis=basis, depth_method="one_shot_nmse")
+        sort_directory(tmp_path / "parent", tmp_path / basis, ranking)
+        assert {entry.dtype for entry in entries(tmp_path / basis)} == {dtype}
+        found, expected = ElasticModel.from_pretrained(tmp_path / basis), sort_(parent, ranking)
+        assert all(torch.equal(*pair) for pair in zip(found.parameters(), expected.parameters(), strict=True))
+        assert found.norm_gains.ratios.keys() == ranking.norm_ratios.keys()
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / basis)
+        assert loaded.dtype == dtype
+
+
+def entries(directory):
+    return [stored.entry for stored in read_header(directory / "model.safetensors").values()]

@@ -12,6 +12,7 @@ from elastic_core import ElasticModel, Submodel, rank, sort_
 from elastic_core.data.loader import IGNORED_LABEL, Batch
 from elastic_core.errors import UserError
 from elastic_core.model.dims import elastic_units
+from elastic_core.search.importance import basis
 from elastic_core.search.importance import depth as depth_ranking
 from elastic_core.search.importance.calibration import calibration_texts
 from elastic_core.search.importance.depth import LogitError, rank_layers
@@ -484,3 +485,41 @@ def test_packed_documents_are_ranked_as_each_alone(kind, method):
         assert relative_error(packed.scores[key], scores) < 1e-5, key
     assert packed.depth == single.depth
     assert packed.depth_scores == pytest.approx(single.depth_scores, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [random_config, random_moe_config])
+@pytest.mark.parametrize("measure", ["output_norm", "projection"])
+def test_sums_in_small_parts_are_the_same_sums(monkeypatch, kind, measure):
+    """As where activations and head of a large model are not in float64 at one time."""
+    model = random_elastic(1, kind(1))
+    batches, options = batches_of(model.config, 1), {"measure": measure, "depth_method": "one_shot_nmse"}
+    whole = rank(model, batches, **options)
+    monkeypatch.setattr(basis, "ACTIVATION_VALUES", 100)
+    monkeypatch.setattr(depth_ranking, "HEAD_VALUES", 100)
+    parts = rank(model, batches, **options)
+    for key, score in whole.scores.items():
+        assert relative_error(parts.scores[key], score) < 1e-12, key
+    for key, ratios in whole.norm_ratios.items():
+        assert relative_error(parts.norm_ratios[key], ratios) < 1e-6, key
+    assert parts.depth_scores == pytest.approx(whole.depth_scores, rel=1e-12)
+    assert relative_error(parts.axes.abs(), whole.axes.abs()) < 1e-6
+
+
+def test_sums_are_saved_no_more_often_than_asked():
+    """A ranking that has waited too short saves its sums at the end of the widths, and is the same."""
+    model, saved = random_elastic(1), []
+    batches, kept = batches_of(model.config, 1), {}
+
+    def save(name, data):
+        saved.append(name)
+        kept[name] = data
+
+    whole = rank(model, batches)
+    for seconds, times in ((0.0, len(batches)), (3600.0, 1)):
+        saved.clear()
+        kept.clear()
+        ranking = rank(model, batches, state=RankingState(lambda name: None, save, seconds=seconds))
+        assert saved.count("widths.state") == times
+        again = rank(model, batches, state=RankingState(kept.get))
+        for found in (ranking, again):
+            assert all(torch.equal(found.scores[key], score) for key, score in whole.scores.items())

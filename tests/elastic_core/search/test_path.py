@@ -39,7 +39,8 @@ def random_space(name: str, seed: int, heterogeneous=(), metric=PARAMETERS) -> E
         smallest = max(unit.least, unit.groups, unit.size - 5 * unit.groups)
         allowed = range(unit.size, smallest - 1, -unit.groups)
         if name == "llama" and unit.key == "hidden":
-            allowed = [size for size in allowed if size % config.num_attention_heads == 0]
+            problem = architectures.of(config).size_problem
+            allowed = [size for size in allowed if problem(config, size, config.num_attention_heads) is None]
         if name == "llama" and unit.key.startswith("attention_heads"):
             allowed = [unit.size]
         if name == "moe" and unit.key == "hidden" and unit.size % 8 == 0:

@@ -14,7 +14,7 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.model import architectures
 from elastic_core.search.selection import Member
 from elastic_core.training.loop import train
-from elastic_core.training.routing import soft_gains
+from elastic_core.training.routing import norm_factors, soft_gains
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Routing
 from tests.support.models.parents import random_ids, random_ratios, relative_error
@@ -71,7 +71,8 @@ def test_soft_gates_at_one_choice_compute_what_its_slice_does(data):
             F.one_hot(torch.tensor(i), len(slot.sizes)).float() for i, slot in zip(indices, space.slots, strict=True)
         ]
         with torch.no_grad():
-            sliced = run.model.slice(gates=space.soft_gates(probs)).with_norm_gains(soft_gains(run, probs))
+            gains = soft_gains(run, norm_factors(run, probs))
+            sliced = run.model.slice(gates=space.soft_gates(probs)).with_norm_gains(gains)
             soft = F.linear(run.model.hidden_states(ids, sliced), run.model.head(sliced))
             assert relative_error(soft, run.model(ids, space.submodel([int(i) for i in indices]))) < 1e-6
 

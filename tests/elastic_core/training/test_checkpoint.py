@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from elastic_core.io import storage
-from elastic_core.io.digests import file_digest
+from elastic_core.io.fingerprints import file_digest
 from elastic_core.training import checkpoint
 from elastic_core.training.checkpoint import CheckpointError, Checkpoints
 from elastic_core.training.loop import train

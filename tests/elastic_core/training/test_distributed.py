@@ -11,7 +11,11 @@ import pytest
 import torch
 
 import tests.support.distributed_cases as cases
+import tests.support.ranking_cases as ranking_cases
+from elastic_core import rank
 from elastic_core.config import ConfigError
+from elastic_core.model import architectures
+from elastic_core.model.dims import elastic_units
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.placement import compile_blocks, make_mesh, place
 from elastic_core.training.distributed.ranks import Ranks
@@ -25,6 +29,8 @@ LOSS, WEIGHT = 2e-5, 2e-4
 ROUTER_WEIGHT = 3e-3
 # bfloat16 rounds every product to 3 digits; where a sum is rounded differs too.
 HALF_LOSS, HALF_WEIGHT = 3e-2, 3e-2
+HALF_SCORE = 1e-2  # of units, relative to the largest of a layer
+HALF_DEPTH = 3e-2  # of layers
 ALONE = Ranks()
 
 
@@ -147,14 +153,53 @@ def test_what_is_not_finite_on_one_rank_is_explained_on_all(pair):
 
 
 def test_two_ranks_rank_like_one_process(pair, alone):
+    """Each holds half of the matrices. Both methods of both measures; bfloat16 is rounded at the same places."""
+    assert pair[0]["ranking"].keys() == alone("ranking").keys()
     for method, expected in alone("ranking").items():
         assert_ranked_alike(pair[0]["ranking"][method], expected)
+
+
+def test_a_parent_in_bfloat16_files_is_held_so_and_computed_as_asked(pair, alone):
+    found, expected = pair[0]["stored_ranking"], alone("stored_ranking")
+    assert_ranked_alike(found, expected)
+    assert found["types"] == {"torch.bfloat16"} and expected["types"] == {"torch.float32"}
+    assert found["bytes"] <= 0.26 * expected["bytes"]  # a half of the matrices, and half of the bytes
+
+
+def test_ranks_with_different_padding_rank_like_one_process(pair, alone):
+    assert_ranked_alike(pair[0]["padded_ranking"], alone("padded_ranking"))
+
+
+def test_bfloat16_ranks_as_float32_does_to_its_rounding(pair):
+    """Two units change places only if their scores differ by less than the rounding. Layers keep their order."""
+    for config, measure in ((cases.CONFIG, "projection"), (ranking_cases.EXPERTS, "output_norm")):
+        ids = torch.randint(0, config.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
+        exact = rank(cases.random_elastic(3, config), list(ids), measure=measure)
+        found = pair[0]["ranking"][f"iterative_nmse {measure} bfloat16"]
+        assert found["depth"] == exact.depth
+        assert found["depth_scores"] == pytest.approx(exact.depth_scores, rel=HALF_DEPTH)
+        for key, scores in exact.scores.items():
+            # Of the largest score: a token that goes to another expert changes much in a neuron that is hardly used.
+            allowed = HALF_SCORE * scores.max()
+            assert ((found["scores"][key] - scores).abs() <= allowed).all(), key
+            if key != "hidden":  # of axes
+                sorted_scores = scores.gather(-1, found["orders"][key]).unflatten(-1, (groups_of(config, key), -1))
+                assert (sorted_scores.diff() <= 2 * allowed).all(), key
+
+
+def groups_of(config, key):
+    return elastic_units(architectures.parameter_layout(config))[key].groups
+
+
+def test_a_plan_of_a_ranking_counts_what_it_holds(pair):
+    for planned, real in pair[0]["ranking_memory"]:
+        assert planned == pytest.approx(real, rel=0.08)
 
 
 def test_two_ranks_go_on_with_a_stopped_ranking(pair, alone):
     found = pair[0]["resumed_ranking"]
     assert found["num_saves"] == 9  # stopped after the second, and again after the ninth
-    assert_ranked_alike(found, alone("ranking")["iterative_nmse projection"])
+    assert_ranked_alike(found, alone("ranking")["iterative_nmse projection float32"])
 
 
 def assert_ranked_alike(found, expected):
@@ -163,6 +208,8 @@ def assert_ranked_alike(found, expected):
     for key, scores in expected["scores"].items():
         torch.testing.assert_close(found["scores"][key], scores, rtol=1e-5, atol=0)
         assert torch.equal(found["orders"][key], expected["orders"][key]), key
+    for key, ratios in expected["norm_ratios"].items():
+        torch.testing.assert_close(found["norm_ratios"][key], ratios, rtol=1e-5, atol=0)
 
 
 def test_shards_are_written_whole_and_read_into_shards(pair):

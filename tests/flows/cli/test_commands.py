@@ -72,7 +72,9 @@ def test_help_comes_at_once_from_anywhere(command, tmp_path):
     assert {"run": "elastic run smoke", "plan": "the paper's run"}.get("".join(command), "generate") in done.stdout
 
 
-@pytest.mark.parametrize("command", ["init", "plan", "run", "compare", "clean", "up", "extract", "generate", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["adopt", "init", "plan", "run", "compare", "clean", "up", "extract", "generate", "inspect"]
+)
 def test_every_option_is_explained(command):
     text = call(command, "--help")
     assert "Usage" in text and len(text.splitlines()) > 8

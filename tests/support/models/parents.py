@@ -20,7 +20,7 @@ def random_config(seed: int) -> NemotronHConfig:
     groups, kv_heads = rng.choice([1, 2, 3]), rng.choice([1, 2])
     pattern = ["M", "-", "*", *rng.choices("M-*", k=rng.randint(1, 4))]
     rng.shuffle(pattern)
-    return NemotronHConfig(
+    config = NemotronHConfig(
         vocab_size=rng.choice([37, 64]),
         hidden_size=rng.choice([17, 24, 32]),
         layers_block_type=NemotronHConfig._pattern_to_list("".join(pattern)),
@@ -39,6 +39,7 @@ def random_config(seed: int) -> NemotronHConfig:
         use_conv_bias=rng.random() < 0.7,
         time_step_min=rng.choice([0.001, 0.05]),
     )
+    return architectures.with_clamped_time_step(config)  # so that transformers, which always clamps, computes the same
 
 
 def random_moe_config(seed: int) -> NemotronHConfig:
@@ -91,7 +92,9 @@ def random_llama_config(seed: int):
     }
     biases = {"attention_bias": rng.random() < 0.5, "mlp_bias": rng.random() < 0.5}
     kind = rng.choice([LlamaConfig, LlamaConfig, Qwen2Config, Qwen3Config])
-    if kind is not Qwen2Config:  # whose biases are not for the configuration to say
+    if kind is Qwen2Config:
+        values["hidden_size"] = num_heads * values["head_dim"]  # readers take no other
+    else:  # its biases are not for the configuration to say
         values["attention_bias"] = biases["attention_bias"]
     return kind(**values, mlp_bias=biases["mlp_bias"]) if kind is LlamaConfig else kind(**values)
 
@@ -188,6 +191,8 @@ def _random_llama_submodel(config, rng: random.Random, heterogeneous, all_layers
 
     heads = num_heads()
     hidden_size = rng.randint(1, config.hidden_size // heads) * heads
+    if config.model_type == "qwen2":
+        hidden_size = heads * config.head_dim
     return Submodel(
         hidden_size=hidden_size,
         kept_layers=range(num_layers)

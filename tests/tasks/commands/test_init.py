@@ -6,7 +6,7 @@ import shutil
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
-from elastic_core.model import hf
+from elastic_core.model import architectures, hf
 from elastic_core.search.choices import Choices
 from elastic_core.search.selection import check_reachable
 from elastic_core.search.space import ElasticSpace
@@ -14,6 +14,7 @@ from tasks.commands import check
 from tasks.commands.init import choices_of, init, ladder
 from tasks.settings.load import read
 from tasks.settings.merging import ROOT, parameters
+from tests.support.hub_server import files_of, write_cache
 from tests.support.models.moe_family import CONFIG as MOE
 from tests.support.models.parents import save_random_parent, write_tokenizer
 from tests.support.models.routed_family import CONFIG
@@ -60,6 +61,18 @@ def test_the_profile_is_valid_as_it_is(root, parent, capsys):
     assert settings.evaluate.tasks == () and settings.evaluate.held_out == tuple(settings.prepare_data.sources)
     lines = path.read_text().splitlines()
     assert all("#" in line or line.endswith(":") for line in lines)
+
+
+def test_a_parent_on_the_hub_is_named_as_it_is(root, hub_cache):
+    """With tied embeddings, whose residual stream cannot be rotated."""
+    config = Qwen3Config(**SIZES, tie_word_embeddings=True)
+    save_random_parent(root / "model", 0, config)
+    write_tokenizer(root / "model")
+    write_cache(hub_cache, "me/Tiny-0.1B", files_of(root / "model"), "a" * 40)
+    path = init("me/Tiny-0.1B@main", ["corpus/*.txt"], {"full": 1.0, "less": 0.8}, root=root)
+    settings = read(parameters("tiny-0.1b", root))
+    assert path.name == "tiny-0.1b.yaml" and settings.parent.path == "me/Tiny-0.1B@main"
+    assert settings.rank.basis == "channels"
 
 
 def test_data_budgets_and_name_are_those_that_are_given(root, parent):
@@ -128,7 +141,7 @@ def test_choices_fit_real_parents(name):
     choices = choices_of(config, 0.4, 5, 1.0)
     assert choices["hidden_size"][0] == config.hidden_size
     assert all(size % 64 == 0 for size in choices["hidden_size"][1:])
-    space = ElasticSpace(config, Choices(**choices), tuple(range(len(config.layers_block_type))))
+    space = ElasticSpace(config, Choices(**choices), tuple(range(architectures.num_layers(config))))
     check_reachable(space, {"full": 1.0, "medium": 0.75, "small": 0.5}, tolerance=0.02)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import Qwen3Config
 from typer.testing import CliRunner
 
 from elastic_core.config import ConfigError, require
@@ -17,17 +18,21 @@ from elastic_core.model.submodel import Submodel
 from elastic_core.training.budget_norms import BudgetNorms
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
-from elastic_core.training.estimate.step_memory import state_bytes
+from elastic_core.training.estimate.rank_memory import held_bytes
+from elastic_core.training.estimate.step_memory import count_parameters, state_bytes
 from flows.cli.app import app
 from tasks.commands import plan, plan_stages
 from tasks.commands.plan_stages import Hardware
+from tasks.commands.planning import changes as planning
+from tasks.commands.planning.parents import plan_parent
 from tasks.parents import gguf
 from tasks.parents.targets import resolve
 from tasks.settings import local_checks
 from tasks.settings.cross_checks import CHECKS
 from tasks.settings.load import read
 from tasks.settings.local_checks import INSTALL_PACKAGE
-from tasks.settings.merging import parameters, profile_names
+from tasks.settings.merging import parameters
+from tests.support.hub_server import write_cache
 from tests.support.models.parents import random_config
 from tests.support.models.real_parents import NANO_12B, SMOLLM2
 from tests.support.pipeline.command_line import call, error_of
@@ -35,8 +40,13 @@ from tests.support.pipeline.command_line import call, error_of
 ROOT = Path(__file__).resolve().parents[3]
 KNOWN = {  # as published
     "NVIDIA-Nemotron-Nano-12B-v2": 12_310_001_152,
+    "NVIDIA-Nemotron-Nano-9B-v2": 8_888_227_328,
     "NVIDIA-Nemotron-3-Nano-4B": 3_973_556_832,
     "NVIDIA-Nemotron-3-Nano-30B-A3B": 31_577_940_288,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-8B": 8_190_735_360,
+    "Llama-3.1-8B": 8_030_261_248,
 }
 H100 = Hardware()
 SIZES = {
@@ -114,13 +124,32 @@ def smollm2(monkeypatch):
     monkeypatch.setattr(gguf, "read_config", lambda path: SMOLLM2)
 
 
-@pytest.mark.parametrize("profile", sorted(profile_names()))
-def test_every_profile_can_be_planned(profile, smollm2):
-    planned = plan_of(profile, hardware=Hardware(memory=141e9))
-    assert planned["fits"], planned
-    assert json.loads(json.dumps(planned)) == planned | {"budgets": json.loads(json.dumps(planned["budgets"]))}
-    for stage in planned["stages"].values():
-        assert stage["total"] == sum(stage["memory"].values()) > 0
+def test_a_parent_on_the_hub_is_planned_from_its_configuration_alone(hub_cache):
+    """Without a profile and without its other files; offline from the hub's cache."""
+    values = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = Qwen3Config(**values, num_key_value_heads=4, head_dim=32, vocab_size=1000, tie_word_embeddings=True)
+    text = json.dumps(config.to_dict()).encode()
+    write_cache(hub_cache, "me/tiny", {"config.json": text}, "a" * 40)
+    planned = planned_parent("me/tiny@main", gpus=8)
+    assert planned["parent"]["config"] == "me/tiny@main" and planned["parent"]["parameters"] == num_parameters(config)
+    assert planned["fits"] and {stage["workers"] for stage in planned["stages"].values()} == {8}
+    assert "as `elastic init` would write it" in call("plan", "me/tiny", "--price", "2")
+    assert "no such directory" in error_of("plan", "me/other")
+
+
+def planned_parent(path, *overrides, gpus=None):
+    return plan_parent(path, overrides, gpus, H100)
+
+
+def test_a_parent_with_a_profile_is_planned_as_that_says():
+    planned = planned_parent("Qwen/Qwen3-0.6B")
+    assert planned["profile"] == "qwen3-0.6b" and planned["parent"]["parameters"] == KNOWN["Qwen3-0.6B"]
+
+
+def test_the_cost_is_that_of_the_hours(paper):
+    priced = plan_of("nemotron-nano-12b-v2", hardware=Hardware(price=2.5))
+    for name, stage in paper["stages"].items():
+        assert stage["cost"] is None and priced["stages"][name]["cost"] == 2.5 * stage["gpu_hours"]
 
 
 def costs_of(planned):
@@ -277,7 +306,7 @@ def test_what_does_not_fit_fits_after_the_changes():
     settings = settings_of("one-gpu", "train_short.microbatches=4", "compute.execution.activation_checkpointing=false")
     config, _ = plan.read_parent(settings)
     total = plan_stages.stage_peak("train_short", settings, config, pieces).total
-    changes = plan_stages.find_changes("train_short", settings, config, hardware, pieces)
+    changes = planning.find_changes("train_short", settings, config, hardware, pieces)
     totals = [total, *(change["total"] for change in changes)]
     assert totals == sorted(totals, reverse=True)
     assert [change["fits"] for change in changes] == [size <= hardware.usable for size in totals[1:]]
@@ -288,26 +317,46 @@ def test_what_does_not_fit_fits_after_the_changes():
     assert after.train_short.num_tokens() == settings.train_short.num_tokens()
 
 
-def test_shorter_sequences_are_there_instead_of_more_workers():
-    hardware, pieces, name = Hardware(memory=80e9), {}, "train_extended"
-    changed = ["train_extended.sequence_length=49152", "train_extended.loss.state_weight=0.0"]
-    settings = settings_of("one-node", *changed)
+def test_shorter_sequences_are_there_where_nothing_else_is_enough():
+    hardware, pieces, name = Hardware(memory=24e9), {}, "train_extended"
+    changed = ["train_extended.sequence_length=98304", "train_extended.loss.state_weight=0.0"]
+    changed += ["compute.execution.context_parallel=8", "train_extended.microbatches=64"]
+    settings = settings_of("one-node", *changed, "compute.execution.offload_teacher=true")
     config, _ = plan.read_parent(settings)
-    changes = plan_stages.find_changes(name, settings, config, hardware, pieces)
-    assert any("compute.workers" in change["set"] for change in changes)
-    shorter = plan_stages.find_shorter(name, settings, config, hardware, pieces, changes)
-    assert "compute.workers" not in shorter["set"] and shorter["set"]["train_extended.sequence_length"] == 24576
-    after = plan_stages.override(settings, shorter["set"])
+    changes = planning.find_changes(name, settings, config, hardware, pieces)
+    assert changes and not changes[-1]["fits"]
+    shorter = planning.find_shorter(name, settings, config, hardware, pieces, changes)
+    assert "compute.workers" not in shorter["set"] and shorter["set"]["train_extended.sequence_length"] == 49152
+    after = planning.override(settings, shorter["set"])
     assert shorter["total"] == plan_stages.stage_peak(name, after, config, pieces).total <= hardware.usable
     assert after.train_extended.num_tokens() == settings.train_extended.num_tokens()
-    assert plan_stages.find_shorter(name, after, config, hardware, pieces, []) is None
+    assert planning.find_shorter(name, after, config, hardware, pieces, []) is None
+
+
+def test_the_papers_context_fits_eight_gpus_that_share_every_sequence():
+    """12B, 49,152 tokens, 80 GB; the plan itself proposes to share sequences."""
+    shared = [
+        "compute.execution.context_parallel=8",
+        "train_short.microbatches=1536",
+        "train_extended.microbatches=512",
+    ]
+    settings = settings_of("nemotron-nano-12b-v2", "compute.workers=8", *shared)
+    config, _ = plan.read_parent(settings)
+    load = plan_stages.make_workload("train_extended", settings)
+    assert (load.sequences, load.length, load.sharing) == (1, 6144, 8)
+    for name in ("train_short", "train_extended"):
+        assert plan_stages.stage_peak(name, settings, config, {}).total < 50e9
+    alone = settings_of("nemotron-nano-12b-v2", "compute.workers=8", "train_extended.microbatches=64")
+    proposed = {"compute.execution.context_parallel": 2, "train_extended.microbatches": 128}
+    assert plan_stages.shared_by_more("train_extended", alone) == proposed
+    assert plan_stages.shared_by_more("train_extended", settings) is None  # eight workers share already
 
 
 def test_changes_keep_the_tokens_of_a_step():
     settings = settings_of("one-node")
     for name in plan_stages.stages_of(settings):
-        for change in plan_stages.possible_changes(name, settings):
-            changed = plan_stages.override(settings, change)
+        for change in planning.possible_changes(name, settings):
+            changed = planning.override(settings, change)
             for check in CHECKS:  # still valid
                 check(changed, require)
             before, after = (plan_stages.stages_of(s)[name].num_tokens(1) for s in (settings, changed))
@@ -341,7 +390,7 @@ def test_matched_states_take_memory_and_a_teacher():
     assert plan_stages.taught_share("train_short", matched.train_short, matched, "small") == 1.0
     for teacher in ("frozen", "trainable"):
         changes = {"train_extended.teacher": teacher, "train_extended.budget_shares": {"full": 1.0}}
-        load = plan_stages.make_workload("train_extended", plan_stages.override(matched, changes))
+        load = plan_stages.make_workload("train_extended", planning.override(matched, changes))
         assert load.matches_states == (teacher == "frozen")
 
 
@@ -363,18 +412,33 @@ def test_norm_gains_of_budgets_are_counted_as_they_are_built():
         assert more["teacher"] == less["teacher"]
 
 
-def test_rank_holds_the_head_or_the_activations_of_a_batch():
-    hardware, small = Hardware(), settings_of("one-node", "rank.batch_size=8")
-    config, _ = plan.read_parent(small)
-    weights = 4 * num_parameters(config)
-    head = plan_stages.describe_rank(small, config, hardware)["at_least"]
-    assert head == weights + 8 * config.vocab_size * config.hidden_size
-    large = settings_of("one-node", "rank.batch_size=512", "rank.sequence_length=8192", "rank.basis=channels")
-    positions = 512 // large.compute.workers * 8192
-    widths = plan_stages.describe_rank(large, config, hardware)["at_least"]
-    assert widths == weights + 2 * 8 * positions * config.hidden_size
-    rotated = plan_stages.override(large, {"rank.basis": "principal"})
-    assert plan_stages.describe_rank(rotated, config, hardware)["at_least"] == widths + 8 * config.hidden_size**2
+def test_rank_holds_a_shard_of_the_parent_in_the_type_of_its_files():
+    """And the rest whole. What a real ranking holds is compared in test_distributed.py."""
+    whole, shared = (settings_of("one-node", f"compute.workers={workers}") for workers in (0, 8))
+    config, _ = plan.read_parent(shared)
+    matrices, rest = count_parameters(architectures.parameter_layout(config))
+    assert config.dtype == torch.bfloat16
+    for settings, precision, size, shards in (
+        (whole, "float32", 4, 1),
+        (whole, "bfloat16", 2, 1),
+        (shared, "float32", 2, 8),
+        (shared, "bfloat16", 2, 8),
+    ):
+        settings = planning.override(settings, {"rank.precision": precision})
+        load, _ = plan_stages.make_rank_workload(settings, config)
+        assert held_bytes(config, load) == size * matrices / shards + 4 * rest
+    config.dtype = torch.float32
+    load, _ = plan_stages.make_rank_workload(planning.override(shared, {"rank.precision": "float32"}), config)
+    assert held_bytes(config, load) == 4 * matrices / 8 + 4 * rest
+
+
+def test_the_papers_ranking_fits_eight_gpus():
+    """In float32 one worker held 54.6 GB and more, before the parent was sharded."""
+    settings = settings_of("nemotron-nano-12b-v2", "compute.workers=8")
+    config, _ = plan.read_parent(settings)
+    described = plan_stages.describe_rank(settings, config, Hardware())
+    assert described["fits"] and 20e9 < described["total"] < 25e9
+    assert described["total"] == sum(described["memory"].values()) and described["sequences"] == 8
 
 
 # --- the command ---------------------------------------------------------------------------------------------------

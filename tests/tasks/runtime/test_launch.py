@@ -1,6 +1,7 @@
 """Where the work runs: in this process, on Ray workers, or nowhere, and then it says so soon."""
 
 import errno
+import functools
 import os
 import re
 import socket
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ from elastic_core.training.checkpoint import CheckpointError, CheckpointUnavaila
 from elastic_core.training.diagnosis import NonFiniteError
 from tasks.runtime import ray_cluster
 from tasks.runtime.exit_status import StageError, StageInterrupted
-from tasks.runtime.launch import _given_up, launch
+from tasks.runtime.launch import _given_up, launch, launch_items
 from tasks.runtime.ray_cleanup import VARIABLE, nothing_left
 from tasks.settings.sections import Compute
 
@@ -45,6 +47,38 @@ def test_no_workers_is_this_process(tmp_path, no_cluster):
 
     launch(work, {"name": "x"}, Compute(storage=str(tmp_path)), "test")
     assert seen == [({"name": "x"}, 0, 1, False, os.getpid())]
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    needs: tuple[str, ...] = ()
+
+
+def work_on_item(directory, item, device):
+    """A file for every item, and its result; the last item fails."""
+    started = sorted(path.name for path in directory.iterdir())
+    (directory / item.name).touch()
+    if item.name == "last":
+        raise UserError("last: cannot be")
+    return {"process": os.getpid(), "device": str(device), "there": started}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_run_on_workers_in_the_order_of_their_needs(workers, tmp_path, no_cluster):
+    """Finished items are not computed again, and an error of one has its own text."""
+    found, items = {}, [Item("a"), Item("b"), Item("c", ("a", "b")), Item("old"), Item("last", ("c", "old"))]
+    with pytest.raises(StageError if workers else UserError, match=r"^last: cannot be$"):
+        launch_items(
+            functools.partial(work_on_item, tmp_path),
+            items,
+            Compute(workers=workers, storage=str(tmp_path / "storage")),
+            lambda item, result: found.update({item.name: result}),
+            finished={"old"},
+        )
+    assert sorted(found) == ["a", "b", "c"] and not (tmp_path / "old").exists()
+    assert {"a", "b"} <= set(found["c"]["there"]) and found["a"]["device"] == "cpu"
+    assert (found["a"]["process"] == os.getpid()) == (workers == 0)
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")

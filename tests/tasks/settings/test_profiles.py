@@ -238,7 +238,11 @@ def test_a_profile_with_a_parent_does_not_inherit_what_is_made_for_the_default_p
 
 def test_parameters_that_dvc_names_are_there_for_every_profile(tmp_path):
     own_profile(tmp_path, "parent: {path: null}\n")
-    (tmp_path / "profiles" / "own.yaml").write_text("parent: {path: /models/mine}\nbudgets: {full: 1.0}\n" + SOURCES)
+    required = "{sequence_length: 64, batch_size: 4, steps: 10, learning_rate: 1e-4}"  # without a default
+    text = (
+        f"parent: {{path: /models/mine}}\nbudgets: {{full: 1.0}}\ntrain_short: {required}\ntrain_extended: {required}\n"
+    )
+    (tmp_path / "profiles" / "own.yaml").write_text(text + SOURCES)
     values = parameters("own", tmp_path)
     stages = yaml.safe_load((merging.ROOT / "dvc.yaml").read_text())["stages"].values()
     named = [name for stage in stages for name in (stage.get("do") or stage).get("params", ())]

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import NemotronHConfig
+from transformers import PreTrainedConfig
 
 from elastic_core.config import ConfigError
 from elastic_core.cost.metrics import num_parameters
-from elastic_core.model import hf
+from elastic_core.model import architectures, hf
 from elastic_core.model.architectures.nemotron_h import layers_of
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.selection import check_reachable
 from elastic_core.search.space import ElasticSpace
+from tasks.commands.plan import ready_directory
 from tasks.settings.load import load, read
 from tasks.settings.merging import parameters
 from tests.support.committed_params import profile_values
@@ -28,16 +29,26 @@ PARENTS = {  # profile → the parent that it is made for, in profiles/parents
     "nemotron-nano-12b-v2": "NVIDIA-Nemotron-Nano-12B-v2",
     "one-node": "NVIDIA-Nemotron-Nano-12B-v2",
     "nemotron-3-nano-4b": "NVIDIA-Nemotron-3-Nano-4B",
+    "nemotron-nano-9b-v2": "NVIDIA-Nemotron-Nano-9B-v2",
+    "qwen3-0.6b": "Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen3-1.7B",
+    "qwen3-8b": "Qwen3-8B",
+    "llama-3.1-8b": "Llama-3.1-8B",
     "one-gpu": "hybrid-1b",
 }
 OF_SMOLLM2 = ("smollm2", "smollm2-gsm8k")
 TOKENS = {  # as the comments say
+    "qwen3-0.6b": (0.5e9, 0.2e9),
+    "qwen3-1.7b": (1e9, 0.5e9),
+    "qwen3-8b": (4e9, 2e9),
+    "llama-3.1-8b": (4e9, 2e9),
+    "nemotron-nano-9b-v2": (3e9, 1.5e9),
     "nemotron-nano-12b-v2": (65e9, 45e9),
     "nemotron-3-nano-4b": (2e9, 1.5e9),
 }
 
 
-def config_of(profile: str) -> NemotronHConfig:
+def config_of(profile: str) -> PreTrainedConfig:
     return hf.read_config(ROOT / "profiles" / "parents" / PARENTS[profile])
 
 
@@ -75,7 +86,7 @@ def test_a_profile_fits_its_parent(parent, tmp_path, request):
     name = request.node.callspec.params["parent"]
     settings = load(write(name, tmp_path, parent))
     config = config_of(name)
-    layers = list(range(len(config.layers_block_type)))
+    layers = list(range(architectures.num_layers(config)))
     orders = [layers, layers[::-1], *(random.Random(seed).sample(layers, len(layers)) for seed in range(5))]
     for order in orders:  # whatever the depth ranking will be
         check_reachable(ElasticSpace(config, settings.choices, tuple(order)), settings.budgets, tolerance=0.01)
@@ -87,10 +98,9 @@ def test_a_profile_fits_its_parent(parent, tmp_path, request):
 @pytest.mark.parametrize("name", PARENTS)
 def test_a_parent_that_is_not_there_is_named(name, tmp_path):
     """And it is the only problem: nothing is said about a chat template that cannot be there."""
-    with pytest.raises(
-        ConfigError, match=r"parent\.path: got '/models/.*'; allowed: a Hugging Face directory"
-    ) as error:
-        load(write(name, tmp_path))
+    path = tmp_path / "nowhere"
+    with pytest.raises(ConfigError, match=rf"parent\.path: got '{path}'; allowed: a Hugging Face directory") as error:
+        load(write(name, tmp_path, path))
     assert len(error.value.problems) == 1
 
 
@@ -157,7 +167,20 @@ def test_the_papers_run_has_the_papers_values():
     assert settings.rank.batches * settings.rank.batch_size == 1024 and settings.rank.sequence_length == 8192
 
 
-@pytest.mark.parametrize(("name", "num_sources"), [("smollm2-gsm8k", 1), ("nemotron-nano-12b-v2", 4)])
+@pytest.mark.parametrize("name", sorted(PARENTS.keys() - {"one-gpu"}))
+def test_parents_and_data_come_from_the_hub(name):
+    """By the name that the parent has in profiles/parents; mixtures are of these sources and add up to 1."""
+    values = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
+    assert ready_directory(values["parent"]["path"]).name == PARENTS[name]
+    settings = read(parameters(name), "profile")
+    sources = settings.prepare_data.parsed_sources()
+    assert all(source.dataset is not None for source in sources.values())
+    for section in (settings.rank, settings.train_short, settings.train_extended):
+        assert section.mixture.keys() == sources.keys() and sum(section.mixture.values()) == pytest.approx(1)
+    assert set(settings.evaluate.held_out) == set(sources) and settings.evaluate.benchmarks is not None
+
+
+@pytest.mark.parametrize(("name", "num_sources"), [("smollm2-gsm8k", 1), ("nemotron-nano-12b-v2", 4), ("one-node", 4)])
 def test_conversations_come_from_commits_on_the_hub(name, num_sources):
     """And the shares of each stage are of these sources, and add up to 1. No file or server is needed."""
     settings = read(parameters(name), "profile")
@@ -171,10 +194,13 @@ def test_conversations_come_from_commits_on_the_hub(name, num_sources):
     assert set(settings.evaluate.held_out) == set(sources)
 
 
-@pytest.mark.parametrize("name", ["smollm2-gsm8k", "nemotron-nano-12b-v2"])
-def test_benchmarks_of_conversations_are_tasks_of_lm_eval(name):
+@pytest.mark.parametrize(
+    ("name", "chats"),
+    [("smollm2-gsm8k", True), ("nemotron-nano-12b-v2", True), ("qwen3-8b", True), ("llama-3.1-8b", False)],
+)
+def test_benchmarks_are_tasks_of_lm_eval(name, chats):
     benchmarks = read(parameters(name), "profile").evaluate.benchmarks
     folder = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
-    assert benchmarks.apply_chat_template is True
+    assert benchmarks.apply_chat_template is chats
     for task in benchmarks.tasks:  # the names of the files; lm-eval's own index of them takes ten seconds
         assert [*folder.glob(f"*/{task}.yaml"), *folder.glob(f"*/*/{task}.yaml"), *folder.glob(f"*/_{task}.yaml")], task

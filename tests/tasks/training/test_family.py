@@ -13,6 +13,7 @@ from elastic_core.training.stage import Routing
 from tasks.runs.job import Job
 from tasks.settings.sections import Compute
 from tasks.training import family
+from tasks.training.teacher import READ
 from tests.support.models.parents import random_elastic
 from tests.support.models.routed_family import CONFIG
 from tests.support.runs import MEMBERS, make_run, make_stage
@@ -31,7 +32,7 @@ def test_sequences_too_short_for_the_data_and_foreign_tokenizers(data, tmp_path,
         compute = Compute(storage=str(tmp_path))
 
     def begin(stage):
-        members, job = {"full": MEMBERS["full"]}, Job("train_short", "key")
+        members, job = {"full": MEMBERS["full"]}, Job("train_short", "key", {"files": dict.fromkeys(READ, "digest")})
         return family.make_run(Settings, job, stage, 2, parent, {"full": 1.0}, Ranks(), members=members)
 
     with pytest.raises(ValueError, match=r"tokenised with another vocabulary .* than that of the parent"):
@@ -42,6 +43,9 @@ def test_sequences_too_short_for_the_data_and_foreign_tokenizers(data, tmp_path,
     with pytest.raises(ValueError, match=r"mixture: unknown source 'prose'; .* has text, short"):
         begin(make_stage(mixture={"prose": 1.0}))
     assert isinstance(begin(make_stage()).frozen_teacher, ElasticModel)
+    run = begin(make_stage(teacher="cached", kept_logits=4))
+    assert run.frozen_teacher is None and not run.teacher_cache.missing()
+    assert run.teacher_cache.directory.parent == tmp_path and run.cached_logits(0).ids.shape == (2, 16, 4)
 
 
 def test_candidates_are_written_with_their_sizes_and_said(data, tmp_path, monkeypatch, capsys):

@@ -151,3 +151,18 @@ def test_sharding_moves_state_to_others_and_gathers_blocks():
     assert four.kinds["optimizer"] < one.kinds["optimizer"] == alone.kinds["optimizer"]
     assert four.kinds["gathered"] == one.kinds["gathered"] > alone.kinds["gathered"] == 0
     assert tuple(one.kinds) == KINDS and one.total == sum(one.kinds.values())
+
+
+def test_with_kernels_only_layers_with_a_scan_take_other_memory():
+    """`tests/cuda_path` compares the numbers with the package's own code."""
+    pieces = Pieces(CONFIG, TrainingSetting("bfloat16", gpu=True, distributed=True))
+    kernels = pieces.with_kernels()
+    assert pieces.has_kernels
+    assert kernels.layer("M", 1, 300).kept < pieces.layer("M", 1, 300).kept
+    assert kernels.layer("*", 1, 300) == pieces.layer("*", 1, 300) and kernels.tail(64) == pieces.tail(64)
+    assert kernels.layer("M", 1, 300).gradients == pieces.layer("M", 1, 300).gradients
+    for setting, gates in (
+        (TrainingSetting("float32", gpu=True), False),
+        (TrainingSetting("bfloat16", gpu=True), True),
+    ):
+        assert not Pieces(CONFIG, setting, gates).has_kernels

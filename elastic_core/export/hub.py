@@ -1,0 +1,129 @@
+"""Uploads model directories to the Hugging Face hub, one commit each.
+
+The token is what huggingface_hub finds: HF_TOKEN, or that of `hf auth login`. Messages name the status of an answer,
+never its text, because that can contain addresses and secrets.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from elastic_core.errors import UserError
+from elastic_core.io.storage import StorageUnavailable
+
+SCHEME = "hf://"
+NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# Files of an earlier model in the repository, which the new one may not have.
+OUTDATED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py", "*.model", "merges.txt")
+LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
+
+
+def push(
+    directory: str | os.PathLike,
+    repository: str,
+    private: bool = True,
+    revision: str | None = None,
+    message: str = "Upload model",
+    replaced: Mapping[str, bytes] | None = None,
+) -> str:
+    """Upload a model directory to a repository ("owner/name") of the hub, and return the URL of its page.
+
+    - The repository is created if it does not exist: `private`, or for everyone.
+    - `revision`: the branch, created if it does not exist (None: main).
+    - `replaced`: contents for some files, in place of those in the directory.
+
+    Files of an earlier model that this one does not have are removed in the same commit. Raises UserError for a
+    directory without config.json, an invalid name, a missing or wrong token, and for a public repository with
+    `private`. Raises StorageUnavailable if the hub does not answer.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # here because the import is slow
+
+    directory, replaced = Path(directory), dict(replaced or {})
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory}: no config.json, so it is no model; nothing was uploaded")
+    check_name(repository)
+    files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    with hub_errors(repository):
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise UserError(f"{repository}: is public; name another repository, or allow it with --public")
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        there = api.list_repo_files(repository, revision=revision)
+        added = [CommitOperationAdd(name, replaced.get(name, str(path))) for name, path in files.items()]
+        added += [CommitOperationAdd(name, data) for name, data in replaced.items() if name not in files]
+        kept = {operation.path_in_repo for operation in added}
+        removed = [name for name in there if name not in kept and any(fnmatch.fnmatch(name, one) for one in OUTDATED)]
+        operations = [*added, *(CommitOperationDelete(name) for name in removed)]
+        api.create_commit(repository, operations, commit_message=message, revision=revision)
+        url = f"{api.endpoint}/{repository}"
+    return url if revision is None else f"{url}/tree/{revision}"
+
+
+def repository_of(destination: str, budget: str) -> str:
+    """The repository of a budget at the destination "hf://owner/name": "owner/name-BUDGET". Raises UserError."""
+    name = destination.removeprefix(SCHEME).strip("/")
+    check_name(name)
+    repository = f"{name}-{budget}"
+    check_name(repository)
+    return repository
+
+
+def is_hub(destination: str | None) -> bool:
+    """Whether a destination is on the hub."""
+    return destination is not None and destination.lower().startswith(SCHEME)
+
+
+def check_access(destination: str) -> None:
+    """Raise UserError unless the token may write to the owner of "hf://owner/name". Uploads nothing, takes seconds."""
+    from huggingface_hub import HfApi
+
+    owner = repository_of(destination, "x").partition("/")[0]
+    with hub_errors(destination):
+        who = HfApi().whoami()
+    names = [who["name"], *(org["name"] for org in who.get("orgs", ()))]
+    if owner not in names:
+        raise UserError(f"{destination}: the token is of {who['name']}; allowed owners: {', '.join(names)}; {LOGIN}")
+
+
+def check_name(name: str) -> None:
+    """Raise UserError unless `name` can be that of a repository."""
+    if not NAME.fullmatch(name):
+        raise UserError(f"{name!r} is no name on the hub; allowed: OWNER/NAME of letters, digits, '-', '_' and '.'")
+
+
+@contextmanager
+def hub_errors(where: str) -> Iterator[None]:
+    """Raise errors of huggingface_hub and its HTTP library as UserError or StorageUnavailable, which name `where`."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import httpx
+
+    try:
+        yield
+    except UserError:
+        raise
+    except errors.OfflineModeIsEnabled:
+        raise UserError(f"{where}: the hub may not be asked, because HF_HUB_OFFLINE is set") from None
+    except errors.LocalTokenNotFoundError:
+        raise UserError(f"{where}: no token for the hub; {LOGIN}") from None
+    except errors.HFValidationError:
+        raise UserError(f"{where}: the hub does not allow this name") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise UserError(f"{where}: the hub refuses the token (status {status}); {LOGIN}") from None
+        if status == 429 or (status or 500) >= 500:
+            raise StorageUnavailable(f"{where}: the hub does not answer (status {status}); try again later") from None
+        raise UserError(f"{where}: the hub refuses the request (status {status}); check the name") from None
+    except ValueError:  # of huggingface_hub's own checks, and where the hub does not accept a card
+        raise UserError(
+            f"{where}: the hub does not accept the upload; check the metadata at the top of README.md"
+        ) from None
+    except (httpx.TransportError, ConnectionError, TimeoutError) as error:
+        raise StorageUnavailable(f"{where}: the hub cannot be reached ({type(error).__name__})") from None

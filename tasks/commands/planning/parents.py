@@ -1,0 +1,60 @@
+"""`elastic plan PARENT`: a plan for a parent without writing a profile. Needs only its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from elastic_core.model import hf
+from tasks.commands import plan
+from tasks.commands.init import BUDGETS, CHARACTERS_PER_TOKEN, TOKENS_ON_GPU, lengths, new_profile, with_choices
+from tasks.commands.init_profile import Source
+from tasks.commands.plan_stages import Hardware
+from tasks.parents.config import read_config
+from tasks.settings import merging
+from tasks.settings.load import read
+from tasks.settings.local_checks import check_parent
+from tasks.settings.paths import is_hub_name, locate_parent
+from tasks.settings.schema import Params
+from tasks.settings.yaml_files import parse
+
+# Stands for the user's text, as much as training on a GPU reads at most. Its length decides steps; it is not opened.
+TEXT = {"text": Source("corpus/*.jsonl", "text", 0.01)}
+CHARACTERS = int(CHARACTERS_PER_TOKEN * TOKENS_ON_GPU)
+
+
+def plan_parent(
+    parent: str, overrides: Iterable[str], gpus: int | None, hardware: Hardware, config: Path | None = None
+) -> dict:
+    """The plan for a directory, or for a name on the hub. For the other arguments see `plan.plan_profile`.
+
+    It is the plan of the profile that names this parent, if there is one. Otherwise it is that of the profile which
+    `elastic init` would write for plenty of text, on one GPU or on `gpus`. The result has `profile`, which says so.
+    Raises ConfigError or UserError for what the user has to change.
+    """
+    for profile in merging.profile_names():
+        section = merging.read_profile(profile).get("parent")
+        if section is not None and section.get("path") == parent:
+            return plan.plan_profile(profile, overrides, gpus, hardware, config) | {"profile": profile}
+    if not is_hub_name(parent):
+        check_parent(parent, "PROFILE")
+    found = _read(parent, config)
+    settings = settings_of(locate_parent(parent), found, overrides, gpus or 1)
+    return plan.make_plan(settings, *plan.read_parent(settings, config), hardware, None) | {"profile": None}
+
+
+def _read(parent: str, config: Path | None):
+    """The parent's configuration."""
+    if config is not None:
+        return hf.read_config(config.parent if config.name == "config.json" else config)
+    ready = plan.ready_directory(parent)
+    return read_config(parent) if ready is None else hf.read_config(ready)
+
+
+def settings_of(parent: str, config, overrides: Iterable[str], gpus: int) -> Params:
+    """The parameters of the profile that `elastic init` would write, with `overrides`, on `gpus` GPUs."""
+    sizes = lengths(config, TEXT, CHARACTERS, len(BUDGETS), gpus)
+    profile = new_profile(parent, config, BUDGETS, sources=TEXT, **sizes, gpus=gpus)
+    text = with_choices(profile, config, merging.ROOT, check=lambda values: None)
+    changes = [merging.read_override(text) for text in overrides]
+    return read(merging.merged(parse(text, "profile"), changes=changes), "profile")

@@ -1,0 +1,57 @@
+"""mamba_ssm's kernels through our own code, interpreted on the CPU, against torch: outputs and all gradients.
+
+The convolution is a stand-in with the checks of causal_conv1d (tests/support/cuda/conv_stand_in.py).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.cuda import interpreted
+
+ROOT = Path(__file__).parents[2]
+FLOAT32 = 2e-5  # sums in another order, over a few hundred positions
+BFLOAT16 = 2e-2  # kernels round the weights of a chunk to 8 bits before they multiply
+CASES = {
+    "scan (1, 2, 16, 1, 16, 1)": FLOAT32,
+    "scan (129, 5, 24, 5, 32, 1)": FLOAT32,
+    "scan (140, 6, 40, 2, 16, 2)": FLOAT32,
+    "scan with documents": FLOAT32,
+    "scan bfloat16": BFLOAT16,
+    "scan with a state": FLOAT32,
+    "gated norm": FLOAT32,
+    "layer whole": FLOAT32,
+    "layer sliced": FLOAT32,
+    "layer in parts": FLOAT32,
+    "layer with gates": FLOAT32,
+    "one token": FLOAT32,
+}
+
+pytestmark = [
+    pytest.mark.cuda_path,
+    pytest.mark.timeout(900),  # seconds, on a busy machine; alone it takes half a minute
+    pytest.mark.skipif(interpreted.reason() is not None, reason=interpreted.reason() or ""),
+]
+
+
+@pytest.fixture(scope="module")
+def deviations() -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.support.cuda.kernel_cases"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_compute_what_torch_does(deviations, name):
+    assert deviations[name] < CASES[name]
+
+
+def test_every_case_has_a_bound(deviations):
+    assert deviations.keys() == CASES.keys()

@@ -1,0 +1,74 @@
+"""Whole steps, ranking, scores and generation on a GPU that is not there: nothing mixes devices, nothing waits for it.
+
+See tests/support/cuda/pretend.py. What kernels compute is not proven by it, and no speed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.cuda import guard
+
+ROOT = Path(__file__).parents[2]
+STEPS = ("members float32", "members bfloat16", "soft bfloat16", "hard routing bfloat16", "one document")
+STEPS += ("trainable teacher", "mixed teacher", "recomputation", "moe members bfloat16", "moe soft bfloat16")
+STEPS += ("llama members bfloat16", "llama soft float32")
+OTHERS = ("not finite", "rank by projection", "rank by output", "rank llama", "rank bfloat16", "scores", "nested")
+OTHERS += ("nested llama",)
+
+pytestmark = [
+    pytest.mark.cuda_path,
+    pytest.mark.timeout(900),  # seconds, on a busy machine; alone it takes half a minute
+    pytest.mark.skipif(guard.reason() is not None, reason=guard.reason() or ""),
+]
+
+
+@pytest.fixture(scope="module")
+def results() -> dict:
+    """What every case did, by its name."""
+    command = [sys.executable, "-m", "tests.support.cuda.cases"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_mixes_no_devices_and_waits_once(results, name):
+    result = results[name]
+    assert result["problem"] is None, result["problem"]
+    assert result["mixed"] == {}
+    assert result["wait"] == {}
+    (where,) = result["to host"].items()  # the losses, the norm and the gradients of the router's gates, together
+    assert where == ("aten._to_copy.default in elastic_core/training/loop.py:fetch_numbers", 1)
+    assert result["scores kept"] == []
+
+
+def test_gates_and_indices_are_copied_together(results):
+    """Per microbatch: two of token ids, five of documents, one of gates, one of indices."""
+    assert sum(results["soft bfloat16"]["to device"].values()) <= 3 * 9
+    assert sum(results["hard routing bfloat16"]["to device"].values()) <= 3 * 9
+
+
+def test_experts_are_multiplied_together_in_bfloat16(results):
+    assert results["moe members bfloat16"]["grouped"] > 0 and results["moe soft bfloat16"]["grouped"] > 0
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_work_mixes_no_devices(results, name):
+    result = results[name]
+    assert result["problem"] is None, result["problem"]
+    assert result["mixed"] == {}
+    assert result["scores kept"] == []
+
+
+def test_planted_faults_are_noticed(results):
+    result = results["planted"]
+    assert result["problem"] is None, result["problem"]
+    assert sum(result["wait"].values()) == 2 and sum(result["to host"].values()) == 1
+    assert sum(result["mixed"].values()) == 1

@@ -1,0 +1,149 @@
+"""Workers that share a sequence compute what one worker computes alone: outputs, gradients, and whole runs."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from benchmarks import memory
+from elastic_core import Submodel
+from elastic_core.config import ConfigError
+from elastic_core.model.documents import documents_of
+from elastic_core.model.ops.parts import Part, PartDocuments
+from elastic_core.training.distributed.context import make_part
+from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.distributed.ranks import Ranks
+from elastic_core.training.run import Run, check_part
+from elastic_core.training.stage import Loss, Routing
+from tasks.commands.plan_stages import stage_peak
+from tasks.parents.config import new_config
+from tasks.settings.load import read
+from tasks.settings.merging import parameters
+from tests.support import distributed_cases as cases
+from tests.support.forked import run_forked
+from tests.support.models.parents import random_elastic, random_llama_config
+from tests.support.models.routed_family import CONFIG
+
+LENGTH = 16
+LLAMA = random_llama_config(12)
+MODELS = {
+    "nemotron_h": (CONFIG, [Submodel(), cases.UNEVEN, Submodel(10, (0, 1, 2), 8, 2, 4, 2)]),
+    "experts": (cases.EXPERTS, [Submodel()]),
+    "llama": (LLAMA, [Submodel(), Submodel(8, (0, 2), 9, num_attention_heads=2)]),
+}
+# Starts at parts of 2 and 4 workers, inside of parts, after one position, several in a part, a document over all parts.
+STARTS = {"whole rows": [[], []], "documents": [[4, 8, 9], [1, 2, 3, 13]], "few": [[8], [5]]}
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def document_ids(starts):
+    ids = torch.zeros(len(starts), LENGTH, dtype=torch.int64)
+    for row, places in zip(ids, starts, strict=True):
+        for place in places:
+            row[place:] += 1
+    return ids
+
+
+def gradients_of(config, submodel, ids, documents, weights):
+    """Final hidden states, and the gradients of all parameters, in float64."""
+    model = random_elastic(3, config).double()
+    for block in model.model.layers:  # strong decays are easy: make states live over whole rows
+        if hasattr(block, "mixer") and hasattr(block.mixer, "A_log"):
+            block.mixer.A_log.data.sub_(3)
+    hidden = model.hidden_states(ids, model.slice(submodel), documents)
+    (hidden * weights[..., : hidden.shape[-1]]).sum().backward()
+    return hidden.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def every_case():
+    generator = torch.Generator().manual_seed(0)
+    for name, (config, submodels) in MODELS.items():
+        ids = torch.randint(0, config.vocab_size, (2, LENGTH), generator=generator)
+        weights = torch.randn(2, LENGTH, config.hidden_size, generator=generator, dtype=torch.float64)
+        for number, submodel in enumerate(submodels):
+            for kind, starts in STARTS.items():
+                yield f"{name} {number} {kind}", config, submodel, ids, document_ids(starts), weights
+
+
+def shared(ranks, size):
+    """The same on all ranks: hidden states put together, gradients summed."""
+    found, part = {}, make_part(ranks, size)
+    where = part.positions(LENGTH)
+    for name, config, submodel, ids, documents, weights in every_case():
+        own = PartDocuments(documents, torch.device("cpu"), part)
+        hidden, gradients = gradients_of(config, submodel, ids[:, where], own, weights[:, where])
+        hidden = torch.cat(list(part.gather(hidden)), dim=1)
+        found[name] = hidden, {key: ranks.sum(grad) for key, grad in gradients.items()}
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_outputs_and_gradients_are_those_of_one_worker(tmp_path, size):
+    found = run_forked(shared, size, tmp_path, size)
+    for name, config, submodel, ids, documents, weights in every_case():
+        expected = gradients_of(config, submodel, ids, documents_of(documents, ids), weights)
+        torch.testing.assert_close(found[name][0], expected[0], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+        assert found[name][1].keys() == expected[1].keys(), name
+        for key, value in expected[1].items():
+            error = (found[name][1][key] - value).abs().max()
+            assert error <= 1e-5 * value.abs().max() + 1e-8, (name, key, error)
+
+
+def runs(ranks, data, size):
+    """Hard and soft steps, with recomputation, matched states and the choice of the family."""
+    execution = Execution(context_parallel=size, activation_checkpointing=size > 1)
+    hard = {"stage": {"steps": 2, "loss": Loss(1.0, 1.0, state_weight=0.5)}}
+    soft = {"routed": True, "routing": Routing(share=0.5, settle_steps=100, candidates=2), "stage": {"steps": 2}}
+    return {name: cases.trained(ranks, data, execution=execution, **values)
+            for name, values in (("hard", hard), ("soft", soft))}  # fmt: skip
+
+
+def test_runs_are_those_of_one_worker(data, tmp_path):
+    """Two groups of two ranks share sequences."""
+    found, expected = run_forked(runs, 4, tmp_path, data, 2), runs(Ranks(), data, 1)
+    for name in expected:
+        for ours, theirs in zip(found[name]["rows"], expected[name]["rows"], strict=True):
+            for one, two in zip(ours["microbatches"], theirs["microbatches"], strict=True):
+                assert one["loss"] == pytest.approx(two["loss"], rel=2e-5, abs=2e-5), (name, ours["step"])
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+def predicted_and_measured(ranks, config, settings):
+    name = "train_extended"
+    return stage_peak(name, settings, config, {}).total, memory.measured(config, settings, name, ranks)
+
+
+def test_the_memory_of_a_part_is_predicted(tmp_path):
+    values = ["compute.workers=2", "compute.execution.context_parallel=2", "train_extended.batch_size=2"]
+    settings = read(parameters(overrides=[*values, "train_extended.sequence_length=512"]), "params.yaml")
+    config = new_config(settings.parent.model, settings.prepare_data.vocab_size)
+    predicted, measured = run_forked(predicted_and_measured, 2, tmp_path, config, settings)
+    assert predicted / measured == pytest.approx(1, abs=0.15)
+
+
+def test_parts_know_their_documents():
+    ids = document_ids([[4, 8, 9], [1, 2, 3, 13]])
+    part = PartDocuments(ids, torch.device("cpu"), Part(2, 4, None))  # positions 8 to 11
+    assert part.lengths == [1, 3, 4] and part.positions.tolist() == [[0, 0, 1, 2], [5, 6, 7, 8]]
+    assert part.pieces == [(0, 0, 1, 8, 1), (0, 1, 3, 9, 3), (1, 0, 4, 3, 9)]
+    assert part.continues.tolist() == [[False] * 4, [True] * 4]
+    assert part.reaches_end.tolist() == [[False, True, True, True], [True] * 4]
+    assert part.key_index.tolist() == [8, 9, 10, 11, *range(19, 28)]
+    assert part.cumulative_key_lengths.tolist() == [0, 1, 4, 13]
+    assert part.with_halo(3).lengths == [3, 1, 3, 7]
+
+
+def test_what_cannot_be_shared_is_refused(data):
+    with pytest.raises(ConfigError, match=r"context_parallel: got 3; allowed: divisors of the number of workers \(4\)"):
+        make_part(Ranks(0, 4), 3)
+    with pytest.raises(ConfigError, match=r"execution.context_parallel: got 2; allowed: a divisor of .* \(1\)"):
+        Execution(context_parallel=2).check_workers(0)
+    run = object.__new__(Run)
+    run.ranks, run.execution = Ranks(0, 4), Execution(context_parallel=4)
+    run.model = random_elastic(0, CONFIG)
+    for length in (6, 8):
+        run.stage = dataclasses.replace(cases.make_stage(), sequence_length=length)
+        with pytest.raises(
+            ConfigError, match=rf"sequence_length: got {length}; allowed: multiples of context_parallel"
+        ):
+            check_part(run)

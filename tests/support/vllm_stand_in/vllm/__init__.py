@@ -1,0 +1,36 @@
+"""Stands in for the package `vllm` in tests: the part of its interface that is used, computed by transformers."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+
+@dataclass
+class SamplingParams:
+    max_tokens: int = 16
+    temperature: float = 1.0
+    stop: list = field(default_factory=list)
+    stop_token_ids: list = field(default_factory=list)
+
+
+class LLM:
+    def __init__(self, model: str, dtype: str, trust_remote_code: bool):
+        print("stand-in: loading")
+        if not Path(model).is_dir():
+            raise SystemExit(f"no such model {model}")
+        import torch  # slow
+        from transformers import AutoModelForCausalLM
+
+        self.tensor = torch.tensor
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+
+    def generate(self, prompts: list[dict], sampling: SamplingParams, use_tqdm: bool) -> list:
+        assert sampling.temperature == 0 and not use_tqdm
+        return [self._generate(prompt["prompt_token_ids"], sampling) for prompt in prompts]
+
+    def _generate(self, ids: list[int], sampling: SamplingParams):
+        output = self.model.generate(
+            self.tensor([ids]), max_new_tokens=sampling.max_tokens, do_sample=False,
+            eos_token_id=sampling.stop_token_ids or None,
+        )  # fmt: skip
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=output[0, len(ids) :].tolist())])
