@@ -348,8 +348,8 @@ def test_the_papers_context_fits_eight_gpus_that_share_every_sequence():
         assert plan_stages.stage_peak(name, settings, config, {}).total < 50e9
     alone = settings_of("nemotron-nano-12b-v2", "compute.workers=8", "train_extended.microbatches=64")
     proposed = {"compute.execution.context_parallel": 2, "train_extended.microbatches": 128}
-    assert plan_stages.shared_by_more("train_extended", alone) == proposed
-    assert plan_stages.shared_by_more("train_extended", settings) is None  # eight workers share already
+    assert planning.shared_by_more("train_extended", alone) == proposed
+    assert planning.shared_by_more("train_extended", settings) is None  # eight workers share already
 
 
 def test_changes_keep_the_tokens_of_a_step():
