@@ -58,6 +58,7 @@ def make_case(name: str, place: Path) -> tuple[Path, dict]:
     prompts = [*texts, chat_ids(tokenizer)]
     chat = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
     request = {"prompts": prompts, "chat": QUESTION, "texts": TEXTS, "new_tokens": NEW_TOKENS}
+    request["special"] = tokenizer.all_special_tokens
     (directory / "request.json").write_text(json.dumps(request))
     tokens = answer_of(export, prompts)
     words = [tokenizer.decode(ids, skip_special_tokens=True).replace("\ufffd", "") for ids in tokens]

@@ -54,6 +54,8 @@ def generate(file: Path) -> dict:
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.n_gpu_layers = str(file), 256, 1, 0
     params.warmup, params.use_jinja, params.cpuparams.n_threads = False, True, 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
 
     def ask(path: str, **content) -> dict:
