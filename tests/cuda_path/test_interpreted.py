@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.kernels import LAYER
 from tests.support.cuda import interpreted
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,7 @@ CASES = {
     "layer in parts": FLOAT32,
     "layer with gates": FLOAT32,
     "one token": FLOAT32,
+    "layer of the benchmark": LAYER,
 }
 
 pytestmark = [

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers import NemotronHConfig
 
-from benchmarks.kernels import both_passes, deviation
+from benchmarks.kernels import both_passes, deviation, layers
 from benchmarks.shapes import scan_inputs
 from elastic_core import Submodel
 from elastic_core.model.documents import Documents
@@ -138,6 +138,7 @@ def cases():
     yield "scan bfloat16", functools.partial(scan, SCANS[2], torch.bfloat16, True)
     yield "scan with a state", initial_state
     yield "gated norm", norm
+    yield "layer of the benchmark", functools.partial(layers, CPU, 4, 16, 2, 16)
     yield "layer whole", functools.partial(layer, *LAYERS[1], False, "whole")
     yield "layer sliced", functools.partial(layer, *LAYERS[0], True, "whole")
     yield "layer in parts", functools.partial(layer, *LAYERS[1], True, "parts")
