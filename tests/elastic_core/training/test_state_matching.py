@@ -9,6 +9,7 @@ import torch
 from elastic_core import Submodel
 from elastic_core.data.loader import IGNORED_LABEL, PackedSequences
 from elastic_core.model import architectures
+from elastic_core.model.documents import documents_of
 from elastic_core.search.selection import Member
 from elastic_core.training import loop
 from elastic_core.training.estimate.piece_memory import LiveBytes
@@ -113,7 +114,7 @@ def states_after_layers(model, *arguments):
 
 def naive_matching(model, teacher, submodel, batch, num_labelled):
     """The mean over the layers of `submodel` of the naive loss."""
-    documents = loop.documents_of(batch.document_ids, batch.input_ids)
+    documents = documents_of(batch.document_ids, batch.input_ids)
     ours = states_after_layers(model, batch.input_ids, model.slice(submodel), documents)
     with torch.no_grad():
         theirs = states_after_layers(teacher, batch.input_ids, teacher.slice(), documents)
