@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from elastic_core.data.token_files import Manifest
 from elastic_core.errors import UserError
 from elastic_core.io.ordered_map import ordered_map
+from tasks.corpora.conversations.markers import MARKERS, START
 from tasks.corpora.conversations.messages import Conversation
-from tasks.corpora.conversations.rendering import MARKERS, START, ChatTemplate, Rendered
+from tasks.corpora.conversations.rendering import ChatTemplate, Rendered
 from tasks.corpora.encoding import Batch, batches, plain_encoder
 
 UNTRAINED = "without a trained token"  # a reason why a conversation is skipped

@@ -14,7 +14,6 @@ private use mark it in the rendered text, as in transformers (`sanitize_control_
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,11 +25,10 @@ from transformers import PreTrainedTokenizerFast
 from elastic_core.data.chat_template import RENDER_ERRORS, end_of_turn_id
 from elastic_core.errors import UserError
 from tasks.corpora.conversations.jinja_templates import CompiledTemplate, Span
+from tasks.corpora.conversations.markers import START, strings, with_markers
 from tasks.corpora.conversations.messages import Conversation
 from tasks.corpora.encoding import CONTROL_STRINGS, any_of, special_tokens
 
-START, END = "\U000f0000", "\U000f0001"  # around a special token that is ordinary text; transformers' own characters
-MARKERS = re.compile(f"[{START}{END}]")
 _LONGEST = 64  # characters of a special token
 _BEGINNING = 32  # characters of a message
 _THINKING = ("<think>", "</think>")
@@ -144,15 +142,15 @@ class ChatTemplate:
     def _marked(self, conversation: Conversation) -> tuple[Conversation, bool]:
         """The conversation with markers around special tokens in its messages, and whether there are any."""
         search = self.special.search
-        if not any(map(search, _strings(conversation.tools))) and not any(
-            search(m["content"]) or (len(m) > 2 and any(map(search, _strings(m)))) for m in conversation.messages
+        if not any(map(search, strings(conversation.tools))) and not any(
+            search(m["content"]) or (len(m) > 2 and any(map(search, strings(m)))) for m in conversation.messages
         ):
             return conversation, False
         messages = [
-            _with_markers(m, self._special_of_assistant if m["role"] == "assistant" else self.special)
+            with_markers(m, self._special_of_assistant if m["role"] == "assistant" else self.special)
             for m in conversation.messages
         ]
-        tools = _with_markers(conversation.tools, self.special)
+        tools = with_markers(conversation.tools, self.special)
         marked = replace(conversation, messages=messages, tools=tools)
         return marked, (messages, tools) != (conversation.messages, conversation.tools)
 
@@ -288,29 +286,6 @@ class ChatTemplate:
 
 
 _ADVICE = "; use a tokenizer whose template knows tools, set chat_template, or remove the row"
-
-
-def _strings(value):
-    """All texts in lists and objects."""
-    if value is None:
-        return
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from _strings(one)
-    elif isinstance(value, list):
-        for one in value:
-            yield from _strings(one)
-
-
-def _with_markers(value, pattern: re.Pattern):
-    """A copy of texts, lists and objects, with markers around what the pattern matches."""
-    if isinstance(value, str):
-        return pattern.sub(f"{START}\\g<0>{END}", MARKERS.sub("", value))
-    if isinstance(value, dict):
-        return {name: _with_markers(one, pattern) for name, one in value.items()}
-    return [_with_markers(one, pattern) for one in value] if isinstance(value, list) else value
 
 
 def _is_in(text: str, texts: list[str]) -> bool:
