@@ -5,6 +5,9 @@ import os
 import warnings
 
 LOGGERS = ("ray", "lm_eval", "transformers", "datasets", "torchao", "torch.utils._pytree")
+# Ray waits 12 seconds for an actor of its own to end, and then logs a traceback. On a busy machine this happens at the
+# end of a good run. It does no harm: the actor also ends by itself, when it sees that its run has ended.
+HARMLESS = ("ray.train.v2._internal.callbacks.placement_group_callback",)
 
 
 def silence_libraries() -> None:
@@ -17,5 +20,7 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import sets its logger's level anew
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in HARMLESS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|lm_eval|ray|datasets)(\.|$)")
     warnings.filterwarnings("ignore", category=FutureWarning)
