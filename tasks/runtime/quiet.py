@@ -2,12 +2,14 @@
 
 import logging
 import os
+import threading
 import warnings
 
 LOGGERS = ("ray", "lm_eval", "transformers", "datasets", "torchao", "torch.utils._pytree")
-# Ray waits 12 seconds for an actor of its own to end, and then logs a traceback. On a busy machine this happens at the
-# end of a good run. It does no harm: the actor also ends by itself, when it sees that its run has ended.
+# Ray has an actor that watches a run. Both wait for answers for ten seconds, and log a traceback where none comes. On a
+# busy machine this happens at the end of a good run. It does no harm: the actor holds no CPU and ends with the cluster.
 HARMLESS = ("ray.train.v2._internal.callbacks.placement_group_callback",)
+HARMLESS_THREAD = "PlacementGroupCleanerMonitor"
 
 
 def silence_libraries() -> None:
@@ -24,3 +26,9 @@ def silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|lm_eval|ray|datasets)(\.|$)")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    threading.excepthook = _show_failed_thread
+
+
+def _show_failed_thread(failed: threading.ExceptHookArgs) -> None:
+    if failed.thread is None or failed.thread.name != HARMLESS_THREAD:
+        threading.__excepthook__(failed)
