@@ -2,9 +2,14 @@
 
 import logging
 import os
+import threading
 import warnings
 
 LOGGERS = ("ray", "lm_eval", "transformers", "datasets", "torchao", "torch.utils._pytree")
+# Ray has an actor that watches a run. Both wait for answers for ten seconds, and log a traceback where none comes. On a
+# busy machine this happens at the end of a good run. It does no harm: the actor holds no CPU and ends with the cluster.
+HARMLESS = ("ray.train.v2._internal.callbacks.placement_group_callback",)
+HARMLESS_THREAD = "PlacementGroupCleanerMonitor"
 
 
 def silence_libraries() -> None:
@@ -17,5 +22,13 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import sets its logger's level anew
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name in HARMLESS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"(torch|transformers|lm_eval|ray|datasets)(\.|$)")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    threading.excepthook = _show_failed_thread
+
+
+def _show_failed_thread(failed: threading.ExceptHookArgs) -> None:
+    if failed.thread is None or failed.thread.name != HARMLESS_THREAD:
+        threading.__excepthook__(failed)

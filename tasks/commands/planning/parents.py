@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from elastic_core.model import hf
@@ -11,6 +11,7 @@ from tasks.commands.init import BUDGETS, CHARACTERS_PER_TOKEN, TOKENS_ON_GPU, le
 from tasks.commands.init_profile import Source
 from tasks.commands.plan_stages import Hardware
 from tasks.parents.config import read_config
+from tasks.parents.hub import HubModel
 from tasks.settings import merging
 from tasks.settings.load import read
 from tasks.settings.local_checks import check_parent
@@ -33,14 +34,20 @@ def plan_parent(
     Raises ConfigError or UserError for what the user has to change.
     """
     for profile in merging.profile_names():
-        section = merging.read_profile(profile).get("parent")
-        if section is not None and section.get("path") == parent:
+        if _names(merging.read_profile(profile), parent):
             return plan.plan_profile(profile, overrides, gpus, hardware, config) | {"profile": profile}
     if not is_hub_name(parent):
         check_parent(parent, "PROFILE")
     found = _read(parent, config)
     settings = settings_of(locate_parent(parent), found, overrides, gpus or 1)
     return plan.make_plan(settings, *plan.read_parent(settings, config), hardware, None) | {"profile": None}
+
+
+def _names(profile: Mapping, parent: str) -> bool:
+    """Whether a profile is for this parent. A name on the hub without a revision means any revision."""
+    section = profile.get("parent")
+    path = section.get("path") if isinstance(section, Mapping) else None
+    return path is not None and parent in (path, HubModel.parse(path).name if is_hub_name(path) else None)
 
 
 def _read(parent: str, config: Path | None):

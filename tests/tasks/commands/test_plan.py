@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from elastic_core.config import ConfigError, require
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import PARAMETERS, exact_cost, num_parameters
+from elastic_core.errors import UserError
 from elastic_core.model import architectures
 from elastic_core.model.submodel import Submodel
 from elastic_core.training.budget_norms import BudgetNorms
@@ -27,7 +28,7 @@ from tasks.commands.planning import changes as planning
 from tasks.commands.planning.parents import plan_parent
 from tasks.parents import gguf
 from tasks.parents.targets import resolve
-from tasks.settings import local_checks
+from tasks.settings import local_checks, merging
 from tasks.settings.cross_checks import CHECKS
 from tasks.settings.load import read
 from tasks.settings.local_checks import INSTALL_PACKAGE
@@ -144,6 +145,16 @@ def planned_parent(path, *overrides, gpus=None):
 def test_a_parent_with_a_profile_is_planned_as_that_says():
     planned = planned_parent("Qwen/Qwen3-0.6B")
     assert planned["profile"] == "qwen3-0.6b" and planned["parent"]["parameters"] == KNOWN["Qwen3-0.6B"]
+
+
+def test_a_profile_is_found_by_its_parents_name_without_the_revision(monkeypatch, hub_cache):
+    monkeypatch.setattr(merging, "profile_names", lambda: ["other", "mine"])
+    profiles = {"other": {"parent": {"path": None}}, "mine": {"parent": {"path": "me/tiny@v1"}}}
+    monkeypatch.setattr(merging, "read_profile", profiles.get)
+    monkeypatch.setattr(plan, "plan_profile", lambda profile, *rest: {})
+    assert planned_parent("me/tiny") == planned_parent("me/tiny@v1") == {"profile": "mine"}
+    with pytest.raises(UserError, match=r"^me/tiny@v2: "):
+        planned_parent("me/tiny@v2")
 
 
 def test_the_cost_is_that_of_the_hours(paper):
