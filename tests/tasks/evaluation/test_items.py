@@ -140,6 +140,22 @@ def test_finished_items_are_kept(tmp_path, monkeypatch):
     assert {name: values["name"] for name, values in scores.items()} == {item.name: item.name for item in found}
 
 
+def test_states_of_the_parent_are_computed_again_for_another_place(tmp_path, monkeypatch):
+    """The storage of the workers may be another one when a stopped stage goes on."""
+    found = items.list_items(SECTION, VERSIONS, Path("parent"), None, split=True)[:2]
+    settings, computed = type("Settings", (), {"compute": Compute()}), []
+
+    def compute(item, setting, models):
+        computed.append(item.name)
+        return {"states": setting.states}
+
+    monkeypatch.setattr(evaluate, "compute", compute)
+    for place, expected in (("a", ["teacher", "zero_shot-text"]), ("a", []), ("b", ["teacher"]), ("b", [])):
+        computed.clear()
+        evaluate.evaluate("small", found, items.Setting(SECTION, tmp_path, Path("parent"), place, tmp_path), settings)
+        assert computed == expected
+
+
 def test_a_worker_has_one_model_at_a_time(tmp_path):
     for number in range(2):
         save_random_parent(tmp_path / str(number), number, CONFIGS["llama"](number))
