@@ -82,7 +82,9 @@ def test_texts_come_and_go_and_are_as_if_alone(served, monkeypatch):
     engine = start(family, max_batch=3, chunk=25)
     names = ("full", "small")
     texts = prompts(9, family.config.vocab_size)
-    readers = [Reader(family, names[i % 2], text, 8 + 2 * i, stop_ids=family.stop_ids()) for i, text in enumerate(texts)]
+    readers = [
+        Reader(family, names[i % 2], text, 8 + 2 * i, stop_ids=family.stop_ids()) for i, text in enumerate(texts)
+    ]
     engine.submit([reader.job for reader in readers])
     for reader in readers:
         assert reader.end().finish in ("stop", "length")
