@@ -103,7 +103,7 @@ WITHOUT_STATES = "train_extended.loss.state_weight=0.0"
     [
         (
             ["evaluate.lengths=[64,4096]"],
-            r"^evaluate\.lengths: got 4096; allowed: up to 512, the parent's max_position",
+            r"^evaluate\.lengths: got 4096; allowed: up to 512, the parent's max",
         ),
         (
             ["train_extended.teacher=cached", "train_extended.kept_logits=1024", WITHOUT_STATES],
