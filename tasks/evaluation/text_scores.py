@@ -27,20 +27,20 @@ def text_scores(
     parent: the inputs of the parent's head, and the head. None gives a KL of 0.
     logits: how many exist at one time, at most (but at least those of one position).
     """
-    head, sums, tokens = model.get_output_embeddings().weight, [0.0, 0.0], 0
+    head, loss, kl, tokens = model.get_output_embeddings().weight, 0.0, 0.0, 0
     for batch in batches:
-        is_predicted = batch.labels != IGNORED_LABEL
-        labels, states = batch.labels[is_predicted], head_inputs(model, batch.input_ids)[is_predicted]
-        of_parent = None if parent is None else parent[0](batch)[is_predicted]
+        labels, states = batch.labels.flatten(), head_inputs(model, batch.input_ids).flatten(0, 1)
+        of_parent = None if parent is None else parent[0](batch).flatten(0, 1)
         for start in range(0, len(labels), step := max(1, logits // len(head))):
             part = slice(start, start + step)
             logprobs = _logprobs(states[part], head)
-            sums[0] += F.nll_loss(logprobs, labels[part], reduction="sum").item()
+            loss += F.nll_loss(logprobs, labels[part], ignore_index=IGNORED_LABEL, reduction="sum").item()
             if of_parent is not None:
                 expected = _logprobs(of_parent[part], parent[1])
-                sums[1] += (expected.exp() * (expected - logprobs)).sum().item()
-        tokens += len(labels)
-    return *sums, tokens
+                divergence = (expected.exp() * (expected - logprobs)).sum(-1)
+                kl += divergence.where(labels[part] != IGNORED_LABEL, 0).sum().item()
+        tokens += int((labels != IGNORED_LABEL).sum())
+    return loss, kl, tokens
 
 
 def _logprobs(states: Tensor, head: Tensor) -> Tensor:

