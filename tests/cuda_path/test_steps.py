@@ -19,7 +19,7 @@ STEPS += ("trainable teacher", "mixed teacher", "recomputation", "moe members bf
 STEPS += ("llama members bfloat16", "llama soft float32", "cached teacher")
 STEPS += ("part of rows soft", "part of rows hard routing")
 OTHERS = ("not finite", "rank by projection", "rank by output", "rank llama", "rank bfloat16", "scores", "nested")
-OTHERS += ("nested llama",)
+OTHERS += ("nested llama", "evaluation")
 
 pytestmark = [
     pytest.mark.cuda_path,

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from elastic_core import rank, sort_
+from elastic_core.data.loader import Batch
 from elastic_core.export.nested import NestedModel
 from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
 from elastic_core.model.ops.parts import Part
@@ -27,9 +28,18 @@ from elastic_core.training.distributed.placement import autocast
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import NonFiniteError, train_step
 from elastic_core.training.teacher_cache import TeacherCache
+from tasks.evaluation.items import Models
+from tasks.evaluation.teacher import CachedTeacher, write_head, write_states
+from tasks.evaluation.text_scores import text_scores
 from tasks.rank import load_parent
 from tests.support.cuda.runs import fitting_moe, random_run, save_family, save_models
-from tests.support.models.parents import random_config, random_elastic, random_ids, random_llama_config
+from tests.support.models.parents import (
+    random_config,
+    random_elastic,
+    random_ids,
+    random_llama_config,
+    save_random_parent,
+)
 
 RANKS = Ranks(device=CUDA)
 CONFIGS = {"nemotron": random_config(1), "moe": fitting_moe(), "llama": random_llama_config(1)}
@@ -90,7 +100,7 @@ def not_finite(gpu: Pretend, directory: Path) -> None:
 def ranking(model: str, measure: str, precision: str = "float32") -> Callable:
     def work(gpu: Pretend, directory: Path) -> None:
         random_elastic(1, CONFIGS[model]).save_pretrained(directory / "parent")
-        elastic = load_parent(directory / "parent", RANKS, precision, None)
+        elastic = load_parent(directory / "parent", RANKS, precision)
         batches = [random_ids(elastic.config, seed, (2, 12)).to(CUDA) for seed in range(2)]
         gpu.events.clear()
         with autocast(precision, CUDA):
@@ -110,6 +120,21 @@ def scores(gpu: Pretend, directory: Path) -> None:
         sliced = elastic.slice()
         hidden = elastic.hidden_states(ids, sliced).flatten(0, 1)
         assert chunked_cross_entropy(hidden, elastic.head(sliced), ids.flatten()).device == CUDA
+
+
+def evaluation(gpu: Pretend, directory: Path) -> None:
+    """Held-out text of stage evaluate: a model of transformers against the parent's states on disk."""
+    batches = [Batch(ids[:, :-1], ids[:, 1:], None) for ids in (random_ids(CONFIGS["nemotron"], 0, (2, 13)),)]
+    for name in ("parent", "model"):
+        save_random_parent(directory / name, 0, CONFIGS["nemotron"])
+    models = Models(CUDA, None)
+    on_gpu = [Batch(*(t.to(CUDA, non_blocking=True) for t in batch[:2]), None) for batch in batches]
+    parent = models.load(directory / "parent")
+    write_head(parent, str(directory))
+    write_states(parent, on_gpu, str(directory), "text", 12)
+    teacher = CachedTeacher(str(directory), CUDA)
+    given = teacher.states("text", 12), teacher.head
+    text_scores(models.load(directory / "model"), given, on_gpu)
 
 
 def nested(model: str) -> Callable:
@@ -160,6 +185,7 @@ CASES = {
     "rank llama": ranking("llama", "projection"),
     "rank bfloat16": ranking("moe", "output_norm", "bfloat16"),
     "scores": scores,
+    "evaluation": evaluation,
     "nested": nested("nemotron"),
     "nested llama": nested("llama"),
 }

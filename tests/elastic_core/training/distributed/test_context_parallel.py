@@ -45,8 +45,8 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def document_ids(starts):
     ids = torch.zeros(len(starts), LENGTH, dtype=torch.int64)
     for row, places in zip(ids, starts, strict=True):
-        for place in places:
-            row[place:] += 1
+        for start in places:
+            row[start:] += 1
     return ids
 
 
