@@ -28,7 +28,7 @@ from elastic_core.io.atomic import write_text
 from elastic_core.io.json_files import read_json
 from elastic_core.io.provenance_file import read_provenance
 from tasks.evaluation import lm_eval_tasks
-from tasks.evaluation.items import Item, Models, Setting, compute, list_items
+from tasks.evaluation.items import TEACHER, Item, Models, Setting, compute, list_items
 from tasks.progress.bars import progress_bar
 from tasks.runs.job import remove_files, started
 from tasks.runtime.chat_templates import check_chat_template, check_tasks_template
@@ -77,6 +77,8 @@ def evaluate(budget: str, items: list[Item], setting: Setting, settings: Params)
     """Item → its scores. Those that an earlier run of the stage has finished are read from its files."""
     files = {item.name: setting.logs / f"{item.name}.json" for item in items}
     found = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    if found.get(TEACHER, {}).get("states") != setting.states:  # computed for workers that reach another place
+        found.pop(TEACHER, None)
     work = functools.partial(compute_item, setting, {})
     with progress_bar(f"evaluate {budget}", len(items), "item") as bar:
         bar.update(len(found))

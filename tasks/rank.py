@@ -22,6 +22,7 @@ from tasks.settings import remote_checks
 from tasks.settings.load import load
 
 PARENT, DATA, OUT = Path("artifacts/parent"), Path("artifacts/data"), Path("artifacts/rank")
+PLAIN = Execution()
 SAVE_SECONDS = 20.0  # between two saves of the sums; those of a large model take seconds to write
 
 
@@ -41,7 +42,7 @@ def work(arguments: dict, ranks: Ranks) -> None:
     """
     settings, job, begin = arguments["settings"], arguments["job"], time.monotonic()
     section, location = settings.rank, job.checkpoints(settings)
-    model = load_parent(PARENT, ranks, section.precision, settings.compute.execution.shard_over)
+    model = load_parent(PARENT, ranks, section.precision, settings.compute.execution)
     sequences = PackedSequences(TokenData(DATA), section.mixture, section.sequence_length, settings.seed + 1)
     part = ranks.part(section.batch_size, "rank.batch_size")
     size = part.stop - part.start
@@ -82,12 +83,13 @@ def work(arguments: dict, ranks: Ranks) -> None:
             print(f"layers, most important first: {' '.join(map(str, ranking.depth))}")
 
 
-def load_parent(directory: Path, ranks: Ranks, precision: str, shard_over: int | None) -> ElasticModel:
+def load_parent(directory: Path, ranks: Ranks, precision: str, execution: Execution = PLAIN) -> ElasticModel:
     """The parent for forward passes only. Workers of one process group share its weights (see `Execution.shard_over`).
 
-    Its matrices are held in bfloat16 if `precision` or its files have that type.
+    Its matrices are held in bfloat16 if `precision` or its files have that type. Of `execution`, what concerns training
+    is not used.
     """
-    execution = Execution(shard_over=shard_over)
+    execution = Execution(shard_over=execution.shard_over, deterministic=execution.deterministic)
     model = model_files.from_pretrained(directory, ranks, execution, precision, frozen=True, as_stored=True)
     gather_root(model)
     return model

@@ -70,7 +70,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, documents: Docum
     elif part_of_rows(documents) is not None:
         has_flash = _has_flash_attention(query.device, query.dtype, query.shape[-1])
         kernel = _packed_attention if has_flash else None
-        y = documents.uncompiled(attention_with_earlier_parts, query, key, value, documents, kernel)
+        y = documents.uncompiled(attention_with_earlier_parts, query, key, value, documents, _attention, kernel)
     elif has_mask(query.shape[1], query.dtype, query.is_cuda):
         y = _attention(query, key, value, attn_mask=documents.mask(query.dtype))
     elif _has_flash_attention(query.device, query.dtype, query.shape[-1]):

@@ -61,30 +61,44 @@ def choose_slice(run: Run, microbatch: int, budget: str) -> Choice:
     """
     if run.members is not None:
         return Choice(run.slice_of_budget(budget))
-    index, space = list(run.budgets).index(budget), run.router.space
-    tau, scale = anneal(annealed(run), run.routing.temperatures, run.routing.scales)
-    probs = run.router.probs(index, tau, scale, noise_generator(run.seed, run.step, microbatch))
+    space, probs = run.router.space, draw_probs(run, microbatch, budget)
     cost = space.cost(probs)
     loss = resource_loss(cost, run.budgets[budget] * run.parent_cost, run.routing.dead_zone)
     if run.routing.mode == "soft":
         gates, factors, on_device = gates_on_device(run, space.soft_gates(probs), norm_factors(run, probs), loss)
         sliced = run.model.slice(gates=gates).with_norm_gains(soft_gains(run, factors))
         return Choice(sliced, loss, cost.detach(), on_device)
-    indices = [int(prob.argmax()) for prob in probs]
+    indices = most_probable(probs)
     gates, _, on_device = gates_on_device(run, space.hard_gates(probs, indices), None, loss)
     return Choice(run.model.slice(space.submodel(indices), gates), loss, cost.detach(), on_device)
 
 
+def draw_probs(run: Run, microbatch: int, budget: str) -> list[Tensor]:
+    """The router's probabilities for a microbatch of this step, one per slot: the same in every call."""
+    tau, scale = anneal(annealed(run), run.routing.temperatures, run.routing.scales)
+    noise = noise_generator(run.seed, run.step, microbatch)
+    return run.router.probs(list(run.budgets).index(budget), tau, scale, noise)
+
+
+def most_probable(probs: list[Tensor]) -> list[int]:
+    """The number of the most probable choice of every slot."""
+    return [int(prob.argmax()) for prob in probs]
+
+
+@torch.no_grad()
 def kept_layers(run: Run, assigned: list[str]) -> list[tuple[int, ...]]:
     """The layers that each microbatch of a step runs, or may run, for its budget in `assigned`.
 
-    While the router learns with soft gates, all of them. With hard gates the choice is drawn in every microbatch.
+    While the router learns with soft gates, all of them. With hard gates the choice is drawn for every microbatch.
     """
-    if run.members is None and run.routing.mode == "soft":
-        return [run.model.full.kept_layers] * len(assigned)
-    if run.members is None:
-        return [choose_slice(run, microbatch, budget).sliced.kept_layers for microbatch, budget in enumerate(assigned)]
-    return [run.members[budget].submodel.resolve(run.model.config).kept_layers for budget in assigned]
+    if run.members is not None:
+        submodels = [run.members[budget].submodel for budget in assigned]
+    elif run.routing.mode == "soft":
+        submodels = [run.model.full] * len(assigned)
+    else:
+        drawn = (draw_probs(run, microbatch, budget) for microbatch, budget in enumerate(assigned))
+        submodels = [run.router.space.submodel(most_probable(probs)) for probs in drawn]
+    return [submodel.resolve(run.model.config).kept_layers for submodel in submodels]
 
 
 def gates_on_device(

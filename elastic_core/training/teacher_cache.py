@@ -25,6 +25,7 @@ from elastic_core.errors import UserError
 from elastic_core.io.atomic import whole_file
 from elastic_core.model.documents import documents_of
 from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.model.ops.device_copy import to_device
 from elastic_core.training.distributed.placement import reshard
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.losses import KeptLogits
@@ -168,7 +169,7 @@ class TeacherCache:
             number, row = divmod(place, self.rows_per_file)
             ids, logprobs = self._file(number)
             found.append((ids[row], logprobs[row]))
-        ids, logprobs = (torch.stack(part).to(device, non_blocking=True) for part in zip(*found, strict=True))
+        ids, logprobs = (to_device(torch.stack(part), device) for part in zip(*found, strict=True))
         return KeptLogits(ids.long(), logprobs)
 
 

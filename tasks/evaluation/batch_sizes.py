@@ -11,12 +11,12 @@ from tasks.settings.parts.evaluation import BatchSize
 Result = TypeVar("Result")
 
 MOST = 256  # sequences; more are hardly faster
-LOGIT_BYTES = 16  # per logit: float32 logits and log probabilities of a model, and those of its parent
+LOGIT_BYTES = 16  # per logit of a batch: a rough measure, as logits are computed a few at a time (text_scores.py)
 HOST_BYTES = 2**30  # for logits in CPU memory
 
 
 def first_batch_size(device: torch.device, tokens: int, vocab_size: int) -> int:
-    """The batch size with which `auto` begins, for sequences of `tokens` tokens: half of the free memory for logits."""
+    """The batch size with which `auto` begins, for sequences of `tokens` tokens: half of the free memory."""
     free = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else HOST_BYTES
     return max(1, min(MOST, int(free / (tokens * vocab_size * LOGIT_BYTES))))
 

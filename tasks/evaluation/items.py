@@ -114,7 +114,7 @@ def compute(item: Item, setting: Setting, models: Models) -> dict:
     model = models.load(item.directory)
     if item.group == "teacher":
         text_scores.write_teacher(section, data, model, setting.states)
-        return {}
+        return {"states": setting.states}
     if item.group in ("text", "uniform"):
         teacher = None if setting.parent is None else CachedTeacher(setting.states, models.device)
         scores = text_scores.count_parameters(model) | text_scores.held_out_scores(section, data, model, teacher)

@@ -1,4 +1,4 @@
-"""The parent's logits without the parent: the inputs of its head on held-out text, computed once, and its head.
+"""The parent as a teacher without the parent: the inputs of its head on held-out text, computed once, and its head.
 
 A model is compared with the parent token by token. The states (tokens, hidden) take a small part of the memory of the
 logits (tokens, vocab), and the head a small part of that of the parent. So a worker has one whole model at a time.
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -16,12 +15,25 @@ from elastic_core.data.loader import IGNORED_LABEL, Batch
 from elastic_core.io import storage
 
 HEAD = "head.safetensors"
-Logits = Callable[[Batch], Tensor]  # the next batch (B, L) → the parent's logits (B, L, vocab)
+States = Callable[[Batch], Tensor]  # the next batch (B, L) → the inputs of the parent's head (B, L, hidden)
 
 
-def live(model) -> Logits:
-    """The logits of a parent that is in memory."""
-    return lambda batch: model(batch.input_ids, use_cache=False).logits
+@torch.no_grad()
+def head_inputs(model, input_ids: Tensor) -> Tensor:
+    """The inputs (B, L, hidden) of the head of a transformers model, in the type of the head's weight."""
+    states = model.base_model(input_ids, use_cache=False).last_hidden_state
+    return states.to(model.get_output_embeddings().weight.dtype)
+
+
+class LiveTeacher:
+    """A parent that is in memory, a transformers model."""
+
+    def __init__(self, model):
+        self._model, self.head = model, model.get_output_embeddings().weight.detach()
+
+    def states(self, source: str, length: int) -> States:
+        """As `CachedTeacher.states`."""
+        return lambda batch: head_inputs(self._model, batch.input_ids)
 
 
 def needed(labels: Tensor) -> Tensor:
@@ -37,22 +49,23 @@ class CachedTeacher:
         self.location = location
         self.head = load(storage.read_bytes(storage.join(location, HEAD)))["weight"].to(device)
 
-    def logits(self, source: str, length: int) -> Logits:
-        """The logits for the batches of a source in sequences of `length`, which have to come in their order.
+    def states(self, source: str, length: int) -> States:
+        """The states for the batches of a source in sequences of `length`, which have to come in their order.
 
-        The sizes of the batches may be others than when the states were computed.
+        The sizes of the batches may be others than when the states were computed. After the last label of a row, they
+        are 0.
         """
         stored = load(storage.read_bytes(storage.join(self.location, name_of(source, length))))
         rows = iter(stored["states"].split(stored["lengths"].tolist()))
 
-        def next_logits(batch: Batch) -> Tensor:
+        def next_states(batch: Batch) -> Tensor:
             states = torch.zeros((*batch.input_ids.shape, self.head.shape[1]), dtype=stored["states"].dtype)
             for target in states:
                 row = next(rows)
                 target[: len(row)] = row
-            return F.linear(states.to(self.head), self.head).float()
+            return states.to(self.head)
 
-        return next_logits
+        return next_states
 
 
 def name_of(source: str, length: int) -> str:
@@ -69,16 +82,9 @@ def write_head(model, location: str) -> None:
 def write_states(model, batches: Iterable[Batch], location: str, source: str, length: int) -> None:
     """Compute the inputs of the head of a transformers model on batches, and write them at `location`."""
     states, lengths = [], []
-
-    def keep(head, inputs) -> None:
-        states.extend(row[:number].cpu() for row, number in zip(inputs[0], lengths[-1], strict=True))
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(keep)
-    try:
-        for batch in batches:
-            lengths.append(needed(batch.labels).tolist())
-            model(batch.input_ids, use_cache=False)
-    finally:
-        hook.remove()
+    for batch in batches:
+        lengths.append(needed(batch.labels).tolist())
+        rows = zip(head_inputs(model, batch.input_ids), lengths[-1], strict=True)
+        states.extend(row[:number].cpu() for row, number in rows)
     content = {"states": torch.cat(states), "lengths": torch.from_numpy(np.concatenate(lengths))}
     storage.write_bytes(storage.join(location, name_of(source, length)), save(content))

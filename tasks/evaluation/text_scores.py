@@ -11,28 +11,40 @@ from torch import Tensor
 from elastic_core.data.loader import IGNORED_LABEL, Batch, TokenData, held_out_batches
 from elastic_core.errors import UserError
 from tasks.evaluation.batch_sizes import first_batch_size, fitting
-from tasks.evaluation.teacher import CachedTeacher, Logits, live, write_head, write_states
+from tasks.evaluation.teacher import CachedTeacher, LiveTeacher, States, head_inputs, write_head, write_states
 from tasks.settings.sections import Evaluate
+
+LOGITS = 2**26  # that exist at one time: those of a whole text of 49,152 tokens would take more memory than the model
 
 
 @torch.no_grad()
-def text_scores(model, parent: Logits | None, batches: Iterator[Batch]) -> tuple[float, float, int]:
+def text_scores(
+    model, parent: tuple[States, Tensor] | None, batches: Iterator[Batch], logits: int = LOGITS
+) -> tuple[float, float, int]:
     """Sums over all predicted tokens: cross-entropy in nats, KL(parent ‖ model) in nats, and the number of tokens.
 
     batches: one document per row, padded at its end. Positions with the label IGNORED_LABEL are skipped.
-    parent: the parent's logits. None gives a KL of 0.
+    parent: the inputs of the parent's head, and the head. None gives a KL of 0.
+    logits: how many exist at one time, at most (but at least those of one position).
     """
-    loss, kl, tokens = 0.0, 0.0, 0
+    head, loss, kl, tokens = model.get_output_embeddings().weight, 0.0, 0.0, 0
     for batch in batches:
-        labels = batch.labels
-        logprobs = model(batch.input_ids, use_cache=False).logits.float().log_softmax(-1)
-        loss += F.nll_loss(logprobs.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum").item()
-        if parent is not None:
-            parent_logprobs = parent(batch).float().log_softmax(-1)
-            divergence = (parent_logprobs.exp() * (parent_logprobs - logprobs)).sum(-1)
-            kl += divergence[labels != IGNORED_LABEL].sum().item()
+        labels, states = batch.labels.flatten(), head_inputs(model, batch.input_ids).flatten(0, 1)
+        of_parent = None if parent is None else parent[0](batch).flatten(0, 1)
+        for start in range(0, len(labels), step := max(1, logits // len(head))):
+            part = slice(start, start + step)
+            logprobs = _logprobs(states[part], head)
+            loss += F.nll_loss(logprobs, labels[part], ignore_index=IGNORED_LABEL, reduction="sum").item()
+            if of_parent is not None:
+                expected = _logprobs(of_parent[part], parent[1])
+                divergence = (expected.exp() * (expected - logprobs)).sum(-1)
+                kl += divergence.where(labels[part] != IGNORED_LABEL, 0).sum().item()
         tokens += int((labels != IGNORED_LABEL).sum())
     return loss, kl, tokens
+
+
+def _logprobs(states: Tensor, head: Tensor) -> Tensor:
+    return F.linear(states, head).float().log_softmax(-1)
 
 
 def held_out_scores(section: Evaluate, data: TokenData, model, parent) -> dict:
@@ -89,17 +101,17 @@ def _sums(section: Evaluate, data: TokenData, model, parent, source: str, length
     """See `text_scores`, for one source in sequences of `length`."""
 
     def work(batch_size: int) -> tuple[float, float, int]:
-        if isinstance(parent, CachedTeacher):
-            logits = parent.logits(source, length)
-        else:
-            logits = None if parent is None else live(parent)
-        return text_scores(model, logits, _batches(section, data, model, source, length, batch_size))
+        batches = _batches(section, data, model, source, length, batch_size)
+        if parent is None:
+            return text_scores(model, None, batches)
+        teacher = parent if isinstance(parent, CachedTeacher) else LiveTeacher(parent)
+        return text_scores(model, (teacher.states(source, length), teacher.head), batches)
 
     found = fitting(section.batch_size, model.device, _guess(model, length), work)
     if found[2] == 0:
         raise UserError(
             f"evaluate.held_out: {source} has no trained token in the first {length} tokens of its documents; raise "
-            "evaluate.sequence_length or evaluate.max_tokens"
+            "evaluate.sequence_length (or that one of evaluate.lengths) or evaluate.max_tokens"
         )
     return found
 

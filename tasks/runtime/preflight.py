@@ -97,6 +97,7 @@ def add_architecture_problems(problems: Problems, params, config) -> None:
     sound = {name: is_sound(problems, params, name, "cost", "budgets") for name in ("budgets", "untrained", "choices")}
     has_choices, targets = is_sound(problems, params, "choices"), None
     _add_lengths(problems, params, config)
+    _add_stage_problems(problems, params, config)
     if is_sound(problems, params, "rank.basis") and params.rank.basis == "principal":
         with problems.collecting():
             check_basis(config)
@@ -137,11 +138,30 @@ def _add_lengths(problems: Problems, params, config) -> None:
     longest = architectures.max_positions(config)
     if longest is None:
         return
+    allowed = f"up to {longest:,}, the parent's max_position_embeddings; for longer texts set parent.rope_scaling"
     for name in ("rank", "train_short", "train_extended", "evaluate"):
         if is_sound(problems, params, key := f"{name}.sequence_length"):
             length = getattr(params, name).sequence_length
-            allowed = f"up to {longest:,}, the parent's max_position_embeddings"
-            problems.require(length <= longest, key, length, f"{allowed}; for longer texts set parent.rope_scaling")
+            problems.require(length <= longest, key, length, allowed)
+    if is_sound(problems, params, "evaluate.lengths"):
+        for length in params.evaluate.lengths or ():
+            problems.require(length <= longest, "evaluate.lengths", length, allowed)
+
+
+def _add_stage_problems(problems: Problems, params, config) -> None:
+    """What a stage would say itself when it begins, which may be after days of other stages."""
+    for name in ("train_short", "train_extended"):
+        if not is_sound(problems, params, name):
+            continue
+        stage = getattr(params, name)
+        if stage.teacher == "cached":
+            allowed = f"below the size of the vocabulary ({config.vocab_size:,})"
+            problems.require(stage.kept_logits < config.vocab_size, f"{name}.kept_logits", stage.kept_logits, allowed)
+        if is_sound(problems, params, "compute.execution.context_parallel"):
+            sharing = params.compute.execution.context_parallel
+            smallest, length = architectures.smallest_part(config), stage.sequence_length
+            allowed = f"{smallest} tokens or more for each of the workers that share it (context_parallel: {sharing})"
+            problems.require(sharing == 1 or length >= sharing * smallest, f"{name}.sequence_length", length, allowed)
 
 
 def _check_choices(params: Params, metric: Metric, config, targets: Mapping[str, float]) -> None:

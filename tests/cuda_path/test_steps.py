@@ -16,9 +16,10 @@ from tests.support.cuda import guard
 ROOT = Path(__file__).parents[2]
 STEPS = ("members float32", "members bfloat16", "soft bfloat16", "hard routing bfloat16", "one document")
 STEPS += ("trainable teacher", "mixed teacher", "recomputation", "moe members bfloat16", "moe soft bfloat16")
-STEPS += ("llama members bfloat16", "llama soft float32")
+STEPS += ("llama members bfloat16", "llama soft float32", "cached teacher")
+STEPS += ("part of rows soft", "part of rows hard routing")
 OTHERS = ("not finite", "rank by projection", "rank by output", "rank llama", "rank bfloat16", "scores", "nested")
-OTHERS += ("nested llama",)
+OTHERS += ("nested llama", "evaluation")
 
 pytestmark = [
     pytest.mark.cuda_path,

@@ -69,7 +69,7 @@ def stored_ranking(ranks, data, directory):
     with ranks.first_only() as is_first:
         if is_first:
             random_elastic(3, CONFIG).bfloat16().save_pretrained(directory / "parent")
-    model = load_parent(directory / "parent", ranks, "float32", None)
+    model = load_parent(directory / "parent", ranks, "float32")
     ids = torch.randint(0, CONFIG.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
     ranked = vars(rank(model, list(ids[:, ranks.part(4)]), reduce=ranks.sum))
     reshard(model)

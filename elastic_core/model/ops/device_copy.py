@@ -15,7 +15,7 @@ from torch import Tensor
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`; if it is in CPU memory and the device is a GPU, without waiting for the GPU.
 
-    If the tensor needs a gradient, the backward pass does wait for it (see `HostGates` in training/routing.py).
+    If the tensor needs a gradient, the backward pass does wait for it (see `DeviceGates` in training/routing.py).
     """
     if tensor.device.type != "cpu" or device.type != "cuda":
         return tensor.to(device)

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_core.model.documents import Documents
+from elastic_core.model.ops.device_copy import to_device
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class PartDocuments(Documents):
         super().__init__(document_ids[:, where], device)
         self.part, self.row_length, self._whole, self._device = part, document_ids.shape[1], document_ids, device
         whole = Documents(document_ids, torch.device("cpu"))
-        self.positions = whole.positions[:, where].to(device, non_blocking=True)
+        self.positions = to_device(whole.positions[:, where], device)
         own = document_ids[:, where]
         before = document_ids[:, where.start - 1 : where.start] if part.rank else torch.full((len(own), 1), -1)
-        self.continues = (own == before).to(device, non_blocking=True)
-        self.reaches_end = (own == own[:, -1:]).to(device, non_blocking=True)
+        self.continues = to_device(own == before, device)
+        self.reaches_end = to_device(own == own[:, -1:], device)
         self._with_halo: dict[int, Documents] = {}
         self.pieces = self._find_pieces(whole.positions[:, where])
 
@@ -77,13 +77,13 @@ class PartDocuments(Documents):
     def key_index(self) -> Tensor:
         """The positions (as numbers of positions in all whole rows) of every piece's keys, one piece after another."""
         found = [torch.arange(count) + row * self.row_length + start for row, _, _, start, count in self.pieces]
-        return torch.cat(found).to(self._device, non_blocking=True)
+        return to_device(torch.cat(found), self._device)
 
     @functools.cached_property
     def cumulative_key_lengths(self) -> Tensor:
         """0, and the sums of the numbers of keys of the pieces, int32."""
         counts = torch.tensor([0, *(count for *_, count in self.pieces)])
-        return counts.cumsum(0).to(torch.int32).to(self._device, non_blocking=True)
+        return to_device(counts.cumsum(0).to(torch.int32), self._device)
 
     def with_halo(self, halo: int) -> Documents:
         """The documents of the part with `halo` positions before it; before the first part they are a document."""
@@ -102,12 +102,18 @@ def part_of(documents: Documents | None) -> Part | None:
 
 
 def attention_with_earlier_parts(
-    query: Tensor, key: Tensor, value: Tensor, documents: PartDocuments, variable_length: Callable | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: PartDocuments,
+    attention: Callable[..., Tensor],
+    variable_length: Callable | None,
 ) -> Tensor:
     """Causal attention of a part's queries to the keys and values of its part and of earlier ones, by documents.
 
     query (B, l, A, d), key and value (B, l, KV, d) → (B, l, A, d). `variable_length(query, keys, values, query_ends,
-    key_ends, longest_query, longest_key)` computes all documents in one kernel; None: one call per document.
+    key_ends, longest_query, longest_key)` computes all documents in one kernel; None: one call of `attention(query,
+    key, value, attn_mask, is_causal)` per document.
     """
     size = key.shape[-1]
     gathered = documents.part.gather(torch.cat([key, value], -1)).transpose(0, 1)  # (B, size, l, KV, 2d)
@@ -121,14 +127,11 @@ def attention_with_earlier_parts(
     outputs = []
     for piece, (row, _, count, start, keys_of) in zip(queries.split(documents.lengths), documents.pieces, strict=True):
         first = row * documents.row_length + start
-        parts = [
-            t[None].transpose(1, 2) for t in (piece, keys[first : first + keys_of], values[first : first + keys_of])
-        ]
+        parts = [t[None] for t in (piece, keys[first : first + keys_of], values[first : first + keys_of])]
         seen = None
         if count < keys_of:  # the last query sees all keys
             seen = torch.ones(count, keys_of, dtype=torch.bool, device=query.device).tril(keys_of - count)
-        y = F.scaled_dot_product_attention(*parts, attn_mask=seen, is_causal=seen is None, enable_gqa=True)
-        outputs.append(y.transpose(1, 2)[0])
+        outputs.append(attention(*parts, attn_mask=seen, is_causal=seen is None)[0])
     return torch.cat(outputs).view(query.shape)
 
 

@@ -6,6 +6,7 @@ A process of its own, because the GPU has to be pretended before torch is import
 # isort: skip_file
 from tests.support.cuda.pretend import CUDA, Pretend, pretend_streams  # before torch
 
+import dataclasses
 import json
 import os
 import sys
@@ -18,15 +19,27 @@ import torch
 import torch.nn.functional as F
 
 from elastic_core import rank, sort_
+from elastic_core.data.loader import Batch
 from elastic_core.export.nested import NestedModel
 from elastic_core.model.ops.cross_entropy import chunked_cross_entropy
+from elastic_core.model.ops.parts import Part
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.placement import autocast
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import NonFiniteError, train_step
+from elastic_core.training.teacher_cache import TeacherCache
+from tasks.evaluation.items import Models
+from tasks.evaluation.teacher import CachedTeacher, write_head, write_states
+from tasks.evaluation.text_scores import text_scores
 from tasks.rank import load_parent
 from tests.support.cuda.runs import fitting_moe, random_run, save_family, save_models
-from tests.support.models.parents import random_config, random_elastic, random_ids, random_llama_config
+from tests.support.models.parents import (
+    random_config,
+    random_elastic,
+    random_ids,
+    random_llama_config,
+    save_random_parent,
+)
 
 RANKS = Ranks(device=CUDA)
 CONFIGS = {"nemotron": random_config(1), "moe": fitting_moe(), "llama": random_llama_config(1)}
@@ -41,6 +54,33 @@ def step(model: str, mode: str, precision: str, **values) -> Callable:
         assert run.step == 1 and not run.skipped
 
     return work
+
+
+def part_of_rows(model: str, mode: str, precision: str) -> Callable:
+    """A step of the second of two workers that share every sequence. The other one's part is as its own."""
+
+    def work(gpu: Pretend, directory: Path) -> None:
+        save_models(directory, CONFIGS[model])
+        run = random_run(directory, RANKS, mode, precision, length=14)
+        run.part = Part(1, 2, lambda x: torch.stack([x, x]))
+        gpu.events.clear()
+        train_step(run)
+        assert run.step == 1 and not run.skipped
+
+    return work
+
+
+def cached_teacher(gpu: Pretend, directory: Path) -> None:
+    """The teacher's logits are computed on the GPU; then a step without a teacher reads them."""
+    save_models(directory, CONFIGS["nemotron"])
+    run = random_run(directory, RANKS, "members", "bfloat16", teacher="cached")
+    run.stage = dataclasses.replace(run.stage, kept_logits=4, steps=1)
+    run.teacher_cache = TeacherCache(directory / "cache", run.data, run.stage, run.model.config.vocab_size)
+    run.teacher_cache.make(lambda: run.teacher, RANKS, autocast("bfloat16", CUDA))
+    run.teacher = run.frozen_teacher = None
+    gpu.events.clear()
+    train_step(run)
+    assert run.step == 1 and not run.skipped
 
 
 def not_finite(gpu: Pretend, directory: Path) -> None:
@@ -60,7 +100,7 @@ def not_finite(gpu: Pretend, directory: Path) -> None:
 def ranking(model: str, measure: str, precision: str = "float32") -> Callable:
     def work(gpu: Pretend, directory: Path) -> None:
         random_elastic(1, CONFIGS[model]).save_pretrained(directory / "parent")
-        elastic = load_parent(directory / "parent", RANKS, precision, None)
+        elastic = load_parent(directory / "parent", RANKS, precision)
         batches = [random_ids(elastic.config, seed, (2, 12)).to(CUDA) for seed in range(2)]
         gpu.events.clear()
         with autocast(precision, CUDA):
@@ -80,6 +120,21 @@ def scores(gpu: Pretend, directory: Path) -> None:
         sliced = elastic.slice()
         hidden = elastic.hidden_states(ids, sliced).flatten(0, 1)
         assert chunked_cross_entropy(hidden, elastic.head(sliced), ids.flatten()).device == CUDA
+
+
+def evaluation(gpu: Pretend, directory: Path) -> None:
+    """Held-out text of stage evaluate: a model of transformers against the parent's states on disk."""
+    batches = [Batch(ids[:, :-1], ids[:, 1:], None) for ids in (random_ids(CONFIGS["nemotron"], 0, (2, 13)),)]
+    for name in ("parent", "model"):
+        save_random_parent(directory / name, 0, CONFIGS["nemotron"])
+    models = Models(CUDA, None)
+    on_gpu = [Batch(*(t.to(CUDA, non_blocking=True) for t in batch[:2]), None) for batch in batches]
+    parent = models.load(directory / "parent")
+    write_head(parent, str(directory))
+    write_states(parent, on_gpu, str(directory), "text", 12)
+    teacher = CachedTeacher(str(directory), CUDA)
+    given = teacher.states("text", 12), teacher.head
+    text_scores(models.load(directory / "model"), given, on_gpu)
 
 
 def nested(model: str) -> Callable:
@@ -116,6 +171,9 @@ CASES = {
     "one document": step("nemotron", "members", "bfloat16", document=None),
     "trainable teacher": step("nemotron", "members", "bfloat16", teacher="trainable"),
     "mixed teacher": step("nemotron", "members", "bfloat16", teacher="mixed"),
+    "cached teacher": cached_teacher,
+    "part of rows soft": part_of_rows("nemotron", "soft", "float32"),
+    "part of rows hard routing": part_of_rows("llama", "hard", "bfloat16"),
     "recomputation": step("nemotron", "members", "bfloat16", execution=Execution(activation_checkpointing=True)),
     "moe members bfloat16": step("moe", "members", "bfloat16"),
     "moe soft bfloat16": step("moe", "soft", "bfloat16"),
@@ -127,6 +185,7 @@ CASES = {
     "rank llama": ranking("llama", "projection"),
     "rank bfloat16": ranking("moe", "output_norm", "bfloat16"),
     "scores": scores,
+    "evaluation": evaluation,
     "nested": nested("nemotron"),
     "nested llama": nested("llama"),
 }

@@ -3,10 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+import torch
 from transformers import NemotronHConfig
 
 from benchmarks.shapes import RandomTokens
 from elastic_core import Submodel
+from elastic_core.data.loader import Batch
 from elastic_core.export import elastic_checkpoint
 from elastic_core.model import architectures
 from elastic_core.model.axes import FIELDS
@@ -33,6 +35,13 @@ class Tokens(RandomTokens):
 
     def source_indices(self, first: int, count: int) -> list[int]:
         return [0] * count
+
+    def rows(self, first: int, count: int) -> list[tuple[int, int]]:
+        return [(0, first + number) for number in range(count)]
+
+    def batch_of_rows(self, rows: list[tuple[int, int]]) -> Batch:
+        batches = [self.batch(row, 1) for _, row in rows]
+        return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
 
 def save_models(directory: Path, config) -> None:

@@ -9,7 +9,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from elastic_core.config import ConfigError, load
-from elastic_core.data.loader import TokenData, vocabulary_sha256
+from elastic_core.data.loader import IGNORED_LABEL, TokenData, held_out_batches, vocabulary_sha256
 from elastic_core.data.token_files import Manifest, Source, SplitWriter
 from tasks import evaluate
 from tasks.evaluation import batch_sizes, items, lm_eval_model, text_scores, vllm_engine
@@ -62,6 +62,26 @@ def test_losses_at_other_lengths_are_those_of_a_section_with_that_length(data, t
         alone = Evaluate(held_out=("prose",), sequence_length=length, batch_size=2)
         expected = text_scores.held_out_scores(alone, data, model, None)
         assert found[str(length)] == {"loss": expected["loss"], "tokens": expected["tokens"]}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_few_logits_at_a_time_give_the_same_scores(name, data, tmp_path, monkeypatch):
+    """A text as long as those of the last stage would have logits that take more memory than the model."""
+    parent, model = (save_random_parent(tmp_path, seed, CONFIGS[name](seed)).eval() for seed in (1, 2))
+    section = Evaluate(held_out=("prose", "talk"), sequence_length=32, batch_size=4)
+    expected = text_scores.held_out_scores(section, data, model, parent)
+    (batch,) = held_out_batches(data, "talk", 32, 9)
+    with torch.no_grad():
+        logits = model(batch.input_ids).logits.flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORED_LABEL)
+    assert expected["loss_talk"] == pytest.approx(loss.item(), rel=1e-5)
+    shapes = []
+    softmax = text_scores._logprobs
+    monkeypatch.setattr(text_scores, "_logprobs", lambda *args: shapes.append(len(args[0])) or softmax(*args))
+    batches = held_out_batches(data, "talk", 32, 9)
+    found = text_scores.text_scores(model, None, batches, logits=4 * model.config.vocab_size)
+    assert found[0] / found[2] == pytest.approx(expected["loss_talk"], rel=1e-5)
+    assert max(shapes) == 4 and sum(shapes) >= found[2]
 
 
 # --- the list of items -----------------------------------------------------------------------------------------------
@@ -118,6 +138,22 @@ def test_finished_items_are_kept(tmp_path, monkeypatch):
         except KeyboardInterrupt:
             pass
     assert {name: values["name"] for name, values in scores.items()} == {item.name: item.name for item in found}
+
+
+def test_states_of_the_parent_are_computed_again_for_another_place(tmp_path, monkeypatch):
+    """The storage of the workers may be another one when a stopped stage goes on."""
+    found = items.list_items(SECTION, VERSIONS, Path("parent"), None, split=True)[:2]
+    settings, computed = type("Settings", (), {"compute": Compute()}), []
+
+    def compute(item, setting, models):
+        computed.append(item.name)
+        return {"states": setting.states}
+
+    monkeypatch.setattr(evaluate, "compute", compute)
+    for place, expected in (("a", ["teacher", "zero_shot-text"]), ("a", []), ("b", ["teacher"]), ("b", [])):
+        computed.clear()
+        evaluate.evaluate("small", found, items.Setting(SECTION, tmp_path, Path("parent"), place, tmp_path), settings)
+        assert computed == expected
 
 
 def test_a_worker_has_one_model_at_a_time(tmp_path):

@@ -3,7 +3,13 @@
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
+from elastic_core.config import ConfigError
+from tasks.parents.config import new_config
+from tasks.runtime.preflight import check_architecture
+from tasks.settings.load import read
+from tasks.settings.merging import parameters
 from tests.support.committed_params import MEMORY, load, parent_directory, put, use_parent, write
 from tests.support.pipeline.stages import check_parameters, run_stage
 from tests.support.runs import data  # noqa: F401 (a fixture)
@@ -87,6 +93,37 @@ def test_a_parent_of_another_kind(values, tmp_path, monkeypatch, changes, words)
         with pytest.raises(SystemExit, match=rf"^error: params\.yaml: parent: .*parent: .*{words}"):
             refuse()
     assert not Path("artifacts").exists()
+
+
+WITHOUT_STATES = "train_extended.loss.state_weight=0.0"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["evaluate.lengths=[64,4096]"],
+            r"^evaluate\.lengths: got 4096; allowed: up to 512, the parent's max",
+        ),
+        (
+            ["train_extended.teacher=cached", "train_extended.kept_logits=1024", WITHOUT_STATES],
+            r"^train_extended\.kept_logits: got 1024; allowed: below the size of the vocabulary \(1,000\)",
+        ),
+    ],
+)
+def test_what_a_late_stage_asks_of_the_parent_is_checked_before_the_first(overrides, words):
+    config = LlamaConfig(vocab_size=1000, max_position_embeddings=512)
+    with pytest.raises(ConfigError, match=words):
+        check_architecture(read(parameters(overrides=overrides), "params.yaml"), config)
+
+
+def test_shared_sequences_are_as_long_as_the_convolution_needs():
+    workers = ["compute.workers=4", "compute.execution.context_parallel=4", "train_extended.batch_size=4"]
+    settings = read(parameters(overrides=[*workers, "train_extended.sequence_length=8"]), "params.yaml")
+    config = new_config(settings.parent.model, 1024)
+    words = r"^train_extended\.sequence_length: got 8; allowed: 3 tokens or more for each of the workers that share it"
+    with pytest.raises(ConfigError, match=words):
+        check_architecture(settings, config)
 
 
 def test_a_parent_on_disk_that_can_give_its_budgets(values, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,8 @@
 """Workers that share a sequence compute what one worker computes alone: outputs, gradients, and whole runs."""
 
 import dataclasses
+import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,13 +10,17 @@ import torch
 from benchmarks import memory
 from elastic_core import Submodel
 from elastic_core.config import ConfigError
+from elastic_core.data.loader import PackedSequences
 from elastic_core.model.documents import documents_of
 from elastic_core.model.ops.parts import Part, PartDocuments
 from elastic_core.training.distributed.context import make_part
 from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.distributed.placement import place
 from elastic_core.training.distributed.ranks import Ranks
+from elastic_core.training.loop import train
 from elastic_core.training.run import Run, check_part
 from elastic_core.training.stage import Loss, Routing
+from elastic_core.training.teacher_cache import TeacherCache
 from tasks.commands.plan_stages import stage_peak
 from tasks.parents.config import new_config
 from tasks.settings.load import read
@@ -39,8 +45,8 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def document_ids(starts):
     ids = torch.zeros(len(starts), LENGTH, dtype=torch.int64)
     for row, places in zip(ids, starts, strict=True):
-        for place in places:
-            row[place:] += 1
+        for start in places:
+            row[start:] += 1
     return ids
 
 
@@ -90,22 +96,55 @@ def test_outputs_and_gradients_are_those_of_one_worker(tmp_path, size):
 
 
 def runs(ranks, data, size):
-    """Hard and soft steps, with recomputation, matched states and the choice of the family."""
+    """Hard and soft steps and drawn choices, with recomputation, matched states and the choice of the family."""
     execution = Execution(context_parallel=size, activation_checkpointing=size > 1)
+    few = Execution(context_parallel=size, reduce_once=size > 1, offload_student=size > 1)
     hard = {"stage": {"steps": 2, "loss": Loss(1.0, 1.0, state_weight=0.5)}}
     soft = {"routed": True, "routing": Routing(share=0.5, settle_steps=100, candidates=2), "stage": {"steps": 2}}
-    return {name: cases.trained(ranks, data, execution=execution, **values)
-            for name, values in (("hard", hard), ("soft", soft))}  # fmt: skip
+    drawn = {"routed": True, "routing": Routing(mode="hard", share=1.0, candidates=1), "stage": {"steps": 3}}
+    return {
+        "hard": cases.trained(ranks, data, execution=execution, **hard),
+        "soft": cases.trained(ranks, data, execution=execution, **soft),
+        "drawn": cases.trained(ranks, data, execution=few, **drawn),
+    }
 
 
 def test_runs_are_those_of_one_worker(data, tmp_path):
     """Two groups of two ranks share sequences."""
     found, expected = run_forked(runs, 4, tmp_path, data, 2), runs(Ranks(), data, 1)
     for name in expected:
-        for ours, theirs in zip(found[name]["rows"], expected[name]["rows"], strict=True):
-            for one, two in zip(ours["microbatches"], theirs["microbatches"], strict=True):
-                assert one["loss"] == pytest.approx(two["loss"], rel=2e-5, abs=2e-5), (name, ours["step"])
-            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert_alike(found[name]["rows"], expected[name]["rows"], name)
+
+
+def assert_alike(found, expected, name):
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, two in zip(ours["microbatches"], theirs["microbatches"], strict=True):
+            assert one["loss"] == pytest.approx(two["loss"], rel=2e-5, abs=2e-5), (name, ours["step"])
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+
+
+def with_cached_teacher(ranks, data, directory, size, steps=None):
+    """The rows of a run that stops after `steps` steps (None: at its end), or goes on from there."""
+    stage = {"teacher": "cached", "kept_logits": 8, "steps": 4, "checkpoint_every": 2}
+    made = cases.make_stage(**{"batch_size": 12, "microbatches": 3, **stage})
+    sequences = PackedSequences(data, made.mixture, made.sequence_length, seed=1)
+    cache = TeacherCache(directory / "logits", sequences, made, CONFIG.vocab_size)
+    cache.make(lambda: place(random_elastic(7, CONFIG), ranks, Execution(), "float32", True), ranks, nullcontext())
+    execution = Execution(context_parallel=size)
+    values = {"stage": stage, "teacher": False, "teacher_cache": cache, "checkpoints": directory / "run"}
+    steps_of_run = train(cases.start(ranks, data, execution=execution, **values))
+    rows = list(itertools.islice(steps_of_run, steps))
+    steps_of_run.close()
+    return rows
+
+
+def test_one_worker_goes_on_with_a_cached_teacher_where_workers_shared_sequences(data, tmp_path):
+    (tmp_path / "both").mkdir()
+    first = run_forked(with_cached_teacher, 4, tmp_path, data, tmp_path / "both", 2, 3)
+    rest = with_cached_teacher(Ranks(), data, tmp_path / "both", 1)
+    assert [row["step"] for row in first + rest] == [1, 2, 3, 3, 4]
+    expected = with_cached_teacher(Ranks(), data, tmp_path / "one", 1)
+    assert_alike(first[:2] + rest, expected, "resumed")
 
 
 def predicted_and_measured(ranks, config, settings):
