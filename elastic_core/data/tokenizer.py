@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from elastic_core.errors import UserError
 from elastic_core.io.filesystem import Location
 from elastic_core.io.json_files import parse_json, read_content
-from elastic_core.io.tokenizer_files import TOKENIZER_FILES
+from elastic_core.io.tokenizer_files import TOKENIZER_FILES, TOKENIZERS
 
 # What transformers raises for files with JSON of another structure than it expects.
 LOAD_ERRORS = (ImportError, OSError, ValueError, LookupError, TypeError, AttributeError)
@@ -38,6 +38,12 @@ def load_tokenizer(directory: str | os.PathLike, name: str | os.PathLike | None 
         raise UserError(
             f"tokenizer {str(name or directory)!r}: cannot be loaded ({text}); copy its files again"
         ) from None
+
+
+def require_tokenizer(directory: Path) -> None:
+    """Raise UserError unless a model directory has a tokenizer."""
+    if not any((directory / name).is_file() for name in TOKENIZERS):
+        raise UserError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's tokenizer to it")
 
 
 def check_json_files(directory: str | os.PathLike, name: str | os.PathLike | None = None) -> None:

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from elastic_core.errors import UserError
+from elastic_core.export.model_card import CARD, at_place
+from elastic_core.io.hub_errors import kind_of
 from elastic_core.io.storage import StorageUnavailable
 
 SCHEME = "hf://"
@@ -37,9 +39,10 @@ def push(
     - `revision`: the branch, created if it does not exist (None: main).
     - `replaced`: contents for some files, in place of those in the directory.
 
-    Files of an earlier model that this one does not have are removed in the same commit. Raises UserError for a
-    directory without config.json, an invalid name, a missing or wrong token, and for a public repository with
-    `private`. Raises StorageUnavailable if the hub does not answer.
+    The code in the model card is written to load the model from there. Files of an earlier model that this one does
+    not have are removed in the same commit. Raises UserError for a directory without config.json, an invalid name, a
+    missing or wrong token, and for a public repository with `private`. Raises StorageUnavailable if the hub does not
+    answer.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # here because the import is slow
 
@@ -48,6 +51,10 @@ def push(
         raise UserError(f"{directory}: no config.json, so it is no model; nothing was uploaded")
     check_name(repository)
     files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    card = replaced.get(CARD, files[CARD].read_bytes() if CARD in files else None)
+    if card is not None:
+        text = card.decode(errors="surrogateescape")
+        replaced[CARD] = at_place(text, repository, revision).encode(errors="surrogateescape")
     with hub_errors(repository):
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
@@ -115,15 +122,17 @@ def hub_errors(where: str) -> Iterator[None]:
     except errors.HFValidationError:
         raise UserError(f"{where}: the hub does not allow this name") from None
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else None
+        status, kind = error.response.status_code, kind_of(error)
         if status in (401, 403):
-            raise UserError(f"{where}: the hub refuses the token (status {status}); {LOGIN}") from None
-        if status == 429 or (status or 500) >= 500:
-            raise StorageUnavailable(f"{where}: the hub does not answer (status {status}); try again later") from None
-        raise UserError(f"{where}: the hub refuses the request (status {status}); check the name") from None
+            what = f"refuses the token (status {status}); {LOGIN}"
+        elif kind is StorageUnavailable:
+            what = f"does not answer (status {status}); try again later"
+        else:
+            what = f"refuses the request (status {status}); check the name"
+        raise kind(f"{where}: the hub {what}") from None
     except ValueError:  # of huggingface_hub's own checks, and where the hub does not accept a card
         raise UserError(
             f"{where}: the hub does not accept the upload; check the metadata at the top of README.md"
         ) from None
     except (httpx.TransportError, ConnectionError, TimeoutError) as error:
-        raise StorageUnavailable(f"{where}: the hub cannot be reached ({type(error).__name__})") from None
+        raise kind_of(error)(f"{where}: the hub cannot be reached ({type(error).__name__})") from None

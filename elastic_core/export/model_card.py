@@ -30,7 +30,7 @@ PARENT_KEYS = ("base_model", "license", "license_name", "license_link", "languag
 KNOWN_LICENSES = {"apache-2.0": ("apache license", "version 2.0"), "mit": ("mit license",)}
 FIXED = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["nemotron-elastic"]}
 PROVENANCE = "Provenance"
-PLACE = "DIRECTORY"  # stands for the place of the model in a card, until it has one
+PLACE = '"DIRECTORY"'  # stands for the place of the model in a card, until it has one
 
 
 def parent_facts(directory: str | os.PathLike, name: str | None) -> dict:
@@ -145,6 +145,12 @@ def with_section(card: str, title: str, body: str) -> str:
     return f"{card.rstrip()}\n\n{section}"
 
 
+def at_place(card: str, repository: str, revision: str | None) -> str:
+    """A card whose code loads the model from a repository of the hub, and from a branch of it (None: main)."""
+    branch = "" if revision is None else f', revision="{revision}"'
+    return card.replace(f"from_pretrained({PLACE}", f'from_pretrained("{repository}"{branch}')
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
@@ -166,8 +172,8 @@ def _usage(is_stock: bool) -> str:
     lines = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{PLACE}"{trust})',
+        f"tokenizer = AutoTokenizer.from_pretrained({PLACE})",
+        f"model = AutoModelForCausalLM.from_pretrained({PLACE}{trust})",
     ]
     return "\n".join(["```python", *lines, "```"])
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,6 +36,20 @@ BLOCK_BYTES = 1 << 24  # of two tensors that are compared
 
 # The exceptions of transformers' configuration classes for values of a wrong type or size.
 CONFIG_ERRORS = (StrictDataclassError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
+@contextmanager
+def errors_of_transformers(directory: Location) -> Iterator[None]:
+    """Raise UserError where transformers fails: the weights have been checked, so it is the values in other files."""
+    try:
+        yield
+    except UserError:
+        raise
+    except CONFIG_ERRORS as error:
+        raise UserError(
+            f"{directory}: transformers cannot use it ({type(error).__name__}: {error}); correct "
+            "generation_config.json or config.json, or copy them again"
+        ) from None
 
 
 def read_config(directory: Location) -> PreTrainedConfig:

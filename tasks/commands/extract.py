@@ -111,7 +111,7 @@ def push(directory: Path, repository: str, private: bool = True, revision: str |
         text = card.read_text(encoding="utf-8") if card.is_file() else model_card.card_of_family(directory)
         if results := find_results(directory):
             text = model_card.with_section(text, "Results", results)
-        replaced[model_card.CARD] = text.replace(model_card.PLACE, repository).encode()
+        replaced[model_card.CARD] = text.encode()
     message = f"Upload {'an elastic checkpoint' if is_family else 'a model'}"
     return hub.push(directory, repository, private, revision, message, replaced)
 

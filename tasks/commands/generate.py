@@ -14,14 +14,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 from elastic_core import extract
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.data.chat_template import knows_thinking, prompt_ids
-from elastic_core.data.tokenizer import load_tokenizer
+from elastic_core.data.tokenizer import load_tokenizer, require_tokenizer
 from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.io.json_files import check_numbers, check_shape, read_json
-from elastic_core.io.tokenizer_files import TOKENIZERS
 from elastic_core.model import hf
 from elastic_core.model.architectures.nemotron_h import MODELING_FILE
-from elastic_core.model.hf import CONFIG_ERRORS
 from elastic_core.model.ops import transformers_kernels
 from tasks.commands.extract import find_budget
 from tasks.commands.inspect import open_model
@@ -74,37 +72,22 @@ def generate(
         raise UserError(f"--max-new-tokens: got {max_new_tokens}; allowed: 1 or more")
     if not temperature >= 0:
         raise UserError(f"--temperature: got {temperature}; allowed: 0 (always the most likely token) or more")
-    if not any((directory / name).is_file() for name in TOKENIZERS):
-        raise UserError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's tokenizer to it")
+    require_tokenizer(directory)
     with quiet():
         if chat is not None:  # before a member is extracted
-            with _errors_of_transformers(directory):
+            with hf.errors_of_transformers(directory):
                 _prompt_ids(load_tokenizer(directory, trust_remote_code=False), prompt, chat)
         with _plain_model(directory, budget, nearest) as plain:
             trust = {"trust_remote_code": _has_our_code(plain)}
-            with _errors_of_transformers(directory):
+            with hf.errors_of_transformers(directory):
                 tokenizer = load_tokenizer(plain, directory, **trust)
                 model = AutoModelForCausalLM.from_pretrained(plain, dtype="auto", **trust).eval()
                 transformers_kernels.choose_by_device()
             for place in (directory, plain):  # the file of a family is checked first, so that an error names it
                 if (place / GENERATION_FILE).is_file():
                     model.generation_config = _read_generation(place / GENERATION_FILE)
-        with _errors_of_transformers(directory):
+        with hf.errors_of_transformers(directory):
             return _continue(model, tokenizer, _prompt_ids(tokenizer, prompt, chat), max_new_tokens, temperature)
-
-
-@contextlib.contextmanager
-def _errors_of_transformers(directory: Path) -> Iterator[None]:
-    """Raise UserError where transformers fails: the weights have been checked, so it is the values in other files."""
-    try:
-        yield
-    except UserError:
-        raise
-    except CONFIG_ERRORS as error:
-        raise UserError(
-            f"{directory}: transformers cannot use it ({type(error).__name__}: {error}); correct "
-            "generation_config.json or config.json, or copy them again"
-        ) from None
 
 
 def _read_generation(path: Path) -> GenerationConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -17,11 +17,17 @@ from pathlib import Path
 from elastic_core.data.tokenizer import check_json_files
 from elastic_core.errors import UserError, named
 from elastic_core.io.hub_errors import SECONDS, kind_of
-from elastic_core.io.tokenizer_files import ADVICE, MORE_TEMPLATES, TOKENIZER_FILES, TOKENIZERS, is_tokenizer_file
+from elastic_core.io.tokenizer_files import (
+    ADVICE,
+    MORE_TEMPLATES,
+    TOKENIZER_FILES,
+    TOKENIZERS,
+    is_companion,
+    is_tokenizer_file,
+)
 from elastic_core.model.files.weights import INDEX, SHARD, SINGLE, weight_file_names
 
-# See `is_companion`; the card tells the licence.
-COMPANIONS = ("LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "notice*", "COPYING*", "*parser*.py", "README.md")
+CARD = "README.md"  # tells the licence
 COMMIT = re.compile("[0-9a-f]{40}")  # in full; a shorter name may be a branch
 SMALL = ("config.json", *TOKENIZER_FILES, f"{MORE_TEMPLATES}/*.jinja", INDEX)  # all files but the weights
 
@@ -61,13 +67,17 @@ def fetch(path: str, *patterns: str) -> Path:
 
 
 def fetch_model(path: str) -> Path:
-    """The directory in the hub's cache with configuration, tokenizer and weights: only files that are needed.
+    """The directory in the hub's cache with configuration, tokenizer, weights, licence and parsers: what is needed.
 
-    Raises the same errors as `fetch`, and UserError for a model without safetensors files.
+    If the hub does not answer, licence and parsers are as far as the cache has them. Raises the same errors as
+    `fetch`, and UserError for a model without safetensors files.
     """
     directory = fetch(path, *SMALL)
-    weights = _weight_files(path, directory)
-    return fetch(at_commit(path, directory), *SMALL, *COMPANIONS, *sorted(weights))
+    pinned = at_commit(path, directory)
+    files = listed(HubModel.parse(pinned))
+    weights = _weight_files(directory, files, path)
+    companions = [name for name in files or () if is_companion(name) or name == CARD]
+    return fetch(pinned, *SMALL, *sorted(companions), *sorted(weights))
 
 
 def check(path: str) -> Path | None:
@@ -80,7 +90,7 @@ def check(path: str) -> Path | None:
         if not any((directory / name).is_file() for name in TOKENIZERS):
             raise UserError(f"has no tokenizer ({' or '.join(TOKENIZERS)}); {ADVICE}")
         check_json_files(directory)
-    weights = _weight_files(path, directory)
+    weights = _weight_files(directory, listed(HubModel.parse(at_commit(path, directory))), path)
     return directory if all((directory / name).is_file() for name in weights) else None
 
 
@@ -127,9 +137,8 @@ def _is_used(name: str) -> bool:
     return is_tokenizer_file(name) or name in (SINGLE, INDEX) or SHARD.fullmatch(name) is not None
 
 
-def _weight_files(path: str, directory: Path) -> set[str]:
-    """The names of the files with weights, of those that the hub tells of, else of those in the cache."""
-    files = listed(HubModel.parse(at_commit(path, directory)))
+def _weight_files(directory: Path, files: Iterable[str] | None, path: str) -> set[str]:
+    """The names of the files with weights, of the `files` that the hub tells of (None: of those in the cache)."""
     with named(path):
         if files is not None:
             return weight_file_names(directory, set(files))

@@ -24,6 +24,7 @@ from tasks.serving.family import Family
 from tasks.serving.jobs import Failure, Full, Job, Limits, Piece, Stopped
 from tasks.serving.metrics import Metrics
 from tasks.serving.prefixes import Prefixes
+from tasks.serving.sampling import NoChoice
 from tasks.serving.text_stream import TextStream
 
 
@@ -213,7 +214,11 @@ class Engine:
         if not math.isfinite(largest):
             self._fail(job, "numbers", text)
             return True
-        chosen = job.chooser.choose(logits, likeliest)
+        try:
+            chosen = job.chooser.choose(logits, likeliest)
+        except NoChoice:
+            self._fail(job, "settings", text)
+            return True
         if chosen.token in job.stop_ids:
             new, finish = stream.end(), "stop"
         else:

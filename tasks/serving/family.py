@@ -12,12 +12,11 @@ from transformers import PreTrainedModel
 from elastic_core import NestedModel
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.data.chat_template import Messages, knows_thinking, prompt_ids, render
-from elastic_core.data.tokenizer import load_tokenizer
+from elastic_core.data.tokenizer import load_tokenizer, require_tokenizer
 from elastic_core.errors import UserError
 from elastic_core.export import elastic_checkpoint
 from elastic_core.export.conversation import new_cache
-from elastic_core.io.tokenizer_files import TOKENIZERS
-from elastic_core.model.hf import CONFIG_ERRORS
+from elastic_core.model.hf import errors_of_transformers
 from elastic_core.model.submodel import Submodel
 from tasks.serving.batch import read
 from tasks.serving.sampling import Chooser, Settings
@@ -42,8 +41,7 @@ class Family:
     def __init__(self, directory: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"):
         """Raises UserError unless `directory` is a family with a tokenizer, and its budgets are nested."""
         elastic_checkpoint.read(directory)
-        if not any((directory / name).is_file() for name in TOKENIZERS):
-            raise UserError(f"{directory}: no tokenizer ({' or '.join(TOKENIZERS)}); copy the parent's tokenizer to it")
+        require_tokenizer(directory)
         self.tokenizer = load_tokenizer(directory, trust_remote_code=False)
         self.model = NestedModel.from_pretrained(directory, dtype, device)
         self.config = self.model.config
@@ -102,14 +100,9 @@ class Family:
 
 def _try(directory: Path, budget: Budget) -> None:
     """Choose a token with every setting. Raises UserError where transformers cannot use generation_config.json."""
-    try:
+    with errors_of_transformers(directory):
         logits = read(budget.model, new_cache(budget.model.config), [0], 0)
         if not logits.isfinite().all():
             raise UserError(f"{directory}: budget {budget.label} computes numbers that are not finite; train it again")
         for temperature in (None, 1.0):
             Chooser(budget.model, Settings(temperature=temperature), [0], 2).choose(logits, 0)
-    except CONFIG_ERRORS as error:
-        raise UserError(
-            f"{directory}: transformers cannot use it ({type(error).__name__}: {error}); correct "
-            "generation_config.json or config.json, or copy them again"
-        ) from None

@@ -49,7 +49,8 @@ class Piece:
 class Failure:
     """A text has ended without a result.
 
-    `reason`: "timeout", "memory", "stopped", "cancelled", or "numbers" (the logits are not finite).
+    `reason`: "timeout", "memory", "stopped", "cancelled", "numbers" (the logits are not finite), or "settings" (see
+    `NoChoice`).
     """
 
     reason: str

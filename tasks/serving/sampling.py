@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
+
+from elastic_core.errors import UserError
+
+
+class NoChoice(UserError):
+    """With the settings of a text, the probabilities of the next token are not finite."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +83,16 @@ class Chooser:
             self._random.manual_seed(settings.seed) if settings.seed is not None else self._random.seed()
 
     def choose(self, logits: Tensor, likeliest: int) -> Chosen:
-        """The next token after logits (V,). `likeliest` is the token with the largest one."""
+        """The next token after logits (V,). `likeliest` is the token with the largest one. Raises NoChoice."""
         token = likeliest
         if self._samples or self._processors:
             scores = logits[None].to(dtype=torch.float32, copy=True)
             scores = self._processors(torch.tensor([self.ids], device=logits.device), scores)
             if self._samples:
-                token = torch.multinomial(scores.softmax(-1), 1, generator=self._random).item()
+                chances = scores.softmax(-1)
+                if not math.isfinite(chances.sum().item()):
+                    raise NoChoice("the settings are too extreme: they leave no token to choose")
+                token = torch.multinomial(chances, 1, generator=self._random).item()
             else:
                 token = scores.argmax(-1).item()
         self.ids.append(token)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from elastic_core.errors import UserError
+from elastic_core.export import elastic_checkpoint
 from elastic_core.model import hf
 from tasks.serving.engine import Engine
 from tasks.serving.family import Family
@@ -80,10 +81,11 @@ def serve(
 def _say(family: Family, limits: Limits, host: str, port: int, key: str | None) -> None:
     """Print where the server is and what it serves."""
     budgets = ", ".join(f"{name} ({budget.num_parameters:,})" for name, budget in family.budgets.items())
+    between = "; those in between too, such as 0.8" if elastic_checkpoint.read(family.model.directory)["path"] else ""
     place = f"[{host}]" if ":" in host else host
     print(
         f"http://{place}:{port}/v1 serves budgets of {family.model.directory}\n"
-        f"budgets   {budgets}; those in between too, such as 0.8\n"
+        f"budgets   {budgets}{between}\n"
         f"weights   {family.model.num_bytes():,} bytes, once for all budgets\n"
         f"limits    context {limits.context:,} tokens; {limits.max_batch} texts at a time per budget, "
         f"{limits.max_waiting} in the queue\n"

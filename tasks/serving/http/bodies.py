@@ -1,6 +1,7 @@
 """What clients send: the bodies of OpenAI's interface, as far as a language model can honour them.
 
-A field that would change the answer and is not supported is refused, so that it is not ignored in silence.
+A field that would change the answer and is not supported is refused, so that it is not ignored in silence. A field
+that is null says nothing: some clients send all that they know.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from tasks.serving.sampling import Settings
 MOST_LOGPROBS, MOST_STOPS, MOST_CHOICES = 20, 16, 16
 Token = Annotated[int, Field(ge=0)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
+# Names in chat_template_kwargs that are no variables of a template, but arguments of the functions that render it.
+ARGUMENTS = {
+    *("chat_template", "tokenize", "messages", "conversation", "tokenizer", "where", "continued"),
+    *("add_generation_prompt", "continue_final_message"),
+}
 
 
 class StreamOptions(BaseModel):
@@ -53,6 +59,11 @@ class Body(BaseModel):
     ignore_eos: bool = False
     hand_over: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, values):
+        return {n: value for n, value in values.items() if value is not None} if isinstance(values, dict) else values
+
     @field_validator("stop")
     @classmethod
     def _stops(cls, value):
@@ -76,12 +87,7 @@ class Body(BaseModel):
 class Completion(Body):
     """The body of /v1/completions: a text, or several, to go on from."""
 
-    prompt: (
-        str
-        | Annotated[list[Token], Field(min_length=1)]
-        | list[str]
-        | list[Annotated[list[Token], Field(min_length=1)]]
-    )
+    prompt: str | Tokens | list[str] | list[Tokens]
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
@@ -135,7 +141,7 @@ class Chat(Body):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _variables(cls, values):
-        if taken := {"chat_template", "tokenize", "messages", "conversation"} & (values or {}).keys():
+        if taken := ARGUMENTS & (values or {}).keys():
             raise ValueError(f"got {', '.join(sorted(taken))}; allowed: variables of the chat template")
         return values
 

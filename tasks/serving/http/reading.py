@@ -21,6 +21,7 @@ FAILURES = {
     "timeout": (504, "the answer took longer than the server's time limit (--timeout)"),
     "memory": (503, "the server is out of memory; try a shorter text, or later"),
     "stopped": (503, "the server is stopping"),
+    "settings": (400, "temperature or repetition_penalty is too extreme: no token can be chosen"),
     "numbers": (500, "the model computed numbers that are not finite"),
 }
 

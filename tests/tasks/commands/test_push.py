@@ -71,6 +71,8 @@ def test_stage_extract_copies_every_version_of_a_budget(uploads, run):
     assert extract.copy(model, "hf://me/family", "small", "short").endswith("/me/family-small/tree/short")
     branches = uploads.files["me/family-small"]
     assert all("model.safetensors" in branches[name] for name in ("main", "short"))
+    for name, place in (("main", b'"me/family-small")'), ("short", b'"me/family-small", revision="short")')):
+        assert branches[name]["README.md"].count(b"from_pretrained(" + place) == 2  # tokenizer and model
 
 
 def test_the_destination_is_checked_at_the_start(uploads):

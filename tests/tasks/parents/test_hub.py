@@ -58,6 +58,7 @@ def files(data, tmp_path_factory):
     assert sum(name.endswith(".safetensors") for name in found) > 2
     return found | {
         "README.md": b"---\nlicense: mit\n---\nabout",
+        "Notice.txt": b"notice",
         "consolidated.safetensors": b"x" * 100,
         "pytorch_model.bin": b"x" * 100,
     }

@@ -248,6 +248,26 @@ def test_numbers_that_are_not_finite_are_no_text(family):
     engine.stop()
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(temperature=1e-44),
+        Settings(temperature=1.0, repetition_penalty=1e-44),
+        Settings(temperature=0, repetition_penalty=1e-300),
+        Settings(temperature=1.0, repetition_penalty=1e300),
+        Settings(temperature=1.0, top_p=1e-300, min_p=1.0),
+    ],
+)
+def test_extreme_settings_end_only_their_own_text(family, settings):
+    engine = start(family)
+    readers = [Reader(family, "small", list(range(2, 12)), 3, one) for one in (settings, None)]
+    engine.submit([reader.job for reader in readers])
+    end = readers[0].end()
+    assert getattr(end, "reason", "settings") == "settings"
+    assert readers[1].end().finish in ("length", "stop") and engine.is_running
+    engine.stop()
+
+
 def test_a_conversation_without_attention_layers(served):
     """transformers cannot decode these with a cache, so the whole text is read at every token."""
     family, alone = served

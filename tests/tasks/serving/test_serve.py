@@ -1,5 +1,6 @@
 """`elastic serve` as a command: what it refuses before it loads weights, and what it says."""
 
+import json
 import socket
 from types import SimpleNamespace
 
@@ -49,7 +50,8 @@ def test_what_it_serves_and_says(directory, monkeypatch, capsys):
     monkeypatch.setenv(command.KEY, "a-secret-key")
     command.serve(directory, port=0, dtype="bfloat16", context=100, max_batch=3)
     out, err = capsys.readouterr()
-    for part in ("http://127.0.0.1:", "full (27,936), medium (14,184), small (7,536)", "context 100 tokens; 3 texts"):
+    budgets = "full (27,936), medium (14,184), small (7,536); those in between too, such as 0.8"
+    for part in ("http://127.0.0.1:", budgets, "context 100 tokens; 3 texts"):
         assert part in out
     assert "a-secret-key" not in out + err and "warning" not in err
     with TestClient(seen[0]) as client:
@@ -57,8 +59,12 @@ def test_what_it_serves_and_says(directory, monkeypatch, capsys):
         models = client.get("/v1/models", headers={"Authorization": "Bearer a-secret-key"}).json()["data"]
         assert [model["max_model_len"] for model in models] == [100] * 3
     monkeypatch.delenv(command.KEY)
+    content = json.loads((directory / "elastic.json").read_text())
+    (directory / "elastic.json").write_text(json.dumps({**content, "path": []}))  # as of an adopted family
     command.serve(directory, host="0.0.0.0", port=0)
-    assert "everyone who reaches 0.0.0.0 can use this server" in capsys.readouterr().err
+    (directory / "elastic.json").write_text(json.dumps(content))
+    out, err = capsys.readouterr()
+    assert "everyone who reaches 0.0.0.0 can use this server" in err and "in between" not in out
     with TestClient(seen[1]) as client:
         answer = client.post("/v1/completions", json={"model": "small", "prompt": "a", "max_tokens": 3}).json()
         assert answer["usage"]["completion_tokens"] <= 3

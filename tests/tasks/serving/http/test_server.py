@@ -105,7 +105,7 @@ def test_texts_of_all_budgets_in_parallel_are_those_of_the_extracted_models(serv
 
 def test_an_answer_in_chunks(client):
     options = {"model": "full", "messages": QUESTION, "max_tokens": 9, "temperature": 2.0, "seed": 3, "n": 2}
-    whole = client.chat.completions.create(**options)
+    whole = client.chat.completions.create(**options, extra_body={"tools": None, "stream": None})  # null says nothing
     assert [choice.index for choice in whole.choices] == [0, 1]
     assert whole.choices[0].message.content != whole.choices[1].message.content
     chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
@@ -185,6 +185,8 @@ def test_two_turns_of_a_conversation_use_two_budgets(client, family, extracted):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content that is no text"),
         ({"messages": [{"content": "a"}]}, "got the role None"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "allowed: variables of the chat template"),
+        ({"chat_template_kwargs": {"add_generation_prompt": True}}, "allowed: variables of the chat template"),
+        ({"chat_template_kwargs": {"where": 1, "continued": 1}}, "got continued, where; allowed: variables"),
     ],
 )
 def test_what_cannot_be_done_is_refused(server, body, message):
