@@ -101,12 +101,13 @@ def _has_flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **mask) -> Tensor:
-    if query.is_cuda and query.dtype not in LOW_PRECISION:
+    repeats = query.is_cuda and query.dtype not in LOW_PRECISION
+    if repeats:
         # The kernel that never holds all scores takes float32 only if keys have as many heads as queries. Otherwise
         # torch stores the scores of all pairs of positions, which are far larger than the copies here.
         key, value = (t.repeat_interleave(query.shape[2] // t.shape[2], dim=2) for t in (key, value))
     tensors = (t.transpose(1, 2) for t in (query, key, value))
-    return F.scaled_dot_product_attention(*tensors, enable_gqa=query.shape[2] != key.shape[2], **mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(*tensors, enable_gqa=not repeats, **mask).transpose(1, 2)
 
 
 def _attention_by_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:

@@ -1,6 +1,7 @@
 """Parents as they are published: old configurations, remote code's names, shard by shard and in bounded memory."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ SMALL = NANO_12B | {
     "hybrid_override_pattern": "M-*M", "num_hidden_layers": 4, "vocab_size": 97, "hidden_size": 48, "head_dim": 12,
     "intermediate_size": 80, "num_attention_heads": 16, "mamba_num_heads": 16, "mamba_head_dim": 10,
     "ssm_state_size": 14, "layer_norm_epsilon": 1e-3, "time_step_min": 0.05,
+    "time_step_limit": [0.05, math.inf],
 }  # fmt: skip
 LARGE = NANO_12B | {
     "hybrid_override_pattern": "M*-", "num_hidden_layers": 3, "vocab_size": 16384, "hidden_size": 512,
