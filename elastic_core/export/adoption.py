@@ -152,7 +152,8 @@ def _loss(model: ElasticModel, member: Submodel, input_ids: Tensor, order: int) 
 def write(directory: str | os.PathLike, config, members: Mapping[str, Submodel]) -> None:
     """Write the elastic.json of a checkpoint with these members, largest first. Nothing lies between them."""
     full = num_parameters(config)
-    entries = {name: Member(num_parameters(config, member) / full, member) for name, member in members.items()}
+    shares = {name: round(num_parameters(config, member) / full, 4) for name, member in members.items()}
+    entries = {name: Member(shares[name], member) for name, member in members.items()}
     elastic_checkpoint.write(directory, config, entries, [])
 
 

@@ -39,10 +39,10 @@ def push(
     - `revision`: the branch, created if it does not exist (None: main).
     - `replaced`: contents for some files, in place of those in the directory.
 
-    The code in the model card is written to load the model from there. Files of an earlier model that this one does
-    not have are removed in the same commit. Raises UserError for a directory without config.json, an invalid name, a
-    missing or wrong token, and for a public repository with `private`. Raises StorageUnavailable if the hub does not
-    answer.
+    Hidden files and folders are not uploaded. The code in the model card is written to load the model from there. Files
+    of an earlier model that this one does not have are removed in the same commit. Raises UserError for a directory
+    without config.json, an invalid name, a missing or wrong token, and for a public repository with `private`. Raises
+    StorageUnavailable if the hub does not answer.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # here because the import is slow
 
@@ -51,6 +51,7 @@ def push(
         raise UserError(f"{directory}: no config.json, so it is no model; nothing was uploaded")
     check_name(repository)
     files = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    files = {name: path for name, path in files.items() if not re.search(r"(^|/)\.", name)}
     card = replaced.get(CARD, files[CARD].read_bytes() if CARD in files else None)
     if card is not None:
         text = card.decode(errors="surrogateescape")

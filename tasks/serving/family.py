@@ -86,7 +86,7 @@ class Family:
         template. Raises UserError if the template refuses the messages.
         """
         if "enable_thinking" in options and self.tokenizer.chat_template and not knows_thinking(self.tokenizer):
-            raise UserError("enable_thinking: the chat template has no such switch; leave it out")
+            raise UserError("enable_thinking (--think, --no-think): the chat template has no such switch; leave it out")
         if not continued:
             return prompt_ids(self.tokenizer, messages, "messages", **options)
         text = render(self.tokenizer, messages, "messages", continue_final_message=True, **options)

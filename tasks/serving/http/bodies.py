@@ -6,6 +6,7 @@ that is null says nothing: some clients send all that they know.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -18,7 +19,7 @@ Tokens = Annotated[list[Token], Field(min_length=1)]
 # Names in chat_template_kwargs that are no variables of a template, but arguments of the functions that render it.
 ARGUMENTS = {
     *("chat_template", "tokenize", "messages", "conversation", "tokenizer", "where", "continued"),
-    *("add_generation_prompt", "continue_final_message"),
+    *("self", "add_generation_prompt", "continue_final_message"),
 }
 
 
@@ -62,6 +63,10 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _given(cls, values):
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("got half of a surrogate pair; allowed: Unicode") from None
         return {n: value for n, value in values.items() if value is not None} if isinstance(values, dict) else values
 
     @field_validator("stop")

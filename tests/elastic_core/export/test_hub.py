@@ -25,6 +25,9 @@ def model(tmp_path):
 
 
 def test_a_model_is_one_commit_in_a_private_repository(uploads, model):
+    (model / ".git").mkdir()
+    for name in (".env", ".git/config"):  # may hold secrets
+        (model / name).write_text("x")
     url = hub.push(model, "me/small", message="first", replaced={"README.md": b"# card"})
     assert url.startswith("http://127.0.0.1") and url.endswith("/me/small")
     assert uploads.private == {"me/small": True} and uploads.commits == [("me/small", "main", "first")]

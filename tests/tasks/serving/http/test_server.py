@@ -186,7 +186,9 @@ def test_two_turns_of_a_conversation_use_two_budgets(client, family, extracted):
         ({"messages": [{"content": "a"}]}, "got the role None"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "allowed: variables of the chat template"),
         ({"chat_template_kwargs": {"add_generation_prompt": True}}, "allowed: variables of the chat template"),
-        ({"chat_template_kwargs": {"where": 1, "continued": 1}}, "got continued, where; allowed: variables"),
+        ({"chat_template_kwargs": {"where": 1, "self": 1}}, "got self, where; allowed: variables"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
+        ({"temperature": 1e-44}, "temperature or repetition_penalty is too extreme"),
     ],
 )
 def test_what_cannot_be_done_is_refused(server, body, message):
