@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from elastic_core.errors import UserError
@@ -166,6 +167,17 @@ def write(files: Mapping[Path, Mapping[str, Entry]], tensors: Iterable[tuple[str
             owners |= dict.fromkeys(entries, file)
         for _ in ordered_map(_copy, _blocks(owners, tensors), WRITERS):
             pass
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write small tensors to a file, with the permissions of every new file.
+
+    The library's own function would write a file that only its owner can read.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata)
+    path.chmod(mode)
 
 
 def _blocks(owners: dict[str, TensorFile], tensors: Iterable[tuple[str, Rows]]) -> Iterator[tuple]:

@@ -20,12 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from elastic_core.config import load
 from elastic_core.errors import UserError, named
+from elastic_core.io import tensor_files
 from elastic_core.io.json_files import parse_json
 from elastic_core.io.tensor_files import open_checked, read_header
 from elastic_core.model import architectures
@@ -163,4 +163,4 @@ def _write(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
     file.parent.mkdir(exist_ok=True)
     contiguous = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
     assert len(metadata) <= 1  # the library writes several entries in an order that differs from process to process
-    safetensors.torch.save_file(contiguous, file, metadata)
+    tensor_files.save(contiguous, file, metadata)

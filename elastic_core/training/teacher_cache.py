@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from elastic_core.config import ConfigError
 from elastic_core.data.loader import PackedSequences
 from elastic_core.errors import UserError
+from elastic_core.io import tensor_files
 from elastic_core.io.atomic import whole_file
 from elastic_core.model.documents import documents_of
 from elastic_core.model.elastic_model import ElasticModel
@@ -107,7 +107,7 @@ class TeacherCache:
                 tensors = self._compute(model, number, ranks)
             if ranks.rank < len(part):
                 with whole_file(self.path(number)) as partial:
-                    safetensors.torch.save_file(tensors, partial)
+                    tensor_files.save(tensors, partial)
             if progress is not None:
                 progress(min(start + ranks.world, len(missing)), len(missing))
         reshard(model)
@@ -155,7 +155,7 @@ class TeacherCache:
         try:
             with safe_open(path, "pt") as file:
                 ids, logprobs = file.get_tensor("ids"), file.get_tensor("logprobs")
-        except (OSError, safetensors.SafetensorError) as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be read ({error}); remove it, and the next start computes it") from None
         kept = self.stage.kept_logits
         if ids.shape != (*shape, kept) or logprobs.shape != (*shape, kept + 1):

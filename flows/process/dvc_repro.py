@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--events", type=Path, help="the file that is told what ran")
     arguments = parser.parse_args()
     logging.getLogger("dvc").setLevel(logging.WARNING)
+    logging.getLogger("dvc.output").setLevel(logging.ERROR)  # it warns of empty files: an imported parent's metrics
     if arguments.force:
         os.environ[from_the_start.VARIABLE] = "1"
     single = arguments.stage is not None

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from elastic_core.data.loader import Batch
 from elastic_core.errors import UserError
+from elastic_core.io import tensor_files
 from elastic_core.io.atomic import whole_file, write_text
 from elastic_core.io.json_files import read_json
 from elastic_core.io.tensor_files import open_checked, read_header
@@ -58,7 +58,7 @@ class Ranking:
         tensors = self.norm_ratios | ({} if self.axes is None else {"axes": self.axes.contiguous()})
         if tensors:
             with whole_file(_tensors_of(path)) as partial:
-                safetensors.torch.save_file(tensors, partial)
+                tensor_files.save(tensors, partial)
         content = {
             "tensors": list(tensors),
             "depth": self.depth,

@@ -18,7 +18,7 @@ from elastic_core.io.tensor_files import Entry, read_header, write
 from elastic_core.model import hf
 from elastic_core.model.architectures.nemotron_h import disk_name
 from elastic_core.model.dims import kept_rows, narrow
-from tests.support.models.parents import random_config, random_elastic, random_submodel
+from tests.support.models.parents import random_config, random_elastic, random_ratios, random_submodel
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"b.x": (7,), "a.long": (301, 5), "c": (1, 900), "a.deep": (64, 1, 4), "none": (0, 3), 'é"': (2, 3)}
@@ -46,6 +46,25 @@ def test_files_are_those_of_safetensors(tmp_path, monkeypatch, block_bytes, dtyp
         assert stored.entry == entries_of(tensors)[name]
         read = stored.read([(0, stored.entry.shape[0])])
         assert torch.equal(torch.from_numpy(read).view(stored.entry.dtype), tensors[name])
+
+
+def test_small_files_have_the_permissions_of_new_files(tmp_path):
+    """The library's own are readable by their owner only; then nobody else could serve a family."""
+    tensors = {"a": torch.ones(3), "b": torch.zeros(2, 2, dtype=torch.bfloat16)}
+    save_file(tensors, tmp_path / "theirs", {"key": "value"})
+    for _ in range(2):  # also over a file
+        tensor_files.save(tensors, tmp_path / "ours", {"key": "value"})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_all_files_of_a_model_have_the_same_permissions(tmp_path):
+    model = random_elastic(0)
+    model.norm_gains = random_ratios(model.config)
+    model.save_pretrained(tmp_path / "model")
+    files = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
+    assert len(files) > 2 and len({file.stat().st_mode for file in files}) == 1
 
 
 def test_views_and_transposed_tensors_are_written_as_they_look(tmp_path):
