@@ -159,14 +159,15 @@ def _stage(name: str, comment: str, profile: Profile, stage: Training) -> list[t
 
 def _evaluation(profile: Profile) -> list[tuple[str, str]]:
     length = min(profile.short.sequence_length, max(8, profile.held_out_tokens // 8))
-    tokens = max(length, min(8192, profile.held_out_tokens // 2 // length * length))
+    most = 131_072 if profile.gpus else 8192
+    tokens = max(length, min(most, profile.held_out_tokens // 2 // length * length))
     cached, prompt = min(1024, max(8, profile.held_out_tokens // 4)), min(64, max(4, profile.held_out_tokens // 8))
     return [
         (f"extract: {{dtype: {profile.dtype}}}", "element type of the extracted models, here the parent's"),
-        ("evaluate:", "on the CPU; held_out and tasks are left out: all sources, and no test tasks"),
+        ("evaluate:", "held_out and tasks are left out: all sources, and no test tasks"),
         (f"  max_tokens: {tokens}", "per source"),
         (f"  sequence_length: {length}", "tokens per sequence"),
-        ("  batch_size: 1", "sequences per batch"),
+        (f"  batch_size: {'auto' if profile.gpus else 1}", "sequences per batch; auto: what the memory allows"),
         (f"  cache_tokens: {cached}", "tokens in the cache when its bytes are measured"),
         (f"  latency: {{prompt_tokens: {prompt}, new_tokens: 8, repeats: 3}}", "speed of one sequence"),
     ]
