@@ -93,7 +93,10 @@ def evaluate(budget: str, items: list[Item], setting: Setting, settings: Params)
 
 
 def compute_item(setting: Setting, kept: dict, item: Item, device: torch.device) -> dict:
-    """The scores of an item. `kept` holds the models of this process, so that the next item finds its model loaded."""
+    """The scores of an item. `kept` holds the models of this process, so that the next item finds its model loaded.
+
+    A task of Ray has a `kept` of its own, so it loads its model.
+    """
     transformers.utils.logging.disable_progress_bar()
     models = kept.setdefault(device, Models(device, setting.section.dtype))
     return compute(item, setting, models)

@@ -101,18 +101,19 @@ def shared_by_more(name: str, settings: Params) -> dict[str, object] | None:
 
 
 def more_workers(settings: Params, workers: int) -> dict[str, object] | None:
-    """Changes for `workers` workers, so that every stage's batches are multiples of it. Tokens per step stay the same.
+    """Changes for `workers` workers, so that every stage's batches divide evenly. Tokens per step stay the same.
 
     None if that is impossible.
     """
     changes: dict[str, object] = {"compute.workers": workers}
+    groups = workers // settings.compute.execution.context_parallel  # of workers that share sequences
     for name, stage in stages_of(settings).items():
         size, section = stage.batch_size // stage.microbatches, "parent.training" if name == "parent" else name
-        if stage.batch_size % workers:
+        if stage.batch_size % groups:
             return None
-        if size % workers:
+        if size % groups:
             candidates = range(stage.microbatches, 0, -1)
-            parts = next(n for n in candidates if stage.batch_size % n == 0 and stage.batch_size // n % workers == 0)
+            parts = next(n for n in candidates if stage.batch_size % n == 0 and stage.batch_size // n % groups == 0)
             changes[f"{section}.microbatches"] = parts
     rank = settings.rank
     if rank.batch_size % workers:

@@ -374,6 +374,20 @@ def test_changes_keep_the_tokens_of_a_step():
             assert before == after
 
 
+def test_more_workers_that_share_sequences_need_no_larger_microbatches():
+    shared = [
+        "compute.execution.context_parallel=8",
+        "train_short.microbatches=1536",
+        "train_extended.microbatches=512",
+    ]
+    settings = settings_of("nemotron-nano-12b-v2", "compute.workers=8", *shared)
+    assert planning.more_workers(settings, 16) == {
+        "compute.workers": 16,
+        "train_short.microbatches": 768,
+        "train_extended.microbatches": 256,
+    }
+
+
 def test_more_workers_hold_less_each():
     halves = "train_extended.microbatches=6"
     settings = [settings_of("one-gpu", f"compute.workers={workers}", halves) for workers in (1, 2)]
