@@ -7,6 +7,7 @@ Every `check` raises ConfigError, which says what was given and what is allowed.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 from dataclasses import dataclass, field, replace
@@ -100,12 +101,16 @@ class ParentModel:
     ssm_state_size: int
     conv_kernel: int = 4
     initializer_range: float = 0.02
+    time_step_limit: tuple[float, ...] = (0.0, math.inf)  # the smallest and the largest, see docs/architectures.md
 
     def check(self, require: Require = require) -> None:
         known = bool(self.pattern) and set(self.pattern) <= set("M*-")
         require(known, "pattern", self.pattern, "characters M, * and -")
         for name, size in vars(self).items():
-            require(name == "pattern" or size > 0, name, size, "above 0")
+            require(name in ("pattern", "time_step_limit") or size > 0, name, size, "above 0")
+        limit = self.time_step_limit
+        is_limit = len(limit) == 2 and 0 <= limit[0] <= limit[1]
+        require(is_limit, "time_step_limit", limit, "the smallest and the largest time step, such as [0.0, 0.1]")
         for heads, groups in (("mamba_num_heads", "n_groups"), ("num_attention_heads", "num_key_value_heads")):
             divides = getattr(self, groups) < 1 or getattr(self, heads) % getattr(self, groups) == 0
             require(divides, heads, getattr(self, heads), f"a multiple of {groups} ({getattr(self, groups)})")
