@@ -23,7 +23,7 @@ TRAINING = ("elastic_core/training/loop.py", "    stage, modules = run.stage, tr
 WORK = {
     "prepare_data": ("tasks/corpora/encoding.py", "        split, texts = batch\n"),
     "parent": TRAINING,
-    "rank": ("elastic_core/search/importance/depth.py", "        return ((hidden @ self.gram) * hidden).sum()\n"),
+    "rank": ("elastic_core/search/importance/depth.py", "        total = total + ((part @ gram) * part).sum()\n"),
     "train_short": TRAINING,
     "train_extended": TRAINING,
 }

@@ -26,6 +26,7 @@ CONFIG = NemotronHConfig(
     mamba_num_heads=4,
     mamba_head_dim=6,
     n_groups=2,
+    time_step_limit=(0.001, 1e30),
 )
 
 
