@@ -61,7 +61,8 @@ def work_on_item(directory, item, device):
     (directory / item.name).touch()
     if item.name == "last":
         raise UserError("last: cannot be")
-    return {"process": os.getpid(), "device": str(device), "there": started}
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    return {"process": os.getpid(), "device": str(device), "there": started, "niceness": niceness}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -79,6 +80,8 @@ def test_items_run_on_workers_in_the_order_of_their_needs(workers, tmp_path, no_
     assert sorted(found) == ["a", "b", "c"] and not (tmp_path / "old").exists()
     assert {"a", "b"} <= set(found["c"]["there"]) and found["a"]["device"] == "cpu"
     assert (found["a"]["process"] == os.getpid()) == (workers == 0)
+    # Ray's workers would be nice to every other process on the machine, and hardly run beside a busy one.
+    assert found["a"]["niceness"] == os.getpriority(os.PRIO_PROCESS, 0)
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
