@@ -1,6 +1,7 @@
 """Generates with vLLM, which runs in an interpreter of its own: it rarely fits in one environment with training."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 OF_A_MODEL = ("top_p", "top_k", "min_p", "repetition_penalty")  # what generation_config.json may set
 SAMPLING = ("temperature", *OF_A_MODEL)
 TOP_K = 50  # of transformers, where nothing sets it
-LINES = 20  # of a failed process that a message shows
+CAUSE = re.compile(r" ERROR .*?\b(\w+(?:Error|Exception): .*)")  # in the log of vLLM's own processes
+LINES = 20  # of a failed process that a message shows, where its log has no cause
 
 
 class VllmEngine:
@@ -66,8 +68,15 @@ class VllmEngine:
         if answer := self._process.stdout.readline():
             return json.loads(answer)
         self._process.wait()
-        last = " ".join(self.log.read_text().splitlines()[-LINES:])[-800:]
-        raise ConfigError(f"evaluate.vllm.python: vLLM in {self.python} has ended ({self.log}): {last}")
+        raise ConfigError(
+            f"evaluate.vllm: vLLM in {self.python} has ended ({self.log}): {_reason(self.log.read_text())}"
+        )
+
+
+def _reason(log: str) -> str:
+    """The first error of vLLM's own processes: the last lines then say only that they have ended. Else these lines."""
+    found = CAUSE.search(log)
+    return found[1] if found else " ".join(log.splitlines()[-LINES:])[-800:]
 
 
 def with_defaults(options: dict, config: GenerationConfig) -> dict:

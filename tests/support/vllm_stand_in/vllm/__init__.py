@@ -18,7 +18,8 @@ class LLM:
     def __init__(self, model: str, dtype: str, trust_remote_code: bool):
         print("stand-in: loading")
         if not Path(model).is_dir():
-            raise SystemExit(f"no such model {model}")
+            print(f"(EngineCore pid=1) ERROR 01-01 00:00:00 [core.py:1] ValueError: no such model {model}")
+            raise SystemExit("As vLLM, many lines that do not say why.\n" * 30)
         import torch  # slow
         from transformers import AutoModelForCausalLM, GenerationConfig
 
