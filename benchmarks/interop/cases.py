@@ -25,7 +25,8 @@ COMMON = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
 ROPE = {"rope_type": "default", "rope_theta": 500000.0}  # not the 10,000 that readers take without it
 ATTENTION = COMMON | {"intermediate_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 512}
 ATTENTION |= {"tie_word_embeddings": False, "rope_parameters": ROPE}
-HYBRID = COMMON | {"layers_block_type": NemotronHConfig._pattern_to_list("M-*M-M*-"), "head_dim": 16, "n_groups": 2}
+LLAMA = ATTENTION | {"hidden_size": 128, "head_dim": 32}  # mistral.rs wants hidden size / heads, vLLM 32 or more
+HYBRID = COMMON | {"layers_block_type": NemotronHConfig._pattern_to_list("M-*M-M*-"), "head_dim": 32, "n_groups": 2}
 HYBRID |= {"intermediate_size": 96, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "chunk_size": 32}
 SMALL = {"hidden_size": 32, "num_attention_heads": 2}
 
@@ -40,7 +41,7 @@ class Case:
 
 
 CASES = {
-    "llama": Case((LlamaConfig, ATTENTION | {"head_dim": 16}), Submodel(**SMALL, intermediate_size=96)),
+    "llama": Case((LlamaConfig, LLAMA), Submodel(hidden_size=64, num_attention_heads=2, intermediate_size=96)),
     "qwen3": Case((Qwen3Config, ATTENTION | {"head_dim": 32}), Submodel(**SMALL, kept_layers=(0, 1, 3))),
     "nemotron_h": Case((NemotronHConfig, HYBRID), Submodel(**SMALL, mamba_num_heads=4, intermediate_size=64)),
     "nemotron_h uneven": Case((NemotronHConfig, HYBRID), Submodel(**SMALL, intermediate_size=(96, 64, 32))),

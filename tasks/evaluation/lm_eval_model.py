@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from elastic_core.config import ConfigError
 from tasks.evaluation.batch_sizes import fitting
-from tasks.evaluation.vllm_engine import VllmEngine, continuations
+from tasks.evaluation.vllm_engine import VllmEngine, continuations, with_defaults
 from tasks.settings.sections import Benchmarks
 
 AUTO = 64  # sequences with which `auto` begins
@@ -91,6 +91,7 @@ class Model(HFLM):
             stop = []
         if self._engine is not None:
             mask, most = options.pop("attention_mask"), max_length - context.shape[1]
+            options = with_defaults(options, self.model.generation_config)
             return continuations(self._engine, context, mask, stop, self._stop_ids(), most, options)
         if self.model.generation_config.max_new_tokens is not None:  # transformers would prefer it to max_length
             options["max_new_tokens"] = max_length - context.shape[1]

@@ -1,19 +1,24 @@
 """Generates with vLLM, which runs in an interpreter of its own: it rarely fits in one environment with training."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from elastic_core.config import ConfigError
 from tasks.settings.parts.evaluation import Vllm
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-LINES = 20  # of a failed process that a message shows
+OF_A_MODEL = ("top_p", "top_k", "min_p", "repetition_penalty")  # what generation_config.json may set
+SAMPLING = ("temperature", *OF_A_MODEL)
+TOP_K = 50  # of transformers, where nothing sets it
+CAUSE = re.compile(r" ERROR .*?\b(\w+(?:Error|Exception): .*)")  # in the log of vLLM's own processes
+LINES = 20  # of a failed process that a message shows, where its log has no cause
 
 
 class VllmEngine:
@@ -36,7 +41,7 @@ class VllmEngine:
 
         `options`: transformers' names of sampling, of which those in SAMPLING are known. Raises ConfigError for others.
         """
-        options = {name: value for name, value in options.items() if value is not None}
+        options = dict(options)
         is_sampled = options.pop("do_sample", options.get("temperature", 0) > 0)
         if unknown := sorted(options.keys() - set(SAMPLING)):
             raise ConfigError(
@@ -63,8 +68,21 @@ class VllmEngine:
         if answer := self._process.stdout.readline():
             return json.loads(answer)
         self._process.wait()
-        last = " ".join(self.log.read_text().splitlines()[-LINES:])[-800:]
-        raise ConfigError(f"evaluate.vllm.python: vLLM in {self.python} has ended ({self.log}): {last}")
+        raise ConfigError(
+            f"evaluate.vllm: vLLM in {self.python} has ended ({self.log}): {_reason(self.log.read_text())}"
+        )
+
+
+def _reason(log: str) -> str:
+    """The first error of vLLM's own processes: the last lines then say only that they have ended. Else these lines."""
+    found = CAUSE.search(log)
+    return found[1] if found else " ".join(log.splitlines()[-LINES:])[-800:]
+
+
+def with_defaults(options: dict, config: GenerationConfig) -> dict:
+    """`options` of sampling, completed as transformers does: by the model's own, and by `TOP_K`."""
+    own = {"top_k": TOP_K} | {name: value for name in OF_A_MODEL if (value := getattr(config, name, None)) is not None}
+    return own | {name: value for name, value in options.items() if value is not None}
 
 
 def continuations(engine: VllmEngine, context: Tensor, mask: Tensor, stop: list[str], stop_ids: list[int], most: int,

@@ -13,6 +13,7 @@ import sys
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to stdout
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
     from vllm import LLM, SamplingParams
 
     first = json.loads(sys.stdin.readline())

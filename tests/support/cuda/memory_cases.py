@@ -1,9 +1,9 @@
-"""`python -m tests.support.cuda.memory_cases [kernels]`: the memory of a step on GPUs that are not there.
+"""`python -m tests.support.cuda.memory_cases [kernels] [full]`: the memory of a step on GPUs that are not there.
 
 A step of one of 64 ranks, on fake tensors in the shapes of Nemotron-Nano-12B-v2, with FSDP in a fake process group; of
 its 62 layers only four, of all kinds, because that takes seconds and not minutes. MemTracker of torch counts storages.
 Prints what `elastic plan` says and what was counted, in bytes, by stage, as JSON. `kernels`: with mamba_ssm's own
-Python, but without its launches.
+Python, but without its launches. `full`: all 62 layers.
 """
 
 # isort: skip_file
@@ -89,7 +89,8 @@ def make_run(config, settings, name: str, ranks: Ranks) -> Run:
     placed, teacher = model(False), model(True)
     data = RandomTokens(config.vocab_size, stage.sequence_length)
     if name == "train_short":
-        router = Router(ElasticSpace(config, settings.choices, tuple(range(LAYERS))), tuple(BUDGETS.values()))
+        order = tuple(range(config.num_hidden_layers))
+        router = Router(ElasticSpace(config, settings.choices, order), tuple(BUDGETS.values()))
         return Run(placed, stage, data, BUDGETS, None, router, settings.routing, teacher, ranks=ranks)
     members = {name: Member(target, Submodel()) for name, target in BUDGETS.items()}
     return Run(placed, stage, data, BUDGETS, members, teacher=teacher, ranks=ranks)
@@ -110,7 +111,7 @@ def count(config, settings, name: str, ranks: Ranks) -> dict:
     return {"planned": peak.total, "with kernels": with_kernels, "counted": counted, "moment": peak.moment}
 
 
-def main(with_kernels: bool) -> None:
+def main(with_kernels: bool, is_full: bool) -> None:
     if with_kernels:
         conv_stand_in.install(computes=False)
         no_launch.load()
@@ -119,7 +120,8 @@ def main(with_kernels: bool) -> None:
     pretend_streams()
     settings = read(parameters(PROFILE), f"profile {PROFILE}")
     config, _ = read_parent(settings)
-    config, settings = few_layers(config, settings)
+    if not is_full:
+        config, settings = few_layers(config, settings)
     dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
     ranks = Ranks(0, WORLD, CUDA, dist.new_group(backend="fake"))
     assert settings.compute.workers == WORLD
@@ -129,4 +131,4 @@ def main(with_kernels: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("kernels" in sys.argv)
+    main("kernels" in sys.argv, "full" in sys.argv)

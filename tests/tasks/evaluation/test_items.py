@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from transformers import GenerationConfig
 
 from elastic_core.config import ConfigError, load
 from elastic_core.data.loader import IGNORED_LABEL, TokenData, held_out_batches, vocabulary_sha256
@@ -209,8 +210,12 @@ def test_batch_sizes_are_numbers_or_auto(name):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with a model."""
-    directory = tmp_path_factory.mktemp("vllm")
-    reciter(chat_tokenizer(), "#5<|im_end|>", eos_token_id=[0, 5]).save_pretrained(directory / "model")
+    directory, tokenizer = tmp_path_factory.mktemp("vllm"), chat_tokenizer()
+    model, (x, y) = reciter(tokenizer, "#5<|im_end|>", eos_token_id=[0, 5]), tokenizer.convert_tokens_to_ids(["x", "y"])
+    with torch.no_grad():
+        model.lm_head.weight[y, x] = 0.9  # after "x", which follows the answer for ever, only a penalty chooses "y"
+    model.generation_config.repetition_penalty = 2.0
+    model.save_pretrained(directory / "model")
     return directory
 
 
@@ -226,10 +231,11 @@ def engine(place):
 
 def test_vllm_answers_as_transformers_does(engine, place):
     tokenizer, section = chat_tokenizer(), Benchmarks(("any",), batch_size=2)
-    texts = ["hi\n", "what is six times seven?\n", "a\n"]
+    texts = ["hi\n", "what is six times seven?\n", "a\n", "a"]
+    stops, lengths = (["#"], ["5"], ["<|im_end|>"], ["5"]), (8, 8, 3, 4)
     requests = [
         Instance("generate_until", {}, (text, {"until": stop, "max_gen_toks": most}), number)
-        for number, (text, stop, most) in enumerate(zip(texts, (["#"], ["5"], ["<|im_end|>"]), (8, 8, 3), strict=True))
+        for number, (text, stop, most) in enumerate(zip(texts, stops, lengths, strict=True))
     ]
     model = items.Models(torch.device("cpu"), None).load(place / "model")
     by_transformers = lm_eval_model.Model(section, model, tokenizer).generate_until(requests)
@@ -237,8 +243,17 @@ def test_vllm_answers_as_transformers_does(engine, place):
     without_weights = served.without_weights()
     assert all(parameter.is_meta for parameter in without_weights.parameters())
     by_vllm = lm_eval_model.Model(section, without_weights, tokenizer, engine).generate_until(requests)
-    assert by_vllm == by_transformers and len(set(by_vllm)) == 3
+    assert by_vllm == by_transformers and len(set(by_vllm)) == 4
+    assert by_vllm[-1] == "xyxx"  # by the penalty in generation_config.json
     assert "stand-in" in (place / "log").read_text()  # what libraries print does not disturb the answers
+
+
+def test_what_a_task_leaves_out_of_sampling_is_as_in_transformers():
+    config = GenerationConfig(top_p=0.9, repetition_penalty=1.2)
+    options = {"do_sample": True, "top_p": 0.5, "min_p": None}
+    expected = {"do_sample": True, "top_p": 0.5, "top_k": 50, "repetition_penalty": 1.2}
+    assert vllm_engine.with_defaults(options, config) == expected
+    assert vllm_engine.with_defaults({"top_k": 0}, GenerationConfig(top_k=7)) == {"top_k": 0}
 
 
 def test_vllm_says_what_it_does_not_know(engine, tmp_path):

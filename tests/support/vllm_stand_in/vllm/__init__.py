@@ -9,6 +9,7 @@ from types import SimpleNamespace
 class SamplingParams:
     max_tokens: int = 16
     temperature: float = 1.0
+    repetition_penalty: float = 1.0
     stop: list = field(default_factory=list)
     stop_token_ids: list = field(default_factory=list)
 
@@ -17,12 +18,14 @@ class LLM:
     def __init__(self, model: str, dtype: str, trust_remote_code: bool):
         print("stand-in: loading")
         if not Path(model).is_dir():
-            raise SystemExit(f"no such model {model}")
+            print(f"(EngineCore pid=1) ERROR 01-01 00:00:00 [core.py:1] ValueError: no such model {model}")
+            raise SystemExit("As vLLM, many lines that do not say why.\n" * 30)
         import torch  # slow
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         self.tensor = torch.tensor
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self.model.generation_config = GenerationConfig()  # a request with SamplingParams does not read the file
 
     def generate(self, prompts: list[dict], sampling: SamplingParams, use_tqdm: bool) -> list:
         assert sampling.temperature == 0 and not use_tqdm
@@ -31,6 +34,6 @@ class LLM:
     def _generate(self, ids: list[int], sampling: SamplingParams):
         output = self.model.generate(
             self.tensor([ids]), max_new_tokens=sampling.max_tokens, do_sample=False,
-            eos_token_id=sampling.stop_token_ids or None,
+            eos_token_id=sampling.stop_token_ids or None, repetition_penalty=sampling.repetition_penalty,
         )  # fmt: skip
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=output[0, len(ids) :].tolist())])
