@@ -221,7 +221,7 @@ def test_workers_attach_to_a_running_cluster(tmp_path):
     Work that ends well on workers is what test_kill.py compares.
     """
     ray, port = [sys.executable, "-m", "ray.scripts.scripts"], free_port()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}  # other tests keep the cores busy
     start = [*ray, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
     (tmp_path / "found").mkdir()
     # `ray stop` would end every cluster of this machine.
