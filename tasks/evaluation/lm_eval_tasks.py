@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import logging
 import math
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -215,6 +216,8 @@ def _evaluate(section: Benchmarks, data: TokenData, model, manager: TaskManager)
     """
     tokenizer = load_tokenizer(data.directory / "tokenizer")
     as_turns = section.fewshot_as_multiturn
+    # lm-eval would resample in forks of this process, whose threads do not live on in them: such a fork can hang.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     with contextlib.chdir(section.data_root):
         random.seed(DEFAULT_RANDOM_SEED)  # code of tasks may sample
         np.random.seed(DEFAULT_OTHER_SEED)
