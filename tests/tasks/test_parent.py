@@ -133,6 +133,8 @@ def test_a_family_knows_its_parents_licence_and_element_type(data, tied, tmp_pat
 def test_the_time_step_is_clamped_where_the_section_says_so(data, tied):
     """A parent that is trained here too, and only where there is a time step."""
     model = read(COMMITTED, "params.yaml").parent
+    assert tuple(read_parent_config(model, 64).time_step_limit) == (0.001, 1e30)
+    model = dataclasses.replace(model, model=dataclasses.replace(model.model, time_step_limit=(0.0, math.inf)))
     assert tuple(read_parent_config(model, 64).time_step_limit) == (0.0, math.inf)
     clamped = read_parent_config(dataclasses.replace(model, clamp_time_step=True), 64)
     assert clamped.time_step_limit == (clamped.time_step_min, math.inf) == (0.001, math.inf)
