@@ -63,9 +63,17 @@ def download_directory(
         if outdated != partial:
             shutil.rmtree(outdated)
     partial.mkdir(parents=True, exist_ok=True)
-    download_files(location, [name for name in wanted if not (partial / name).exists()], partial)
+    changed = f"{location}: changed during the download; try again when nothing writes to it"
+    try:
+        download_files(location, [name for name in wanted if not (partial / name).exists()], partial)
+    except storage.StorageUnavailable:
+        raise
+    except StorageError:  # a server may refuse the rest of a file of which it has another version now
+        if storage.versions(location) != versions:
+            raise StorageError(changed) from None
+        raise
     if storage.versions(location) != versions:
-        raise StorageError(f"{location}: changed during the download; try again when nothing writes to it")
+        raise StorageError(changed)
     os.replace(partial, target)
 
 
