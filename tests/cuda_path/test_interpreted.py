@@ -3,18 +3,12 @@
 The convolution is a stand-in with the checks of causal_conv1d (tests/support/cuda/conv_stand_in.py).
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from benchmarks.kernels import LAYER
 from tests.support.cuda import interpreted
+from tests.support.cuda.processes import results_of
 
-ROOT = Path(__file__).parents[2]
 FLOAT32 = 2e-5  # sums in another order, over a few hundred positions
 BFLOAT16 = 2e-2  # kernels round the weights of a chunk to 8 bits before they multiply
 CASES = {
@@ -42,12 +36,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def deviations() -> dict[str, float]:
-    command = [sys.executable, "-m", "tests.support.cuda.kernel_cases"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+    return results_of("kernel_cases")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,17 +3,11 @@
 See tests/support/cuda/pretend.py. What kernels compute is not proven by it, and no speed.
 """
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tests.support.cuda import guard
+from tests.support.cuda.processes import results_of
 
-ROOT = Path(__file__).parents[2]
 STEPS = ("members float32", "members bfloat16", "soft bfloat16", "hard routing bfloat16", "one document")
 STEPS += ("trainable teacher", "mixed teacher", "recomputation", "moe members bfloat16", "moe soft bfloat16")
 STEPS += ("llama members bfloat16", "llama soft float32", "cached teacher")
@@ -31,12 +25,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def results() -> dict:
     """What every case did, by its name."""
-    command = [sys.executable, "-m", "tests.support.cuda.cases"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+    return results_of("cases")
 
 
 @pytest.mark.parametrize("name", STEPS)
