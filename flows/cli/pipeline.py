@@ -13,7 +13,7 @@ from flows.records import NAMED, keep, kept_already, new_name
 from flows.stages import WrongParameters, check_checkout, check_command, reproduce, select, stage_names
 from flows.tables import aligned
 from tasks.runs.job import CONTINUE, LOCAL, RUN, names_of_runs
-from tasks.settings import profiles
+from tasks.settings import merging, profiles
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def _check_parameters(
     profile: str, root: Path, budgets: Mapping[str, float | str] | None, overrides: Sequence[str], log
 ) -> None:
     """Check what the run would have as parameters, before it has a workspace and before a stage has cost hours."""
+    merging.parameters(profile, root, budgets, overrides)  # what cannot be read is refused before a process starts
     lines: list[str] = []
     status, _ = follow(check_command(profile, budgets, overrides), root, lines.append)
     if status != 0:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -72,7 +73,15 @@ class Model(HFLM):
                     f"evaluate.benchmarks: {request.task_name} asks for answers of up to {most:,} tokens, and the "
                     f"model has a context of {self.max_length:,}; set gen_kwargs: {{max_gen_toks: …}} to less"
                 )
-        return self._fitting(super().generate_until, requests)
+        # Sampled answers depend on what was sampled before: every task begins anew, so that they are the same on any
+        # number of workers.
+        answers = {}
+        for task in dict.fromkeys(request.task_name for request in requests):
+            of_task = [i for i, request in enumerate(requests) if request.task_name == task]
+            torch.manual_seed(DEFAULT_OTHER_SEED)
+            found = self._fitting(super().generate_until, [requests[i] for i in of_task])
+            answers |= zip(of_task, found, strict=True)
+        return [answers[i] for i in range(len(requests))]
 
     def _fitting(self, score, requests):
         """`score(requests)` with a batch size that fits in memory. The longest requests come first."""

@@ -177,6 +177,23 @@ def test_results_are_those_of_simple_evaluate(here, monkeypatch, in_file, given)
     assert found == {name: expected[name] for name in found}
 
 
+def test_sampled_answers_of_a_task_do_not_depend_on_other_tasks(here):
+    """So they are the same on any number of workers, each of which has other tasks."""
+    sampled = {"until": [], "do_sample": True, "temperature": 20.0, "max_gen_toks": 6}
+    for name in ("numbers", "others"):
+        write(write_lm_eval_task(here, task=name, generation_kwargs=sampled))
+    model = reciter(chat_tokenizer(), "42<|im_end|>", 5)
+
+    def answers(*tasks):
+        with Recorder(model) as recorder:
+            lm_eval_tasks._evaluate(section(tasks=list(tasks)), DATA, model, lm_eval_tasks._manager(Path("files")))
+        return recorder.answers
+
+    together = answers("numbers", "others")
+    assert together == answers("numbers") + answers("others")
+    assert together[0][0] != together[0][1]  # they are sampled
+
+
 def test_gsm8k_of_lm_eval_reads_local_data(here):
     """The task file of the documentation: lm-eval's own file, with five examples as turns and two filters."""
     rows = [{"question": f"{i} and {i}?", "answer": f"Add them.\n#### {2 * i}"} for i in range(8)]
