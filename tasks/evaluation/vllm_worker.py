@@ -22,7 +22,9 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
-        outputs = engine.generate(prompts, SamplingParams(**request["sampling"]), use_tqdm=False)
+        # A seed for every prompt: sampled answers do not depend on earlier requests, and equal prompts get several.
+        sampling = [SamplingParams(**request["sampling"], seed=number) for number in range(len(prompts))]
+        outputs = engine.generate(prompts, sampling, use_tqdm=False)
         print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]), file=answers, flush=True)
 
 

@@ -12,6 +12,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     stop: list = field(default_factory=list)
     stop_token_ids: list = field(default_factory=list)
+    seed: int | None = None
 
 
 class LLM:
@@ -27,9 +28,11 @@ class LLM:
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self.model.generation_config = GenerationConfig()  # a request with SamplingParams does not read the file
 
-    def generate(self, prompts: list[dict], sampling: SamplingParams, use_tqdm: bool) -> list:
-        assert sampling.temperature == 0 and not use_tqdm
-        return [self._generate(prompt["prompt_token_ids"], sampling) for prompt in prompts]
+    def generate(self, prompts: list[dict], sampling: list[SamplingParams], use_tqdm: bool) -> list:
+        assert [one.seed for one in sampling] == list(range(len(prompts))) and not use_tqdm
+        assert all(one.temperature == 0 for one in sampling)
+        pairs = zip(prompts, sampling, strict=True)
+        return [self._generate(prompt["prompt_token_ids"], one) for prompt, one in pairs]
 
     def _generate(self, ids: list[int], sampling: SamplingParams):
         output = self.model.generate(
