@@ -94,7 +94,7 @@ def compare(settings: Params, config) -> Iterator[tuple[str, Peak, int]]:
     """Per stage: its name, what is predicted and what is measured."""
     with group_of_one(settings) as ranks:
         for name in STAGES:
-            yield name, stage_peak(name, settings, config, {}), measured(config, settings, name, ranks)
+            yield name, stage_peak(name, settings, config), measured(config, settings, name, ranks)
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware, data: P
     milliseconds per token if `time` is set. `deviation` is the member's distance from its target, as a share of the
     target. Raises ConfigError for a budget that no combination of `choices` reaches.
     """
-    targets, metric, pieces = resolve(settings, config), metric_of_family(settings), {}
+    targets, metric = resolve(settings, config), metric_of_family(settings)
     members, assumption, ranges = find_members(settings, config, targets)
     check_architecture(settings, config)  # the same check as in a run
     metric = as_latency(metric)
@@ -87,8 +87,8 @@ def make_plan(settings: Params, config, source: str, hardware: Hardware, data: P
     lengths, reason = document_lengths(settings, data)
     stages = {
         name: {
-            **describe_stage(name, settings, config, members, hardware, pieces, lengths[name]),
-            **describe_changes(name, settings, config, hardware, pieces),
+            **describe_stage(name, settings, config, members, hardware, lengths[name]),
+            **describe_changes(name, settings, config, hardware),
         }
         for name in stages_of(settings)
     }

@@ -68,21 +68,19 @@ def describe_stage(
     config,
     members: dict[str, Submodel],
     hardware: Hardware,
-    pieces: dict,
     document_length: float | None,
 ) -> dict:
     """The plan of one stage as plain values. Bytes are per worker.
 
-    members: budget → submodel. pieces: a cache that is shared between stages, because counting is slow. For
-    document_length see `describe_work`.
+    members: budget → submodel. For document_length see `describe_work`.
     """
-    peak = stage_peak(name, settings, config, pieces)
+    peak = stage_peak(name, settings, config)
     return {
         **describe_workload(name, settings),
         "memory": peak.kinds,
         "total": peak.total,
-        "total_with_kernels": total_with_kernels(name, settings, config, pieces),
-        "host_memory": host_bytes(Pieces(config, training_setting(name, settings)), make_workload(name, settings)),
+        "total_with_kernels": total_with_kernels(name, settings, config),
+        "host_memory": host_bytes(Pieces.of(config, training_setting(name, settings)), make_workload(name, settings)),
         "cache": cache_bytes(name, settings, config),
         "moment": peak.moment,
         "fits": peak.total <= hardware.usable,
@@ -161,8 +159,8 @@ def training_setting(name: str, settings: Params) -> TrainingSetting:
     return TrainingSetting(precision, compute.execution, compute.workers > 0, use_gpus(compute))
 
 
-def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
-    """The largest memory of a worker in a stage, in bytes. `pieces` is a cache, see `describe_stage`.
+def stage_peak(name: str, settings: Params, config) -> Peak:
+    """The largest memory of a worker in a stage, in bytes.
 
     While the router learns, layers have gates and no states are matched; after that, it is the other way round.
     """
@@ -171,18 +169,16 @@ def stage_peak(name: str, settings: Params, config, pieces: dict) -> Peak:
     phases = {True: dataclasses.replace(load, matches_states=False)} if learns else {False: load}
     if load.matches_states:
         phases[False] = load
-    for gates in phases:
-        if (setting, gates) not in pieces:
-            pieces[setting, gates] = Pieces(config, setting, gates)
-    return max((step_peak(pieces[setting, gates], load) for gates, load in phases.items()), key=lambda p: p.total)
+    peaks = (step_peak(Pieces.of(config, setting, gates), load) for gates, load in phases.items())
+    return max(peaks, key=lambda peak: peak.total)
 
 
-def total_with_kernels(name: str, settings: Params, config, pieces: dict) -> float | None:
+def total_with_kernels(name: str, settings: Params, config) -> float | None:
     """The largest memory where `mamba_ssm` and `causal_conv1d` are installed; None if they change nothing."""
-    found = pieces.get((training_setting(name, settings), False))  # with gates, layers are computed in parts
-    if learns_softly(name, settings) or found is None or not found.has_kernels:
+    pieces = Pieces.of(config, training_setting(name, settings))
+    if learns_softly(name, settings) or not pieces.has_kernels:  # with gates, layers are computed in parts
         return None
-    return step_peak(found.with_kernels(), make_workload(name, settings)).total
+    return step_peak(pieces.with_kernels(), make_workload(name, settings)).total
 
 
 def describe_work(

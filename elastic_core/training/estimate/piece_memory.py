@@ -13,6 +13,7 @@ import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +139,9 @@ def extrapolate(count: Callable[[int], PieceMemory], length: int, lengths: tuple
     return PieceMemory(*(a + share * (b - a) for a, b in zip(low, high, strict=True)))
 
 
+_COUNTED: dict[tuple, Pieces] = {}  # of Pieces.of
+
+
 class Pieces:
     """The memory of the pieces of a training step that trains the full model.
 
@@ -152,6 +156,15 @@ class Pieces:
         self._full = self._make_slice()  # made here, outside any fake mode, so that its indices are real tensors
         self.without_kernels: Pieces | None = None
 
+    @classmethod
+    def of(cls, config, setting: TrainingSetting, gates: bool = False) -> Self:
+        """The pieces of a configuration, the same in every call: counting is slow, and what was counted is kept."""
+        key = cls, config.to_json_string(use_diff=False), setting, gates
+        if key not in _COUNTED:
+            _COUNTED[key] = cls(copy.deepcopy(config), setting, gates)
+        return _COUNTED[key]
+
+    @functools.cache  # noqa: B019 (the cache keeps instances alive; there are only a few per process)
     def with_kernels(self) -> Pieces:
         """The same pieces on a GPU with `mamba_ssm` and `causal_conv1d`: other layers with a scan, if without gates."""
         other = copy.copy(self)
@@ -165,7 +178,7 @@ class Pieces:
         scans = (self.architecture.scan_block(self.config, layer, 1) for layer in range(len(self.pattern)))
         return is_possible and any(block is not None for block in scans)
 
-    @functools.cache  # noqa: B019 (the cache keeps instances alive; there are only a few per process)
+    @functools.cache  # noqa: B019
     def layer(self, character: str, sequences: int, length: int) -> PieceMemory:
         """The memory of one layer on (sequences, length) tokens. `character` is its type in the layer pattern."""
         count = functools.partial(self._count_layer, character, sequences)

@@ -56,7 +56,7 @@ class RankWorkload:
 
 def rank_peak(config, setting, load: RankWorkload) -> Peak:
     """The moment of the stage at which memory is highest. `setting`: a `TrainingSetting`."""
-    passes, held = ForwardPasses(config, setting), held_bytes(config, load)
+    passes, held = ForwardPasses.of(config, setting), held_bytes(config, load)
     root, in_pass = gathered_bytes(config, setting)
     gathering = {"gathered": root + 1.5 * (in_pass - root)}
     moments = (

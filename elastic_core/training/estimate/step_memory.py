@@ -135,7 +135,9 @@ def cache_moment(pieces: Pieces, load: Workload) -> dict[str, float]:
     """The bytes by kind while the logits of a teacher are computed: no optimizer and no gradients exist yet."""
     with_teacher = dataclasses.replace(load, has_teacher=True)
     kinds, gathered = state_bytes(pieces, with_teacher), sharding_bytes(pieces, load)[0]
-    whole = Pieces(pieces.config, dataclasses.replace(pieces.setting, execution=Execution()))  # no sequence is shared
+    whole = Pieces.of(
+        pieces.config, dataclasses.replace(pieces.setting, execution=Execution())
+    )  # no sequence is shared
     sequences, length = max(1, load.sequences // load.sharing), load.length * load.sharing
     layers = (whole.layer(character, sequences, length) for character in set(pieces.pattern))
     return {

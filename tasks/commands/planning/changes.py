@@ -11,22 +11,22 @@ from tasks.settings.schema import Params
 SMALLEST_PART = 1024  # tokens of a sequence per worker: with fewer, messages take longer than they save
 
 
-def describe_changes(name: str, settings: Params, config, hardware: Hardware, pieces: dict) -> dict:
-    """What to change so that a stage fits, as plain values. `pieces` is a cache, see `describe_stage`."""
-    changes = find_changes(name, settings, config, hardware, pieces)
-    return {"changes": changes, "shorter": find_shorter(name, settings, config, hardware, pieces, changes)}
+def describe_changes(name: str, settings: Params, config, hardware: Hardware) -> dict:
+    """What to change so that a stage fits, as plain values."""
+    changes = find_changes(name, settings, config, hardware)
+    return {"changes": changes, "shorter": find_shorter(name, settings, config, hardware, changes)}
 
 
-def find_changes(name: str, settings: Params, config, hardware: Hardware, pieces: dict) -> list[dict]:
+def find_changes(name: str, settings: Params, config, hardware: Hardware) -> list[dict]:
     """Changes that make a stage fit, one after the other until it fits. Each has its parameters, and the bytes with it.
 
     Empty if the stage fits already or if nothing helps. The last entry says whether the stage fits then.
     """
-    changes, total = [], stage_peak(name, settings, config, pieces).total
+    changes, total = [], stage_peak(name, settings, config).total
     while total > hardware.usable:
         for change in possible_changes(name, settings):
             changed = override(settings, change)
-            changed_total = stage_peak(name, changed, config, pieces).total
+            changed_total = stage_peak(name, changed, config).total
             if changed_total < 0.99 * total:
                 settings, total = changed, changed_total
                 changes.append({"set": change, "total": total, "fits": total <= hardware.usable})
@@ -59,9 +59,7 @@ def possible_changes(name: str, settings: Params) -> list[dict[str, object]]:
     return changes
 
 
-def find_shorter(
-    name: str, settings: Params, config, hardware: Hardware, pieces: dict, changes: list[dict]
-) -> dict | None:
+def find_shorter(name: str, settings: Params, config, hardware: Hardware, changes: list[dict]) -> dict | None:
     """An alternative to more workers: shorter sequences that fit, with the same number of tokens per step.
 
     It includes those entries of `changes` that do not change the workers. None if no alternative is needed, and if the
@@ -81,7 +79,7 @@ def find_shorter(
             f"{section}.batch_size": stage.batch_size * 2,
             f"{section}.microbatches": stage.microbatches * 2,
         }
-        total = stage_peak(name, override(settings, change), config, pieces).total
+        total = stage_peak(name, override(settings, change), config).total
     return {"set": change, "total": total}
 
 

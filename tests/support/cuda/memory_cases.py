@@ -105,9 +105,8 @@ def count(config, settings, name: str, ranks: Ranks) -> dict:
         with tracker:
             train_step(run)
         counted = tracker.get_tracker_snapshot("peak")[CUDA]["Total"]
-    pieces = {}
-    peak = stage_peak(name, settings, config, pieces)
-    with_kernels = total_with_kernels(name, settings, config, pieces)
+    peak = stage_peak(name, settings, config)
+    with_kernels = total_with_kernels(name, settings, config)
     return {"planned": peak.total, "with kernels": with_kernels, "counted": counted, "moment": peak.moment}
 
 

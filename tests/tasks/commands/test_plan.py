@@ -313,35 +313,35 @@ def test_utilisation_is_a_share(utilisation):
 
 
 def test_what_does_not_fit_fits_after_the_changes():
-    hardware, pieces = Hardware(memory=20e9), {}
+    hardware = Hardware(memory=20e9)
     settings = settings_of("one-gpu", "train_short.microbatches=4", "compute.execution.activation_checkpointing=false")
     config, _ = plan.read_parent(settings)
-    total = plan_stages.stage_peak("train_short", settings, config, pieces).total
-    changes = planning.find_changes("train_short", settings, config, hardware, pieces)
+    total = plan_stages.stage_peak("train_short", settings, config).total
+    changes = planning.find_changes("train_short", settings, config, hardware)
     totals = [total, *(change["total"] for change in changes)]
     assert totals == sorted(totals, reverse=True)
     assert [change["fits"] for change in changes] == [size <= hardware.usable for size in totals[1:]]
     assert changes[0]["set"] == {"compute.execution.activation_checkpointing": True} and changes[-1]["fits"]
     said = {key: value for change in changes for key, value in change["set"].items()}
     after = settings_of("one-gpu", *(f"{key}={json.dumps(value)}" for key, value in said.items()))
-    assert plan_stages.stage_peak("train_short", after, config, pieces).total == totals[-1]
+    assert plan_stages.stage_peak("train_short", after, config).total == totals[-1]
     assert after.train_short.num_tokens() == settings.train_short.num_tokens()
 
 
 def test_shorter_sequences_are_there_where_nothing_else_is_enough():
-    hardware, pieces, name = Hardware(memory=24e9), {}, "train_extended"
+    hardware, name = Hardware(memory=24e9), "train_extended"
     changed = ["train_extended.sequence_length=98304", "train_extended.loss.state_weight=0.0"]
     changed += ["compute.execution.context_parallel=8", "train_extended.microbatches=64"]
     settings = settings_of("one-node", *changed, "compute.execution.offload_teacher=true")
     config, _ = plan.read_parent(settings)
-    changes = planning.find_changes(name, settings, config, hardware, pieces)
+    changes = planning.find_changes(name, settings, config, hardware)
     assert changes and not changes[-1]["fits"]
-    shorter = planning.find_shorter(name, settings, config, hardware, pieces, changes)
+    shorter = planning.find_shorter(name, settings, config, hardware, changes)
     assert "compute.workers" not in shorter["set"] and shorter["set"]["train_extended.sequence_length"] == 49152
     after = planning.override(settings, shorter["set"])
-    assert shorter["total"] == plan_stages.stage_peak(name, after, config, pieces).total <= hardware.usable
+    assert shorter["total"] == plan_stages.stage_peak(name, after, config).total <= hardware.usable
     assert after.train_extended.num_tokens() == settings.train_extended.num_tokens()
-    assert planning.find_shorter(name, after, config, hardware, pieces, []) is None
+    assert planning.find_shorter(name, after, config, hardware, []) is None
 
 
 def test_the_papers_context_fits_eight_gpus_that_share_every_sequence():
@@ -356,7 +356,7 @@ def test_the_papers_context_fits_eight_gpus_that_share_every_sequence():
     load = plan_stages.make_workload("train_extended", settings)
     assert (load.sequences, load.length, load.sharing) == (1, 6144, 8)
     for name in ("train_short", "train_extended"):
-        assert plan_stages.stage_peak(name, settings, config, {}).total < 50e9
+        assert plan_stages.stage_peak(name, settings, config).total < 50e9
     alone = settings_of("nemotron-nano-12b-v2", "compute.workers=8", "train_extended.microbatches=64")
     proposed = {"compute.execution.context_parallel": 2, "train_extended.microbatches": 128}
     assert planning.shared_by_more("train_extended", alone) == proposed
@@ -392,7 +392,7 @@ def test_more_workers_hold_less_each():
     halves = "train_extended.microbatches=6"
     settings = [settings_of("one-gpu", f"compute.workers={workers}", halves) for workers in (1, 2)]
     config, _ = plan.read_parent(settings[0])
-    one, two = (plan_stages.stage_peak("train_short", s, config, {}) for s in settings)
+    one, two = (plan_stages.stage_peak("train_short", s, config) for s in settings)
     assert one.total > two.total and one.kinds["weights"] > 1.9 * two.kinds["weights"]
 
 
@@ -408,7 +408,7 @@ def test_matched_states_take_memory_and_a_teacher():
     assert not plan_stages.make_workload("train_extended", plain).matches_states
     config, _ = plan.read_parent(plain)
     for name in stages:
-        before, after = (plan_stages.stage_peak(name, s, config, {}).total for s in (plain, matched))
+        before, after = (plan_stages.stage_peak(name, s, config).total for s in (plain, matched))
         assert after > before if name == "train_extended" else after >= before
     shares = [plan_stages.taught_share(name, getattr(alone, name), alone, "small") for name in stages]
     assert shares == [1 - alone.routing.share, 1.0]

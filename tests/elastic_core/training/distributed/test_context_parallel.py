@@ -149,7 +149,7 @@ def test_one_worker_goes_on_with_a_cached_teacher_where_workers_shared_sequences
 
 def predicted_and_measured(ranks, config, settings):
     name = "train_extended"
-    return stage_peak(name, settings, config, {}).total, memory.measured(config, settings, name, ranks)
+    return stage_peak(name, settings, config).total, memory.measured(config, settings, name, ranks)
 
 
 def test_the_memory_of_a_part_is_predicted(tmp_path):

@@ -82,7 +82,7 @@ def test_documents_are_predicted(length):
     values = f"sequence_length={length}", "batch_size=2"
     settings = read(parameters(overrides=[*(f"train_extended.{value}" for value in values)]), "params.yaml")
     config = new_config(settings.parent.model, settings.prepare_data.vocab_size)
-    peak = stage_peak("train_extended", settings, config, {})
+    peak = stage_peak("train_extended", settings, config)
     real = memory.measured(config, settings, "train_extended", Ranks())
     assert abs(peak.total / real - 1) < 0.002, (peak, real)
 
