@@ -103,8 +103,9 @@ class TeacherCache:
             part = missing[start : start + ranks.world]
             # A sharded teacher needs all ranks: one without a file of its own computes the last file too.
             number = part[min(ranks.rank, len(part) - 1)]
+            num_rows = max(len(self._pairs(number)) for number in part)
             with torch.no_grad(), autocast:
-                tensors = self._compute(model, number, ranks)
+                tensors = self._compute(model, number, num_rows, ranks)
             if ranks.rank < len(part):
                 with whole_file(self.path(number)) as partial:
                     tensor_files.save(tensors, partial)
@@ -113,13 +114,16 @@ class TeacherCache:
         reshard(model)
         ranks.barrier()
 
-    def _compute(self, model: ElasticModel, number: int, ranks: Ranks) -> dict[str, Tensor]:
-        """The content of a file: `ids` (rows, L, k) and `logprobs` (rows, L, k + 1), of which the last is the rest."""
+    def _compute(self, model: ElasticModel, number: int, num_rows: int, ranks: Ranks) -> dict[str, Tensor]:
+        """The content of a file: `ids` (rows, L, k) and `logprobs` (rows, L, k + 1), of which the last is the rest.
+
+        num_rows: those of the largest file that a rank computes now.
+        """
         pairs = [(int(source), int(row)) for source, row in self._pairs(number)]
         per_pass = max(1, self.stage.batch_size // self.stage.microbatches // ranks.world)
         ids, logprobs = [], []
-        # All ranks make the same number of passes; the last file has fewer rows, so its last row is repeated.
-        padded = pairs + [pairs[-1]] * (self.rows_per_file - len(pairs))
+        # All ranks make the same number of passes: where a file has fewer rows than others, its last row is repeated.
+        padded = pairs + [pairs[-1]] * (num_rows - len(pairs))
         for start in range(0, len(padded), per_pass):
             batch = self.data.batch_of_rows(padded[start : start + per_pass])
             input_ids = batch.input_ids.to(ranks.device)
