@@ -80,7 +80,7 @@ OPTIONAL = {
     "wandb",
     "yaml",
 }
-LOW_BIT = {"elastic_core/training/low_bit.py": {"torchao"}}  # where it is installed
+LOW_BIT = {"elastic_core/training/optimizer.py": {"torchao"}}  # where it is installed
 RAY = {"tasks/runtime/launch.py", "tasks/runtime/ray_cluster.py"}
 LM_EVAL = {"tasks/evaluation/lm_eval_model.py", "tasks/evaluation/lm_eval_tasks.py"}
 DVC = {"flows/process/dvc_repro.py", "tasks/runs/dvc.py"}  # to run stages, and in a stage

@@ -21,15 +21,14 @@ from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import Submodel
 from elastic_core.search.router import Router
 from elastic_core.search.selection import Member
-from elastic_core.training.budget_norms import BudgetNorms, make_budget_norms
+from elastic_core.training.budget_norms import make_budget_norms
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.distributed.context import make_part
 from elastic_core.training.distributed.execution import Execution
-from elastic_core.training.distributed.gradients import local
-from elastic_core.training.distributed.placement import autocast, is_matrix
+from elastic_core.training.distributed.placement import autocast
 from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.losses import KeptLogits
-from elastic_core.training.low_bit import make_adamw8bit
+from elastic_core.training.optimizer import make_optimizer
 from elastic_core.training.stage import Routing, Stage, uses_itself, uses_trainable_teacher
 from elastic_core.training.teacher_cache import TeacherCache
 
@@ -260,30 +259,6 @@ def matches_states(run: Run, budget: str) -> bool:
     return run.members is not None and run.stage.loss_of(budget).state_weight > 0
 
 
-def make_optimizer(
-    model: ElasticModel, router: Router | None, norms: BudgetNorms | None, stage: Stage, routing: Routing
-) -> torch.optim.Optimizer:
-    """AdamW with three groups: the matrices (with weight decay), the model's other parameters with the norm gains of
-    budgets, and the router.
-
-    If no microbatch of a step runs a layer, the layer's gradients are None, not zero. So neither weight decay nor old
-    momentum changes this layer. A group must not mix sharded and whole parameters: only the matrices are sharded.
-    With `stage.optimizer` adamw8bit, the moments of the matrices have 8 bits.
-    """
-    decayed = [p for p in model.parameters() if is_matrix(p)]
-    plain = [p for p in model.parameters() if not is_matrix(p)]
-    plain += [] if norms is None else norms.parameters()
-    groups = [
-        {"params": decayed, "weight_decay": stage.weight_decay, "peak": stage.learning_rate},
-        {"params": plain, "weight_decay": 0.0, "peak": stage.learning_rate},
-    ]
-    if router is not None:
-        groups.append({"params": list(router.parameters()), "weight_decay": 0.0, "peak": routing.learning_rate})
-    if stage.optimizer == "adamw8bit":
-        return make_adamw8bit(groups, decayed, lr=stage.learning_rate, betas=stage.betas)
-    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, fused=True)
-
-
 def trained_modules(run: Run) -> dict[str, nn.Module]:
     """What the optimizer updates, by name: the model, the norm gains of budgets and the router, if there are any."""
     modules = {"model": run.model, "norms": run.norms, "router": run.router}
@@ -298,23 +273,12 @@ def named_parameters(run: Run) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def state_tensors(run: Run) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: weights and AdamW's moments. They are the run's own tensors, not copies.
-
-    AdamW creates the moments of a parameter at its first gradient. A checkpoint needs all of them, so this creates the
-    missing ones with the same initial value, zero.
-    """
+    """All tensors of a checkpoint: weights and AdamW's moments. They are the run's own tensors, not copies."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters(run):
         tensors[name] = parameter.detach()
-        if run.stage.optimizer == "adamw8bit":
-            run.optimizer.start(parameter)
-            tensors |= {f"optimizer.{key}.{name}": value for key, value in run.optimizer.tensors(parameter).items()}
-            continue
-        state = run.optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=local(parameter).device)
-            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+        moments = run.optimizer.moments(parameter)
+        tensors |= {f"optimizer.{key}.{name}": value for key, value in moments.items()}
     return tensors
 
 

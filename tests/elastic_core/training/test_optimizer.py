@@ -11,7 +11,7 @@ from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
 from elastic_core.training.estimate.step_memory import FLOAT32, Workload, count_parameters, state_bytes
 from elastic_core.training.loop import train
-from elastic_core.training.low_bit import block_size
+from elastic_core.training.optimizer import block_size
 from elastic_core.training.run import state_tensors
 from tests.support import distributed_cases as cases
 from tests.support.forked import run_forked

@@ -1,7 +1,8 @@
-"""AdamW with moments of 8 bits (torchao): 2 bytes per parameter of a matrix and not 8. Only this file imports torchao.
+"""AdamW for what a run trains, with moments in float32 or of 8 bits. Only this file imports torchao, for the latter.
 
-A moment is stored as codes, one byte per number, and one scale in float32 per block. Blocks lie inside rows, so a shard
-of rows has whole blocks, and a checkpoint can be read by another number of workers.
+With 8 bits, a matrix needs 2 bytes per parameter and not 8. A moment is stored as codes, one byte per number, and one
+scale in float32 per block. Blocks lie inside rows, so a shard of rows has whole blocks, and a checkpoint can be read by
+another number of workers.
 """
 
 from __future__ import annotations
@@ -14,11 +15,56 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from elastic_core.errors import UserError
+from elastic_core.model.elastic_model import ElasticModel
+from elastic_core.search.router import Router
+from elastic_core.training.budget_norms import BudgetNorms
 from elastic_core.training.distributed.gradients import local
+from elastic_core.training.distributed.placement import is_matrix
+from elastic_core.training.stage import Routing, Stage
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 256, 32  # numbers with one scale
 SMALLEST_MATRIX = 4096  # numbers; the moments of smaller matrices stay in float32, as in torchao
 EXTRA = "pip install --editable '.[low-bit]'"
+
+
+def make_optimizer(
+    model: ElasticModel, router: Router | None, norms: BudgetNorms | None, stage: Stage, routing: Routing
+) -> torch.optim.Optimizer:
+    """AdamW with three groups: the matrices (with weight decay), the model's other parameters with the norm gains of
+    budgets, and the router.
+
+    If no microbatch of a step runs a layer, the layer's gradients are None, not zero. So neither weight decay nor old
+    momentum changes this layer. A group must not mix sharded and whole parameters: only the matrices are sharded.
+    With `stage.optimizer` adamw8bit, the moments of the matrices have 8 bits.
+    """
+    decayed = [p for p in model.parameters() if is_matrix(p)]
+    plain = [p for p in model.parameters() if not is_matrix(p)]
+    plain += [] if norms is None else norms.parameters()
+    groups = [
+        {"params": decayed, "weight_decay": stage.weight_decay, "peak": stage.learning_rate},
+        {"params": plain, "weight_decay": 0.0, "peak": stage.learning_rate},
+    ]
+    if router is not None:
+        groups.append({"params": list(router.parameters()), "weight_decay": 0.0, "peak": routing.learning_rate})
+    if stage.optimizer == "adamw8bit":
+        return make_adamw8bit(groups, decayed, lr=stage.learning_rate, betas=stage.betas)
+    return AdamW(groups, lr=stage.learning_rate, betas=stage.betas, fused=True)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, which can tell what a checkpoint has to hold."""
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The state of a parameter, by name: the optimizer's own tensors, not copies.
+
+        torch creates it at the parameter's first gradient. A checkpoint needs the state of all parameters, so this
+        creates it where it is missing, with the same initial value, zero.
+        """
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=local(parameter).device)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+        return state
 
 
 def block_size(parameter: Tensor) -> int | None:
@@ -56,14 +102,11 @@ def make_adamw8bit(groups: list[dict], matrices: list[nn.Parameter], **options) 
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
 
-        def start(self, p: nn.Parameter) -> None:
-            """Make the state of a parameter before its first step, if it has none."""
+        def moments(self, p: nn.Parameter) -> dict[str, Tensor]:
+            """As of `AdamW`, as tensors of a checkpoint: with the same names on every rank."""
             if not self.state[p]:
                 moments = {"exp_avg": self._new_buffer(p, True), "exp_avg_sq": self._new_buffer(p, False)}
                 self.state[p] = {"step": torch.tensor(0.0), **moments}
-
-        def tensors(self, p: nn.Parameter) -> dict[str, Tensor]:
-            """The state of a parameter as tensors of a checkpoint: not copies, and the same names on every rank."""
             found = {}
             for key, value in self.state[p].items():
                 if key == "step" or id(p) not in quantised:
