@@ -41,9 +41,10 @@ from tasks.runtime.preflight import check_family, check_parent
 from tasks.settings import remote_checks
 from tasks.settings.load import FILE, load
 from tasks.settings.local_checks import is_package
+from tasks.settings.parts.parent import Parent
 from tasks.settings.paths import is_hub_name
 from tasks.settings.schema import Params
-from tasks.settings.sections import Evaluate, Parent
+from tasks.settings.sections import Evaluate
 from tasks.training.family import run_to_end, training_record
 from tasks.training.start import run_stage
 

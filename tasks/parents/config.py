@@ -8,8 +8,8 @@ from elastic_core.errors import named
 from elastic_core.model import architectures, hf
 from tasks.parents import gguf, hub
 from tasks.settings.local_checks import is_package
+from tasks.settings.parts.parent import Parent, ParentModel
 from tasks.settings.paths import is_hub_name
-from tasks.settings.sections import Parent, ParentModel
 
 
 def read_parent_config(parent: Parent, vocab_size: int) -> PreTrainedConfig:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from elastic_core.cost.budgets import Cost, Spelling
 from elastic_core.search.choices import Choices
 from elastic_core.training.stage import Routing, Stage
+from tasks.settings.parts.parent import Parent
 from tasks.settings.paths import locate, locate_parent
-from tasks.settings.sections import Compute, Evaluate, Extract, Parent, PrepareData, Rank, Tracking
+from tasks.settings.sections import Compute, Evaluate, Extract, PrepareData, Rank, Tracking
 
 SECTIONS = (  # the order of params.yaml, in which problems are listed
     *("seed", "budgets", "cost", "untrained", "choices", "prepare_data", "parent", "rank", "routing"),

@@ -25,7 +25,8 @@ from tasks.parents.config import read_parent_config
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.prepare_data import prepare
 from tasks.settings.load import read
-from tasks.settings.sections import Benchmarks, Evaluate, Parent
+from tasks.settings.parts.parent import Parent
+from tasks.settings.sections import Benchmarks, Evaluate
 from tests.support.committed_params import COMMITTED, put, use_parent, write
 from tests.support.models.chat_templates import CHATML, LLAMA3, chat_tokenizer
 from tests.support.models.parents import random_ids, random_ratios, relative_error, save_random_parent
@@ -130,14 +131,18 @@ def test_a_family_knows_its_parents_licence_and_element_type(data, tied, tmp_pat
     assert json.loads((out / "config.json").read_text())["parent_dtype"] == "bfloat16"
 
 
-def test_the_time_step_is_clamped_where_the_section_says_so(data, tied):
-    """A parent that is trained here too, and only where there is a time step."""
+def test_the_time_step_is_clamped_where_the_section_says_so(data, tied, tmp_path):
+    """Only where there is a time step. A parent that is trained here has its limits in `parent.model`."""
     model = read(COMMITTED, "params.yaml").parent
     assert tuple(read_parent_config(model, 64).time_step_limit) == (0.001, 1e30)
     model = dataclasses.replace(model, model=dataclasses.replace(model.model, time_step_limit=(0.0, math.inf)))
     assert tuple(read_parent_config(model, 64).time_step_limit) == (0.0, math.inf)
-    clamped = read_parent_config(dataclasses.replace(model, clamp_time_step=True), 64)
-    assert clamped.time_step_limit == (clamped.time_step_min, math.inf) == (0.001, math.inf)
+    with pytest.raises(ConfigError, match=r"clamp_time_step: got True; allowed: false without parent\.path"):
+        load(Parent, {"path": None, "clamp_time_step": True}, "parent")
+    read_parent_config(model, 64).save_pretrained(tmp_path / "hybrid")
+    for clamp, lower in ((False, 0.0), (True, 0.001)):
+        found = read_parent_config(Parent(str(tmp_path / "hybrid"), clamp_time_step=clamp), 64)
+        assert tuple(found.time_step_limit) == (lower, math.inf)
     with pytest.raises(UserError, match="clamp_time_step: a llama has no Mamba layers and no time step; set it to f"):
         parent.import_parent(Parent(str(tied), clamp_time_step=True), data)
 

@@ -21,8 +21,8 @@ from tasks import fingerprint, parent
 from tasks.parents import hub
 from tasks.parents.tokenizer import load_tokenizer
 from tasks.prepare_data import prepare
+from tasks.settings.parts.parent import Parent
 from tasks.settings.paths import is_hub_name, locate_parent
-from tasks.settings.sections import Parent
 from tests.support.committed_params import put, use_parent, write
 from tests.support.hub_server import files_of, write_cache
 from tests.support.models.parents import save_random_parent

@@ -29,7 +29,7 @@ from tasks.corpora.text_sources import Files
 from tasks.prepare_data import prepare
 from tasks.settings import remote_checks
 from tasks.settings.load import load
-from tasks.settings.sections import Parent
+from tasks.settings.parts.parent import Parent
 from tests.support.models.parents import random_elastic, save_random_parent
 from tests.support.models.routed_family import CONFIG
 from tests.support.pipeline.corpora import NO_TASKS, configure, texts, write_jsonl
