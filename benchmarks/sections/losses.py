@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.comparison import MB, in_turn, median_ratio, peak_allocated
 from benchmarks.report import Row, at_most, measured, within
-from elastic_core.training.estimate.piece_memory import LiveBytes
+from elastic_core.training.estimate.live_bytes import LiveBytes
 from elastic_core.training.losses import distillation_loss
 
 MOST_TIME, MOST_MEMORY = 1.10, 1 / 16

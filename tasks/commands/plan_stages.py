@@ -14,7 +14,8 @@ from elastic_core.errors import UserError
 from elastic_core.model.submodel import Submodel, full_submodel
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.estimate.flops import attention_pairs, pass_flops
-from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
+from elastic_core.training.estimate.live_bytes import TrainingSetting
+from elastic_core.training.estimate.piece_memory import Pieces
 from elastic_core.training.estimate.rank_memory import RankWorkload, rank_peak
 from elastic_core.training.estimate.step_memory import Peak, Workload, host_bytes, step_peak
 from elastic_core.training.stage import Stage

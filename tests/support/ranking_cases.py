@@ -14,7 +14,7 @@ from elastic_core.search.importance.state import RankingState
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local
 from elastic_core.training.distributed.placement import autocast, gather_root, is_matrix, place, reshard
-from elastic_core.training.estimate.piece_memory import TrainingSetting
+from elastic_core.training.estimate.live_bytes import TrainingSetting
 from elastic_core.training.estimate.rank_memory import RankWorkload, rank_peak
 from tasks.rank import load_parent, make_state
 from tests.support.models.parents import random_elastic

@@ -24,7 +24,8 @@ from elastic_core.search.importance import depth
 from elastic_core.search.importance.basis import RatioSums
 from elastic_core.search.importance.widths import WidthSums
 from elastic_core.training.distributed.placement import matrices_to_
-from elastic_core.training.estimate.piece_memory import LiveBytes, PieceMemory, Pieces, extrapolate
+from elastic_core.training.estimate.live_bytes import LiveBytes, PieceMemory, extrapolate
+from elastic_core.training.estimate.piece_memory import Pieces
 from elastic_core.training.estimate.step_memory import FLOAT32, Peak, count_parameters
 
 KINDS = ("weights", "gathered", "sums", "activations")

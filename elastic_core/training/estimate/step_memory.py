@@ -18,7 +18,8 @@ from elastic_core.model import architectures
 from elastic_core.model.dims import Layout, is_matrix, layer_index
 from elastic_core.model.elastic_model import HEAD
 from elastic_core.training.distributed.execution import Execution
-from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
+from elastic_core.training.estimate.live_bytes import TrainingSetting
+from elastic_core.training.estimate.piece_memory import Pieces
 from elastic_core.training.optimizer import block_size
 
 KINDS = ("weights", "optimizer", "teacher", "gradients", "gathered", "activations", "loss")

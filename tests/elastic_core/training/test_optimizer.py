@@ -8,7 +8,8 @@ import torch
 
 from elastic_core.errors import UserError
 from elastic_core.training.distributed.execution import Execution
-from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
+from elastic_core.training.estimate.live_bytes import TrainingSetting
+from elastic_core.training.estimate.piece_memory import Pieces
 from elastic_core.training.estimate.step_memory import FLOAT32, Workload, count_parameters, state_bytes
 from elastic_core.training.loop import train
 from elastic_core.training.optimizer import block_size

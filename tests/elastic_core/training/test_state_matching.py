@@ -12,7 +12,7 @@ from elastic_core.model import architectures
 from elastic_core.model.documents import documents_of
 from elastic_core.search.selection import Member
 from elastic_core.training import loop
-from elastic_core.training.estimate.piece_memory import LiveBytes
+from elastic_core.training.estimate.live_bytes import LiveBytes
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Loss, Routing

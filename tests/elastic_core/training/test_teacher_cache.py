@@ -10,7 +10,8 @@ from elastic_core.config import ConfigError
 from elastic_core.data.loader import IGNORED_LABEL, PackedSequences
 from elastic_core.errors import UserError
 from elastic_core.training.distributed.ranks import Ranks
-from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
+from elastic_core.training.estimate.live_bytes import TrainingSetting
+from elastic_core.training.estimate.piece_memory import Pieces
 from elastic_core.training.estimate.step_memory import Workload, step_peak
 from elastic_core.training.loop import train
 from elastic_core.training.losses import KeptLogits, distillation_loss

@@ -18,7 +18,8 @@ from elastic_core.model import architectures
 from elastic_core.model.submodel import Submodel
 from elastic_core.training.budget_norms import BudgetNorms
 from elastic_core.training.distributed.execution import Execution
-from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
+from elastic_core.training.estimate.live_bytes import TrainingSetting
+from elastic_core.training.estimate.piece_memory import Pieces
 from elastic_core.training.estimate.rank_memory import held_bytes
 from elastic_core.training.estimate.step_memory import count_parameters, state_bytes
 from flows.cli.app import app

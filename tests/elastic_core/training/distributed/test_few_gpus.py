@@ -9,7 +9,8 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from elastic_core.config import ConfigError
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import norm_of_offloaded, whole
-from elastic_core.training.estimate.piece_memory import Pieces, TrainingSetting
+from elastic_core.training.estimate.live_bytes import TrainingSetting
+from elastic_core.training.estimate.piece_memory import Pieces
 from elastic_core.training.estimate.step_memory import FLOAT32, Workload, count_parameters, host_bytes, step_peak
 from elastic_core.training.loop import train, train_step
 from elastic_core.training.stage import Routing

@@ -8,7 +8,8 @@ from benchmarks import gpu, memory
 from elastic_core import ElasticModel
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.ranks import Ranks
-from elastic_core.training.estimate.piece_memory import LiveBytes, Pieces, TrainingSetting, extrapolate
+from elastic_core.training.estimate.live_bytes import LiveBytes, TrainingSetting, extrapolate
+from elastic_core.training.estimate.piece_memory import Pieces
 from elastic_core.training.estimate.step_memory import (
     FLOAT32,
     KINDS,
