@@ -28,7 +28,7 @@ from elastic_core.io.atomic import write_text
 from elastic_core.io.json_files import read_json
 from elastic_core.io.provenance_file import read_provenance
 from tasks.evaluation import lm_eval_tasks
-from tasks.evaluation.items import TEACHER, Item, Models, Setting, compute, list_items
+from tasks.evaluation.items import TEACHER, Item, Models, Setting, compute, element_type, list_items
 from tasks.progress.bars import progress_bar
 from tasks.runs.job import remove_files, started
 from tasks.runtime.chat_templates import check_chat_template, check_tasks_template
@@ -74,8 +74,12 @@ def main(budget: str) -> None:
 
 
 def evaluate(budget: str, items: list[Item], setting: Setting, settings: Params) -> dict[str, dict]:
-    """Item → its scores. Those that an earlier run of the stage has finished are read from its files."""
-    files = {item.name: setting.logs / f"{item.name}.json" for item in items}
+    """Item → its scores. Those that an earlier run of the stage has finished are read from its files.
+
+    Not those of another element type, as after a move to GPUs: one table would have two roundings.
+    """
+    kind = element_type(setting.section.dtype, settings.compute.gpus_per_worker > 0)
+    files = {item.name: setting.logs / f"{item.name}.{kind}.json" for item in items}
     found = {name: read_json(file) for name, file in files.items() if file.is_file()}
     if found.get(TEACHER, {}).get("states") != setting.states:  # computed for workers that reach another place
         found.pop(TEACHER, None)

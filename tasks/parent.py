@@ -199,8 +199,8 @@ def check_stages(settings: Params, data: TokenData) -> None:
 
 
 def check_held_out(section: Evaluate, data: TokenData, source: str) -> None:
-    """Raise ConfigError unless evaluation reads a token to predict of a held-out source. Mostly reads one batch."""
-    batches = held_out_batches(data, source, section.sequence_length, section.batch_size, section.max_tokens)
+    """Raise ConfigError unless evaluation reads a token to predict of a held-out source. Mostly reads one sequence."""
+    batches = held_out_batches(data, source, section.sequence_length, 1, section.max_tokens)
     try:
         has_any = any(bool((batch.labels != IGNORED_LABEL).any()) for batch in batches)
     except UserError as error:

@@ -140,11 +140,11 @@ class Stage:
         final = self.final_learning_rate
         require(0 <= final <= 1, "final_learning_rate", final, "0 to 1 of the peak")
         require(self.gradient_clip > 0, "gradient_clip", self.gradient_clip, "above 0")
-        require(len(self.betas) == 2, "betas", self.betas, "two numbers")
+        is_pair = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(is_pair, "betas", self.betas, "two numbers from 0 to below 1")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         for name in ("mixture", "budget_shares"):
-            shares = getattr(self, name)
-            valid = all(share >= 0 for share in shares.values()) and (not shares or sum(shares.values()) > 0)
-            require(valid, name, shares, "shares of 0 or more, not all 0")
+            check_shares(name, getattr(self, name), require)
 
     def _check_cached(self, require: Require) -> None:
         """The cache holds what a frozen teacher says at one temperature, and none of its states."""
@@ -174,6 +174,12 @@ class Stage:
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         fall = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[self.schedule]
         return 1 - fall * (1 - self.final_learning_rate)
+
+
+def check_shares(name: str, shares: dict[str, float], require: Require) -> None:
+    """Check shares of sources or budgets; none at all are equal shares."""
+    valid = all(share >= 0 for share in shares.values()) and (not shares or sum(shares.values()) > 0)
+    require(valid, name, shares, "shares of 0 or more, not all 0")
 
 
 def assign_budgets(shares: dict[str, float], microbatches: int, seed: int, step: int) -> list[str]:

@@ -38,7 +38,7 @@ def init(
     They are a start: change what you know better. No weights are read.
 
     - `elastic init /models/SmolLM2-135M --data "corpus/*.jsonl"`
-    - `elastic init Qwen/Qwen3-0.6B --data "corpus/*.jsonl"`: from the Hugging Face hub
+    - `elastic init Qwen/Qwen3-0.6B --data "corpus/*.jsonl" --name mine`: from the Hugging Face hub
     - `elastic init /models/mine --name mine --data "a/*.txt" --data "b/*.parquet" --budget full=1.0 --budget half=0.5`
     """
     with clear_errors("stopped; nothing was written"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +42,10 @@ class HubDataset:
         details = [self.config, self.split, self.revision]
         return f"dataset {self.name} ({', '.join(str(part) for part in details if part)})"
 
-    def rows(self) -> Iterator[tuple[str, dict]]:
+    def rows(self, fields: Iterable[str] = ()) -> Iterator[tuple[str, dict]]:
         """Yield (place, row). Rows are streamed; if the hub cannot be reached, they are read from a local cache.
+
+        Nulls inside a row are left out, but for those of `fields`.
 
         Raises UserError for a data set, configuration or split that does not exist, and StorageUnavailable for a hub
         that does not answer, if the data set is in no cache.
@@ -55,7 +57,7 @@ class HubDataset:
         errors = (DatasetsError, httpx.HTTPError, OSError, ValueError, LookupError, RuntimeError)
         try:
             for number, row in enumerate(self._open(), 1):
-                yield f"{self}, row {number}", without_nulls(row)
+                yield f"{self}, row {number}", without_nulls(row, fields)
         except UserError:
             raise
         except errors as error:

@@ -35,7 +35,7 @@ class Input:
         URL that cannot be read.
         """
         if self.path is None:
-            for place, row in self.dataset.rows():
+            for place, row in self.dataset.rows(field if isinstance(field, tuple) else (field,)):
                 yield place, row if isinstance(field, tuple) else find_field(row, field, place)
         else:
             for path in self.paths():

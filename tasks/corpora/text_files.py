@@ -7,7 +7,7 @@ import codecs
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import TextIO
@@ -134,17 +134,23 @@ def _read_records(table, fields: tuple[str, ...], path: str) -> Iterator[Row]:
             raise UserError(f"{place}: not valid UTF-8 ({error.reason} at byte {error.start})") from None
         for record in records:
             row += 1
-            yield f"{path}, row {row}", without_nulls(record)
+            yield f"{path}, row {row}", without_nulls(record, fields)
 
 
-def without_nulls(value, is_row: bool = True):
+def without_nulls(row: dict, fields: Iterable[str]) -> dict:
     """A copy without the nulls inside nested objects: in a table, every object of a column has the fields of all.
 
-    The fields of the row itself are kept.
+    The fields of the row itself are kept, and `fields`, which name nested ones by dots.
     """
-    if isinstance(value, dict):
-        return {k: without_nulls(v, False) for k, v in value.items() if is_row or v is not None}
-    return [without_nulls(item, False) for item in value] if isinstance(value, list) else value
+    kept = {name[:end] for name in fields for end in (*(i for i, c in enumerate(name) if c == "."), len(name))}
+
+    def copy(value, path: str):
+        if isinstance(value, dict):
+            inner = ((name, item, f"{path}.{name}" if path else name) for name, item in value.items())
+            return {name: copy(item, at) for name, item, at in inner if item is not None or not path or at in kept}
+        return [copy(item, "[]") for item in value] if isinstance(value, list) else value
+
+    return copy(row, "")
 
 
 def _check_column(schema, field: str, path: str) -> None:

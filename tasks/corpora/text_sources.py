@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from elastic_core.config import Require, require
 from elastic_core.data.token_files import TOO_LONG
@@ -53,7 +53,7 @@ class Bible:
 
         Raises UserError if the package is not installed.
         """
-        return limit_characters(_read_bible(), self.max_characters)
+        return limit_characters(_read_bible(), self.max_characters, "elsewhere")
 
     def expected_characters(self) -> int:
         """Estimate how many characters `texts` yields in all. Progress bars need the number."""
@@ -78,7 +78,7 @@ class Sympy:
 
         `seed` and `skipped` have no effect. Raises UserError if the package is not installed.
         """
-        return limit_characters(_read_sympy(), self.max_characters)
+        return limit_characters(_read_sympy(), self.max_characters, "elsewhere")
 
     def expected_characters(self) -> int:
         """Estimate how many characters `texts` yields in all. Progress bars need the number."""
@@ -105,7 +105,7 @@ class Files:
     held_out: float = 0.02  # share of the documents; a hash of the text selects them, so duplicates share a split
     held_out_path: str | None = None  # a glob: these files are held out, and all of `path` is training text
     group_field: str | None = None  # all rows with one value of this field are in one split
-    max_characters: int | None = None  # of training text; held-out text is limited to a twentieth of it
+    max_characters: int | None = None  # of training text, where reading ends; of held-out text at most a twentieth
     strict: bool = False  # refuse the first row without text, instead of skipping all of them
     special_tokens: str = "text"  # the spelling of a special token in a text: text, or parse (it becomes its id)
     too_long: str = "split"  # of a document that is longer than a training sequence: split, truncate or drop
@@ -131,7 +131,7 @@ class Files:
         URL that cannot be read.
         """
         found = self._read(Counter() if skipped is None else skipped, Counter() if notes is None else notes)
-        return limit_characters(found, self.max_characters, self.held_out_path is None)
+        return limit_characters(found, self.max_characters, how_held_out(self))
 
     def expected_characters(self) -> int | None:
         """Estimate how many characters `texts` yields in all, for progress bars. None: nobody knows."""
@@ -206,21 +206,32 @@ def expected_characters(inputs: Iterable[Input], max_characters: int | None) -> 
     return _characters_within_limit(sum(sizes), max_characters)
 
 
-def limit_characters(documents: Iterator, max_characters: int | None, held_out_too: bool = True) -> Iterator:
+def how_held_out(source) -> Literal["chosen", "own"]:
+    """Where the held-out documents of the user's own files come from, for `limit_characters`."""
+    return "chosen" if source.held_out_path is None else "own"
+
+
+def limit_characters(
+    documents: Iterator, max_characters: int | None, held_out: Literal["elsewhere", "chosen", "own"]
+) -> Iterator:
     """Limit training documents to `max_characters`. The last text is truncated, and the last conversation is whole.
 
-    `held_out_too`: limit held-out documents to a twentieth.
+    Held-out documents are limited to a twentieth, unless they have files of their `own`, which come first. Reading ends
+    with the training text: if held-out documents are `chosen` by a share, as soon as there is one, and if they are
+    `elsewhere` in the source, when they are complete too.
     """
     if max_characters is None:
         yield from documents
         return
-    left = {"train": max_characters, "held_out": -(-max_characters // _HELD_OUT_PART) if held_out_too else sys.maxsize}
+    most = sys.maxsize if held_out == "own" else -(-max_characters // _HELD_OUT_PART)
+    left = {"train": max_characters, "held_out": most}
     for split, document in documents:
         if left[split]:
             document = document[: left[split]] if isinstance(document, str) else document
             left[split] = max(0, left[split] - len(document))
             yield split, document
-        if not left["train"] and not (held_out_too and left["held_out"]):
+        is_enough = {"elsewhere": not left["held_out"], "chosen": left["held_out"] < most, "own": True}[held_out]
+        if not left["train"] and is_enough:
             return
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os.path import abspath
 from pathlib import Path
 
 import torch
@@ -74,6 +75,11 @@ def list_items(
     return [*found, Item("speed", "speed", versions[last], needs=others)]
 
 
+def element_type(dtype: str | None, on_gpu: bool) -> str:
+    """The element type of the models: `evaluate.dtype`, or what suits the device."""
+    return dtype or ("bfloat16" if on_gpu else "float32")
+
+
 class Models:
     """Loads models on a device, one at a time: the next one takes the place of the one before.
 
@@ -82,7 +88,7 @@ class Models:
 
     def __init__(self, device: torch.device, dtype: str | None):
         self.device = device
-        self.dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+        self.dtype = getattr(torch, element_type(dtype, device.type == "cuda"))
         self._directory, self._model = None, None
 
     def load(self, directory: Path):
@@ -140,16 +146,18 @@ def _task_scores(item: Item, setting: Setting, data: TokenData, models: Models) 
     from tasks.evaluation.lm_eval_model import Served
     from tasks.evaluation.vllm_engine import VllmEngine
 
-    section, started = setting.section, []
+    # Absolute paths: lm-eval works in the directory of its data.
+    section, started, directory, logs = setting.section, [], item.directory.absolute(), setting.logs.absolute()
+    vllm = section.vllm if section.vllm.python is None else replace(section.vllm, python=abspath(section.vllm.python))
 
     def engine() -> VllmEngine:
         models.free()  # vLLM has a copy of its own
         dtype = str(models.dtype).removeprefix("torch.")
-        started.append(VllmEngine(section.vllm, item.directory, dtype, setting.logs / f"{item.name}.vllm.log"))
+        started.append(VllmEngine(vllm, directory, dtype, logs / f"{item.name}.vllm.log"))
         return started[0]
 
     if section.backend == "vllm":
-        model = Served(item.directory, lambda: models.load(item.directory), engine)
+        model = Served(directory, lambda: models.load(directory), engine)
     else:
         model = models.load(item.directory)
     try:

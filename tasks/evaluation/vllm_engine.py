@@ -1,5 +1,6 @@
 """Generates with vLLM, which runs in an interpreter of its own: it rarely fits in one environment with training."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -55,7 +56,8 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the process."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            self._process.stdin.close()
         self._process.wait()
         self._file.close()
 

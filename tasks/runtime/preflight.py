@@ -125,6 +125,9 @@ def _add_export_problem(problems: Problems, params, config) -> None:
     if architectures.of(config).MODELING_FILE is None and params.choices.heterogeneous:
         allowed = f"pad, as long as choices.heterogeneous is set for a parent of model_type {config.model_type}"
         problems.require(params.extract.heterogeneous == "pad", "extract.heterogeneous", "remote_code", allowed)
+    others = [name for name in params.choices.heterogeneous if name != "intermediate_size"]
+    allowed = f"remote_code, as long as choices.heterogeneous has {', '.join(others)}: only MLP widths can be padded"
+    problems.require(not others or params.extract.heterogeneous != "pad", "extract.heterogeneous", "pad", allowed)
 
 
 def check_lengths(params: Params, config) -> None:

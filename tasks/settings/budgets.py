@@ -12,7 +12,7 @@ from elastic_core.errors import UserError
 # The notation of `elastic_core.cost.budgets` as a pattern, for forms, which cannot call `parse`.
 _SERVING = r"( ?@ ?\d+[kKmM]?)?( ?[×xX] ?\d+)?"
 PATTERN = (
-    r"0?\.\d+|1(\.0*)?|\d{4,}|[\d.]+e[+-]?\d+|[\d.]+(e\d+)? ?[KMBTkmbt]"  # shares, counts of parameters
+    r"0?\.\d+|1(\.0*)?|\d{4,}(\.\d*)?|[\d.]+e[+-]?\d+|[\d.]+(e\d+)? ?[KMBTkmbt]"  # shares, counts of parameters
     rf"|[\d.]+ ?[KMGTkmgt][iI]?[Bb]{_SERVING}|[\d.]+ ?(m?s/token|tokens/s){_SERVING}"  # memory, time
 )
 MEMBER = rf"[A-Za-z_]\w*=({PATTERN})"

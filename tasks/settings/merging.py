@@ -87,9 +87,11 @@ def merged(
     merge(values, own)
     if budgets:
         _replace_budgets(values, budgets)
-    for path, value in changes:
+    changes = list(changes)
+    for path, value in changes:  # in any order: what other changes set stays
         if path in (["prepare_data", "sources"], ["budgets"]):
             leave_out(values, {path[0]: {path[1]: value} if path[1:] else value})
+    for path, value in changes:
         _set_value(values, path, value)
     return values
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from elastic_core.config import Problems, Require, require
 from elastic_core.search.importance.methods import AGGREGATIONS, BASES, DEPTH_METHODS, MEASURES
 from elastic_core.training.distributed.execution import Execution
+from elastic_core.training.stage import check_shares
 from tasks.corpora.benchmark_files import check_answer_options
 from tasks.corpora.reasoning import Evaluation
 from tasks.corpora.sources import Source, located, parse_source
@@ -102,6 +103,7 @@ class Rank:
     def check(self, require: Require = require) -> None:
         for name in ("batches", "batch_size", "sequence_length"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        check_shares("mixture", self.mixture, require)
         require(1 <= self.depth_batches <= self.batches, "depth_batches", self.depth_batches, f"1 to {self.batches}")
         require(self.basis in BASES, "basis", self.basis, ", ".join(BASES))
         require(self.aggregation in AGGREGATIONS, "aggregation", self.aggregation, ", ".join(AGGREGATIONS))

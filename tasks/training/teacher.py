@@ -17,7 +17,9 @@ from tasks.progress.bars import Bars
 from tasks.runs.job import Job
 from tasks.settings.schema import Params
 
-READ = ("artifacts/data", "artifacts/rank")  # what the teacher's logits depend on, besides the settings of the stage
+# What the teacher's logits depend on, besides the settings of the stage and libraries: the data decides the text of a
+# row together with the code that packs it. Paths are dependencies of the stage in dvc.yaml.
+READ = ("artifacts/data", "artifacts/rank", "elastic_core/data", "elastic_core/model")
 FORMAT = 1  # of the files
 
 
@@ -58,5 +60,5 @@ def _key(job: Job, stage: Stage, seed: int) -> str:
     fields = ("sequence_length", "batch_size", "steps", "mixture", "precision", "kept_logits")
     values = {name: getattr(stage, name) for name in fields} | {"temperature": stage.loss.temperature, "seed": seed}
     files = {path: job.record["files"][path] for path in READ}
-    content = json.dumps([FORMAT, values, files], sort_keys=True)
+    content = json.dumps([FORMAT, values, files, job.record["libraries"]], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -94,8 +94,9 @@ def test_held_out_data_that_evaluation_cannot_read_are_refused_before_any_traini
         settings.rank.sequence_length = 256
         with pytest.raises(ConfigError, match=rf"^params\.yaml: .*{message}"):
             parent.check_stages(settings, data)
-        settings.evaluate = Evaluate(("mine",), (), sequence_length=256)
-        parent.check_stages(settings, data)
+        for batch_size in (4, "auto"):
+            settings.evaluate = Evaluate(("mine",), (), sequence_length=256, batch_size=batch_size)
+            parent.check_stages(settings, data)
 
 
 def test_tasks_and_benchmarks_without_a_chat_template_are_refused_before_any_training(data, tmp_path):

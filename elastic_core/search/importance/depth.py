@@ -134,7 +134,7 @@ def _sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[i
 
 
 def _compute_sweep(error: LogitError, batch: int, kept: list[int], candidates) -> dict[int, float]:
-    """The layers before a candidate are computed once for all candidates."""
+    """The layers before a candidate are computed once for all candidates. An error that is not finite is infinite."""
     x, full = error.model.model.embed(error.texts[batch].input_ids, error.sliced), error.full(batch)
     errors = {}
     for position, layer in enumerate(kept):
@@ -143,7 +143,8 @@ def _compute_sweep(error: LogitError, batch: int, kept: list[int], candidates) -
             if len(errors) == len(candidates):
                 break
         x = error.layer(batch, layer, x)
-    return dict(zip(errors, error.reduce(torch.stack(list(errors.values()))).tolist(), strict=True))
+    totals = error.reduce(torch.stack(list(errors.values()))).nan_to_num(math.inf, math.inf)
+    return dict(zip(errors, totals.tolist(), strict=True))
 
 
 def _least_important(error: LogitError, kept: list[int]) -> tuple[int, float]:

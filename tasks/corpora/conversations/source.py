@@ -14,7 +14,13 @@ from elastic_core.errors import UserError
 from tasks.corpora.conversations.messages import Conversation, Fields, NoContent, conversation
 from tasks.corpora.hub_datasets import HubDataset
 from tasks.corpora.inputs import Input, Splitter, check_input, digest_of, group_of
-from tasks.corpora.text_sources import SPECIAL_TOKENS, check_max_characters, expected_characters, limit_characters
+from tasks.corpora.text_sources import (
+    SPECIAL_TOKENS,
+    check_max_characters,
+    expected_characters,
+    how_held_out,
+    limit_characters,
+)
 
 TRAIN_ON = ("assistant", "all", "last_assistant")
 
@@ -73,7 +79,7 @@ class Conversations:
         URL that cannot be read.
         """
         found = self._read(Counter() if skipped is None else skipped, Counter() if notes is None else notes)
-        return limit_characters(found, self.max_characters, self.held_out_path is None)
+        return limit_characters(found, self.max_characters, how_held_out(self))
 
     def texts(self, seed: int) -> Iterator[tuple[str, str]]:
         """Yield (split, text of the messages), to train a tokenizer on."""

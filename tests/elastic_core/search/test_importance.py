@@ -12,7 +12,7 @@ from elastic_core import ElasticModel, Submodel, rank, sort_
 from elastic_core.data.loader import IGNORED_LABEL, Batch
 from elastic_core.errors import UserError
 from elastic_core.model.dims import elastic_units
-from elastic_core.search.importance import basis
+from elastic_core.search.importance import basis, depth
 from elastic_core.search.importance import depth as depth_ranking
 from elastic_core.search.importance.calibration import calibration_texts
 from elastic_core.search.importance.depth import LogitError, rank_layers
@@ -460,6 +460,18 @@ def test_a_model_without_finite_or_different_logits_is_refused(depth_method, dam
         damage(model)
     with pytest.raises(UserError, match=message):
         rank(model, [random_ids(model.config, 0)], depth_method=depth_method)
+
+
+@pytest.mark.parametrize("method", ["iterative_nmse", "one_shot_nmse"])
+def test_a_layer_without_which_nothing_is_finite_is_the_most_important(method, monkeypatch):
+    model, error = random_elastic(0), depth.LogitError.__call__
+
+    def without_first(self, batch, full, x, layers):
+        is_first = torch.equal(x, self.model.model.embed(self.texts[batch].input_ids, self.sliced))
+        return error(self, batch, full, x, layers) * (torch.nan if is_first else 1)
+
+    monkeypatch.setattr(depth.LogitError, "__call__", without_first)
+    assert rank(model, batches_of(model.config, 0), depth_method=method).depth[0] == 0
 
 
 @pytest.mark.parametrize("method", DEPTH_METHODS)

@@ -19,6 +19,7 @@ from tasks.corpora.conversations.source import Conversations
 from tasks.corpora.encoding import CONTROL_STRINGS
 from tasks.corpora.hub_datasets import HubDataset
 from tasks.corpora.inputs import OVERLAPS
+from tasks.corpora.text_files import without_nulls
 from tasks.corpora.text_sources import Files
 from tasks.fingerprint import corpora
 from tasks.prepare_data import prepare
@@ -157,6 +158,48 @@ def test_a_directory_with_a_script_is_refused(tmp_path):
     (tmp_path / "chats" / "chats.py").write_text("")
     with pytest.raises(UserError, match=r"chats \(train\): cannot be read: Dataset scripts are no longer supported"):
         list(HubDataset(str(tmp_path / "chats")).rows())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "data set"])
+def test_nulls_in_named_fields_are_kept_in_tables_too(tmp_path, kind):
+    """A row without a group is on its own, and a row without text is skipped."""
+    rows = [{"meta": {"text": f"text {i}", "id": i % 3, "more": None}} for i in range(6)]
+    rows[1]["meta"]["id"] = rows[2]["meta"]["text"] = None
+    table = datasets.Dataset.from_list(rows)
+    if kind == "data set":
+        table.save_to_disk(tmp_path / "rows")
+        source = {"dataset": str(tmp_path / "rows")}
+    else:
+        path = tmp_path / f"rows.{kind}"
+        (table.to_json if kind == "jsonl" else table.to_parquet)(path)
+        source = {"path": str(path)}
+    skipped = Counter()
+    found = list(Files(**source, text_field="meta.text", group_field="meta.id").texts(0, skipped))
+    assert [text for _, text in found] == [f"text {i}" for i in (0, 1, 3, 4, 5)] and skipped == {"null": 1}
+
+
+def test_nulls_in_messages_of_tables_are_left_out():
+    """Every object of a column has the fields of all; in the row, a null is what it was."""
+    row = {"messages": [{"role": "user", "content": "a", "tool_calls": None}], "tools": None, "a": {"b": {"c": None}}}
+    assert without_nulls(row, ()) == {"messages": [{"role": "user", "content": "a"}], "tools": None, "a": {"b": {}}}
+    assert without_nulls(row, ("a.b.c", "messages"))["a"] == row["a"]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.001])
+def test_reading_ends_with_the_training_text(tmp_path, share):
+    """However small the share of held-out text is, but not before there is some."""
+    write_jsonl(tmp_path / "a.jsonl", [f"text number {i}" for i in range(20_000)])
+    source, read = Files(path=str(tmp_path / "a.jsonl"), held_out=share, max_characters=20_000), []
+    rows = source.inputs()[0].rows
+
+    def counted(field):
+        for row in rows(field):
+            read.append(row)
+            yield row
+
+    object.__setattr__(source, "inputs", lambda: [SimpleNamespace(rows=counted)])
+    splits = [split for split, _ in source.texts(0)]
+    assert "held_out" in splits and splits.count("train") < len(read) < splits.count("train") + 2 / share
 
 
 @pytest.mark.parametrize("kind", [Files, Conversations])

@@ -1,7 +1,11 @@
 """Evaluation by items: any order and any batch size give the same scores, and finished items are not computed again."""
 
+import dataclasses
+import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ from tasks.evaluation import batch_sizes, items, lm_eval_model, text_scores, vll
 from tasks.evaluation.teacher import CachedTeacher
 from tasks.settings.parts.evaluation import Vllm
 from tasks.settings.sections import Benchmarks, Compute, Evaluate
-from tests.support.models.chat import chat_tokenizer, reciter
+from tests.support.models.chat import chat_tokenizer, reciter, write_lm_eval_task
 from tests.support.models.parents import CONFIGS, save_random_parent
 
 FAKE = Path(__file__).resolve().parents[2] / "support/vllm_stand_in"
@@ -141,6 +145,18 @@ def test_finished_items_are_kept(tmp_path, monkeypatch):
     assert {name: values["name"] for name, values in scores.items()} == {item.name: item.name for item in found}
 
 
+def test_items_of_another_element_type_are_computed_again(tmp_path, monkeypatch):
+    """As after a move to GPUs: one table would have two roundings."""
+    found, computed = items.list_items(SECTION, VERSIONS, None, None, split=True), []
+    monkeypatch.setattr(evaluate, "compute", lambda item, setting, models: computed.append(item.name) or {})
+    for dtype, number in ((None, len(found)), ("float32", 0), ("bfloat16", len(found)), (None, 0)):
+        computed.clear()
+        section = dataclasses.replace(SECTION, dtype=dtype)
+        settings = type("Settings", (), {"compute": Compute()})
+        evaluate.evaluate("small", found, items.Setting(section, tmp_path, None, "", tmp_path), settings)
+        assert len(computed) == number
+
+
 def test_states_of_the_parent_are_computed_again_for_another_place(tmp_path, monkeypatch):
     """The storage of the workers may be another one when a stopped stage goes on."""
     found = items.list_items(SECTION, VERSIONS, Path("parent"), None, split=True)[:2]
@@ -254,6 +270,33 @@ def test_what_a_task_leaves_out_of_sampling_is_as_in_transformers():
     expected = {"do_sample": True, "top_p": 0.5, "top_k": 50, "repetition_penalty": 1.2}
     assert vllm_engine.with_defaults(options, config) == expected
     assert vllm_engine.with_defaults({"top_k": 0}, GenerationConfig(top_k=7)) == {"top_k": 0}
+
+
+def test_relative_paths_are_those_of_the_stage_where_tasks_have_another_directory(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    Path("model").symlink_to(place / "model")
+    task = write_lm_eval_task(tmp_path)
+    Path("files/numbers.yaml").write_text(json.dumps(task))
+    chat_tokenizer().save_pretrained("data/tokenizer")
+    benchmarks = load(Benchmarks, {"tasks": ["numbers"], "include": "files", "data_root": "root"}, "here")
+    vllm = Vllm(os.path.relpath(sys.executable))
+    section = Evaluate(("prose",), (), benchmarks=benchmarks, backend="vllm", vllm=vllm)
+    setting = items.Setting(section, Path("data"), None, "", Path("logs"))
+    item = items.Item("numbers", "benchmarks", Path("model"), ("numbers",))
+    models = items.Models(torch.device("cpu"), None)
+    scores = items._task_scores(item, setting, SimpleNamespace(directory=Path("data")), models)
+    assert scores["numbers"]["items"] == 2 and Path("logs/numbers.vllm.log").is_file()
+
+
+def test_a_dead_vllm_is_reported_with_its_reason(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(FAKE))
+    engine = vllm_engine.VllmEngine(Vllm(sys.executable), place / "model", "float32", tmp_path / "log")
+    engine._process.kill()
+    engine._process.wait()
+    with pytest.raises(ConfigError, match=r"vLLM in .* has ended"):
+        engine.generate([[1]], [], [], 4, {})
+    engine.close()
 
 
 def test_vllm_says_what_it_does_not_know(engine, tmp_path):

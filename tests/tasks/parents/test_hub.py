@@ -184,12 +184,18 @@ def test_a_hub_that_cannot_be_reached_may_answer_later(hub_server, monkeypatch):
         hub.fetch(NAME, "config.json")
 
 
+WITH_COMMAND = (
+    r"weights only as pytorch_model\.bin; .* set parent.path to the new directory: python -c .*"
+    r"from_pretrained\('me/tiny', revision='a{40}'\)"
+)
+
+
 @pytest.mark.parametrize(
     "edit, message",
     [
         (lambda f: without(f, "tokenizer.json"), r"has no tokenizer \(tokenizer\.json or vocab\.json\)"),
         (lambda f: without(f, hub.INDEX, "pytorch_model.bin"), r"has model-00001-of-\d+\.safetensors but no model"),
-        (lambda f: {n: c for n, c in f.items() if "safetensors" not in n}, r"weights only as pytorch_model\.bin"),
+        (lambda f: {n: c for n, c in f.items() if "safetensors" not in n}, WITH_COMMAND),
         (lambda f: f | {"tokenizer.json": b"{"}, r"tokenizer\.json: is not valid JSON"),
     ],
 )  # fmt: skip

@@ -95,6 +95,14 @@ def test_a_parent_of_another_kind(values, tmp_path, monkeypatch, changes, words)
     assert not Path("artifacts").exists()
 
 
+def test_only_widths_of_mlps_can_be_padded():
+    overrides = ["choices.heterogeneous=[intermediate_size, mamba_num_heads]", "extract.heterogeneous=pad"]
+    settings = read(parameters(overrides=overrides), "params.yaml")
+    words = r"^extract\.heterogeneous: got 'pad'; allowed: remote_code, as long as .* has mamba_num_heads: only MLP"
+    with pytest.raises(ConfigError, match=words):
+        check_architecture(settings, new_config(settings.parent.model, 1024))
+
+
 WITHOUT_STATES = "train_extended.loss.state_weight=0.0"
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from elastic_core.cost.budgets import parse
 from elastic_core.errors import UserError
+from flows.stages import check_command
 from tasks.settings.budgets import MEMBER, read_family
 
 GOOD = ["0.43", ".5", "1", "1.0", "12345", "1e9", "4e-1", "9B", "1.2M", "1.5 k", "9e3M", "2t", "16GiB@128k", "640KB"]
@@ -32,7 +33,10 @@ BAD = [
 @pytest.mark.parametrize("text", GOOD)
 def test_a_form_takes_what_a_file_takes(text):
     assert re.search(f"^({MEMBER})$", f"small={text}")
-    assert parse(read_family([f"small={text}"], "budgets")["small"]).amount == parse(text).amount
+    family = read_family([f"small={text}"], "budgets")
+    assert parse(family["small"]).amount == parse(text).amount
+    (option,) = check_command("smoke", family, ())[4:]  # of the process that checks a run
+    assert read_family([option.removeprefix("--budget=")], "--budget") == family
 
 
 @pytest.mark.parametrize("text", [*(f"small={text}" for text in BAD), "0.4", "=0.4", "a b=0.4", "small"])

@@ -59,6 +59,15 @@ def section(name, changes):
         (put("rank", "depth_batches", 1000), r"rank\.depth_batches: got 1000; allowed: 1 to 4"),
         (put("extract", "dtype", "float16"), r"extract\.dtype: got 'float16'; allowed: 'float32', 'bfloat16'"),
         (put("seed", -1), r"seed: got -1; allowed: 0 or more"),
+        (
+            put("train_short", "betas", [0.9, 1.0]),
+            r"train_short\.betas: got \(0\.9, 1\.0\); allowed: two numbers from 0 to",
+        ),
+        (put("train_extended", "weight_decay", -0.1), r"train_extended\.weight_decay: got -0\.1; allowed: 0 or more"),
+        (
+            put("rank", "mixture", {"prose": 0}),
+            r"rank\.mixture: got {'prose': 0\.0}; allowed: shares of 0 or more, not",
+        ),
         (lambda values: values.pop("rank"), r"rank: missing"),
         (
             put("prepare_data", "sources", "prose", {"kind": "novel"}),

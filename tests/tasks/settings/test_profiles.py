@@ -209,6 +209,16 @@ def test_a_profile_may_name_mixture_tasks_and_held_out_sources(tmp_path):
     assert settings.evaluate.held_out == ("c",) and settings.evaluate.tasks == ()
 
 
+def test_what_overrides_set_stays_whatever_their_order():
+    mixture, held_out = "train_short.mixture={a: 0.9, b: 0.1}", "evaluate.held_out=[a]"
+    sources = "prepare_data.sources={a: {kind: bible}, b: {kind: sympy}}"
+    family, shares = "budgets={full: 1.0, half: 0.5}", "train_extended.budget_shares={full: 0.2, half: 0.8}"
+    orders = ([mixture, held_out, shares, sources, family], [sources, family, mixture, held_out, shares])
+    first, second = (read(parameters(overrides=order)) for order in orders)
+    assert first == second and first.train_short.mixture == {"a": 0.9, "b": 0.1}
+    assert first.evaluate.held_out == ("a",) and first.train_extended.budget_shares == {"full": 0.2, "half": 0.8}
+
+
 def test_a_profile_with_the_same_sources_keeps_their_mixture(tmp_path):
     text = "prepare_data: {sources: {prose: {kind: bible}, code: {kind: sympy}, chains: {kind: chains}, recall: "
     settings = own_profile(tmp_path, text + "{kind: recall}}}\n")

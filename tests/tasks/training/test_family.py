@@ -32,7 +32,10 @@ def test_sequences_too_short_for_the_data_and_foreign_tokenizers(data, tmp_path,
         compute = Compute(storage=str(tmp_path))
 
     def begin(stage):
-        members, job = {"full": MEMBERS["full"]}, Job("train_short", "key", {"files": dict.fromkeys(READ, "digest")})
+        members, job = (
+            {"full": MEMBERS["full"]},
+            Job("train_short", "key", {"files": dict.fromkeys(READ, "digest"), "libraries": {}}),
+        )
         return family.make_run(Settings, job, stage, 2, parent, {"full": 1.0}, Ranks(), members=members)
 
     with pytest.raises(ValueError, match=r"tokenised with another vocabulary .* than that of the parent"):

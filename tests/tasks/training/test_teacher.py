@@ -1,8 +1,10 @@
 """The parent as a teacher: where its logits are stored, and what is refused before any work starts."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from elastic_core.config import ConfigError
 from tasks.runs.job import Job
@@ -20,15 +22,22 @@ def settings_of(*overrides):
 
 def test_runs_that_differ_in_what_the_teacher_does_not_see_share_its_logits():
     stage = settings_of(*CACHED).train_short
-    job = Job("train_short", "key", {"files": dict.fromkeys(READ, "digest")})
+    job = Job("train_short", "key", {"files": dict.fromkeys(READ, "digest"), "libraries": {"torch": "2"}})
     key = _key(job, stage, seed=2)
     assert key == _key(job, dataclasses.replace(stage, learning_rate=1.0, budget_shares={"full": 1.0}), seed=2)
     changed = [dataclasses.replace(stage, kept_logits=8), dataclasses.replace(stage, sequence_length=24)]
     loss = dataclasses.replace(stage.loss, temperature=2.0)
     changed.append(dataclasses.replace(stage, loss=loss))
-    other = Job("train_short", "key", {"files": {**job.record["files"], READ[0]: "other data"}})
-    keys = {_key(job, each, seed=2) for each in changed} | {_key(job, stage, seed=3), _key(other, stage, seed=2)}
-    assert len(keys) == 5 and key not in keys
+    records = [job.record | {"files": job.record["files"] | {path: "another digest"}} for path in READ]
+    records.append(job.record | {"libraries": {"torch": "3"}})
+    keys = {_key(job, each, seed=2) for each in changed} | {_key(job, stage, seed=3)}
+    keys |= {_key(Job("train_short", "key", record), stage, seed=2) for record in records}
+    assert len(keys) == 4 + len(READ) + 1 and key not in keys
+
+
+def test_what_the_logits_depend_on_is_known_of_every_stage():
+    stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]
+    assert all(set(READ) <= set(stages[name]["deps"]) for name in ("train_short", "train_extended"))
 
 
 @pytest.mark.parametrize(
