@@ -22,7 +22,7 @@ from elastic_core.cost.metrics import num_parameters
 from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint
 from elastic_core.export.extract import SlicedTensor, config_changes
-from elastic_core.io.atomic import whole_directory
+from elastic_core.io.atomic import check_apart, whole_directory
 from elastic_core.io.tokenizer_files import MORE_TEMPLATES
 from elastic_core.model import architectures, hf
 from elastic_core.model.dims import Units
@@ -162,8 +162,10 @@ def write_sorted(
 ) -> None:
     """Write the elastic checkpoint `out`: a copy of `directory` whose heads are sorted by `sorted_orders`.
 
-    Its weights are read and written in blocks. The copy computes the same as the original. `out` appears complete.
+    Its weights are read and written in blocks. The copy computes the same as the original. `out` appears complete,
+    and replaces an existing one. Raises UserError if it is not apart from `directory`.
     """
+    check_apart(out, [directory])
     orders, reader, tensors = sorted_orders(config, members, order), hf.TensorReader(directory), {}
     disk_name = architectures.of(config).disk_name
     for name, dims in architectures.parameter_layout(config).items():

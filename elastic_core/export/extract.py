@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from importlib import resources
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_core.data import special_tokens
-from elastic_core.errors import UserError
+from elastic_core.errors import UserError, named
 from elastic_core.export import elastic_checkpoint, model_card
-from elastic_core.io.atomic import whole_directory
+from elastic_core.io.atomic import check_apart, whole_directory
 from elastic_core.io.provenance_file import copy_provenance
 from elastic_core.io.tensor_files import Entry, Stored
 from elastic_core.model import architectures, hf, norm_gains
@@ -43,7 +42,7 @@ def extract(
 
     - `submodel_or_budget`: a Submodel; or, if the directory has an ``elastic.json``, a budget's name or target (see
       `elastic_checkpoint.find_submodel`).
-    - `out_directory` appears when it is complete, and replaces an existing one.
+    - `out_directory` appears when it is complete, and replaces an existing one. It must be apart from the checkpoint.
     - `heterogeneous`: how to write widths that differ between layers. ``remote_code`` adds a modeling file; load the
       directory with ``trust_remote_code=True``. ``pad`` fills the MLPs with zeros up to the widest one. The result
       computes the same and loads everywhere. A homogeneous submodel needs neither: it is a stock directory.
@@ -58,10 +57,8 @@ def extract(
     """
     if heterogeneous not in ("remote_code", "pad"):
         raise UserError(f"heterogeneous: got {heterogeneous!r}; allowed: 'remote_code', 'pad'")
-    if Path(elastic_directory).resolve().is_relative_to(Path(out_directory).resolve()):  # It would be replaced.
-        raise UserError(
-            f"out_directory: got {out_directory}, which is the checkpoint or contains it; name another directory"
-        )
+    with named("out_directory"):
+        check_apart(out_directory, [elastic_directory])
     config = hf.read_config(elastic_directory)
     if not isinstance(submodel_or_budget, Submodel):
         name = str(submodel_or_budget) if name is None else name

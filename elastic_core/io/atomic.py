@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,15 +41,17 @@ def whole_directory(
     It keeps its files if the block raises or the process is killed, so that the work can go on.
 
     An existing directory is replaced if it is empty or holds the file `marker`; for any other, UserError is raised.
-    `marker` None replaces any directory. The existing directory is renamed first and deleted last. If an earlier
-    process was killed between these two steps, the directory gets its name back at the start.
+    `marker` None replaces any directory. If `directory` is a link, the directory that it points to is replaced. The
+    existing directory is renamed first and deleted last. If an earlier process was killed between these two steps, the
+    directory gets its name back at the start.
     """
     final = Path(directory)
+    if final.is_symlink() or final.name in ("", ".."):  # a link would itself be renamed; "." has no name
+        final = final.resolve()
     partial, earlier = (final.with_name(f".{final.name}.{kind}") for kind in ("partial", "earlier"))
     _remove_leftovers(final, partial, earlier)
     filled = partial if work is None else work
-    if marker is not None and final.exists() and not (final / marker).is_file() and not _is_empty(final):
-        raise UserError(f"{final}: exists and has no {marker}; name another directory, or remove it")
+    _check_marker(final, marker)
     filled.mkdir(parents=True, exist_ok=work is not None)
     try:
         yield filled
@@ -59,6 +61,35 @@ def whole_directory(
         os.replace(filled, final)
     finally:
         _remove_leftovers(final, partial, earlier)
+
+
+def check_out(directory: str | os.PathLike, force: bool) -> None:
+    """Raise UserError if a command may not write a model to `directory`. Call it before the work for that starts.
+
+    A directory that exists and is not empty is replaced only with `force`, and only if it holds a model (see
+    `whole_directory`).
+    """
+    if not force and os.path.lexists(directory) and not _is_empty(Path(directory)):
+        raise UserError(f"{directory}: exists; name another directory, or replace it with --force")
+    _check_marker(Path(directory), "config.json")
+
+
+def check_apart(directory: str | os.PathLike, sources: Iterable[str | os.PathLike]) -> None:
+    """Raise UserError if a directory that is replaced is one of the files and directories `sources`, which are read.
+
+    It may not contain or lie in one of them either. Links are followed.
+    """
+    final = Path(directory).resolve()
+    for source in sources:
+        read = Path(source).resolve()
+        if final.is_relative_to(read) or read.is_relative_to(final):
+            raise UserError(f"{directory}: is {source}, contains it or lies in it; name another directory")
+
+
+def _check_marker(final: Path, marker: str | None) -> None:
+    """Raise UserError for an existing directory that is neither empty nor holds the file `marker`."""
+    if marker is not None and final.exists() and not (final / marker).is_file() and not _is_empty(final):
+        raise UserError(f"{final}: exists and has no {marker}; name another directory, or remove it")
 
 
 def _is_empty(path: Path) -> bool:

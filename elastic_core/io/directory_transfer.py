@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from elastic_core.io import storage
+from elastic_core.io.atomic import check_apart
 from elastic_core.io.filesystem import REQUESTS_AT_ONCE, Location, StorageError, is_url
 
 
@@ -23,9 +24,11 @@ def upload_directory(source: Path, location: Location, last: str = "config.json"
     """Copy a local directory to `location` and replace everything there.
 
     The file `last` marks a complete directory: it is removed first and written last.
-    Raises StorageError for a `source` without that file.
+    Raises StorageError for a `source` without that file, and UserError for a location that is not apart from it.
     """
     source = Path(source)
+    if not is_url(location):
+        check_apart(location, [source])
     names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
     if last not in names:
         raise StorageError(f"{source}: no {last}, so it is not complete; nothing was copied to {location}")

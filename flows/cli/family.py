@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from elastic_core.errors import UserError
+from elastic_core.io.atomic import check_out
 from flows.cli.errors import clear_errors, say
 from flows.cli.options import BudgetOption, Dtype, Heterogeneous, NearestOption
 
@@ -46,8 +47,7 @@ def extract(
         if len(paths) > 2:
             raise UserError(f"got {len(paths)} paths; allowed: [DIR] OUT, the family's directory and the new one")
         out = paths[-1]
-        if out.exists() and not force:
-            raise UserError(f"{out}: exists; name another directory, or replace it with --force")
+        check_out(out, force)
         from tasks.commands import find_family
         from tasks.commands.extract import export
 
@@ -89,7 +89,7 @@ def adopt(
     most_excess: Annotated[
         float, typer.Option(help="How much larger than the whole model's a member's loss may be, in nats per token.")
     ] = 1.0,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Whatever the losses; replace an elastic.json.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Whatever the losses; replace what is there.")] = False,
 ) -> None:
     """Make a nested checkpoint of another program one that `extract`, `generate` and `inspect` know.
 

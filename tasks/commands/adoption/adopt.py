@@ -11,6 +11,7 @@ from elastic_core.config import load
 from elastic_core.data.tokenizer import load_tokenizer
 from elastic_core.errors import UserError, named
 from elastic_core.export import adoption, elastic_checkpoint
+from elastic_core.io.atomic import check_apart, check_out
 from elastic_core.model import hf
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.model.submodel import Submodel
@@ -53,13 +54,15 @@ def adopt(
     out: the elastic checkpoint is a copy there. Heads have to be sorted for some orders, which needs a copy.
     text, tokens: the losses are measured on the first `tokens` tokens of this file.
     most_excess: how much larger a member's loss may be than that of the whole model, in nats per token.
-    force: write in spite of losses, and over an elastic.json that is there.
+    force: write in spite of losses, over an elastic.json that is there, and in place of a model that is at `out`.
 
     Raises UserError for what the caller has to change. Nothing is written then.
     """
-    target = directory if out is None else out
-    if (target / elastic_checkpoint.FILE).exists() and not force:
-        raise UserError(f"{target}: has an {elastic_checkpoint.FILE} already; replace it with --force")
+    if out is not None:
+        check_apart(out, [directory, sizes, TEXT if text is None else text])
+        check_out(out, force)
+    elif (directory / elastic_checkpoint.FILE).exists() and not force:
+        raise UserError(f"{directory}: has an {elastic_checkpoint.FILE} already; replace it with --force")
     config = hf.read_config(directory)
     members = read_members(sizes, config)
     orders = _orders(config, members, head_order)
@@ -88,7 +91,9 @@ def adopt(
     else:
         adoption.write(directory, config, members)
     by_order = {spelling(key): mean for key, mean in means.items()}
-    return Adopted(target, members, whole, found[order], spelling(order), by_order, ids.numel())
+    return Adopted(
+        directory if out is None else out, members, whole, found[order], spelling(order), by_order, ids.numel()
+    )
 
 
 def read_members(file: Path, config) -> dict[str, Submodel]:

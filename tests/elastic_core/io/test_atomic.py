@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from elastic_core.errors import UserError
-from elastic_core.io.atomic import whole_directory, whole_file, write_text
+from elastic_core.io.atomic import check_apart, check_out, whole_directory, whole_file, write_text
 
 ROOT = Path(__file__).resolve().parents[3]
 FAILURES = [RuntimeError, KeyboardInterrupt]
@@ -93,6 +93,25 @@ def test_an_earlier_directory_is_replaced_and_nothing_of_it_stays(tmp_path):
     assert version(out) == "new" and names_in(out) == ["config.json"] and names_in(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_link_stays_and_the_directory_behind_it_is_replaced(tmp_path, existing):
+    if existing:
+        write_version(tmp_path / "disk" / "model", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "model")
+    for text in ("new", "newer"):
+        write_version(tmp_path / "link", text)
+        assert version(tmp_path / "disk" / "model") == text and (tmp_path / "link").is_symlink()
+    assert names_in(tmp_path) == ["disk", "link"] and names_in(tmp_path / "disk") == ["model"]
+
+
+@pytest.mark.parametrize("name", [".", "sub/.."])
+def test_a_directory_without_a_name_of_its_own_is_written(tmp_path, monkeypatch, name):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    write_version(name, "new")
+    assert version(tmp_path / "out") == "new" and names_in(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize("marker", ["config.json", "manifest.json"])
 def test_only_a_directory_with_the_marker_or_an_empty_one_is_replaced(tmp_path, marker):
     for name in ("marked", "other", "empty"):
@@ -119,6 +138,33 @@ def test_without_a_marker_any_directory_is_replaced(tmp_path):
     with whole_directory(tmp_path / "out", marker=None) as partial:
         (partial / "new").write_text("")
     assert names_in(tmp_path / "out") == ["new"] and names_in(tmp_path) == ["out"]
+
+
+def test_a_command_replaces_a_model_if_told_to_and_nothing_else(tmp_path):
+    for name in ("model", "other", "empty"):
+        (tmp_path / name).mkdir()
+    write_version(tmp_path / "model", "old")
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("empty", "not there yet"):
+        check_out(tmp_path / name, force=False)
+    for name in ("model", "other", "link"):
+        with pytest.raises(UserError, match=rf"{name}: exists; name another directory, or replace it with --force"):
+            check_out(tmp_path / name, force=False)
+    check_out(tmp_path / "model", force=True)
+    with pytest.raises(UserError, match=r"other: exists and has no config\.json"):
+        check_out(tmp_path / "other", force=True)
+
+
+def test_what_is_replaced_is_apart_from_what_is_read(tmp_path):
+    source = tmp_path / "in" / "source"
+    source.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    for name in ("in", "in/source", "in/source/sub", "in/../link", "link/sub", "."):
+        with pytest.raises(UserError, match=r"source, contains it or lies in it; name another directory"):
+            check_apart(tmp_path / name, [tmp_path.parent / "other", source])
+    for name in ("in/source-2", "in/other", "out"):
+        check_apart(tmp_path / name, [tmp_path.parent / "other", source])
 
 
 @pytest.mark.parametrize("existing", [False, True])

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.directory_transfer import download_directory, local_files, upload_directory
 from elastic_core.io.storage import StorageError
@@ -26,6 +27,15 @@ def test_a_directory_goes_there_and_back(place, tmp_path):
     with pytest.raises(StorageError, match="exists already"):
         download_directory(url, tmp_path / "part")
     assert {path.name for path in tmp_path.iterdir()} <= {"source", "copy", "other", "second", "part", "place"}
+
+
+def test_a_directory_is_not_copied_over_itself(tmp_path):
+    source = model_directory(tmp_path / "source")
+    before = files_below(source)
+    for location in (source, f"{source}/.", tmp_path, source / "sub"):
+        with pytest.raises(UserError, match=r"contains it or lies in it; name another directory"):
+            upload_directory(source, location)
+    assert files_below(source) == before
 
 
 def test_a_half_written_directory_is_never_taken_for_whole(place, tmp_path, monkeypatch):

@@ -121,6 +121,34 @@ def test_heads_by_shard_are_found_and_sorted(by_group, by_shard, files, tmp_path
         adopt(by_shard, **files, head_order="group")
 
 
+def test_nothing_is_replaced_unasked(by_group, files, tmp_path, monkeypatch):
+    """Not another model; not what is read, also with `force`. All of it is told before losses are measured."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    (other / "model.safetensors").write_text("weights")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("years of work")
+    monkeypatch.setattr(adoption, "losses", lambda *_: pytest.fail("losses were measured"))
+    with pytest.raises(UserError, match=r"other: exists; name another directory, or replace it with --force"):
+        adopt(by_group, **files, out=other)
+    with pytest.raises(UserError, match=r"thesis: exists and has no config\.json"):
+        adopt(by_group, **files, out=tmp_path / "thesis", force=True)
+    for out in (by_group, by_group / "sub", by_group.parent, tmp_path):  # the last one contains the sizes
+        with pytest.raises(UserError, match=r"contains it or lies in it; name another directory"):
+            adopt(by_group, **files, out=out, force=True)
+    assert (other / "model.safetensors").read_text() == "weights" and (by_group / "model.safetensors").is_file()
+    with pytest.raises(UserError, match="contains it"):
+        adoption.write_sorted(by_group, by_group / ".." / "by_group", CONFIG, MEMBERS, adoption.BY_GROUP)
+
+
+def test_another_model_is_replaced_by_force(by_group, files, tmp_path):
+    (tmp_path / "family").mkdir()
+    (tmp_path / "family" / "config.json").write_text("{}")
+    adopt(by_group, **files, out=tmp_path / "family", force=True)
+    assert inspect_checkpoint(tmp_path / "family")["budgets"].keys() == {"large", "small"}
+
+
 def test_shards_with_several_groups_cannot_be_expressed(by_group, files):
     """The first half of the heads of one shard is the whole first group."""
     with pytest.raises(UserError, match=r"which no config\.json can express"):
