@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -50,12 +50,14 @@ def main() -> None:
         settings.train_extended, steps=arguments.steps, teacher="frozen", loss=Loss(), loss_by_budget={}
     )
     for name, values in ARMS.items():
-        result = run_arm(artifacts, settings, dataclasses.replace(base, **values), arguments.work)
+        arguments.work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=arguments.work) as work:  # what else is there stays
+            result = run_arm(artifacts, settings, dataclasses.replace(base, **values), Path(work))
         print(json.dumps({"arm": name, **result}), flush=True)
 
 
 def run_arm(artifacts: Path, settings, stage: Stage, work: Path) -> dict:
-    """Train one arm and measure it."""
+    """Train one arm and measure it. `work`: an empty directory for the cached logits."""
     data, parent = TokenData(artifacts / "data"), artifacts / "rank" / "model"
     model = ElasticModel.from_pretrained(parent)
     sequences = PackedSequences(data, stage.mixture, stage.sequence_length, settings.seed + 3)
@@ -63,7 +65,6 @@ def run_arm(artifacts: Path, settings, stage: Stage, work: Path) -> dict:
     members = {name: Member(entry["target"], Submodel(**entry["submodel"])) for name, entry in content.items()}
     values, size = {}, 0
     if stage.teacher == "cached":
-        shutil.rmtree(work, ignore_errors=True)
         cache = TeacherCache(work, sequences, stage, model.config.vocab_size)
         cache.make(lambda: ElasticModel.from_pretrained(parent), Ranks(), contextlib.nullcontext())
         values, size = {"teacher_cache": cache}, sum(path.stat().st_size for path in work.iterdir())

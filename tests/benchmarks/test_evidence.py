@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.evidence import __main__ as evidence
-from benchmarks.evidence import jobs, schedule, tables, work
+from benchmarks.evidence import few_gpus, jobs, schedule, tables, work
 from benchmarks.evidence.arms import Arm, choose, read_arms, values_of
 from benchmarks.evidence.intervals import Tokens, estimate, paired, ratio_to_sum, tokens_to_reach
 from elastic_core import Submodel
@@ -312,3 +312,22 @@ def test_a_failed_process_is_reported_with_its_log(place, tmp_path):
     (problem,) = schedule.run([broken, *groups["family", ""]], tmp_path, work.prepare, work.do, 2, say=said.append)
     assert re.match(r"ranking of family: ended with status 1 \(.*log.txt\): error: artifacts/parent: ", problem)
     assert said[1:] == [problem] and not list(tmp_path.glob("*.json"))  # jobs that need the ranking have not begun
+
+
+# --- few GPUs --------------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_has_an_empty_directory_and_removes_only_that(tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    used = []
+
+    def run_arm(artifacts, settings, stage, directory):
+        assert directory.parent == tmp_path and not list(directory.iterdir())
+        (directory / "logits").write_text("many")
+        used.append(directory)
+        return {}
+
+    monkeypatch.setattr(few_gpus, "run_arm", run_arm)
+    monkeypatch.setattr("sys.argv", ["few_gpus", str(tmp_path), "--work", str(tmp_path)])
+    few_gpus.main()
+    assert len(used) == len(few_gpus.ARMS) and [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
