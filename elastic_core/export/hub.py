@@ -6,7 +6,6 @@ never its text, because that can contain addresses and secrets.
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -14,14 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from elastic_core.errors import UserError
+from elastic_core.export import elastic_checkpoint
 from elastic_core.export.model_card import CARD, at_place
+from elastic_core.io import provenance_file
 from elastic_core.io.hub_errors import kind_of
 from elastic_core.io.storage import StorageUnavailable
+from elastic_core.io.tokenizer_files import PARENT_CARD, is_tokenizer_file
+from elastic_core.model import norm_gains
 
 SCHEME = "hf://"
 NAME = re.compile(r"[\w.-]+/[\w.-]+")
-# Files of an earlier model in the repository, which the new one may not have.
-OUTDATED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.py", "*.model", "merges.txt")
+# Files of a model besides its tokenizer's. A pattern matches at the top of a repository only.
+MODEL_FILES = {elastic_checkpoint.FILE, provenance_file.FILE, PARENT_CARD, norm_gains.RATIOS, norm_gains.BUDGETS}
+MODEL_PATTERN = re.compile(r"[^/]+\.safetensors(\.index\.json)?|(modeling|configuration)_\w+\.py")
 LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
 
 
@@ -40,9 +44,9 @@ def push(
     - `replaced`: contents for some files, in place of those in the directory.
 
     Hidden files and folders are not uploaded. The code in the model card is written to load the model from there. Files
-    of an earlier model that this one does not have are removed in the same commit. Raises UserError for a directory
-    without config.json, an invalid name, a missing or wrong token, and for a public repository with `private`. Raises
-    StorageUnavailable if the hub does not answer.
+    of an earlier model that this one does not have are removed in the same commit (see `is_model_file`). Raises
+    UserError for a directory without config.json, an invalid name, a missing or wrong token, and for a public
+    repository with `private`. Raises StorageUnavailable if the hub does not answer.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi  # here because the import is slow
 
@@ -67,11 +71,21 @@ def push(
         added = [CommitOperationAdd(name, replaced.get(name, str(path))) for name, path in files.items()]
         added += [CommitOperationAdd(name, data) for name, data in replaced.items() if name not in files]
         kept = {operation.path_in_repo for operation in added}
-        removed = [name for name in there if name not in kept and any(fnmatch.fnmatch(name, one) for one in OUTDATED)]
+        removed = [name for name in there if name not in kept and is_model_file(name)]
         operations = [*added, *(CommitOperationDelete(name) for name in removed)]
         api.create_commit(repository, operations, commit_message=message, revision=revision)
         url = f"{api.endpoint}/{repository}"
     return url if revision is None else f"{url}/tree/{revision}"
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of a repository belongs to a model by its name, so that a later model replaces or removes it.
+
+    These are weights and their index, configurations, the tokenizer and its chat templates, the code that loads the
+    model, and what this library adds. All other files are the owner's, in whichever folder they are. A licence and a
+    parser of answers count as the owner's, because their names are free.
+    """
+    return is_tokenizer_file(name) or name in MODEL_FILES or MODEL_PATTERN.fullmatch(name) is not None
 
 
 def repository_of(destination: str, budget: str) -> str:

@@ -14,6 +14,17 @@ FILES = {
     "norm_gains/budgets.safetensors": b"g",
     "README.md": b"#",
 }
+OF_A_MODEL = (
+    *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "modeling_x.py", "configuration_x.py"),
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja"),
+    *("special_tokens_map.json", "added_tokens.json", "additional_chat_templates/tool_use.jinja"),
+    *("generation_config.json", "elastic.json", "provenance.json", "parent_card.json", "norm_gains/ratios.safetensors"),
+)
+OF_THE_OWNER = (
+    *("figure.png", "notes.md", "results.json", "demo.py", "prompt.jinja", "my_parser.py", "LICENSE", "arena.model"),
+    *("eval/results.json", "eval/config.json", "scripts/demo.py", "scripts/modeling_x.py", "lora/adapter.safetensors"),
+    *("templates/chat_template.jinja", "old/norm_gains/ratios.safetensors", "gguf/tokenizer.model"),
+)
 
 
 @pytest.fixture
@@ -37,10 +48,11 @@ def test_a_model_is_one_commit_in_a_private_repository(uploads, model):
 def test_the_next_model_leaves_nothing_of_the_first(uploads, model):
     hub.push(model, "team/small", private=False)
     there = uploads.files["team/small"]["main"]
-    there |= {"model-00001-of-00002.safetensors": b"", "modeling_x.py": b"", "figure.png": b"mine", "notes.md": b"mine"}
+    there |= dict.fromkeys(OF_A_MODEL, b"old") | dict.fromkeys(OF_THE_OWNER, b"mine")
     (model / "norm_gains/budgets.safetensors").unlink()
     hub.push(model, "team/small", private=False)
-    assert there.keys() == {"config.json", "model.safetensors", "README.md", ".gitattributes", "figure.png", "notes.md"}
+    assert there.keys() == {"config.json", "model.safetensors", "README.md", ".gitattributes", *OF_THE_OWNER}
+    assert all(there[name] == b"mine" for name in OF_THE_OWNER)
     assert uploads.private == {"team/small": False} and len(uploads.commits) == 2
 
 
