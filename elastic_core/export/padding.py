@@ -5,19 +5,20 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from elastic_core.errors import UserError
+from elastic_core.export.generation_options import value_of
 from elastic_core.model import architectures
 
 
 def check_padding(config, input_ids: Tensor, generation: GenerationConfig, options: dict) -> None:
     """Raise UserError unless every row of `input_ids` (B, L) is a text, after padding on the left or without padding.
 
-    options: those of `generate`; `attention_mask` (B, L) is 0 at padding. Without it, transformers takes every pad
-    token for padding. Where the architecture computes with padding in a row (see `pads_exactly`), all padding is
-    refused.
+    generation: the model's. options: those of `generate`; `attention_mask` (B, L) is 0 at padding. Without it,
+    transformers takes every pad token for padding. Where the architecture computes with padding in a row (see
+    `pads_exactly`), all padding is refused.
     """
     mask, source = options.get("attention_mask"), "attention_mask 0"
     if mask is None:
-        mask = _guessed_mask(input_ids, options.get("generation_config") or generation, options)
+        mask = _guessed_mask(input_ids, generation, options)
         source = "no attention_mask was given, so transformers takes every pad token for padding"
     if mask is None or bool(mask.bool().all()):
         return
@@ -46,8 +47,7 @@ def check_padding(config, input_ids: Tensor, generation: GenerationConfig, optio
 
 def _guessed_mask(input_ids: Tensor, generation: GenerationConfig, options: dict) -> Tensor | None:
     """The mask that transformers takes where none is given: 0 at pad tokens, unless these also end a text."""
-    pad = options.get("pad_token_id", generation.pad_token_id)
-    end = options.get("eos_token_id", generation.eos_token_id)
+    pad, end = (value_of(name, options, generation) for name in ("pad_token_id", "eos_token_id"))
     if pad is None or (end is not None and pad in torch.as_tensor(end)):
         return None
     return input_ids != pad
