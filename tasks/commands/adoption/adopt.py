@@ -15,6 +15,7 @@ from elastic_core.io.atomic import check_apart, check_out
 from elastic_core.model import hf
 from elastic_core.model.elastic_model import ElasticModel
 from elastic_core.model.submodel import Submodel
+from tasks.settings.local_checks import why_not_writable
 from tasks.settings.merging import ROOT
 from tasks.settings.yaml_files import read_mapping
 
@@ -61,6 +62,8 @@ def adopt(
     if out is not None:
         check_apart(out, [directory, sizes, TEXT if text is None else text])
         check_out(out, force)
+        if (reason := why_not_writable(out.parent)) is not None:
+            raise UserError(f"--out: got {out}; allowed: a directory that can be written; {reason}")
     elif (directory / elastic_checkpoint.FILE).exists() and not force:
         raise UserError(f"{directory}: has an {elastic_checkpoint.FILE} already; replace it with --force")
     config = hf.read_config(directory)

@@ -134,6 +134,8 @@ def test_nothing_is_replaced_unasked(by_group, files, tmp_path, monkeypatch):
         adopt(by_group, **files, out=other)
     with pytest.raises(UserError, match=r"thesis: exists and has no config\.json"):
         adopt(by_group, **files, out=tmp_path / "thesis", force=True)
+    with pytest.raises(UserError, match=r"chapter/out; allowed: a directory that can be written"):
+        adopt(by_group, **files, out=tmp_path / "thesis" / "chapter" / "out")
     for out in (by_group, by_group / "sub", by_group.parent, tmp_path):  # the last one contains the sizes
         with pytest.raises(UserError, match=r"contains it or lies in it; name another directory"):
             adopt(by_group, **files, out=out, force=True)
