@@ -38,6 +38,7 @@ class _Text:
     cache: Cache | None = None
     length: int = 0  # tokens of the prompt that are in the cache
     num_cached: int = 0
+    pure: bool = True  # no state in the cache comes from a larger budget
 
 
 class Engine:
@@ -165,8 +166,10 @@ class Engine:
         """Read up to `most` tokens of a prompt, and begin to write after the last one. Returns how many were read."""
         submodel = text.job.budget.submodel
         if text.cache is None:
-            text.cache, text.length = self._prefixes.find(submodel, text.prompt, text.job.hand_over)
-            text.cache, text.num_cached = text.cache or new_cache(text.job.budget.model.config), text.length
+            found = self._prefixes.find(submodel, text.prompt, text.job.hand_over)
+            text.cache = found.cache or new_cache(text.job.budget.model.config)
+            text.length = text.num_cached = found.length
+            text.pure = found.pure
         tokens = text.prompt[text.length : text.length + most]
         logits = read(text.job.budget.model, text.cache, tokens, text.length)
         text.length += len(tokens)
@@ -178,7 +181,7 @@ class Engine:
     def _begin(self, text: _Text, logits: Tensor) -> None:
         """Choose the first token of a text, and put the text into its budget's batch."""
         submodel = text.job.budget.submodel
-        self._prefixes.put(submodel, text.prompt, text.cache)
+        self._prefixes.put(submodel, text.prompt, text.cache, text.pure)
         self._metrics.first_token(text.job.budget.label, time.monotonic() - text.job.begin)
         if not self._take(text, logits, *map(Tensor.item, logits.max(-1))):
             batch = self._batches.setdefault(submodel, Batch(text.job.budget.model))
@@ -205,7 +208,7 @@ class Engine:
         for row in ended:
             ids = row.owner.job.chooser.ids
             if len(ids) == row.length + 1:  # not where the logits were of no use
-                self._prefixes.put(row.owner.job.budget.submodel, ids[:-1], batch.cache_of(row))
+                self._prefixes.put(row.owner.job.budget.submodel, ids[:-1], batch.cache_of(row), row.owner.pure)
         batch.remove(ended)
 
     def _take(self, text: _Text, logits: Tensor, largest: float, likeliest: int) -> bool:

@@ -118,6 +118,51 @@ def test_the_next_turn_reads_only_what_is_new(served):
     engine.stop()
 
 
+def test_what_was_taken_over_is_for_those_only_who_ask_for_it(served):
+    """Others get what the extracted model gives, also from texts of which a larger budget has read a part."""
+    family, alone = served
+    first = prompts(1, family.config.vocab_size, 30)[0] * 2
+    turns = [("full", first, False), ("small", [*first, 5, 6], True), ("small", [*first, 5, 6, 7, 8], False)]
+    engine, own = start(family), None
+    for budget, text, over in turns:
+        reader = Reader(family, budget, text, 6, hand_over=over)
+        engine.submit([reader.job])
+        reader.end()
+        assert reader.num_cached == (len(first) if over else 0)
+        if not over:
+            own = reader
+            assert own.tokens == greedy(alone[budget], text, 6)
+    text = [*own.prompt, *own.tokens, 9]
+    for over in (True, False):  # of as many tokens, the states of its own
+        reader = Reader(family, "small", text, 6, hand_over=over)
+        engine.submit([reader.job])
+        reader.end()
+        assert reader.num_cached >= len(text) - 2 and reader.tokens == greedy(alone["small"], text, 6)
+    engine.stop()
+
+
+def test_of_states_after_as_many_tokens_the_own_are_taken(served):
+    family, _ = served
+    budgets = [family.budget(name) for name in ("full", "small")]
+    made = []
+    for budget in budgets:
+        made.append(new_cache(budget.model.config))
+        with torch.no_grad():
+            read(budget.model, made[-1], [1, 2, 3], 0)
+    (full, small), prefixes = (budget.submodel for budget in budgets), Prefixes(family.config, 2**20)
+    text = [1, 2, 3, 4]
+    prefixes.put(full, text[:3], made[0])
+    assert prefixes.find(small, text, hand_over=False) == (None, 0, True)
+    assert prefixes.find(small, text, hand_over=True)[1:] == (3, False)
+    prefixes.put(small, text[:3], made[1], pure=False)
+    assert prefixes.find(small, text, hand_over=False) == (None, 0, True)
+    assert prefixes.find(small, text, hand_over=True)[1:] == (3, False)
+    prefixes.put(small, text[:3], made[1])
+    prefixes.put(small, text[:3], made[1], pure=False)  # does not take the place of the pure ones
+    for hand_over in (False, True):
+        assert prefixes.find(small, text, hand_over)[1:] == (3, True)
+
+
 def test_states_that_were_not_used_for_long_are_dropped(served):
     family, _ = served
     model = family.budget("small")
