@@ -61,10 +61,15 @@ class Batch:
         return caches.select(self._cache, [self.rows.index(row)], row.length)
 
     def remove(self, gone: list[Row]) -> None:
-        """Remove texts."""
+        """Remove texts, or none if there is no memory for the others without them (torch.OutOfMemoryError)."""
         kept = [i for i, row in enumerate(self.rows) if row not in gone]
         if len(kept) == len(self.rows):
             return
-        self.rows = [self.rows[i] for i in kept]
-        longest = max((row.length for row in self.rows), default=0)
+        rows = [self.rows[i] for i in kept]
+        longest = max((row.length for row in rows), default=0)
         self._cache = caches.select(self._cache, kept, longest) if kept else None
+        self.rows = rows
+
+    def clear(self) -> None:
+        """Remove all texts."""
+        self.rows, self._cache = [], None

@@ -3,6 +3,8 @@
 In each round the thread reads a part of the prompts that wait, and then one token of every text that it has read: the
 texts of one budget in one call of the model. So a text that comes later starts while others are still being written,
 and long prompts do not hold the others up. Each text is continued as its budget would continue it alone.
+
+Where memory runs out, the states of earlier texts are forgotten, and only those texts fail that cannot go on.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +26,7 @@ from tasks.serving.batch import Batch, Row, read
 from tasks.serving.family import Family
 from tasks.serving.jobs import Failure, Full, Job, Limits, Piece, Stopped
 from tasks.serving.metrics import Metrics
-from tasks.serving.prefixes import Prefixes
+from tasks.serving.prefixes import Found, Prefixes
 from tasks.serving.sampling import NoChoice
 from tasks.serving.text_stream import TextStream
 
@@ -136,7 +139,7 @@ class Engine:
             gone = [row for row in batch.rows if reason(row.owner.job)]
             for row in gone:
                 self._fail(row.owner.job, reason(row.owner.job), row.owner)
-            batch.remove(gone)
+            self._remove(batch, gone)
 
     def _read(self) -> None:
         """Read at most `chunk` tokens of prompts."""
@@ -148,6 +151,7 @@ class Engine:
             try:
                 left -= self._read_some(text, left)
             except torch.OutOfMemoryError:
+                self._prefixes.clear()
                 self._fail(text.job, "memory", text)
                 self._reading = None
 
@@ -164,9 +168,8 @@ class Engine:
 
     def _read_some(self, text: _Text, most: int) -> int:
         """Read up to `most` tokens of a prompt, and begin to write after the last one. Returns how many were read."""
-        submodel = text.job.budget.submodel
         if text.cache is None:
-            found = self._prefixes.find(submodel, text.prompt, text.job.hand_over)
+            found = self._find(text)
             text.cache = found.cache or new_cache(text.job.budget.model.config)
             text.length = text.num_cached = found.length
             text.pure = found.pure
@@ -178,6 +181,14 @@ class Engine:
             self._reading = None
         return len(tokens)
 
+    def _find(self, text: _Text) -> Found:
+        """States to go on from, if there are any, and memory for a copy of them."""
+        try:
+            return self._prefixes.find(text.job.budget.submodel, text.prompt, text.job.hand_over)
+        except torch.OutOfMemoryError:
+            self._prefixes.clear()
+        return Found()
+
     def _begin(self, text: _Text, logits: Tensor) -> None:
         """Choose the first token of a text, and put the text into its budget's batch."""
         submodel = text.job.budget.submodel
@@ -185,7 +196,8 @@ class Engine:
         self._metrics.first_token(text.job.budget.label, time.monotonic() - text.job.begin)
         if not self._take(text, logits, *map(Tensor.item, logits.max(-1))):
             batch = self._batches.setdefault(submodel, Batch(text.job.budget.model))
-            batch.add(Row(text, text.length, text.job.chooser.ids[-1]), text.cache)
+            row = Row(text, text.length, text.job.chooser.ids[-1])
+            self._with_memory(lambda: batch.add(row, text.cache))
         text.cache = None
 
     def _step(self, batch: Batch) -> None:
@@ -194,22 +206,48 @@ class Engine:
             return
         try:
             logits = batch.step()
-        except torch.OutOfMemoryError:
-            for row in batch.rows:
-                self._fail(row.owner.job, "memory", row.owner)
-            batch.remove(batch.rows)
+            largest, likeliest = map(Tensor.tolist, logits.max(-1))
+        except torch.OutOfMemoryError:  # a part of the layers may have read the tokens, so nothing can be repeated
+            self._prefixes.clear()
+            self._fail_rows(batch.rows)
+            batch.clear()
             return
         ended = []
-        for row, values, largest, token in zip(batch.rows, logits, *map(Tensor.tolist, logits.max(-1)), strict=True):
+        for row, values, value, token in zip(batch.rows, logits, largest, likeliest, strict=True):
             text = row.owner
-            if self._take(text, values, largest, token):
+            if self._take(text, values, value, token):
                 ended.append(row)
             row.token = text.job.chooser.ids[-1]
         for row in ended:
-            ids = row.owner.job.chooser.ids
-            if len(ids) == row.length + 1:  # not where the logits were of no use
-                self._prefixes.put(row.owner.job.budget.submodel, ids[:-1], batch.cache_of(row), row.owner.pure)
-        batch.remove(ended)
+            self._keep(batch, row)
+        self._remove(batch, ended)
+
+    def _keep(self, batch: Batch, row: Row) -> None:
+        """Keep the states of a text that has ended, if there is memory for a copy of them."""
+        text, ids = row.owner, row.owner.job.chooser.ids
+        if len(ids) != row.length + 1:  # the logits were of no use
+            return
+        try:
+            self._prefixes.put(text.job.budget.submodel, ids[:-1], batch.cache_of(row), text.pure)
+        except torch.OutOfMemoryError:
+            self._prefixes.clear()
+
+    def _remove(self, batch: Batch, gone: list[Row]) -> None:
+        """Remove texts that have ended. If there is no memory for the others without them, the others fail."""
+        try:
+            self._with_memory(lambda: batch.remove(gone))
+        except torch.OutOfMemoryError:
+            self._fail_rows([row for row in batch.rows if row not in gone])
+            batch.clear()
+
+    def _with_memory(self, action: Callable[[], None]) -> None:
+        """Do it, and if memory runs out, once more without the kept states. Raises torch.OutOfMemoryError."""
+        try:
+            action()
+            return
+        except torch.OutOfMemoryError:
+            self._prefixes.clear()
+        action()  # not in the handler, because the error holds on to the memory of the first try
 
     def _take(self, text: _Text, logits: Tensor, largest: float, likeliest: int) -> bool:
         """Choose the next token of a text and tell its reader. Returns whether the text has ended."""
@@ -222,6 +260,10 @@ class Engine:
         except NoChoice:
             self._fail(job, "settings", text)
             return True
+        except torch.OutOfMemoryError:
+            self._prefixes.clear()
+            self._fail(job, "memory", text)
+            return True
         if chosen.token in job.stop_ids:
             new, finish = stream.end(), "stop"
         else:
@@ -233,6 +275,10 @@ class Engine:
             self._count(text, finish)
         job.emit(Piece(new, (chosen,), finish, text.num_cached))
         return finish is not None
+
+    def _fail_rows(self, rows: list[Row]) -> None:
+        for row in rows:
+            self._fail(row.owner.job, "memory", row.owner)
 
     def _fail(self, job: Job, reason: str, text: _Text | None = None) -> None:
         if text is None:

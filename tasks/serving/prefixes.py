@@ -19,7 +19,7 @@ from tasks.serving import caches
 
 
 class Key(NamedTuple):
-    """What the states of an entry are. `pure`: the submodel has computed all of them itself, from the first token on."""
+    """What the states of an entry are. `pure`: the submodel has computed all of them itself."""
 
     submodel: Submodel
     tokens: tuple[int, ...]
@@ -79,6 +79,11 @@ class Prefixes:
         if best.submodel != submodel:
             return Found(part_of_cache(self._config, cache, best.submodel, submodel), length, pure=False)
         return Found(cache, length, best.pure)
+
+    def clear(self) -> None:
+        """Forget all states, so that their memory is free."""
+        self._entries.clear()
+        self.num_bytes = 0
 
     def _replaces(self, new: Key, old: Key) -> bool:
         """Whether the states of `new` can be used wherever those of `old` can."""

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 
+import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -22,7 +23,7 @@ from elastic_core.errors import UserError
 from tasks.serving.family import Budget
 from tasks.serving.http.answers import Answer, usage
 from tasks.serving.http.bodies import Chat, Completion
-from tasks.serving.http.reading import Reading, chunks
+from tasks.serving.http.reading import FAILURES, Reading, chunks
 from tasks.serving.http.service import Refused, Service
 
 LARGEST_BODY = 16 * 2**20  # bytes
@@ -130,6 +131,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
         return _response(error)
+
+    @app.exception_handler(torch.OutOfMemoryError)  # in the preparation of a request; the engine handles its own
+    async def out_of_memory(request: Request, error: torch.OutOfMemoryError) -> Response:
+        return _response(Refused(*FAILURES["memory"], code="memory"))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

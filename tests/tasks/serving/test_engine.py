@@ -279,6 +279,58 @@ def test_a_text_that_does_not_fit_into_memory_fails_alone(family, monkeypatch):
     engine.stop()
 
 
+def out_of_memory(action, times: int, where=lambda *given: True):
+    """`action`, which runs out of memory the first `times` times that `where` is true of what it is given."""
+    left = [times]
+
+    def limited(*given, **options):
+        if where(*given) and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError
+        return action(*given, **options)
+
+    return limited
+
+
+@pytest.mark.parametrize(
+    "owner, name, times, ends",
+    [
+        (Batch, "cache_of", 9, ["length", "length"]),  # the states of an earlier text are not needed
+        (Prefixes, "find", 1, ["length", "length"]),
+        (Batch, "remove", 1, ["length", "length"]),
+        (Batch, "remove", 2, ["length", "memory"]),  # that which goes on when the other has ended
+        (Batch, "add", 1, ["length", "length"]),
+        (Batch, "add", 2, ["memory", "length"]),
+        (Batch, "step", 1, ["memory", "memory"]),
+        (Chooser, "choose", 1, ["memory", "length"]),
+    ],
+)
+def test_out_of_memory_ends_as_little_as_possible(family, monkeypatch, owner, name, times, ends):
+    """Only texts that cannot go on, never the engine. The states of earlier texts make room first."""
+    engine = start(family)
+    earlier = Reader(family, "full", [7, 8, 9], 2)
+    engine.submit([earlier.job])
+    earlier.end()
+    while engine._num_running():
+        time.sleep(0.001)
+    monkeypatch.setattr(
+        owner, name, out_of_memory(getattr(owner, name), times, lambda *given: name != "remove" or given[1])
+    )
+    forgotten, clear = [], Prefixes.clear
+    monkeypatch.setattr(Prefixes, "clear", lambda prefixes: forgotten.append(1) or clear(prefixes))
+    readers = [Reader(family, "small", [5, 6], number) for number in (3, 6)]
+    engine.submit([reader.job for reader in readers])
+    found = [reader.end() for reader in readers]
+    assert [getattr(end, "finish", None) or end.reason for end in found] == ends
+    assert forgotten
+    after = Reader(family, "small", [5, 6], 4)
+    engine.submit([after.job])
+    assert after.end().finish == "length" and engine.is_running
+    engine.stop()
+    assert engine._num_running() == 0
+    assert after.tokens == readers[1].tokens[:4] or ends[1] == "memory"
+
+
 def test_numbers_that_are_not_finite_are_no_text(family):
     engine = start(family)
     weight = family.model.weights["model.norm.weight"]

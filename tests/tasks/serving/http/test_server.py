@@ -289,6 +289,16 @@ def test_limits_of_queue_and_time_and_clients_that_leave(family, monkeypatch):
         assert wait_until_idle(engine)
 
 
+def test_a_request_that_cannot_be_prepared_for_want_of_memory(client, monkeypatch):
+    def fail(*given):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("tasks.serving.http.service.Chooser", fail)
+    with pytest.raises(openai.InternalServerError, match="the server is out of memory") as refused:
+        client.completions.create(model="small", prompt="a")
+    assert refused.value.response.headers["Retry-After"] == "1" and refused.value.code == "memory"
+
+
 def test_a_stopped_engine_is_not_healthy(family):
     with running_server(family, Limits()) as (address, engine):
         engine.stop()
