@@ -75,7 +75,7 @@ def _elastic(directory: Path, quick: bool) -> contextlib.AbstractContextManager[
         return _server([sys.executable, "-m", "flows.cli", "serve", str(directory)])
     family, metrics = Family(directory), Metrics()
     engine = Engine(family, limits_of(directory), metrics)
-    return app.running(app.create_app(Service(family, engine, metrics, 60.0)), app.bind("127.0.0.1", 0))
+    return app.running(app.create_app(Service(family, engine, metrics, 60.0)), engine, app.bind("127.0.0.1", 0))
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def serve(
         logging.basicConfig(format="%(asctime)s %(message)s", stream=sys.stderr)
         logging.getLogger("elastic.serve").setLevel(logging.INFO)
         _say(family, engine.limits, host, address.getsockname()[1], key)
-        new_server(app).run(sockets=[address])
+        new_server(app, engine).run(sockets=[address])
 
 
 def _say(family: Family, limits: Limits, host: str, port: int, key: str | None) -> None:

@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from elastic_core.errors import UserError
+from tasks.serving.engine import Engine
 from tasks.serving.family import Budget
 from tasks.serving.http.answers import Answer, usage
 from tasks.serving.http.bodies import Chat, Completion
@@ -27,6 +28,9 @@ from tasks.serving.http.reading import FAILURES, Reading, chunks
 from tasks.serving.http.service import Refused, Service
 
 LARGEST_BODY = 16 * 2**20  # bytes
+# Seconds at the end of a server: for requests that run to end by themselves, and then for their last words to be sent.
+# Docker kills a container after 10.
+GRACE, SENDING = 3, 5
 
 
 def _response(error: Refused) -> Response:
@@ -195,15 +199,38 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-def new_server(app: FastAPI) -> uvicorn.Server:
-    """A server for `bind`'s socket: `run(sockets=[…])`. Neither paths nor headers are logged."""
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5))
+class Server(uvicorn.Server):
+    """Stops the engine before uvicorn cancels the requests, so that they end with an error in OpenAI's form."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine):
+        super().__init__(config)
+        self._engine = engine
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping = asyncio.create_task(self._stop_engine())
+        await super().shutdown(sockets)  # takes no new connections, and waits for the requests
+        await stopping
+
+    async def _stop_engine(self) -> None:
+        end = time.monotonic() + GRACE
+        while self.server_state.tasks and not self.force_exit and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        await run_in_threadpool(self._engine.stop)
+
+
+def new_server(app: FastAPI, engine: Engine) -> Server:
+    """A server of `create_app`'s application, with its engine, for `bind`'s socket: `run(sockets=[…])`.
+
+    Neither paths nor headers are logged.
+    """
+    limit = GRACE + SENDING
+    return Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=limit), engine)
 
 
 @contextlib.contextmanager
-def running(app: FastAPI, address: socket.socket) -> Iterator[str]:
+def running(app: FastAPI, engine: Engine, address: socket.socket) -> Iterator[str]:
     """Serve `app` at `bind`'s socket in a thread, while the block runs. Gives the server's URL."""
-    server = new_server(app)
+    server = new_server(app, engine)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [address]}, name="elastic-server")
     thread.start()
     try:

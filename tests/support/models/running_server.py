@@ -19,5 +19,5 @@ def running_server(
     metrics = Metrics()
     engine = Engine(family, limits, metrics)
     app = create_app(Service(family, engine, metrics, timeout), key)
-    with bind("127.0.0.1", 0) as address, running(app, address) as url:
+    with bind("127.0.0.1", 0) as address, running(app, engine, address) as url:
         yield url, engine

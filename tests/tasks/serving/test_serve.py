@@ -46,7 +46,8 @@ def test_a_port_that_is_taken_and_a_wrong_device(directory, monkeypatch):
 def test_what_it_serves_and_says(directory, monkeypatch, capsys):
     """The key is that of the environment, and is not printed."""
     seen = []
-    monkeypatch.setattr(command, "new_server", lambda app: SimpleNamespace(run=lambda sockets: seen.append(app)))
+    server = SimpleNamespace(run=lambda sockets: None)
+    monkeypatch.setattr(command, "new_server", lambda app, engine: seen.append(app) or server)
     monkeypatch.setenv(command.KEY, "a-secret-key")
     command.serve(directory, port=0, dtype="bfloat16", context=100, max_batch=3)
     out, err = capsys.readouterr()

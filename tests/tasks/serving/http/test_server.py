@@ -306,3 +306,26 @@ def test_a_stopped_engine_is_not_healthy(family):
         with pytest.raises(openai.InternalServerError, match="the server is stopping"):
             client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
             client.completions.create(model="small", prompt="a")
+
+
+def test_requests_that_run_when_the_server_ends_are_told_so(family, monkeypatch, capfd):
+    """Short ones end as ever, long ones with an error in OpenAI's form, in the queue too. Nothing is logged."""
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch: time.sleep(0.02) or step(batch))
+    monkeypatch.setattr("tasks.serving.http.app.GRACE", 0.5)
+    long = {"model": "full", "prompt": "a", "max_tokens": 450, "ignore_eos": True}
+    bodies = [long, long, {**long, "stream": True}, {**long, "model": "small", "max_tokens": 12}]
+    with ThreadPoolExecutor(4) as pool:
+        with running_server(family, Limits(max_batch=2, context=512)) as (address, engine):
+            answers = [pool.submit(httpx.post, f"{address}/v1/completions", json=body, timeout=20) for body in bodies]
+            while engine._num_running() < 3 or not engine._waiting:
+                time.sleep(0.01)
+        *whole, streamed, short = [answer.result() for answer in answers]
+    stopping = {"message": "the server is stopping", "type": "server_error", "param": None, "code": "stopped"}
+    for answer in whole:
+        assert answer.status_code == 503 and answer.json() == {"error": stopping}
+        assert answer.headers["Retry-After"] == "1"
+    events = [line for line in streamed.text.splitlines() if line]
+    assert streamed.status_code == 200 and json.loads(events[-1].removeprefix("data: ")) == {"error": stopping}
+    assert short.status_code == 200 and short.json()["usage"]["completion_tokens"] == 12
+    assert capfd.readouterr().err == ""
