@@ -46,6 +46,7 @@ class Service:
     def prepare(self, body: Chat | Completion) -> list[Job]:
         """The jobs of a request, one for every choice; their `emit` is to be set. Raises Refused."""
         budget, deadline = self.budget(body.model), time.monotonic() + self.timeout
+        self._check_number(body)
         jobs = []
         for prompt in self._prompts(body):
             num_new = self._num_new(body, budget, len(prompt))
@@ -62,16 +63,20 @@ class Service:
                 jobs.append(Job(budget, chooser, num_new, None, stop, stop_ids, body.hand_over, deadline))
         return jobs
 
+    def _check_number(self, body: Chat | Completion) -> None:
+        """Raise Refused for more texts than the queue ever has places for: to try later would not help."""
+        num_prompts, most = 1 if isinstance(body, Chat) else len(body.prompts), self.engine.limits.max_waiting
+        if num_prompts * body.n > most:
+            given = f"{body.n} choices" if num_prompts == 1 else f"{num_prompts} prompts with {body.n} choices each"
+            param = "n" if num_prompts == 1 else "prompt"
+            raise Refused(400, f"{param}: got {given}; allowed: {most} in all (--max-waiting)", param=param)
+
     def _prompts(self, body: Chat | Completion) -> list[list[int]]:
         try:
             if isinstance(body, Chat):
                 options = body.chat_template_kwargs or {}
                 prompts = [self.family.chat_tokens(body.messages, body.continue_final_message, **options)]
             else:
-                if len(body.prompts) * body.n > (most := self.engine.limits.max_waiting):
-                    raise UserError(
-                        f"got {len(body.prompts)} prompts with {body.n} choices each; allowed: {most} in all"
-                    )
                 prompts = [self.family.tokens(one) if isinstance(one, str) else one for one in body.prompts]
         except UserError as error:
             raise Refused(400, str(error), param="messages" if isinstance(body, Chat) else "prompt") from None

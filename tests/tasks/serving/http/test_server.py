@@ -252,6 +252,12 @@ def test_limits_of_queue_and_time_and_clients_that_leave(family, monkeypatch):
     monkeypatch.setattr(Batch, "step", lambda batch: time.sleep(0.02) or step(batch))
     with running_server(family, Limits(max_batch=1, max_waiting=1, context=512), timeout=60) as (address, engine):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        for ask, given in ((client.completions, {"prompt": "a"}), (client.chat.completions, {"messages": QUESTION})):
+            with pytest.raises(openai.BadRequestError, match="got 2 choices; allowed: 1 in all") as refused:
+                ask.create(model="full", n=2, **given)
+            assert refused.value.param == "n"
+        with pytest.raises(openai.BadRequestError, match="got 2 prompts with 1 choices each; allowed: 1 in all"):
+            client.completions.create(model="full", prompt=["a", "b"])
         long = {"model": "full", "prompt": "a", "max_tokens": 500, "extra_body": {"ignore_eos": True}}
         leaving = client.completions.create(**long, stream=True)
         next(iter(leaving))
