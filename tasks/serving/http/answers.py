@@ -6,6 +6,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
+from tasks.serving.http.token_bytes import Offsets, TokenBytes
 from tasks.serving.jobs import Piece
 from tasks.serving.sampling import Chosen
 
@@ -47,8 +48,8 @@ def usage(texts: list[Text], num_choices: int) -> dict:
 class Answer:
     """Writes the answer to one request, whole or in chunks. `chat`: as messages, or else as texts."""
 
-    def __init__(self, chat: bool, model: str, tokenizer, with_logprobs: bool):
-        self.chat, self._model, self._tokenizer, self._with_logprobs = chat, model, tokenizer, with_logprobs
+    def __init__(self, chat: bool, model: str, tokens: TokenBytes, with_logprobs: bool):
+        self.chat, self._model, self._tokens, self._with_logprobs = chat, model, tokens, with_logprobs
         self._id, self._created = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, texts: list[Text], counts: dict) -> dict:
@@ -56,7 +57,7 @@ class Answer:
         for index, text in enumerate(texts):
             piece = text.whole()
             message = {"message": {"role": "assistant", "content": piece.text}} if self.chat else {"text": piece.text}
-            choices.append(self._choice(index, piece, message))
+            choices.append(self._choice(index, piece, message, Offsets()))
         return self._body("chat.completion" if self.chat else "text_completion", choices) | {"usage": counts}
 
     def first_chunk(self, index: int) -> dict:
@@ -64,11 +65,11 @@ class Answer:
         empty = {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
         return self._chunk([empty])
 
-    def chunk(self, index: int, piece: Piece, num_before: int) -> dict:
-        """A piece of a choice. num_before: characters of the pieces before it."""
+    def chunk(self, index: int, piece: Piece, offsets: Offsets) -> dict:
+        """A piece of a choice. offsets: of this choice, the same for all its pieces."""
         delta = {"content": piece.text} if piece.text or piece.finish is None else {}
         return self._chunk(
-            [self._choice(index, piece, {"delta": delta} if self.chat else {"text": piece.text}, num_before)]
+            [self._choice(index, piece, {"delta": delta} if self.chat else {"text": piece.text}, offsets)]
         )
 
     def last_chunk(self, counts: dict) -> dict:
@@ -80,10 +81,10 @@ class Answer:
     def _body(self, kind: str, choices: list[dict]) -> dict:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
-    def _choice(self, index: int, piece: Piece, content: dict, num_before: int = 0) -> dict:
+    def _choice(self, index: int, piece: Piece, content: dict, offsets: Offsets) -> dict:
         logprobs = None
         if self._with_logprobs:
-            logprobs = self._of_chat(piece.tokens) if self.chat else self._of_text(piece.tokens, num_before)
+            logprobs = self._of_chat(piece.tokens) if self.chat else self._of_text(piece.tokens, offsets)
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": piece.finish}
 
     def _of_chat(self, tokens: tuple[Chosen, ...]) -> dict:
@@ -99,20 +100,27 @@ class Answer:
         }
 
     def _entry(self, token: int, logprob: float) -> dict:
-        text = self._text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        data = self._tokens.of(token)
+        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
 
-    def _of_text(self, tokens: tuple[Chosen, ...], start: int) -> dict:
-        offsets = []
-        for chosen in tokens:
-            offsets.append(start)
-            start += len(self._text(chosen.token))
+    def _of_text(self, tokens: tuple[Chosen, ...], offsets: Offsets) -> dict:
         return {
-            "tokens": [self._text(chosen.token) for chosen in tokens],
+            "tokens": [self._name(chosen.token) for chosen in tokens],
             "token_logprobs": [chosen.logprob for chosen in tokens],
-            "top_logprobs": [{self._text(token): logprob for token, logprob in c.likeliest} for c in tokens],
-            "text_offset": offsets,
+            "top_logprobs": [self._likeliest(chosen) for chosen in tokens],
+            "text_offset": [offsets.next(self._tokens.in_text(chosen.token)) for chosen in tokens],
         }
 
-    def _text(self, token: int) -> str:
-        return self._tokenizer.decode([token])
+    def _likeliest(self, chosen: Chosen) -> dict[str, float]:
+        entries = {}
+        for token, logprob in chosen.likeliest:  # the likeliest first, which stays where tokens have the same name
+            entries.setdefault(self._name(token), logprob)
+        return entries
+
+    def _name(self, token: int) -> str:
+        """A token as /v1/completions writes it. Bytes that are no whole characters are written as OpenAI does."""
+        data = self._tokens.of(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return f"bytes:{repr(data)[2:-1]}"

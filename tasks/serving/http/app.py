@@ -78,7 +78,7 @@ class Events(StreamingResponse):
 async def _respond(service: Service, request: Request, body: Chat | Completion) -> Response:
     jobs = await run_in_threadpool(service.prepare, body)
     logprobs = body.num_logprobs is not None
-    answer = Answer(isinstance(body, Chat), body.model, service.family.tokenizer, logprobs)
+    answer = Answer(isinstance(body, Chat), body.model, service.tokens, logprobs)
     reading = Reading(service.engine, jobs, "chat" if answer.chat else "text")
     if body.stream:
         return Events(reading, chunks(reading, answer, body, logprobs))

@@ -13,6 +13,7 @@ from tasks.serving.engine import Engine
 from tasks.serving.http.answers import Answer, Text, usage
 from tasks.serving.http.bodies import Body
 from tasks.serving.http.service import Refused
+from tasks.serving.http.token_bytes import Offsets
 from tasks.serving.jobs import Failure, Full, Job, Piece, Stopped
 
 log = logging.getLogger("elastic.serve")
@@ -70,15 +71,14 @@ class Reading:
 
 async def chunks(reading: Reading, answer: Answer, body: Body, logprobs: bool) -> AsyncIterator[str]:
     """The events of an answer. An error after the first one is an event too, because the status has been sent."""
-    lengths = [0] * len(reading.texts)
+    offsets = [Offsets() for _ in reading.texts]
     if answer.chat:
-        for index in range(len(lengths)):
+        for index in range(len(offsets)):
             yield _event(answer.first_chunk(index))
     try:
         async for index, piece in reading.pieces():
             if piece.text or piece.finish or logprobs:
-                yield _event(answer.chunk(index, piece, lengths[index]))
-            lengths[index] += len(piece.text)
+                yield _event(answer.chunk(index, piece, offsets[index]))
     except Refused as error:
         yield _event(error.content)
         return

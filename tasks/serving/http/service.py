@@ -9,6 +9,7 @@ from elastic_core.errors import UserError
 from tasks.serving.engine import Engine
 from tasks.serving.family import Budget, Family
 from tasks.serving.http.bodies import Chat, Completion
+from tasks.serving.http.token_bytes import TokenBytes
 from tasks.serving.jobs import Job
 from tasks.serving.metrics import Metrics
 from tasks.serving.sampling import Chooser
@@ -36,6 +37,10 @@ class Service:
     metrics: Metrics
     timeout: float
     started: int = field(default_factory=lambda: int(time.time()))
+    tokens: TokenBytes = field(init=False)
+
+    def __post_init__(self):
+        self.tokens = TokenBytes(self.family.tokenizer)
 
     def budget(self, name: str) -> Budget:
         try:

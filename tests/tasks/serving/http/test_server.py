@@ -130,6 +130,12 @@ def test_log_probabilities_are_those_of_the_extracted_model(client, family, extr
     assert found.token_logprobs == pytest.approx(likeliest.values[:, 0].tolist(), abs=1e-4)
     for entry, values in zip(found.top_logprobs, likeliest.values, strict=True):
         assert list(entry.values()) == pytest.approx(values.tolist(), abs=1e-4)
+    same = client.completions.create(
+        model="medium", prompt=prompt, max_tokens=5, logprobs=2, temperature=0, stream=True
+    )
+    parts = [chunk.choices[0].logprobs for chunk in same]
+    assert [start for part in parts for start in part.text_offset] == found.text_offset == list(range(5))
+    assert [token for part in parts for token in part.tokens] == found.tokens
     options = {"model": "medium", "messages": QUESTION, "max_tokens": 4, "logprobs": True, "top_logprobs": 3}
     content = client.chat.completions.create(**options).choices[0].logprobs.content
     assert len(content) == 4 and all(len(entry.top_logprobs) == 3 for entry in content)
