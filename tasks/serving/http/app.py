@@ -61,6 +61,29 @@ class Guard:
         return None
 
 
+class LastWord:
+    """Answers requests that uvicorn cancels at the end of a server, such as those with a body that does not come."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        has_begun = False
+
+        async def watched(message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            if not has_begun:
+                await _response(Refused(*FAILURES["stopped"], code="stopped"))(scope, receive, send)
+
+
 class Events(StreamingResponse):
     """An answer in chunks. It closes its reading also where the client has gone before the first chunk."""
 
@@ -126,6 +149,7 @@ def create_app(service: Service, key: str | None = None) -> FastAPI:
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     app.add_middleware(Guard, key=key)
+    app.add_middleware(LastWord)
     _add_errors(app)
     _add_routes(app, service)
     return app

@@ -41,8 +41,8 @@ class Reading:
             engine.submit(jobs)
         except Full as error:
             raise Refused(429, str(error), "queue_full") from None
-        except Stopped as error:
-            raise Refused(503, str(error)) from None
+        except Stopped:
+            raise Refused(*FAILURES["stopped"], code="stopped") from None
 
     def _emit(self, loop: asyncio.AbstractEventLoop, index: int, piece: Piece | Failure) -> None:
         loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))

@@ -1,6 +1,7 @@
 """The server as OpenAI's own client sees it: every budget, in parallel, in one process."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
@@ -341,3 +342,17 @@ def test_requests_that_run_when_the_server_ends_are_told_so(family, monkeypatch,
     assert streamed.status_code == 200 and json.loads(events[-1].removeprefix("data: ")) == {"error": stopping}
     assert short.status_code == 200 and short.json()["usage"]["completion_tokens"] == 12
     assert capfd.readouterr().err == ""
+
+
+def test_a_request_whose_body_never_comes_is_answered_at_the_end_of_the_server(family, monkeypatch, capfd):
+    monkeypatch.setattr("tasks.serving.http.app.GRACE", 0)
+    monkeypatch.setattr("tasks.serving.http.app.SENDING", 0.1)
+    with contextlib.ExitStack() as line:
+        with running_server(family, Limits()) as (address, _):
+            place = "127.0.0.1", int(address.rpartition(":")[2])
+            sent = line.enter_context(socket.create_connection(place, 10))
+            sent.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
+            httpx.get(f"{address}/health")  # the server has read the other line too
+        answer = line.enter_context(sent.makefile("rb")).read()
+    assert answer.startswith(b"HTTP/1.1 503 ") and b'"the server is stopping"' in answer
+    assert "Traceback" not in capfd.readouterr().err
