@@ -279,7 +279,7 @@ def test_a_text_that_does_not_fit_into_memory_fails_alone(family, monkeypatch):
     engine.stop()
 
 
-def out_of_memory(action, times: int, where=lambda *given: True):
+def out_of_memory(action, times: int, where):
     """`action`, which runs out of memory the first `times` times that `where` is true of what it is given."""
     left = [times]
 
@@ -302,7 +302,7 @@ def out_of_memory(action, times: int, where=lambda *given: True):
         (Batch, "add", 1, ["length", "length"]),
         (Batch, "add", 2, ["memory", "length"]),
         (Batch, "step", 1, ["memory", "memory"]),
-        (Chooser, "choose", 1, ["memory", "length"]),
+        (Chooser, "choose", 1, ["memory", "length"]),  # the third token
     ],
 )
 def test_out_of_memory_ends_as_little_as_possible(family, monkeypatch, owner, name, times, ends):
@@ -313,9 +313,9 @@ def test_out_of_memory_ends_as_little_as_possible(family, monkeypatch, owner, na
     earlier.end()
     while engine._num_running():
         time.sleep(0.001)
-    monkeypatch.setattr(
-        owner, name, out_of_memory(getattr(owner, name), times, lambda *given: name != "remove" or given[1])
-    )
+    where = {"remove": lambda batch, gone: gone, "choose": lambda chooser, *given: len(chooser.ids) == 4}
+    action = out_of_memory(getattr(owner, name), times, where.get(name, lambda *given: True))
+    monkeypatch.setattr(owner, name, action)
     forgotten, clear = [], Prefixes.clear
     monkeypatch.setattr(Prefixes, "clear", lambda prefixes: forgotten.append(1) or clear(prefixes))
     readers = [Reader(family, "small", [5, 6], number) for number in (3, 6)]
