@@ -62,6 +62,8 @@ def _read_config(local: Path, directory: str) -> PreTrainedConfig:
     values = read_values(local, directory)
     if any(isinstance(values.get(field), list) for field in PER_LAYER):
         raise UserError(f"{directory}: a heterogeneous submodel cannot be a parent; use the model it comes from")
+    if values.get("per_layer_config"):  # of transformers
+        raise UserError(f"{directory}: has a per_layer_config; allowed: a parent whose layers of a type are equal")
     return build_config(values, directory, lambda config_class: config_class.from_pretrained(local))
 
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,9 @@ from elastic_core.model.ops.ssd import ssd
 CHUNK = 128  # positions in a chunk of the Triton scan
 ALIGNED = 8  # causal_conv1d needs channels and strides that are multiples of this
 WIDTHS = (2, 3, 4)  # kernel sizes for which causal_conv1d is compiled
+# Before, mamba_ssm's kernel of a whole layer copied inputs of widths that are no multiple of 8 into a layout for which
+# causal_conv1d has no boundaries between documents.
+LAYER_VERSION = (2, 3)
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +239,8 @@ def _mamba_layer() -> Callable | str:
         from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
     except ImportError as error:
         return f"mamba_ssm or causal_conv1d cannot be imported ({error}); pip install mamba-ssm causal-conv1d"
+    if tuple(map(int, re.findall(r"\d+", version("mamba-ssm"))[:2])) < LAYER_VERSION:
+        return f"mamba_ssm {version('mamba-ssm')} computes not every width of packed rows; pip install 'mamba-ssm>=2.3'"
     return torch.compiler.disable(functools.partial(_call_layer, mamba_split_conv1d_scan_combined))
 
 

@@ -165,22 +165,23 @@ class ConversationEncoder:
 
     def _encode_marked(self, document: Rendered) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and mask of a document in which some special tokens are ordinary text. It is encoded in pieces."""
-        ids, starts = [], []
+        ids, starts, ends = [], [], []
         edges = [0, *(match.start() for match in MARKERS.finditer(document.text)), len(document.text)]
         for begin, end in pairwise(edges):
             as_text = document.text[begin] == START
             piece = MARKERS.sub("", document.text[begin:end])
             found, offsets = _encode_piece(self._text_encoder if as_text else self._encoder, piece, is_first=begin == 0)
             ids += found
-            starts += [end - len(piece) + start for start in offsets]  # end - len(piece): behind the marker
+            starts += [end - len(piece) + start for start, _ in offsets]  # end - len(piece): behind the marker
+            ends += [end - len(piece) + stop for _, stop in offsets]
         mask = np.full(len(ids), document.spans is None)
-        for start, end in document.spans or ():
-            mask |= (np.array(starts) >= start) & (np.array(starts) < end)
+        for start, end in document.spans or ():  # with the token that holds the first character, as in `_mask`
+            mask |= (np.array(ends) > start) & (np.array(starts) < end)
         return np.array(ids, self._dtype), mask
 
 
-def _encode_piece(encoder: Tokenizer, piece: str, is_first: bool) -> tuple[list[int], list[int]]:
-    """Ids of a piece of a text, and where they start in it.
+def _encode_piece(encoder: Tokenizer, piece: str, is_first: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a piece of a text, and where they start and end in it.
 
     A piece inside a text is encoded behind a line end, as in transformers: SentencePiece adds a space to what is first.
     """
@@ -188,9 +189,10 @@ def _encode_piece(encoder: Tokenizer, piece: str, is_first: bool) -> tuple[list[
         line_end = encoder.encode("\n", add_special_tokens=False).ids
         encoding = encoder.encode("\n" + piece, add_special_tokens=False)
         if encoding.ids[: len(line_end)] == line_end:
-            return encoding.ids[len(line_end) :], [start - 1 for start, _ in encoding.offsets[len(line_end) :]]
+            inside = encoding.offsets[len(line_end) :]
+            return encoding.ids[len(line_end) :], [(start - 1, stop - 1) for start, stop in inside]
     encoding = encoder.encode(piece, add_special_tokens=False)
-    return encoding.ids, [start for start, _ in encoding.offsets]
+    return encoding.ids, encoding.offsets
 
 
 def _token_of(encoding, first: int, end: int, step: int) -> int | None:

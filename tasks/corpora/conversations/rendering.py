@@ -120,6 +120,7 @@ class ChatTemplate:
         conversation, is_marked = (conversation, False) if self._parse else self._marked(conversation)
         counts[CONTROL_STRINGS] += is_marked
         targets = [i for i, is_target in enumerate(conversation.is_target) if is_target]
+        num_messages = len(conversation.messages)
         if self._train_on == "all":
             found = [(self._render(conversation, template), None)]
         elif not targets:
@@ -127,8 +128,9 @@ class ChatTemplate:
         elif template.has_marks:
             found = [self._by_marks(conversation, template, targets)]
         else:
-            found = self._by_turns(conversation, template, targets)
-        self._check_complete(conversation, [text for text, _ in found], counts)
+            found, has_all = self._by_turns(conversation, template, targets)
+            num_messages = num_messages if has_all else targets[-1] + 1  # nothing learns from those behind
+        self._check_complete(conversation, num_messages, [text for text, _ in found], counts)
         return [Rendered(text, spans, is_marked) for text, spans in found if spans != []]
 
     def _check_tools(self, conversation: Conversation, template: CompiledTemplate) -> None:
@@ -192,15 +194,16 @@ class ChatTemplate:
         found = [
             (start, end + len(self._left_out(text, end, conversation, template, i)))
             for i, (start, end) in zip(places, spans, strict=True)
-            if start < end
         ]
-        return text, found
+        return text, [(start, end) for start, end in found if start < end]
 
     def _by_turns(
         self, conversation: Conversation, template: CompiledTemplate, targets: list[int]
-    ) -> list[tuple[str, list[Span]]]:
+    ) -> tuple[list[tuple[str, list[Span]]], bool]:
+        """The documents, and whether one of them has all messages."""
         targets = targets[-1:] if self._train_on == "last_assistant" else targets
-        text, documents = self._render(conversation, template), []
+        whole, documents = self._render(conversation, template), []
+        text = whole
         turns = {i: self._turn(conversation, template, i, text) for i in targets}
         while turns:
             inside = [i for i, (turn, _) in turns.items() if text.startswith(turn)]
@@ -208,7 +211,7 @@ class ChatTemplate:
                 documents.append((text, [turns.pop(i)[1] for i in inside]))
             if turns:  # written in another way inside the whole: as at inference, when this was the last turn
                 text = turns[max(turns)][0]
-        return documents[::-1]
+        return documents[::-1], any(text is whole for text, _ in documents)
 
     def _turn(self, conversation: Conversation, template: CompiledTemplate, index: int, whole: str) -> tuple[str, Span]:
         """The text of the messages up to the assistant's message `index`, and the span of this message in it."""
@@ -263,11 +266,14 @@ class ChatTemplate:
             return ""
         return token if spans and self._token_behind(text, spans[-1][1]) == token else ""
 
-    def _check_complete(self, conversation: Conversation, texts: list[str], counts: Counter) -> None:
-        """Count a conversation of which something is missing in `texts`; refuse a missing result of a tool."""
+    def _check_complete(self, conversation: Conversation, num_messages: int, texts: list[str], counts: Counter) -> None:
+        """Count a conversation of which something is missing in `texts`; refuse a missing result of a tool.
+
+        Of its messages, the first `num_messages` are looked for.
+        """
         lost_message = lost_thinking = False
         text, at = texts[0], 0
-        for number, message in enumerate(conversation.messages, 1):
+        for number, message in enumerate(conversation.messages[:num_messages], 1):
             content = message["content"]
             begin = text.find(content[:_BEGINNING], at)  # to look for the whole of a long message takes much longer
             if begin >= 0 and text.startswith(content, begin):

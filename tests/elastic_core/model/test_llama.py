@@ -340,6 +340,7 @@ def test_refuses_sizes_that_it_cannot_express(parent, tmp_path, submodel, hetero
         (BASE, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'.*'llama3'"),
         (BASE, {"num_key_value_heads": 4}, "num_attention_heads=6.*num_key_value_heads=4"),
         (BASE, {"intermediate_size": [19, 19, 4]}, "heterogeneous submodel cannot be a parent"),
+        (BASE, {"per_layer_config": {"1": {"intermediate_size": 16}}}, "per_layer_config; allowed: a parent whose"),
         (random_llama_config(3), {"layer_types": ["sliding_attention"] * 4}, "sliding_attention.*'full_attention'"),
         (random_llama_config(3), {"num_hidden_layers": 3, "layer_types": None}, r"not expected: \['model.layers.3"),
     ],

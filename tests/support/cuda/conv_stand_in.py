@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def _check(x: Tensor, weight: Tensor, seq_idx: Tensor | None) -> None:
     """What the extension checks of an input (B, C, L)."""
     is_channel_last = x.stride(1) == 1 and x.stride(2) > 1
+    assert seq_idx is None or is_channel_last, "seq_idx is only supported for channel last layout"
     assert x.stride(2) == 1 or x.stride(1) == 1, x.stride()
     if is_channel_last:
         assert x.shape[1] % 8 == 0, f"{x.shape[1]} channels"
@@ -36,13 +37,13 @@ def _channel_last(y: Tensor) -> Tensor:
 
 
 def forward(x, weight, bias, seq_idx, initial_states, final_states_out, silu):
-    _check(x, weight)
+    _check(x, weight, seq_idx)
     assert initial_states is None and final_states_out is None
     return _channel_last(_compute(x, weight, bias, seq_idx, silu))
 
 
 def backward(x, weight, bias, dout, seq_idx, initial_states, dfinal_states, dx, return_dinitial_states, silu):
-    _check(x, weight)
+    _check(x, weight, seq_idx)
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_() for t in (x, weight, *([] if bias is None else [bias]))]
         y = _compute(inputs[0], inputs[1], inputs[2] if bias is not None else None, seq_idx, silu)
@@ -54,19 +55,19 @@ def backward(x, weight, bias, dout, seq_idx, initial_states, dfinal_states, dx, 
 
 def function(x, weight, bias=None, seq_idx=None, activation=None):
     """causal_conv1d_fn: differentiable."""
-    _check(x, weight)
+    _check(x, weight, seq_idx)
     return _channel_last(_compute(x, weight, bias, seq_idx, activation == "silu"))
 
 
 def allocate_forward(x, weight, bias, seq_idx, initial_states, final_states_out, silu):
     """What `forward` allocates on a GPU, without the sums."""
-    _check(x, weight)
+    _check(x, weight, seq_idx)
     return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def allocate_backward(x, weight, bias, dout, seq_idx, initial_states, dfinal_states, dx, return_dinitial_states, silu):
     """What `backward` allocates on a GPU, without the sums."""
-    _check(x, weight)
+    _check(x, weight, seq_idx)
     return dx, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias), None
 
 

@@ -89,7 +89,16 @@ def test_the_token_that_ends_a_turn_is_trained_where_marks_leave_it_out():
     )
     assert short != CHATML_MARKED
     tokenizer = chat_tokenizer(short)
-    assert encode(tokenizer, chats())[0] == encode(tokenizer, chats(), template=CHATML_MARKED)[0]
+    given = [*chats(), chat("hi", "", "a", "b"), chat("hi", "")]
+    assert encode(tokenizer, given)[0] == encode(tokenizer, given, template=CHATML_MARKED)[0]
+
+
+@pytest.mark.parametrize("answer", ["hello", "\n\nhello", " \n", "\thello"])
+def test_a_special_token_elsewhere_does_not_change_what_is_trained(answer):
+    """Also where the first token of an answer holds the end of the prompt."""
+    tokenizer = chat_tokenizer(CHATML)
+    plain, spelled = encode(tokenizer, [chat("hi", answer), chat("hi <|im_end|> there", answer)])[0]
+    assert said(tokenizer, [plain]) == said(tokenizer, [spelled])
 
 
 def test_a_token_that_begins_the_next_turn_is_not_trained():
@@ -224,6 +233,12 @@ def test_tools_are_rendered_or_refused():
     found, _ = encode(tokenizer, [messages], tools=tools)
     assert "".join(said(tokenizer, found)).count('<tool_call>{"name": "add", "arguments": {"a": 19}}') == 1
     assert '"name": "add"' in tokenizer.decode(found[0][0]).split("19 + 23?")[0]
+    for behind in (messages[2:3], [*messages[2:3], *chat("thanks")]):  # behind the last answer, nothing learns from it
+        calling = messages[1] | {"reasoning_content": "add them"}
+        found, encoder = encode(
+            tokenizer, [[messages[0], each, *behind] for each in (messages[1], calling)], tools=tools
+        )
+        assert "".join(said(tokenizer, found)).count("<tool_call>") == 2 and not +encoder.skipped
     messages[2]["content"] = '{"sum": "42",\n"größer": true}'
     for written in ("tojson", "tojson(ensure_ascii=true)"):
         escaped = STRIPPING.replace(
