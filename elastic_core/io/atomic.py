@@ -1,12 +1,16 @@
 """Local files and directories that appear complete or not at all: written under a temporary name, then renamed."""
 
+import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from elastic_core.errors import UserError
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # of a file system without hard links
 
 
 @contextmanager
@@ -29,6 +33,24 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a local file in UTF-8, complete or not at all."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def create_file(path: str | os.PathLike, data: bytes) -> None:
+    """Write a new local file, complete or not at all. Raises FileExistsError if it exists: one of several gets it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        partial.write_bytes(data)
+        try:
+            os.link(partial, path)  # a rename would replace the file of another process
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with open(path, "xb") as file:
+                file.write(data)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

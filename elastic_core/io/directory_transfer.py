@@ -1,10 +1,11 @@
-"""Copy whole directories between this machine and a location (a local path or a URL).
+"""Copy and move whole directories between this machine and a location (a local path or a URL).
 
 A reader must never take a half-copied directory for a complete one. At the location, one marker file (`last`, such as
 config.json) is written last, and readers refuse a directory without it. On this machine, a copy gets its final name
 only when it is complete.
 """
 
+import errno
 import glob
 import os
 import shutil
@@ -17,7 +18,14 @@ from tempfile import TemporaryDirectory
 
 from elastic_core.io import storage
 from elastic_core.io.atomic import check_apart
-from elastic_core.io.filesystem import REQUESTS_AT_ONCE, Location, StorageError, is_url
+from elastic_core.io.filesystem import (
+    REQUESTS_AT_ONCE,
+    Location,
+    StorageError,
+    is_url,
+    open_filesystem,
+    storage_errors,
+)
 
 
 def upload_directory(source: Path, location: Location, last: str = "config.json") -> None:
@@ -91,6 +99,74 @@ def download_files(location: Location, names: Iterable[str], directory: Path) ->
 
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:  # each download sends one request at a time
         list(pool.map(download, names))
+
+
+def move(location: Location, target: Location, last: str = "manifest.json") -> None:
+    """Move a file, or a directory with all files below it. Each of the two places is a local path or a URL.
+
+    A local directory is renamed if it can be. Otherwise its files are copied one by one, those with the name `last` at
+    the end, and then the source is removed. After an interruption the same call goes on: files that are still at
+    `location` replace those at `target`, and the others at `target` stay.
+    """
+    if is_same(location, target) or _is_renamed(location, target):
+        return
+    names = sorted(storage.versions(location)) or ([""] if _is_file(location) else [])
+    ends = [name for name in names if name.rpartition("/")[2] == last]
+    _copy_files(location, target, [name for name in names if name not in ends])
+    _copy_files(location, target, ends)
+    storage.remove(location)
+
+
+def is_same(location: Location, other: Location) -> bool:
+    """Whether two locations are the same place, though they may be written differently."""
+    if not is_url(location) and not is_url(other):
+        if os.path.exists(location) and os.path.exists(other):
+            return os.path.samefile(location, other)
+        return os.path.realpath(location) == os.path.realpath(other)
+    with storage_errors(location, "look at"):
+        places = [open_filesystem(place) for place in (location, other)]
+    return places[0][0] == places[1][0] and places[0][1].rstrip("/") == places[1][1].rstrip("/")
+
+
+def _is_file(location: Location) -> bool:
+    with storage_errors(location, "look at"):
+        filesystem, path = open_filesystem(location)
+        return filesystem.isfile(path)
+
+
+def _is_renamed(location: Location, target: Location) -> bool:
+    """Rename a local file or directory to a local path where nothing is yet. Returns whether that was possible."""
+    if is_url(location) or is_url(target) or os.path.lexists(target):
+        return False
+    with storage_errors(location, "move"):
+        os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+        try:
+            os.rename(location, target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # the target is on another disk
+                raise
+            return False
+    return True
+
+
+def _copy_files(location: Location, target: Location, names: list[str]) -> None:
+    """Copy the files `names` below `location`. The name "" is `location` itself, which is a file then."""
+    pairs = [[storage.join(place, *filter(None, [name])) for place in (location, target)] for name in names]
+    with storage_errors(location, "move"):
+        (filesystem, _), (other, _) = open_filesystem(location), open_filesystem(target)
+        if pairs and is_url(location) and filesystem == other:  # the server copies
+            paths = [[filesystem._strip_protocol(place) for place in pair] for pair in pairs]
+            filesystem.copy([source for source, _ in paths], [copy for _, copy in paths])
+            return
+        for source, copy in pairs:
+            if not is_url(copy):
+                storage.download(source, Path(copy))
+            elif not is_url(source):
+                storage.upload(Path(source), copy)
+            else:
+                with TemporaryDirectory() as directory:
+                    storage.download(source, Path(directory) / "file")
+                    storage.upload(Path(directory) / "file", copy)
 
 
 @contextmanager

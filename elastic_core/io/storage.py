@@ -2,7 +2,7 @@
 
 The functions are the same for both. If a server does not answer, every request is repeated with exponential back-off
 for about five minutes (see filesystem.py). Then the function raises StorageUnavailable. Every other failure raises
-StorageError. Copies of whole directories are in directory_transfer.py.
+StorageError. Copies and moves of whole directories are in directory_transfer.py.
 """
 
 import glob as local_glob
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from elastic_core.io.atomic import whole_file
+from elastic_core.io.atomic import create_file, whole_file
 from elastic_core.io.filesystem import (
     S3_SCHEMES,
     AlreadyExists,
@@ -43,7 +43,6 @@ __all__ = [
     "is_url",
     "join",
     "list_names",
-    "move",
     "open_binary",
     "read_bytes",
     "remove",
@@ -185,7 +184,7 @@ def write_bytes(location: Location, data: bytes) -> None:
 
 
 def create_bytes(location: Location, data: bytes) -> bool:
-    """Write a small file unless it exists. Returns whether it was written.
+    """Write a small file unless it exists, complete or not at all. Returns whether it was written.
 
     On S3 this is one conditional request. A server that ignores the condition overwrites the file.
     """
@@ -195,24 +194,10 @@ def create_bytes(location: Location, data: bytes) -> bool:
             if is_url(location):
                 filesystem.pipe_file(path, data, mode="create")
             else:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(path, "xb") as file:
-                    file.write(data)
+                create_file(path, data)
     except AlreadyExists:
         return False
     return True
-
-
-def move(location: Location, target: Location) -> None:
-    """Move a file, or a directory with all files below it. On S3, the server copies the files one by one."""
-    with storage_errors(location, "move"):
-        if not is_url(location) and not is_url(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            shutil.move(location, target)
-            return
-        filesystem, path = open_filesystem(location)
-        _, target_path = open_filesystem(target)
-        filesystem.mv(path, target_path, recursive=True)
 
 
 def remove(location: Location) -> None:

@@ -12,6 +12,7 @@ import psutil
 
 from elastic_core.errors import UserError
 from elastic_core.io.json_files import read_json
+from tasks.runs import lock
 from tasks.runs.job import LOCAL, RUN
 from tasks.runs.old_runs import OldRun, find_runs
 
@@ -36,11 +37,22 @@ class Left:
 
     def remove(self) -> None:
         """Remove it. Raises UserError if a process works on it."""
-        if self.holder is not None:
-            raise UserError(f"{self.name}: {self.holder} works on it; stop it first")
-        for run in [self.run] if self.run is not None else find_runs(self.directory):  # their checkpoints may be on S3
-            run.remove()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        runs = [self.run] if self.run is not None else find_runs(self.directory)  # their checkpoints may be on S3
+        try:
+            self._check_free(runs)  # before the first of them is removed
+            for run in runs:
+                run.remove()
+            if self.run is None:
+                self._check_free([])
+                shutil.rmtree(self.directory, ignore_errors=True)
+        except lock.Held as error:
+            raise UserError(f"{self.name}: {error.holder} works on it; stop it first") from None
+
+    def _check_free(self, runs: Iterable[OldRun]) -> None:
+        """Raise lock.Held if a process works on it now: one may have begun since it was found."""
+        holders = [*(run.holder for run in runs), lock.holder_of(self.directory), _dvc_process(self.directory)]
+        if holder := next(filter(None, holders), None):
+            raise lock.Held(str(self.directory), holder)
 
 
 def find_left(root: Path) -> list[Left]:
@@ -95,7 +107,9 @@ def _runs(workspace: Path, root: Path) -> list[Left]:
         for run in find_runs(workspace)
     ]
     others = [path for path in sorted((workspace / LOCAL).glob("*")) if path.is_dir() and not (path / RUN).is_file()]
-    return found + [Left("files", str(path.relative_to(root)), path, *_size(path)) for path in others]
+    return found + [
+        Left("files", str(path.relative_to(root)), path, *_size(path), lock.holder_of(path)) for path in others
+    ]
 
 
 def _size(directory: Path) -> tuple[int, datetime.datetime]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fnmatch
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 from elastic_core.errors import UserError
 from elastic_core.io import storage
 from elastic_core.io.atomic import write_text
+from elastic_core.io.directory_transfer import is_same, move
 from elastic_core.io.filesystem import why_impossible
 from elastic_core.io.json_files import ADVICE, read_json
 from tasks.runs import from_the_start, lock, provenance
@@ -26,7 +27,13 @@ RUN = "run.json"  # what a run is, in its directory
 SHAPE = {
     **{"checkpoints": str, "stage": str, "key": str, "started": str},
     **{"parameters": dict, "libraries": dict, "files": dict, "continues?": {"run": str}},
+    "moves_from?": {"run": str, "checkpoints": str},
 }
+MOVES = (
+    "moves_from"  # in RUN while files move to the run's places: the run that they are of, and its checkpoints' place
+)
+# Checkpoints of training, sums of `rank`, and states of `evaluate`. Other files belong to the run's local directory.
+CHECKPOINTS = ("step-*", "*.state", "states")
 CONTINUE = "ELASTIC_CONTINUE"  # names an old run that a stage goes on from, though its code or inputs have changed
 
 
@@ -83,6 +90,7 @@ def started(name: str, settings: Params | None = None) -> Iterator[Job]:
         return
     with lock.only_one(location, name):
         if from_the_start.is_wanted():
+            _remove_other_places(job, location)
             remove_files(location)
             remove_files(str(job.directory))
         elif (old := os.environ.get(CONTINUE, "")).startswith(f"{name}-"):
@@ -96,12 +104,18 @@ def is_first_process() -> bool:
 
 
 def _begin(job: Job, inputs: Inputs, location: str) -> dict:
-    """Write down what the run is, if it has not begun before; the run's provenance so far."""
-    path = job.directory / RUN
-    if not path.is_file():
-        content = {"checkpoints": location, **provenance.begin(job.name, job.key, inputs)}
-        write_text(path, json.dumps(content, indent=1) + "\n")
+    """Write down what the run is, if it has not begun before; the run's provenance so far.
+
+    A move of its files that was interrupted is finished. If its checkpoints are at another place, they move here.
+    """
     record = read_run(job.directory)
+    if record is None:
+        record = {"checkpoints": location, **provenance.begin(job.name, job.key, inputs)}
+        _write_run(job.directory, record)
+    elif not is_same(record["checkpoints"], location):
+        record = _move_here(job, record, location)
+    else:
+        record = _finish_move(job.directory, record, location)
     return {name: value for name, value in record.items() if name != "checkpoints"}
 
 
@@ -118,17 +132,119 @@ def _take_over(old: str, job: Job, inputs: Inputs, location: str) -> None:
         names = names_of_runs(stage=job.name)
         raise UserError(f"{CONTINUE}: got {old!r}; allowed: a run of this stage that has not ended ({names})")
     changed = Inputs(record["parameters"], record["libraries"], record["files"]).differences(inputs)
-    with lock.only_one(record["checkpoints"], job.name):
+    with _held(record["checkpoints"], job.name):
+        _finish_move(LOCAL / old, record, location)
         remove_files(location)
-        for source, target in {record["checkpoints"]: location, str(LOCAL / old): str(job.directory)}.items():
-            for name in storage.list_names(source):
-                if name != RUN and not name.startswith(lock.PREFIX):
-                    storage.move(storage.join(source, name), storage.join(target, name))
         content = {**provenance.begin(job.name, job.key, inputs), "started": record["started"]}
         content |= {"checkpoints": location, "continues": {"run": old, "changed": changed}}
-        write_text(job.directory / RUN, json.dumps(content, indent=1) + "\n")
-    shutil.rmtree(LOCAL / old)
+        _move_files(job.directory, {**content, MOVES: {"run": old, "checkpoints": record["checkpoints"]}})
     print(f"{job.name}: goes on from {old}, though this has changed: {'; '.join(changed) or 'nothing'}")
+
+
+def _move_here(job: Job, record: dict, location: str) -> dict:
+    """Move a run's checkpoints to `location`, because `compute.storage` has changed; what the run is now.
+
+    Raises ConfigError if another process holds the run at its old place.
+    """
+    old = record["checkpoints"]
+    try:
+        with _held(old, job.name):
+            record = _finish_move(job.directory, record, location)
+            for name in _list_checkpoints(location, job.directory):  # of a run that is not on record
+                storage.remove(storage.join(location, name))
+            mark = {"run": job.directory.name, "checkpoints": old}
+            record = _move_files(job.directory, {**record, "checkpoints": location, MOVES: mark})
+    except storage.StorageUnavailable:
+        raise
+    except storage.StorageError as error:
+        advice = f"set compute.storage as it was, or remove {job.directory}, and the run starts anew"
+        raise UserError(
+            f"{job.name}: its checkpoints cannot move from {old} to {location}: {error}; {advice}"
+        ) from None
+    print(f"{job.name}: compute.storage has changed; its checkpoints moved from {old} to {location}")
+    return record
+
+
+def _finish_move(directory: Path, record: dict, mine: str) -> dict:
+    """Finish a move of a run's files, if one was interrupted; what the run is now.
+
+    This process holds the place `mine` already.
+    """
+    if MOVES not in record:
+        return record
+    place = record[MOVES]["checkpoints"]
+    with contextlib.nullcontext() if is_same(place, mine) else _held(place, record["stage"]):
+        record = _move_files(directory, record)
+    print(f"{record['stage']}: an interrupted move of its files from {place} to {record['checkpoints']} is finished")
+    return record
+
+
+def _move_files(directory: Path, record: dict) -> dict:
+    """Move the files of a run to its places, from those that `record[MOVES]` names; what the run is now.
+
+    If this is interrupted, the next start does it again. So `record` is written first, and without the mark last.
+    """
+    _write_run(directory, record)
+    place, source = record[MOVES]["checkpoints"], LOCAL / record[MOVES]["run"]
+    for name in _list_checkpoints(place, source):
+        move(storage.join(place, name), storage.join(record["checkpoints"], name))
+    if source != directory:
+        for path in sorted(source.glob("*")):
+            if path.name != RUN and not lock.is_lease(path.name):
+                move(str(path), str(directory / path.name))
+        remove_files(str(source))
+        remove_empty(str(source))
+    record = {name: value for name, value in record.items() if name != MOVES}
+    _write_run(directory, record)
+    return record
+
+
+def _list_checkpoints(place: str, directory: Path) -> list[str]:
+    """The names of a run's checkpoints at a place, which may be its local directory and hold its other files too."""
+    names = [name for name in storage.list_names(place) if not lock.is_lease(name)]
+    if not is_same(place, str(directory)):
+        return names
+    return [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in CHECKPOINTS)]
+
+
+@contextlib.contextmanager
+def _held(location: str, what: str) -> Iterator[None]:
+    """Hold a place whose files move away. In the end, directories without a file are removed."""
+    with lock.only_one(location, what):
+        yield
+    remove_empty(location)
+
+
+def _write_run(directory: Path, record: dict) -> None:
+    write_text(directory / RUN, json.dumps(record, indent=1) + "\n")
+
+
+def remove_empty(location: str) -> None:
+    """Remove a local directory if it is empty. At a URL there are only files."""
+    if not storage.is_url(location):
+        with contextlib.suppress(OSError):
+            os.rmdir(location)
+
+
+def _remove_other_places(job: Job, location: str) -> None:
+    """Remove the checkpoints that the run has where `compute.storage` was before."""
+    try:
+        record = read_run(job.directory)
+    except UserError:  # a damaged file is removed with the others
+        return
+    for place in [] if record is None else places_of(record, job.directory):
+        try:
+            if not is_same(place, location):
+                with _held(place, job.name):
+                    remove_files(place)
+        except storage.StorageError as error:
+            print(f"{job.name}: its old checkpoints at {place} are kept, because they cannot be removed now: {error}")
+
+
+def places_of(record: dict, directory: Path) -> list[str]:
+    """The places of a run's checkpoints: where they are, and where they come from if they move at the moment."""
+    mark = record.get(MOVES, {})
+    return [record["checkpoints"], *([mark["checkpoints"]] if mark.get("run") == directory.name else [])]
 
 
 def names_of_runs(workspace: Path = Path(), stage: str | None = None) -> str:
@@ -145,6 +261,10 @@ def read_run(directory: Path) -> dict | None:
     try:
         record = read_json(path, shape=SHAPE)
         _check_place(record["checkpoints"], directory)
+        if (mark := record.get(MOVES)) is not None:
+            if Path(mark["run"]).name != mark["run"] or not mark["run"].startswith(f"{record['stage']}-"):
+                raise UserError(f"{path}: {MOVES}.run={mark['run']!r}; allowed: a run of this stage; {ADVICE}")
+            _check_place(mark["checkpoints"], directory.with_name(mark["run"]))
         return record
     except UserError as error:
         raise UserError(f"{error}; or remove {directory}, and the run starts anew") from None

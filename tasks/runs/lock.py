@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -43,21 +43,29 @@ def only_one(location: storage.Location, what: str) -> Iterator[None]:
     of life, this process ends.
     """
 
-    def end(holder: str) -> None:
-        print(f"error: {what}: {holder} has taken over {location}; this process ends", file=sys.stderr, flush=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(location, what))
+        except Held as error:
+            raise ConfigError(
+                f"{what} already runs with these parameters and inputs ({error.holder}, which holds {location}); wait "
+                "for it, or stop it"
+            ) from None
+        yield
+
+
+@contextmanager
+def held(location: storage.Location, what: str) -> Iterator[None]:
+    """As `only_one`, but raises Held if another process holds `location`."""
+
+    def end(reason: str) -> None:
+        print(f"error: {what}: {location}: {reason}; this process ends", file=sys.stderr, flush=True)
         os._exit(os.EX_TEMPFAIL)
 
     def wait(holder: str) -> None:
         print(f"{what}: {location} is held by {holder}; waiting for a sign of life", flush=True)
 
-    try:
-        lease = take(location, wait)
-    except Held as error:
-        raise ConfigError(
-            f"{what} already runs with these parameters and inputs ({error.holder}, which holds {location}); wait for "
-            "it, or stop it"
-        ) from None
-    with kept(lease, end):
+    with kept(take(location, wait), end):
         yield
 
 
@@ -73,7 +81,7 @@ class Held(Exception):
 def kept(lease: Lease, on_lost: Callable[[str], None]) -> Iterator[None]:
     """Give signs of life for the length of the block, and release the lease at its end.
 
-    `on_lost(holder)` is called in another thread if another process has taken the lease, or may have taken it, because
+    `on_lost(reason)` is called in another thread if another process has taken the lease, or may have taken it, because
     this one could give no sign of life for EXPIRE_SECONDS.
     """
     ended = threading.Event()
@@ -104,11 +112,16 @@ def holder_of(location: storage.Location) -> str | None:
     return _describe(newest[1])
 
 
+def is_lease(name: str) -> bool:
+    """Whether a file with this name at a location is a lease, or one that is being written."""
+    return name.lstrip(".").startswith(PREFIX)
+
+
 class Lease:
     """A lease that this process holds."""
 
     def __init__(self, location: storage.Location, number: int):
-        self.location, self.number, self.beats, self.last_beat = location, number, 0, time.monotonic()
+        self.location, self.number, self.beats, self.last_beat = location, number, 0, now()
         self.owner = {
             "id": secrets.token_hex(8),
             "process": os.getpid(),
@@ -159,22 +172,32 @@ def take(location: storage.Location, on_wait: Callable[[str], None] = lambda hol
 def _watch(lease: Lease, ended: threading.Event, on_lost: Callable[[str], None]) -> None:
     """Call `on_lost` if no sign of life has arrived for too long: a request may hang in the other thread."""
     while not ended.wait(LOOK_SECONDS):
-        if time.monotonic() - lease.last_beat > EXPIRE_SECONDS:
-            on_lost("nobody could be told that this process lives; another one")
+        if now() - lease.last_beat > EXPIRE_SECONDS:
+            on_lost(
+                f"no sign of life could be written for {EXPIRE_SECONDS:g} s, so another process may have taken over"
+            )
             return
+
+
+def now() -> float:
+    """Seconds of a clock that also runs while this machine is suspended, if the system has one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _beat(lease: Lease, ended: threading.Event, on_lost: Callable[[str], None]) -> None:
     """Give signs of life until `ended` is set or the lease is lost."""
     while not ended.wait(HEARTBEAT_SECONDS):
         lease.beats += 1
+        sent = now()  # before the request: others count from its arrival, which is earlier than its answer
         with suppress(storage.StorageError, OSError):  # `_watch` ends the process if this does not get better
             if not lease.is_stored():
                 newest = _read_newest(lease.location)
-                on_lost("nobody" if newest is None else _describe(newest[1]))
+                on_lost("the lease was removed" if newest is None else f"{_describe(newest[1])} has taken over")
                 return
-            storage.write_bytes(_file(lease.location, lease.number), lease.content())
-            lease.last_beat = time.monotonic()
+            # On a disk that is full, nobody else can take over either.
+            with suppress(*([] if storage.is_url(lease.location) else [storage.StorageError, OSError])):
+                storage.write_bytes(_file(lease.location, lease.number), lease.content())
+            lease.last_beat = sent
 
 
 def _read_newest(location: storage.Location) -> tuple[int, dict] | None:

@@ -6,24 +6,27 @@ that is forced would resume from them and train nothing.
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from elastic_core.io import storage
 from tasks.runs import lock
-from tasks.runs.job import LOCAL, RUN, read_run, remove_files
+from tasks.runs.job import LOCAL, RUN, places_of, read_run, remove_empty, remove_files
 from tasks.runs.key import committed_inputs
 
 
 @dataclass(frozen=True)
 class OldRun:
-    """A run that has left files. `checkpoints`: the directory or URL of its checkpoints, besides `directory`."""
+    """A run that has left files. `places`: the directories or URLs of its checkpoints, besides `directory`.
+
+    There are two places while the checkpoints move, or if a move was interrupted.
+    """
 
     stage: str
     key: str
     directory: Path
-    checkpoints: str
+    places: tuple[str, ...]
     parameters: dict
 
     @property
@@ -34,18 +37,29 @@ class OldRun:
     @property
     def num_bytes(self) -> int:
         """The size of all its files."""
-        places = {str(self.directory), self.checkpoints}
-        return sum(size for place in places for size, _ in storage.states(place).values())
+        return sum(size for place in {str(self.directory), *self.places} for size, _ in storage.states(place).values())
 
     @property
     def holder(self) -> str | None:
         """Which process works on it."""
-        return lock.holder_of(self.checkpoints)
+        return next(filter(None, map(lock.holder_of, self.places)), None)
 
     def remove(self) -> None:
-        """Remove its files."""
-        remove_files(self.checkpoints)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Remove its files. Raises lock.Held if a process works on it, also one that has begun since it was found."""
+        if self.holder is not None:
+            raise lock.Held(self.places[0], self.holder)
+        with contextlib.ExitStack() as leases:
+            for place in self.places:
+                leases.enter_context(lock.held(place, f"{self.directory}"))
+            record = read_run(self.directory)
+            if record is None:  # another process has removed it
+                return
+            if _places(record, self.directory) != self.places:
+                raise lock.Held(self.places[0], "a process that has moved its checkpoints")
+            for place in (*self.places, str(self.directory)):
+                remove_files(place)
+        for place in (*self.places, str(self.directory)):
+            remove_empty(place)
 
 
 def find_runs(workspace: Path = Path()) -> list[OldRun]:
@@ -53,11 +67,15 @@ def find_runs(workspace: Path = Path()) -> list[OldRun]:
     found = []
     for path in sorted((workspace / LOCAL).glob(f"*/{RUN}")):
         record = read_run(path.parent)
-        checkpoints = record["checkpoints"]
-        if not storage.is_url(checkpoints):
-            checkpoints = str(workspace / checkpoints)
-        found.append(OldRun(record["stage"], record["key"], path.parent, checkpoints, record["parameters"]))
+        places = _places(record, path.parent)
+        found.append(OldRun(record["stage"], record["key"], path.parent, places, record["parameters"]))
     return found
+
+
+def _places(record: dict, directory: Path) -> tuple[str, ...]:
+    """The places of a run's checkpoints, as seen from here: a run's record has them relative to its workspace."""
+    workspace = directory.parents[1]
+    return tuple(place if storage.is_url(place) else str(workspace / place) for place in places_of(record, directory))
 
 
 def remove_finished() -> list[OldRun]:
@@ -80,11 +98,12 @@ def remove_finished() -> list[OldRun]:
             if used > finished_at or run.parameters != finished.parameters:
                 continue
             try:
-                if run.holder is None:
-                    run.remove()
-                    removed.append(run)
-                    if run is not finished:
-                        print(f"{run.directory}: removed, because a newer run of {stage} has finished", flush=True)
+                run.remove()
+                removed.append(run)
+                if run is not finished:
+                    print(f"{run.directory}: removed, because a newer run of {stage} has finished", flush=True)
+            except lock.Held:
+                continue
             except storage.StorageError as error:
                 print(f"{run.directory}: is kept, because its checkpoints cannot be removed now: {error}", flush=True)
     return removed

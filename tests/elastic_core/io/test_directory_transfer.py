@@ -1,12 +1,14 @@
 """Directories copied to a place and back, on disk and on a real S3 server: complete or not at all, and one version."""
 
+import errno
+import os
 import threading
 
 import pytest
 
 from elastic_core.errors import UserError
 from elastic_core.io import storage
-from elastic_core.io.directory_transfer import download_directory, local_files, upload_directory
+from elastic_core.io.directory_transfer import download_directory, local_files, move, upload_directory
 from elastic_core.io.storage import StorageError
 from tests.support.places import files_below, model_directory
 
@@ -124,3 +126,65 @@ def test_small_files_are_copied_next_to_no_weights(place):
         assert (local / "sub" / "more.jinja").is_file() and not (local / "vocab.json").exists()
         assert storage.is_url(place) != (local / "model.safetensors").exists()
     assert local.exists() != storage.is_url(place)
+
+
+def checkpoint(place) -> dict[str, bytes]:
+    """A directory with a manifest at a place; the content of its files by name."""
+    files = {"a.distcp": b"a" * 9, "deeper/b": b"b", "manifest.json": b"{}", "z.distcp": b"z"}
+    for name, content in files.items():
+        storage.write_bytes(storage.join(place, name), content)
+    return files
+
+
+def content(place) -> dict[str, bytes]:
+    return {name: storage.read_bytes(storage.join(place, name)) for name in storage.versions(place)}
+
+
+KINDS = [("disk", "s3"), ("s3", "disk"), ("s3", "s3"), ("memory", "s3"), ("disk", "another disk"), ("disk", "disk")]
+
+
+@pytest.mark.parametrize("kinds", KINDS, ids=" to ".join)
+def test_a_directory_moves_between_any_two_places_and_goes_on_after_an_interruption(s3, tmp_path, monkeypatch, kinds):
+    """Its manifest comes last: at no moment does a part of it look like a complete checkpoint."""
+    roots = {
+        "disk": str(tmp_path),
+        "another disk": str(tmp_path / "b"),
+        "s3": s3.place,
+        "memory": f"memory://{s3.place}",
+    }
+    source, target = (storage.join(roots[kind], name) for kind, name in zip(kinds, ("from", "to"), strict=True))
+    files, last = checkpoint(source), []
+    remove = storage.remove
+
+    def interrupted(location):
+        last.append(sorted(content(target)))
+        raise KeyboardInterrupt
+
+    def rename(*paths):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), *paths)
+
+    if kinds[1] == "another disk":
+        monkeypatch.setattr(os, "rename", rename)
+    if kinds != ("disk", "disk"):
+        monkeypatch.setattr(storage, "remove", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            move(source, target)
+        assert last == [sorted(files)] and content(source) == files
+        monkeypatch.setattr(storage, "remove", remove)
+        remove(storage.join(source, "manifest.json"))  # the removal has begun
+    move(source, target)
+    assert content(target) == files and not content(source)
+    move(storage.join(target, "z.distcp"), storage.join(source, "z"))
+    assert content(source) == {"z": b"z"}
+    move(source, source)
+    assert content(source) == {"z": b"z"}
+
+
+def test_the_manifest_of_a_directory_that_moves_is_copied_last(tmp_path, monkeypatch):
+    from elastic_core.training.checkpoint import MANIFEST
+
+    source, target, copied = str(tmp_path / "from"), f"memory://{tmp_path}/to", []
+    files = checkpoint(source)
+    monkeypatch.setattr(storage, "upload", lambda path, url: copied.append(os.path.relpath(path, source)))
+    move(source, target)
+    assert sorted(copied) == sorted(files) and copied[-1] == MANIFEST
