@@ -223,8 +223,8 @@ def _reason(error: BaseException) -> str:
         return f"no complete credentials were found ({name}); set {_S3_ACCOUNT}"
     if isinstance(error, OSError) and error.filename is not None:  # an error of the local disk
         return f"{error.strerror} ({error.filename})"
-    if isinstance(error, OSError):
-        return name
+    if isinstance(error, OSError):  # the number says more than the name only where it has no class of its own
+        return os.strerror(error.errno) if type(error) is OSError and error.errno is not None else name
     return f"no answer ({name}); check that the server is up, and AWS_ENDPOINT_URL and AWS_DEFAULT_REGION"
 
 

@@ -152,6 +152,7 @@ def _move_here(job: Job, record: dict, location: str) -> dict:
             record = _finish_move(job.directory, record, location)
             for name in _list_checkpoints(location, job.directory):  # of a run that is not on record
                 storage.remove(storage.join(location, name))
+            found = _list_checkpoints(old, job.directory)
             mark = {"run": job.directory.name, "checkpoints": old}
             record = _move_files(job.directory, {**record, "checkpoints": location, MOVES: mark})
     except storage.StorageUnavailable:
@@ -161,7 +162,8 @@ def _move_here(job: Job, record: dict, location: str) -> dict:
         raise UserError(
             f"{job.name}: its checkpoints cannot move from {old} to {location}: {error}; {advice}"
         ) from None
-    print(f"{job.name}: compute.storage has changed; its checkpoints moved from {old} to {location}")
+    what = "its checkpoints moved" if found else "no checkpoints were there to move"
+    print(f"{job.name}: compute.storage has changed; {what} from {old} to {location}")
     return record
 
 

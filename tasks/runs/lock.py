@@ -6,7 +6,8 @@ file every HEARTBEAT_SECONDS.
 
 A holder on this machine is dead when its process has ended. A holder on another machine is dead when its file has not
 changed for EXPIRE_SECONDS of the observer's own clock, so the clocks of machines need not agree. A holder that could
-give no sign of life for so long, because it was suspended or cut off, ends.
+give no sign of life for so long, because it was suspended or cut off, ends. A full disk ends nobody, because it has no
+space for another lease either.
 """
 
 from __future__ import annotations

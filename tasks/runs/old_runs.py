@@ -50,7 +50,11 @@ class OldRun:
             raise lock.Held(self.places[0], self.holder)
         with contextlib.ExitStack() as leases:
             for place in self.places:
-                leases.enter_context(lock.held(place, f"{self.directory}"))
+                try:
+                    leases.enter_context(lock.held(place, f"{self.directory}"))
+                except storage.StorageError:
+                    if storage.is_url(place):
+                        raise  # a disk that is full has no space for a lease, of any process
             record = read_run(self.directory)
             if record is None:  # another process has removed it
                 return

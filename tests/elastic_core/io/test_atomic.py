@@ -1,5 +1,6 @@
 """Files and directories appear complete or not at all, also when the writing block fails or the process is killed."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from elastic_core.errors import UserError
-from elastic_core.io.atomic import check_apart, check_out, whole_directory, whole_file, write_text
+from elastic_core.io.atomic import check_apart, check_out, create_file, whole_directory, whole_file, write_text
 
 ROOT = Path(__file__).resolve().parents[3]
 FAILURES = [RuntimeError, KeyboardInterrupt]
@@ -32,6 +33,29 @@ def test_a_file_appears_complete_and_its_directory_is_made(tmp_path):
         partial.write_text("newer")
         assert target.read_text() == "new"
     assert target.read_text() == "newer" and names_in(target.parent) == ["file"]
+
+
+@pytest.mark.parametrize("problem", [None, errno.EPERM, errno.EIO])
+def test_a_new_file_is_created_whole_and_once(tmp_path, monkeypatch, problem):
+    """Also where the file system has no hard links."""
+
+    def link(source, target):
+        assert source.read_bytes() == b"whole" and not target.exists()
+        raise OSError(problem, os.strerror(problem))
+
+    target = tmp_path / "new" / "file"
+    if problem is not None:
+        monkeypatch.setattr(os, "link", link)
+    if problem == errno.EIO:
+        with pytest.raises(OSError, match="Input/output error"):
+            create_file(target, b"whole")
+        assert names_in(target.parent) == []
+        return
+    create_file(target, b"whole")
+    monkeypatch.undo()
+    with pytest.raises(FileExistsError):
+        create_file(target, b"other")
+    assert target.read_bytes() == b"whole" and names_in(target.parent) == ["file"]
 
 
 @pytest.mark.parametrize("existing", [False, True])

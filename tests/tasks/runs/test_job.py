@@ -159,6 +159,19 @@ def test_what_an_interrupted_move_has_left_is_removed(monkeypatch, workspace):
         assert not storage.versions(run.place) and not storage.versions(begin_place("memory", run.name))
 
 
+def test_a_run_is_removed_from_a_full_disk(monkeypatch, workspace):
+    """A lease needs space too."""
+    run = begin(monkeypatch, 1, "elsewhere", write=True)
+
+    def full(location, data):
+        raise storage.StorageError(f"{location}: cannot write it: No space left on device")
+
+    (found,) = find_left(workspace)
+    monkeypatch.setattr(storage, "create_bytes", full)
+    found.remove()
+    assert not storage.versions(run.place) and not find_left(workspace)
+
+
 def test_checkpoints_that_cannot_be_reached_are_not_forgotten(monkeypatch):
     run = begin(monkeypatch, 1, "elsewhere", write=True)
     list_names = storage.list_names

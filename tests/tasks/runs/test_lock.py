@@ -1,6 +1,8 @@
 """One process at a time works on a run: leases on disk and on an S3 server, of this machine and of others."""
 
+import itertools
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -102,3 +104,67 @@ def test_of_many_that_start_at_once_one_gets_it(place):
     for thread in threads:
         thread.join()
     assert [lease is not None for lease in results].count(True) == 1
+
+
+def end_of(lease, seconds: float) -> list[str]:
+    """Why the holder of a lease is told within these seconds that it has lost it; empty if it is not."""
+    reasons, lost = [], threading.Event()
+    with kept(lease, lambda reason: reasons.append(reason) or lost.set()):
+        lost.wait(seconds)
+    return reasons
+
+
+def test_a_full_disk_ends_nobody_but_a_successor_and_a_server_that_is_away_do(place, monkeypatch):
+    monkeypatch.setattr(lock, "EXPIRE_SECONDS", 0.8)
+    lease, write = take(place), storage.write_bytes
+
+    def full(location, data):
+        raise storage.StorageError(f"{location}: cannot write it: No space left on device")
+
+    monkeypatch.setattr(storage, "write_bytes", full)
+    ends = end_of(lease, 1.6)
+    if storage.is_url(place):
+        assert ends == ["no sign of life could be written for 0.8 s, so another process may have taken over"]
+        return
+    assert not ends
+    lease = take(place)
+    monkeypatch.setattr(storage, "write_bytes", write)
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "_machine", lambda: "another machine")
+        take(place)
+    monkeypatch.setattr(storage, "write_bytes", full)
+    lease.last_beat = lock.now()
+    (end,) = end_of(lease, 5)
+    assert end == f"process {os.getpid()} of {lease.owner['host']} has taken over"
+
+
+def test_a_lease_that_could_not_be_written_holds_nothing(tmp_path):
+    """As on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, limits[1]))  # bytes of a file
+    try:
+        with pytest.raises(storage.StorageError, match="cannot write it: File too large"):
+            take(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert storage.list_names(tmp_path) == [] and lock.holder_of(tmp_path) is None
+
+
+def test_time_counts_from_before_a_sign_of_life_and_while_the_machine_is_suspended(tmp_path, monkeypatch):
+    lease, asked = take(tmp_path), []
+    is_stored, gettime, suspended = lease.is_stored, time.clock_gettime, []
+
+    def slowly():
+        asked.append((lock.now(), lease.last_beat))
+        time.sleep(0.1)
+        return is_stored()
+
+    monkeypatch.setattr(lease, "is_stored", slowly)
+    assert end_of(lease, 0.7) == [] and len(asked) >= 2
+    for (now, _), (_, last_beat) in itertools.pairwise(asked):
+        assert last_beat <= now
+    lease = take(tmp_path)
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 10.0)
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: gettime(clock) + sum(suspended))
+    suspended.append(1000.0 if hasattr(time, "CLOCK_BOOTTIME") else 0.0)
+    assert end_of(lease, 2) != [] or not hasattr(time, "CLOCK_BOOTTIME")
