@@ -29,9 +29,7 @@ SHAPE = {
     **{"parameters": dict, "libraries": dict, "files": dict, "continues?": {"run": str}},
     "moves_from?": {"run": str, "checkpoints": str},
 }
-MOVES = (
-    "moves_from"  # in RUN while files move to the run's places: the run that they are of, and its checkpoints' place
-)
+MOVES = "moves_from"  # in RUN while files move to the run's places: whose they are, and where the checkpoints were
 # Checkpoints of training, sums of `rank`, and states of `evaluate`. Other files belong to the run's local directory.
 CHECKPOINTS = ("step-*", "*.state", "states")
 CONTINUE = "ELASTIC_CONTINUE"  # names an old run that a stage goes on from, though its code or inputs have changed
