@@ -13,8 +13,8 @@ import psutil
 from elastic_core.errors import UserError
 from elastic_core.io.json_files import read_json
 from tasks.runs import lock
-from tasks.runs.job import LOCAL, RUN
-from tasks.runs.old_runs import OldRun, find_runs
+from tasks.runs.job import LOCAL, RUN, remove_empty, remove_files
+from tasks.runs.old_runs import OldRun, find_runs, lease_to_remove
 
 WORKSPACES = Path(".runs")
 
@@ -42,15 +42,19 @@ class Left:
             self._check_free(runs)  # before the first of them is removed
             for run in runs:
                 run.remove()
-            if self.run is None:
+            if self.kind == "workspace":
                 self._check_free([])
                 shutil.rmtree(self.directory, ignore_errors=True)
+            elif self.kind == "files":
+                with lease_to_remove(str(self.directory), self.name):
+                    remove_files(str(self.directory))
+                remove_empty(str(self.directory))
         except lock.Held as error:
             raise UserError(f"{self.name}: {error.holder} works on it; stop it first") from None
 
     def _check_free(self, runs: Iterable[OldRun]) -> None:
         """Raise lock.Held if a process works on it now: one may have begun since it was found."""
-        holders = [*(run.holder for run in runs), lock.holder_of(self.directory), _dvc_process(self.directory)]
+        holders = [*(run.holder for run in runs), _dvc_process(self.directory)]
         if holder := next(filter(None, holders), None):
             raise lock.Held(str(self.directory), holder)
 
@@ -107,9 +111,7 @@ def _runs(workspace: Path, root: Path) -> list[Left]:
         for run in find_runs(workspace)
     ]
     others = [path for path in sorted((workspace / LOCAL).glob("*")) if path.is_dir() and not (path / RUN).is_file()]
-    return found + [
-        Left("files", str(path.relative_to(root)), path, *_size(path), lock.holder_of(path)) for path in others
-    ]
+    return found + [Left("files", str(path.relative_to(root)), path, *_size(path)) for path in others]
 
 
 def _size(directory: Path) -> tuple[int, datetime.datetime]:

@@ -7,6 +7,7 @@ that is forced would resume from them and train nothing.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +51,7 @@ class OldRun:
             raise lock.Held(self.places[0], self.holder)
         with contextlib.ExitStack() as leases:
             for place in self.places:
-                try:
-                    leases.enter_context(lock.held(place, f"{self.directory}"))
-                except storage.StorageError:
-                    if storage.is_url(place):
-                        raise  # a disk that is full has no space for a lease, of any process
+                leases.enter_context(lease_to_remove(place, f"{self.directory}"))
             record = read_run(self.directory)
             if record is None:  # another process has removed it
                 return
@@ -64,6 +61,21 @@ class OldRun:
                 remove_files(place)
         for place in (*self.places, str(self.directory)):
             remove_empty(place)
+
+
+@contextlib.contextmanager
+def lease_to_remove(place: str, what: str) -> Iterator[None]:
+    """Hold a place whose files are removed, unless its disk is full: it has no space for a lease, of any process.
+
+    Raises lock.Held if another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(lock.held(place, what))
+        except storage.StorageError:
+            if storage.is_url(place):
+                raise
+        yield
 
 
 def find_runs(workspace: Path = Path()) -> list[OldRun]:

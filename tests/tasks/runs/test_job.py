@@ -131,7 +131,12 @@ def test_a_live_run_is_not_moved_and_not_removed_though_storage_has_changed(monk
             begin(monkeypatch, 1, "memory")
         with pytest.raises(UserError, match=f"checkpoints/{run.name}: process .* works on it; stop it first"):
             found.remove()
-    assert files_of(run) == ALL
+    (workspace / "checkpoints" / "train-just-begun").mkdir()
+    (files,) = [item for item in find_left(workspace) if item.kind == "files"]
+    with lock.only_one(files.directory, "train"), pytest.raises(UserError, match=r"just-begun: process .* works on it"):
+        files.remove()
+    files.remove()
+    assert files_of(run) == ALL and not files.directory.exists()
     moved = begin(monkeypatch, 1, "memory")
     with pytest.raises(UserError, match="a process that has moved its checkpoints works on it"):
         found.remove()
