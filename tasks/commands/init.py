@@ -183,37 +183,69 @@ def _power_of_two(limit: int) -> int:
 # --- choices ---------------------------------------------------------------------------------------------------------
 
 
-def with_choices(profile: Profile, config, root: Path, check: Callable[[Mapping], None]) -> str:
+def with_choices(
+    profile: Profile,
+    config,
+    root: Path,
+    check: Callable[[Mapping], None],
+    changes: Iterable[tuple[list[str], object]] = (),
+) -> str:
     """The text of the profile with choices that can meet the budgets, and that `check` accepts as parameters.
+
+    changes: (path, value) of parameters that a run will have instead of the profile's (see `merging.merged`). The
+    choices are made for them, but the text does not have them.
 
     Raises ConfigError if there are none.
     """
-    error = None
-    for choices in possible_choices(config, profile.budgets):
-        text = text_of(dataclasses.replace(profile, choices=choices))
-        values = merging.merged(parse_yaml(text, "profile"), root)
+    changes = list(changes)
+    try:
         with contextlib.chdir(root):
-            settings = read(values)
+            own_sizes = {"depth": (architectures.num_layers(config),)}  # any choices do: targets depend on none
+            targets = resolve(read(_values(profile, own_sizes, root, changes)), config)
+        return _first_that_fits(profile, config, root, check, changes, min(targets.values()))
+    except ConfigError as error:
+        raise ConfigError("\n".join(problem.removeprefix("params.yaml: ") for problem in error.problems)) from None
+
+
+def _first_that_fits(profile: Profile, config, root: Path, check, changes: list, smallest: float) -> str:
+    """`with_choices` for a family whose smallest target is this share of the parent's cost."""
+    error = None
+    for choices in possible_choices(config, smallest):
+        values = _values(profile, choices, root, changes)
+        with contextlib.chdir(root):
             try:
+                settings = read(values)
                 find_members(settings, config, resolve(settings, config))
                 check(values)
             except ConfigError as found:
                 error = found
             else:
-                return text
-    raise ConfigError("\n".join(problem.removeprefix("params.yaml: ") for problem in error.problems))
+                return text_of(dataclasses.replace(profile, choices=choices))
+    raise error
 
 
-def possible_choices(config, budgets: Mapping[str, Spelling]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Sizes of every axis of the parent, from few to many."""
-    shares = [budget.amount for budget in map(parse, budgets.values()) if budget.kind == "share"]
-    lowest = max(0.2, 0.8 * min(shares, default=0.4))
-    for count, coarseness in RESOLUTIONS:
-        yield choices_of(config, lowest, count, coarseness)
+def _values(profile: Profile, choices: Mapping[str, tuple[int, ...]], root: Path, changes: list):
+    """The content of params.yaml with the profile, these choices and the changes."""
+    text = text_of(dataclasses.replace(profile, choices=choices))
+    return merging.merged(parse_yaml(text, "profile"), root, changes=changes)
 
 
-def choices_of(config, lowest: float, count: int, coarseness: float) -> dict[str, tuple[int, ...]]:
+def possible_choices(config, smallest: float) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Sizes of every axis of the parent, from few to many, then from smaller ones on.
+
+    smallest: the smallest target, as a share of the parent's cost.
+    """
+    lowest = max(0.2, 0.8 * smallest)
+    # Lower where an axis is fixed, such as the hidden size of qwen2: the other axes have to give more.
+    for least_width, least_depth in ((lowest, (1 + lowest) / 2), (0.6 * lowest, lowest)):
+        for count, coarseness in RESOLUTIONS:
+            yield choices_of(config, least_width, count, coarseness, least_depth)
+
+
+def choices_of(config, lowest: float, count: int, coarseness: float, lowest_depth: float) -> dict[str, tuple[int, ...]]:
     """Field of section `choices` → at most `count` sizes, from the parent's down to its share `lowest`.
+
+    For the number of layers, `lowest_depth` is that share.
 
     coarseness: 1 makes sizes multiples of 64 where they are large, as fast kernels want it; 0 allows every size that
     the architecture allows.
@@ -237,7 +269,7 @@ def choices_of(config, lowest: float, count: int, coarseness: float) -> dict[str
         if field == "hidden_size" and heads:
             found[field] = tuple(size for size in found[field] if all(_can_be_written(config, size, n) for n in heads))
     layers = architectures.num_layers(config)
-    found["depth"] = ladder(layers, math.ceil((1 + lowest) / 2 * layers), 1, min(count, 6), 0)
+    found["depth"] = ladder(layers, math.ceil(lowest_depth * layers), 1, min(count, 6), 0)
     while math.prod(map(len, found.values())) > MOST_COMBINATIONS:
         longest = max(found, key=lambda field: len(found[field]))
         found[longest] = found[longest][::2]

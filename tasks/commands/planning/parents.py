@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from elastic_core.cost.budgets import Spelling
+from elastic_core.cost.budgets import parse as parse_budget
 from elastic_core.model import hf
 from tasks.commands import plan
 from tasks.commands.init import BUDGETS, CHARACTERS_PER_TOKEN, TOKENS_ON_GPU, lengths, new_profile, with_choices
@@ -60,8 +62,25 @@ def _read(parent: str, config: Path | None):
 
 def settings_of(parent: str, config, overrides: Iterable[str], gpus: int) -> Params:
     """The parameters of the profile that `elastic init` would write, with `overrides`, on `gpus` GPUs."""
-    sizes = lengths(config, TEXT, CHARACTERS, len(BUDGETS), gpus)
-    profile = new_profile(parent, config, BUDGETS, sources=TEXT, **sizes, gpus=gpus)
-    text = with_choices(profile, config, merging.ROOT, check=lambda values: None)
     changes = [merging.read_override(text) for text in overrides]
+    budgets = changed_budgets(changes)
+    sizes = lengths(config, TEXT, CHARACTERS, len(budgets), gpus)
+    profile = new_profile(parent, config, budgets, sources=TEXT, **sizes, gpus=gpus)
+    text = with_choices(profile, config, merging.ROOT, check=lambda values: None, changes=changes)
     return read(merging.merged(parse(text, "profile"), changes=changes), "profile")
+
+
+def changed_budgets(changes: Iterable[tuple[list[str], object]]) -> Mapping[str, Spelling]:
+    """The budgets of `elastic init` with the changes (path, value) of section `budgets`.
+
+    A section that is not a mapping with entries is left out: the check of all parameters tells what is wrong with it.
+    """
+    budgets = BUDGETS
+    for path, value in changes:
+        if path == ["budgets"] and isinstance(value, Mapping) and value:
+            budgets = value
+        elif path[0] == "budgets" and len(path) == 2:
+            budgets = {**budgets, path[1]: value}
+    for name, given in budgets.items():
+        parse_budget(given, f"budgets.{name}")
+    return budgets

@@ -138,7 +138,7 @@ REAL = sorted(path.name for path in (ROOT / "profiles" / "parents").iterdir())
 def test_choices_fit_real_parents(name):
     """They start with the parent's sizes, are multiples that kernels want, and reach the budgets."""
     config = hf.read_config(ROOT / "profiles" / "parents" / name)
-    choices = choices_of(config, 0.4, 5, 1.0)
+    choices = choices_of(config, 0.4, 5, 1.0, 0.7)
     assert choices["hidden_size"][0] == config.hidden_size
     assert all(size % 64 == 0 for size in choices["hidden_size"][1:])
     space = ElasticSpace(config, Choices(**choices), tuple(range(architectures.num_layers(config))))
