@@ -136,6 +136,8 @@ def notes(plan: dict) -> list[str]:
             lines.append(f"        {name} of these sizes: {costs}, by which layers go")
     if missed := plan["assumption"]["missed"]:
         lines.append(f"        budgets could not be met with layers dropped {' or '.join(missed)}")
+    if not plan["assumption"]["uniform"]:
+        lines.append("sizes:  differ between layers, because no sizes that all layers share meet the budgets")
     peaks = {values["peak"] for values in plan["stages"].values()} - {None}
     if peaks:
         text = " and ".join(f"{peak / 1e12:,.0f}" for peak in sorted(peaks))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from elastic_core.config import ConfigError, Problems
+from elastic_core.cost import budgets
 from elastic_core.cost.latency import Timed, as_latency
 from elastic_core.cost.memory import Memory
 from elastic_core.cost.metrics import Metric, exact_cost
@@ -21,7 +22,13 @@ from elastic_core.io import storage
 from elastic_core.io.json_files import read_json
 from elastic_core.model import architectures, hf
 from elastic_core.model.submodel import Submodel
-from elastic_core.search.selection import check_reachable, combinations_with_room, select
+from elastic_core.search.selection import (
+    check_reachable,
+    combinations_with_room,
+    equal_log_probs,
+    nested_family,
+    select,
+)
 from elastic_core.search.space import ElasticSpace
 from tasks.commands.inspect import describe_member
 from tasks.commands.plan_stages import (
@@ -43,7 +50,7 @@ from tasks.settings.paths import is_hub_name
 from tasks.settings.profiles import working_directory, workspace_of
 from tasks.settings.schema import Params
 
-TOLERANCE = 0.01  # a member may differ from its budget by this share of it
+TOLERANCE = 0.01  # a planned member may differ from its budget by this share of it; a run allows more
 PARENTS = ROOT / "profiles" / "parents"  # the config.json of some parents
 DATA = Path("artifacts/data")  # of stage prepare_data, in a workspace
 DECIDE_DATA = ("seed", "prepare_data", "parent")  # the sections with parameters of prepare_data
@@ -168,12 +175,17 @@ def check_time_limits(settings: Params, config) -> None:
 
     Hours are those of H100s at 40 % of their peak, the default of `elastic plan`. On CPUs, no hours are planned. The
     lengths of documents may be unknown yet, so this counts the least that attention can cost: documents of one token.
+    Budgets are met as a run meets them. Where that depends on the ranking, the hours are not known and not compared.
     """
     limits = {name: limit for name, limit in settings.time_limits.items() if name in stages_of(settings)}
     if not limits or not use_gpus(settings.compute):
         return
     problems, hardware = Problems(), Hardware()
-    members, _, _ = find_members(settings, config, resolve(settings, config))
+    targets = resolve(settings, config)
+    try:
+        members, _, _ = find_members(settings, config, targets, budgets.TOLERANCE)
+    except ConfigError:  # in no order of layers that a plan assumes
+        return
     for name, limit in limits.items():
         hours = describe_work(name, settings, config, members, hardware, document_length=1.0)["hours"]
         allowed = f"{hours:,.1f} hours or more, which H100s need at {hardware.utilisation:.0%} of their peak"
@@ -216,26 +228,29 @@ def document_lengths(settings: Params, data: Path | None) -> tuple[dict[str, flo
 
 
 def find_members(
-    settings: Params, config, targets: Mapping[str, float]
+    settings: Params, config, targets: Mapping[str, float], tolerance: float = TOLERANCE
 ) -> tuple[dict[str, Submodel], dict, dict[str, tuple[float, float]]]:
-    """For every target: the nested submodel with the nearest cost, the assumption about depth, and the cost's range.
+    """For every target: the nested submodel with the nearest cost, the assumptions, and the cost's range.
 
-    targets: budget → share of the parent's cost, largest first.
+    targets: budget → share of the parent's cost, largest first. tolerance: of costs, as a share of the target.
 
     Which layers depth drops is known only after the ranking. The plan therefore assumes an order (see `depth_orders`)
     and takes the first assumption under which all targets can be met. A range is the lowest and the highest cost of the
-    same sizes under all assumptions. All axes are assumed to be uniform, also those in `choices.heterogeneous`. Raises
-    ConfigError if no assumption meets the targets.
+    same sizes under all assumptions. All axes are assumed to be uniform. Only if that meets the targets in no order,
+    the axes in `choices.heterogeneous` have a size per layer. Raises ConfigError if no assumption meets the targets.
     """
     metric = as_latency(metric_of_family(settings))
-    choices = dataclasses.replace(settings.choices, heterogeneous=())
-    orders = depth_orders(config, metric)
-    spaces = {name: ElasticSpace(config, choices, order, metric=metric) for name, order in orders.items()}
-    found = {name: nested_indices(space, targets) for name, space in spaces.items()}
-    met = [name for name, indices in found.items() if indices is not None]
-    if not met:
+    orders, uniform = depth_orders(config, metric), dataclasses.replace(settings.choices, heterogeneous=())
+    for choices in dict.fromkeys((uniform, settings.choices)):
+        spaces = {name: ElasticSpace(config, choices, order, metric=metric) for name, order in orders.items()}
+        find = nested_indices if choices == uniform else mixed_indices
+        found = {name: find(space, targets, tolerance) for name, space in spaces.items()}
+        met = [name for name, indices in found.items() if indices is not None]
+        if met:
+            break
+    else:
         try:
-            check_reachable(next(iter(spaces.values())), targets, TOLERANCE)
+            check_reachable(next(iter(spaces.values())), targets, tolerance)
         except ConfigError as error:
             raise ConfigError(f"{error} (tried with layers dropped {', '.join(spaces)})") from None
     members, ranges = {}, {}
@@ -243,10 +258,11 @@ def find_members(
         members[name] = spaces[met[0]].submodel(indices)
         costs = [space.exact_cost(indices) for space in spaces.values()]
         ranges[name] = min(costs), max(costs)
-    return members, {"dropped": met[0], "missed": [name for name in spaces if name not in met]}, ranges
+    missed = [name for name in spaces if name not in met]
+    return members, {"dropped": met[0], "missed": missed, "uniform": choices == uniform}, ranges
 
 
-def nested_indices(space: ElasticSpace, targets: Mapping[str, float]) -> dict[str, list[int]] | None:
+def nested_indices(space: ElasticSpace, targets: Mapping[str, float], tolerance: float) -> dict[str, list[int]] | None:
     """Target → index of the choice on every axis. Each submodel lies inside the next larger one.
 
     None if a target cannot be met.
@@ -254,13 +270,19 @@ def nested_indices(space: ElasticSpace, targets: Mapping[str, float]) -> dict[st
     equal_log_probs = [torch.zeros(len(slot.sizes)) for slot in space.slots]
     bound = [0] * len(space.slots)
     full, found = space.exact_cost(bound), {}
-    allowed = combinations_with_room(space, tuple(targets.values()), TOLERANCE)
+    allowed = combinations_with_room(space, tuple(targets.values()), tolerance)
     for (name, target), leaves_room in zip(targets.items(), allowed, strict=True):
-        bound = select(space, equal_log_probs, target * full, bound, TOLERANCE, leaves_room)
+        bound = select(space, equal_log_probs, target * full, bound, tolerance, leaves_room)
         if bound is None:
             return None
         found[name] = bound
     return found
+
+
+def mixed_indices(space: ElasticSpace, targets: Mapping[str, float], tolerance: float) -> dict[str, list[int]] | None:
+    """`nested_indices` in a space with a choice per layer, as a run selects before its router has learnt anything."""
+    family = nested_family(space, tuple(targets.values()), lambda *_: equal_log_probs(space), tolerance)
+    return dict(zip(targets, family, strict=True)) if len(family) == len(targets) else None
 
 
 def depth_orders(config, metric: Metric) -> dict[str, tuple[int, ...]]:

@@ -234,7 +234,8 @@ def test_a_budget_that_only_some_rankings_meet_says_so(dropped):
     share = left[dropped] / num_parameters(config)
     planned = plan_of("default", *ONE_LAYER_LESS, f"budgets={{full: 1.0, less: {share}}}")
     met = [name for name, number in left.items() if abs(number / left[dropped] - 1) <= plan.TOLERANCE]
-    assert planned["assumption"] == {"dropped": met[0], "missed": [name for name in left if name not in met]}
+    missed = [name for name in left if name not in met]
+    assert planned["assumption"] == {"dropped": met[0], "missed": missed, "uniform": True}
     assert planned["assumption"]["missed"]
     assert planned["budgets"]["less"]["range"] == (min(left.values()), max(left.values()))
     assert planned["budgets"]["less"]["parameters"] == left[met[0]]
