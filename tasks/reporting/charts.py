@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import altair as alt
 
+from elastic_core.model.axes import TITLES
 from tasks.reporting import tables
 
 MODELS = ["parent", *tables.LABELS.values()]
 SHAPES = ["diamond", "triangle-down", "square", "circle"]  # in the order of MODELS
 WIDTH, HEIGHT = 288, 200  # pixels; 288 has many divisors, so the cells of a heat map have no gaps
 FONT = "system-ui, Helvetica, Arial, sans-serif"
+WHOLE_MODEL = {"hidden_size": "hidden", "mamba_head_dim": "head dim"}  # axes with one size for all layers → column
 FEW_COLUMNS = 14  # with at most so many columns, the cells of a heat map have room for numbers
 
 
@@ -202,8 +204,13 @@ def task_scores(frame, task: str, chance: float, budgets: list[str]):
     return draw
 
 
-def kept_sizes_map(theme: Theme, rows: list[dict], columns: list[str], budgets: list[str], is_first: bool):
-    """A heat map of kept shares with a row per budget. Dropped layers are crossed out."""
+def kept_sizes_map(
+    theme: Theme, rows: list[dict], columns: list[str], budgets: list[str], is_first: bool, title: str = ""
+):
+    """A heat map of kept shares with a row per budget. Dropped layers are crossed out.
+
+    The budgets are named in the first map of a row, and in maps with a title, which are below each other.
+    """
     step, has_text = (36, True) if len(columns) <= FEW_COLUMNS else (17, False)
     if is_first:  # its columns have words as names and need more room
         step = 56
@@ -213,7 +220,7 @@ def kept_sizes_map(theme: Theme, rows: list[dict], columns: list[str], budgets: 
         title=None,
         axis=alt.Axis(orient="top", labelAngle=0 if has_text else -90, ticks=False, domain=False, labelLimit=90),
     )
-    axis = alt.Axis(ticks=False, domain=False, labelPadding=6) if is_first else None
+    axis = alt.Axis(ticks=False, domain=False, labelPadding=6) if is_first or title else None
     y = alt.Y("budget:N", sort=budgets, title=None, axis=axis)
     base = alt.Chart(alt.Data(values=rows)).encode(x=x, y=y)
     legend = alt.Legend(
@@ -230,28 +237,37 @@ def kept_sizes_map(theme: Theme, rows: list[dict], columns: list[str], budgets: 
     ]
     if has_text:
         marks.append(kept.mark_text(fontSize=11).encode(text="size:Q", color=text))
-    return alt.layer(*marks).properties(width=alt.Step(step), height=alt.Step(30))
+    drawn = alt.layer(*marks).properties(width=alt.Step(step), height=alt.Step(30))
+    return drawn.properties(title=title) if title else drawn
+
+
+def panels_of(frame) -> dict:
+    """Title → a table as that of `tables.router`, with one row per budget and layer, without axes of the whole model.
+
+    All layers are in one panel without a title, unless some layer has several axes: then each axis has its own panel.
+    """
+    own = frame[~frame["axis"].isin(WHOLE_MODEL)]
+    if not own.duplicated(["budget", "layer"]).any():
+        return {"": own}
+    return {TITLES[axis]: rows for axis, rows in own.groupby("axis", sort=False)}
 
 
 def kept_sizes(frame):
     """What every budget keeps: sizes of the whole model on the left, a column per layer on the right."""
-    budgets = list(dict.fromkeys(frame["budget"]))
-    global_axes = {"hidden_size": "hidden", "mamba_head_dim": "head dim"}  # axes with one size for all layers
-    whole, layers = {}, []
-    for row in tables.records(frame):
-        if row["axis"] in global_axes:
-            column = global_axes[row["axis"]]
-            if whole.get((row["budget"], column), {}).get("kept") is None:  # take the size from a layer that is kept
-                whole[row["budget"], column] = row | {"column": column}
-        else:
-            layers.append(row | {"column": row["layer"]})
-    columns = sorted({row["column"] for row in layers}, key=lambda name: int(name.split()[0]))
-    names = [name for name in global_axes.values() if any(column == name for _, column in whole)]
+    budgets, whole = list(dict.fromkeys(frame["budget"])), {}
+    for row in tables.records(frame[frame["axis"].isin(WHOLE_MODEL)]):
+        column = WHOLE_MODEL[row["axis"]]
+        if whole.get((row["budget"], column), {}).get("kept") is None:  # take the size from a layer that is kept
+            whole[row["budget"], column] = row | {"column": column}
+    names = [name for name in WHOLE_MODEL.values() if any(column == name for _, column in whole)]
 
     def draw(theme: Theme) -> alt.TopLevelMixin:
-        left = kept_sizes_map(theme, list(whole.values()), names, budgets, is_first=True)
-        right = kept_sizes_map(theme, layers, columns, budgets, is_first=False)
-        return alt.hconcat(left, right, spacing=14)
+        left, panels = kept_sizes_map(theme, list(whole.values()), names, budgets, is_first=True), []
+        for title, rows in panels_of(frame).items():
+            columns = sorted(set(rows["layer"]), key=lambda name: int(name.split()[0]))
+            cells = tables.records(rows.assign(column=rows["layer"]))
+            panels.append(kept_sizes_map(theme, cells, columns, budgets, is_first=False, title=title))
+        return alt.hconcat(left, alt.vconcat(*panels) if len(panels) > 1 else panels[0], spacing=14)
 
     return draw
 

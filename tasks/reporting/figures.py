@@ -1,11 +1,22 @@
 """The charts of the report: their sections, titles and captions."""
 
+from collections.abc import Mapping
+
 from elastic_core.cost.metrics import Metric
+from elastic_core.training.stage import Loss
 from tasks.parents.targets import metric_of_family
 from tasks.reporting import charts, tables
 from tasks.reporting.charts import Figure
 from tasks.settings.schema import Params
 
+SIZES_OF_LAYERS = {  # axis of single layers → what its sizes count
+    "intermediate_size": "neurons of an MLP",
+    "mamba_num_heads": "heads of a Mamba layer",
+    "num_attention_heads": "query heads of an attention layer",
+    "num_experts": "routed experts of a layer",
+    "moe_intermediate_size": "neurons of a routed expert",
+    "moe_shared_expert_intermediate_size": "neurons of the shared expert",
+}
 STAGE_NAMES = {"parent": "Parent", "train_short": "Stage 1", "train_extended": "Stage 2"}
 
 
@@ -17,7 +28,7 @@ def sections(settings: Params, scores: tables.Scores, frame) -> dict[str, list[F
         "Quality against cost": _cost_figures(scores, frame, budgets),
         "Reasoning tasks": _task_figures(settings, scores, frame, budgets),
         "Training": [
-            *_training_figures(settings, curves, settled, budgets),
+            *training_figures(settings, curves, settled, budgets),
             Figure(
                 "Loss by version",
                 "Held-out loss of the untrained slice, after stage 1 and after stage 2. Dashed: the parent.",
@@ -62,7 +73,7 @@ def _task_figures(settings: Params, scores: tables.Scores, frame, budgets: list[
     ]
 
 
-def _training_figures(settings: Params, curves, settled: int | None, budgets: list[str]) -> list[Figure]:
+def training_figures(settings: Params, curves, settled: int | None, budgets: list[str]) -> list[Figure]:
     """Cross-entropy and KL of every stage. A measure that is always zero or missing gets no chart."""
     measures = {
         "ce": ("cross-entropy with the text", "Cross-entropy with the next token", "nats per token"),
@@ -80,14 +91,22 @@ def _training_figures(settings: Params, curves, settled: int | None, budgets: li
                 continue
             caption = f"{words}, on the training batches."
             if section is not None:
-                loss = section.loss
-                weights = {"cross-entropy": loss.ce_weight, "KL": loss.kl_weight, "states": loss.state_weight}
-                terms = [f"{weight:g} × {name}" for name, weight in weights.items() if weight]
-                caption += f" The loss is {' + '.join(terms)}."
+                caption += f" {loss_caption(section.loss, section.loss_by_budget)}"
             mark = settled if stage == "train_short" else None
             draw = charts.training_curve(part, measure, unit, budgets, mark)
             found.append(Figure(f"{label}: {title}", caption, draw))
     return found
+
+
+def loss_caption(loss: Loss, loss_by_budget: Mapping[str, Loss]) -> str:
+    """A sentence with the terms of a stage's loss, and of those of budgets with a loss of their own."""
+    own = (f"; of {name}: {_terms(other)}" for name, other in loss_by_budget.items())
+    return f"The loss is {_terms(loss)}{''.join(own)}."
+
+
+def _terms(loss: Loss) -> str:
+    weights = {"cross-entropy": loss.ce_weight, "KL": loss.kl_weight, "states": loss.state_weight}
+    return " + ".join(f"{weight:g} × {name}" for name, weight in weights.items() if weight)
 
 
 def _router_figures(metric: Metric, kept, curves, settled: int | None, budgets: list[str]) -> list[Figure]:
@@ -95,9 +114,7 @@ def _router_figures(metric: Metric, kept, curves, settled: int | None, budgets: 
     return [
         Figure(
             "Kept sizes by budget and layer",
-            f"Numbers are kept sizes (not shown for more than {charts.FEW_COLUMNS} layers). Left: hidden channels and "
-            "channels per Mamba head of the whole model. Right: heads of a Mamba (M) or attention (*) layer, neurons "
-            "of an MLP (-). × is a dropped layer.",
+            kept_caption(kept),
             charts.kept_sizes(kept),
             wide=True,
         ),
@@ -107,6 +124,20 @@ def _router_figures(metric: Metric, kept, curves, settled: int | None, budgets: 
             charts.training_curve(short, "budget_error", f"|{metric.name} ÷ budget − 1|", budgets, settled),
         ),
     ]
+
+
+def kept_caption(kept) -> str:
+    """The caption of the chart of kept sizes. It names the axes that the parent has, and the types of their layers."""
+    types: dict[str, set[str]] = {}
+    for axis, layer in zip(kept["axis"], kept["layer"], strict=True):
+        types.setdefault(axis, set()).add(layer.split()[-1])
+    whole = "hidden channels" + (" and channels per Mamba head" if "mamba_head_dim" in types else "")
+    own = [f"{words} ({', '.join(sorted(types[axis]))})" for axis, words in SIZES_OF_LAYERS.items() if axis in types]
+    panels = "a panel per axis and a column per layer: " if len(charts.panels_of(kept)) > 1 else ""
+    return (
+        f"Numbers are kept sizes (not shown for more than {charts.FEW_COLUMNS} layers). Left: {whole} of the whole "
+        f"model. Right: {panels}{', '.join(own)}. × is a dropped layer."
+    )
 
 
 def _importance_figures(settings: Params, config) -> list[Figure]:
