@@ -21,7 +21,7 @@ def draw(
     if differences:
         charts.append(difference_chart(differences))
     if quality:
-        charts.append(curve_chart(groups, quality[0].arm))
+        charts.append(curve_chart(groups, shown_of(groups, quality)))
     if not charts:
         return None
     return vega.to_svg(json.dumps({"$schema": SCHEMA, "background": "white", "hconcat": charts}))
@@ -56,15 +56,23 @@ def difference_chart(differences: list[tuple[Group, dict[str, Estimate]]]) -> di
     }  # fmt: skip
 
 
-def curve_chart(groups: list[Group], family: str) -> dict:
+def shown_of(groups: list[Group], quality: list[EqualQuality]) -> EqualQuality:
+    """The comparison that is drawn: with separate training by the parameters of the profile, or else the first one."""
+    changed = {group.arm.name for group in groups if group.arm.overrides}
+    return next((row for row in quality if changed.isdisjoint(row.against)), quality[0])
+
+
+def curve_chart(groups: list[Group], shown: EqualQuality) -> dict:
     """KL over the tokens of a job: lines for separate training, and the family's level, each by member."""
     alone = [
         {"tokens": statistics.mean(g.total.values()), "kl": g.mean(KL), "member": g.member}
         for g in groups
-        if g.arm.separate and not g.arm.overrides
+        if g.arm.name in shown.against
     ]
     members = {row["member"] for row in alone}
-    together = [{"kl": g.mean(KL), "member": g.member} for g in groups if g.arm.name == family and g.member in members]
+    together = [
+        {"kl": g.mean(KL), "member": g.member} for g in groups if g.arm.name == shown.arm and g.member in members
+    ]
     y = {"field": "kl", "type": "quantitative", "title": "KL to the parent, nats per token", "scale": {"zero": False}}
     x = {
         "field": "tokens",

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.evidence import __main__ as evidence
-from benchmarks.evidence import few_gpus, jobs, schedule, tables, work
+from benchmarks.evidence import few_gpus, jobs, plot, schedule, tables, work
 from benchmarks.evidence.arms import Arm, choose, read_arms, values_of
 from benchmarks.evidence.intervals import Tokens, estimate, paired, ratio_to_sum, tokens_to_reach
 from elastic_core import Submodel
@@ -109,6 +109,24 @@ def test_separate_training_with_other_parameters_is_another_comparison():
     assert list(found) == [("own-500", "own-1000"), ("plain-500", "plain-1000")]
     own, other = (row.ratio for row in found.values())
     assert own == Tokens(2.0, "≥") and other.number == pytest.approx(1000 / (500 * 2 ** (2 / 3)))
+
+
+def test_the_chart_draws_a_comparison_that_the_table_has():
+    """Separate training with the profile's parameters, or, if only others were trained, with those."""
+    plain = {"rank.basis": "channels"}
+    family = group(Arm("family"), "a", {0: 3.5}, 1000, kl=0.2)
+    changed, own = (
+        [
+            group(Arm(f"{name}-{tokens}", overrides, separate=True, tokens=tokens / 1000), "a", {0: 3.6}, tokens)
+            for tokens in (500, 1000)
+        ]
+        for name, overrides in (("plain", plain), ("own", {}))
+    )
+    for others, drawn in ((changed, changed), ([*changed, *own], own)):
+        groups = [family, *others]
+        lines, level = plot.curve_chart(groups, plot.shown_of(groups, tables.equal_quality(groups)))["layer"]
+        assert lines["data"]["values"] == [{"tokens": g.total[0], "kl": 0.1, "member": "a"} for g in drawn]
+        assert level["data"]["values"] == [{"kl": 0.2, "member": "a"}]
 
 
 # --- arms and jobs ---------------------------------------------------------------------------------------------------
