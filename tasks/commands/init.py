@@ -201,20 +201,27 @@ def with_choices(
     try:
         with contextlib.chdir(root):
             own_sizes = {"depth": (architectures.num_layers(config),)}  # any choices do: targets depend on none
-            targets = resolve(read(_values(profile, own_sizes, root, changes)), config)
-        return _first_that_fits(profile, config, root, check, changes, min(targets.values()))
+            settings = read(_values(profile, own_sizes, root, changes))
+            smallest = min(resolve(settings, config).values())
+        tries = [(choices, True) for choices in possible_choices(config, smallest)]
+        if settings.choices.heterogeneous:  # by a change; to find mixed layers takes long, so only the finest sizes
+            tries.append((tries[-1][0], False))
+        return _first_that_fits(profile, config, root, check, changes, tries)
     except ConfigError as error:
         raise ConfigError("\n".join(problem.removeprefix("params.yaml: ") for problem in error.problems)) from None
 
 
-def _first_that_fits(profile: Profile, config, root: Path, check, changes: list, smallest: float) -> str:
-    """`with_choices` for a family whose smallest target is this share of the parent's cost."""
+def _first_that_fits(profile: Profile, config, root: Path, check, changes: list, tries: list) -> str:
+    """`with_choices` for the first of `tries` that can be: (choices, whether all layers have the same sizes)."""
     error = None
-    for choices in possible_choices(config, smallest):
+    for choices, is_uniform in tries:
         values = _values(profile, choices, root, changes)
         with contextlib.chdir(root):
             try:
                 settings = read(values)
+                if is_uniform:
+                    uniform = dataclasses.replace(settings.choices, heterogeneous=())
+                    settings = dataclasses.replace(settings, choices=uniform)
                 find_members(settings, config, resolve(settings, config))
                 check(values)
             except ConfigError as found:

@@ -4,10 +4,12 @@ Real configurations, because the sizes that kernels want decide what can be met.
 """
 
 import pytest
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen3Config
 
 from elastic_core.config import ConfigError
+from elastic_core.cost.metrics import num_parameters
 from elastic_core.model import hf
+from elastic_core.model.submodel import Submodel
 from tasks.commands import plan
 from tasks.commands.init import lengths, new_profile, with_choices
 from tasks.commands.planning.parents import CHARACTERS, TEXT, settings_of
@@ -53,6 +55,19 @@ def test_a_plan_of_a_parent_makes_its_choices_for_the_budgets_that_it_plans(over
     assert settings.budgets == {"full": 1.0, "small": 0.25}
     assert settings.train_short.microbatches % 2 == 0  # equal shares of two budgets
     plan.find_members(settings, config, resolve(settings, config))
+
+
+def test_a_plan_of_a_parent_has_mixed_layers_where_only_they_meet_the_budgets():
+    config = Qwen3Config(vocab_size=500, hidden_size=64, intermediate_size=256, num_hidden_layers=4)
+    sizes = {"hidden_size": [64], "num_attention_heads": [32], "intermediate_size": [256, 128], "depth": [4]}
+    chosen = [f"choices.{name}={values}" for name, values in sizes.items()]
+    less = num_parameters(config, Submodel(intermediate_size=(256, 256, 128, 128))) / num_parameters(config)
+    budgets = f"budgets={{full: 1.0, less: {less}}}"
+    settings = settings_of("/nowhere", config, [*chosen, budgets, "choices.heterogeneous=[intermediate_size]"], 1)
+    members, assumption, _ = plan.find_members(settings, config, resolve(settings, config))
+    assert not assumption["uniform"] and sorted(members["less"].intermediate_size) == [128, 128, 256, 256]
+    with pytest.raises(ConfigError, match=r"^budgets\.less: got .* within 1%"):
+        settings_of("/nowhere", config, [*chosen, budgets], 1)
 
 
 @pytest.mark.parametrize(
