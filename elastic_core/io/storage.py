@@ -43,6 +43,7 @@ __all__ = [
     "is_url",
     "join",
     "list_names",
+    "num_bytes",
     "open_binary",
     "read_bytes",
     "remove",
@@ -77,12 +78,14 @@ def exists(location: Location) -> bool:
 def glob(pattern: str) -> dict[str, int]:
     """The files that match `pattern`, sorted, with their sizes in bytes.
 
-    Wildcards are ``*``, ``?``, ``[…]``, and ``**`` for directories of any depth.
+    Wildcards are ``*``, ``?``, ``[…]``, and ``**`` for directories of any depth. They are literal in the leading part
+    of a local path that exists, such as a directory ``[v2]``.
     Raises StorageError for a link to a file that does not exist.
     """
     if not is_url(pattern):
+        literal, rest = _split(pattern)
         with storage_errors(pattern, "list"):
-            paths = sorted(map(Path, local_glob.glob(pattern, recursive=True)))
+            paths = sorted(map(Path, local_glob.glob(local_glob.escape(literal) + rest, recursive=True)))
             for path in paths:
                 if path.is_symlink() and not path.exists():
                     raise StorageError(f"{path}: a link to {os.readlink(path)}, which does not exist; remove the link")
@@ -112,12 +115,25 @@ def list_names(location: Location) -> list[str]:
 
 def fixed_part(location: Location) -> str:
     """The directory before the first wildcard of a pattern ("": the working directory). A plain location as it is."""
-    pattern = os.fspath(location)
-    return pattern if _WILDCARD.search(pattern) is None else _WILDCARD.split(pattern)[0].rpartition("/")[0]
+    literal, rest = _split(location)
+    return literal[:-1] or literal if rest else literal
+
+
+def _split(location: Location) -> tuple[str, str]:
+    """A location in two: what is literal, up to and with the last "/" before the first wildcard; the pattern below it.
+
+    The pattern is empty for a plain location. In a local path, a name that exists is plain, whatever it is made of.
+    """
+    text, end = os.fspath(location), 0
+    for name in text.split("/"):
+        if _WILDCARD.search(name) and (is_url(text) or not os.path.lexists(text[:end] + name)):
+            return text[:end], text[end:]
+        end += len(name) + 1
+    return text, ""
 
 
 def states(location: Location) -> dict[str, tuple[int, str | None]]:
-    """The files that match a pattern, or that are below `location`: name → (size in bytes, version).
+    """The files that match a pattern (see `glob`), or that are below `location`: name → (size in bytes, version).
 
     Names are relative to the part before the first wildcard. The version of a file at a URL is what the server tells:
     its ETag, generation or time of the last change. It is None for local files, and if the server tells none.
@@ -138,6 +154,13 @@ def states(location: Location) -> dict[str, tuple[int, str | None]]:
             name.removeprefix(f"{start}/") if name != start else ".": (_size(filesystem, name, entry), _version(entry))
             for name, entry in files.items()
         }
+
+
+def num_bytes(location: Location) -> int:
+    """The size of the file, or of all files below `location`, in bytes; 0 if nothing is there. It takes no patterns."""
+    with storage_errors(location, "list"):
+        filesystem, path = open_filesystem(location)
+        return sum(_size(filesystem, name, entry) for name, entry in _files(filesystem, path).items())
 
 
 def _size(filesystem, name: str, entry: dict) -> int:
@@ -261,12 +284,13 @@ def download(location: Location, target: Path) -> None:
 def check_access(location: Location, writing: bool) -> None:
     """Raise StorageError within seconds if `location` cannot be used; the text says what to change and where.
 
-    `location` may be a pattern: the part before its first wildcard is checked. The path need not exist yet, but its
-    bucket must. With `writing`, a small object is written below the path and removed again.
+    A location to read may be a pattern: the part before its first wildcard is checked. The path need not exist yet, but
+    its bucket must. With `writing`, a small object is written below the path and removed again.
     """
     with storage_errors(location, "write to" if writing else "read"):
         filesystem, path = open_filesystem(location, patient=False)
-        path = _WILDCARD.split(path)[0]
+        if not writing:
+            path = _WILDCARD.split(path)[0]
         if scheme_of(location) in S3_SCHEMES:  # listing one object distinguishes a missing bucket from an empty one
             bucket, key, _ = filesystem.split_path(path)
             filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)

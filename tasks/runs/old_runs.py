@@ -38,7 +38,7 @@ class OldRun:
     @property
     def num_bytes(self) -> int:
         """The size of all its files."""
-        return sum(size for place in {str(self.directory), *self.places} for size, _ in storage.states(place).values())
+        return sum(storage.num_bytes(place) for place in {str(self.directory), *self.places})
 
     @property
     def holder(self) -> str | None:

@@ -58,6 +58,28 @@ def test_the_place_itself_does_not_count(tmp_path, monkeypatch):
     assert found.count(found[0]) == 4
 
 
+@pytest.mark.parametrize("name", ["[v2]", "v*", "v?", "[v2"])
+@pytest.mark.parametrize("pattern", ["", "a.txt", "*.txt", "[a]?.*", "deep/[1].txt"])
+def test_a_name_that_exists_is_no_pattern(tmp_path, monkeypatch, name, pattern):
+    """Names with wildcards of a directory on the way, of the directory itself and of a file."""
+    place = tmp_path / name / "corpus"
+    for file in ("a.txt", "ab.txt", "deep/[1].txt", "deep/1.txt"):
+        storage.write_bytes(place / file, b"text")
+    location = os.path.join(place, pattern) if pattern else str(place)
+    found = take(location, tmp_path, "")
+    assert found["files"] == {"": 4, "*.txt": 2}.get(pattern, 1)
+    monkeypatch.chdir(tmp_path)
+    assert fingerprint(os.path.relpath(location), DigestCache("cache")) == found  # relative
+    monkeypatch.chdir(tmp_path / name)
+    assert fingerprint(os.path.relpath(location), DigestCache("cache")) == found
+    for file in place.rglob("*.txt"):
+        file.write_bytes(b"new!")
+    assert take(location, tmp_path, "") != found
+    if pattern:
+        assert len(storage.glob(location)) == found["files"]
+    assert storage.num_bytes(location) == (0 if pattern in ("*.txt", "[a]?.*") else 4 * found["files"])
+
+
 def test_an_unchanged_file_is_not_read_again_and_a_large_one_never(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
     first = take(str(tmp_path), tmp_path)
