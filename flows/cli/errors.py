@@ -1,6 +1,7 @@
 """How a command ends: with one line, and without a traceback, for what the caller can change."""
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,8 @@ def clear_errors(interrupted: str) -> Iterator[None]:
     except KeyboardInterrupt:
         fail(f"\n{interrupted}", INTERRUPTED)
     except StageInterrupted as error:
-        fail(f"error: {error.summary}, see above; another try may help, and goes on from the newest checkpoint")
+        advice = "another try may help, and goes on from the newest checkpoint"
+        fail(f"error: {error.summary}, see above; {advice}", os.EX_TEMPFAIL)
     except StageFailed as error:
         fail(f"error: {error.summary}, see above")
     except subprocess.CalledProcessError as error:

@@ -205,7 +205,7 @@ def test_what_another_try_may_mend_is_said(run, monkeypatch):
         raise StageInterrupted("stage 'data' ended with exit status 75 in /there", ["the server is away"])
 
     monkeypatch.setattr(flows.cli.pipeline, "reproduce", reproduce)
-    _, error = run(status=1)
+    _, error = run(status=os.EX_TEMPFAIL)
     assert "exit status 75 in /there, see above; another try may help" in error
 
 
