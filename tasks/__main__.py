@@ -17,6 +17,7 @@ from tasks.progress import events
 from tasks.progress.durations import duration
 from tasks.runs import old_runs
 from tasks.runs.job import is_first_process
+from tasks.runs.unchanged import inputs_unchanged
 from tasks.runtime import environment, garbage_collector, stop_with_dvc
 from tasks.runtime.exit_status import errors_as_text
 from tasks.runtime.quiet import silence_libraries
@@ -35,7 +36,7 @@ def main() -> None:
     if events.are_wanted():
         print(f"{title} …", flush=True)
     try:
-        with errors_as_text():
+        with errors_as_text(), inputs_unchanged(recorded_stage(name)):
             with garbage_collector.paused():
                 stage = find_stage(name)
             if is_first_process():
@@ -49,6 +50,15 @@ def main() -> None:
         events.note(event="end", stage=os.environ.get("DVC_STAGE", title), status=status)
         how = "done" if status == 0 else f"ended with status {status}"
         print(f"{title}: {how} after {duration(time.monotonic() - begin)}", flush=True)
+
+
+def recorded_stage(name: str) -> str | None:
+    """DVC's name of this stage, if DVC will record which inputs the results of this process were made from.
+
+    None in a process that DVC has not started, and in all but the first of a stage's processes. Also None for stage
+    `fingerprint`, which has no inputs: DVC runs it every time.
+    """
+    return os.environ.get("DVC_STAGE") if is_first_process() and name != "fingerprint" else None
 
 
 def stages() -> list[str]:

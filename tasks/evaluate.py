@@ -14,7 +14,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ from elastic_core.io.provenance_file import read_provenance
 from tasks.evaluation import lm_eval_tasks
 from tasks.evaluation.items import TEACHER, Item, Models, Setting, compute, element_type, list_items
 from tasks.progress.bars import progress_bar
-from tasks.runs.job import remove_files, started
+from tasks.runs.job import started
 from tasks.runtime.chat_templates import check_chat_template, check_tasks_template
 from tasks.runtime.launch import launch_items
 from tasks.settings import remote_checks
@@ -126,8 +125,8 @@ def assemble(items: list[Item], found: dict[str, dict], origins: dict[str, dict]
 def places(budget: str, settings: Params) -> Iterator[tuple[Path, str]]:
     """Where the finished items are (on this machine), and the states of the parent (where every worker reaches them).
 
-    Both are removed when the block has ended. Where there is no dvc.yaml, as in a call from Python, no later run can
-    know them again, and they are in a temporary directory.
+    They stay until DVC has the stage's output (old_runs.py). Where there is no dvc.yaml, as in a call from Python, no
+    later run can know them again, and they are in a temporary directory.
     """
     workers = settings.compute.workers > 0
     if not Path("dvc.yaml").is_file():
@@ -141,7 +140,3 @@ def places(budget: str, settings: Params) -> Iterator[tuple[Path, str]]:
     with started(name, settings if workers else None) as job:
         location = job.checkpoints(settings) if workers else str(job.directory)
         yield job.directory, storage.join(location, "states")
-    for place in {location, str(job.directory)}:
-        remove_files(place)
-        if not storage.is_url(place):
-            shutil.rmtree(place, ignore_errors=True)

@@ -19,6 +19,7 @@ from elastic_core.io.filesystem import why_impossible
 from elastic_core.io.json_files import ADVICE, read_json
 from tasks.runs import from_the_start, lock, provenance
 from tasks.runs.key import Inputs, read_inputs
+from tasks.runs.unchanged import check_key
 from tasks.settings.schema import Params
 
 # Files that only this machine needs: metrics and progress of unfinished runs.
@@ -78,9 +79,11 @@ def started(name: str, settings: Params | None = None) -> Iterator[Job]:
 
     With `settings`, the run has checkpoints in `settings.compute.storage`. The checkpoints of an earlier run with the
     same key stay, unless the stage was forced (from_the_start.py). An old run with another key is taken over where
-    ELASTIC_CONTINUE names it. Raises ConfigError if another process holds the run.
+    ELASTIC_CONTINUE names it. Raises ConfigError if another process holds the run, and UserError if the inputs are not
+    those with which this process began.
     """
     inputs = read_inputs(name)
+    check_key(inputs)
     job = Job(name, inputs.key)
     location = str(job.directory) if settings is None else job.checkpoints(settings)
     if not is_first_process():
