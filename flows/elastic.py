@@ -22,9 +22,9 @@ from flows.live import Live
 from flows.process.output import follow
 from flows.records import summary
 from flows.stages import StageFailed, StageInterrupted, check_command, reproduce, select, stage_names
+from tasks.runs.workspace import prepared
 from tasks.settings import budgets as spellings
 from tasks.settings import merging
-from tasks.settings import profiles as workspaces
 
 ROOT = Path(__file__).resolve().parents[1]
 RETRIES, RETRY_SECONDS = 3, 30  # of a stage that lost a server or a worker
@@ -84,8 +84,8 @@ def elastic(
         family = spellings.read_family(budgets, "budgets")
         chosen = select(stage_names(ROOT), from_stage, until_stage, only_stages)
         check_parameters(profile, family, overrides)
-        workspace = workspaces.prepare_workspace(profile, ROOT, family, overrides)
-        return Completed(message=run_stages(profile, workspace, chosen, force))
+        with prepared(profile, ROOT, family, overrides, get_run_logger().info) as workspace:
+            return Completed(message=run_stages(profile, workspace, chosen, force))
     except StageFailed as error:  # the stage's task has logged all of it
         return Failed(message=error.reason, data=error)
     except (UserError, TimeoutError) as error:

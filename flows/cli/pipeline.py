@@ -13,6 +13,7 @@ from flows.records import NAMED, keep, kept_already, new_name
 from flows.stages import WrongParameters, check_checkout, check_command, reproduce, select, stage_names
 from flows.tables import aligned
 from tasks.runs.job import CONTINUE, LOCAL, RUN, names_of_runs
+from tasks.runs.workspace import prepared
 from tasks.settings import merging, profiles
 
 
@@ -44,22 +45,22 @@ def run_pipeline(
     chosen = select(names, selection.first, selection.last, selection.only)
     overrides = list(overrides)
     _check_parameters(profile, root, budgets, overrides, log)
-    workspace = profiles.prepare_workspace(profile, root, budgets, overrides)
-    if workspace != root:
-        log(f"workspace: {workspace}")
-    if old_run is not None:
-        check_old_run(workspace, old_run)
-        os.environ[CONTINUE] = old_run  # for the stages
-    # One DVC process for all stages starts once; one per stage would start nine times.
-    todo: list[str | None] = [None] if chosen == names and not force else list(chosen)
-    on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
-    ran = [name for stage in todo for name in reproduce(stage, workspace, force, log, on_terminal)]
-    if not ran:
-        log("nothing has changed: all stages are up to date")
-    if names[-1] in chosen:
-        log(results(workspace))
-        log(record(profile, workspace, root, selection, budgets or {}, overrides, force))
-    return workspace
+    with prepared(profile, root, budgets, overrides, log) as workspace:
+        if workspace != root:
+            log(f"workspace: {workspace}")
+        if old_run is not None:
+            check_old_run(workspace, old_run)
+            os.environ[CONTINUE] = old_run  # for the stages
+        # One DVC process for all stages starts once; one per stage would start nine times.
+        todo: list[str | None] = [None] if chosen == names and not force else list(chosen)
+        on_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        ran = [name for stage in todo for name in reproduce(stage, workspace, force, log, on_terminal)]
+        if not ran:
+            log("nothing has changed: all stages are up to date")
+        if names[-1] in chosen:
+            log(results(workspace))
+            log(record(profile, workspace, root, selection, budgets or {}, overrides, force))
+        return workspace
 
 
 def check_old_run(workspace: Path, name: str) -> None:

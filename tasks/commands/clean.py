@@ -8,13 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from elastic_core.errors import UserError
-from elastic_core.io.json_files import read_json
 from tasks.runs import lock
 from tasks.runs.job import LOCAL, RUN, remove_empty, remove_files
 from tasks.runs.old_runs import OldRun, find_runs, lease_to_remove
+from tasks.runs.workspace import holder_of
 
 WORKSPACES = Path(".runs")
 
@@ -82,18 +80,8 @@ def select(found: Iterable[Left], names: Iterable[str]) -> list[Left]:
 
 def _workspace(directory: Path, root: Path) -> Left:
     holders = [run.holder for run in find_runs(directory)]
-    holder = next(filter(None, [*holders, _dvc_process(directory)]), None)
+    holder = next(filter(None, [*holders, holder_of(directory)]), None)
     return Left("workspace", str(directory.relative_to(root)), directory, *_size(directory), holder)
-
-
-def _dvc_process(workspace: Path) -> str | None:
-    """The DVC process that runs a stage in a workspace, from the file in which DVC keeps its locks."""
-    path = workspace / ".dvc" / "tmp" / "rwlock"
-    if not path.is_file():
-        return None
-    content = read_json(path)
-    entries = [*content.get("write", {}).values(), *(one for many in content.get("read", {}).values() for one in many)]
-    return next((f"process {entry['pid']}" for entry in entries if psutil.pid_exists(entry["pid"])), None)
 
 
 def _runs(workspace: Path, root: Path) -> list[Left]:

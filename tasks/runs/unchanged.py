@@ -1,7 +1,7 @@
 """The inputs of a stage must stay as they are while it runs.
 
-DVC notes the state of inputs when a stage has ended. If one of them has changed by then, DVC would record the results of
-the old state as results of the new one, and find the stage up to date ever after.
+DVC notes the state of inputs when a stage has ended. If one of them has changed by then, DVC would record the results
+of the old state as results of the new one, and find the stage up to date ever after.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def inputs_unchanged(name: str | None) -> Iterator[None]:
         changed = [f"{error.filename or error}, which is gone"]
     if changed:
         raise UserError(
-            f"{name}: its inputs changed while it ran: {'; '.join(changed)}; its results are those of the old inputs, so "
-            "they are not recorded; start again (with the old inputs, it goes on from its checkpoints)"
+            f"{name}: its inputs changed while it ran: {'; '.join(changed)}; its results are those of the old inputs, "
+            "so they are not recorded; start again (with the old inputs, it goes on from its checkpoints)"
         )
 
 

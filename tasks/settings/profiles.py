@@ -13,15 +13,22 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import psutil
 from ruamel.yaml import YAML
 
 from elastic_core.errors import UserError
 from elastic_core.io.atomic import whole_file
+from elastic_core.io.json_files import read_json
 from tasks.settings.merging import ROOT, check_profile, parameters, read_override
 from tasks.settings.paths import RUNS
+
+
+class InUse(UserError):
+    """A DVC process works in a workspace that was to be brought up to date."""
 
 
 def prepare_workspace(
@@ -33,14 +40,17 @@ def prepare_workspace(
     """Bring the workspace of `profile` up to date with the checkout's files, and return its directory.
 
     `budgets` and `overrides` are as in `merging.parameters`. A run with either has its own directory; the same values
-    always give the same directory. Raises UserError as that function does. Check the parameters first
-    (`tasks.commands.check`), because every workspace is a copy of the checkout.
+    always give the same directory. Raises UserError as that function does, and InUse while a stage runs in the
+    workspace: it would find other code and parameters. Check the parameters first (`tasks.commands.check`), because
+    every workspace is a copy of the checkout.
     """
     overrides = list(overrides)
     workspace = workspace_of(profile, root, budgets, overrides)
     if workspace == root:
         return root
     values = parameters(profile, root, budgets, overrides)
+    if (process := dvc_process(workspace)) is not None:
+        raise InUse(f"{workspace}: {process} runs a stage there; wait for it, or stop it")
     files = [name for name in _source_files(root) if (root / name).is_file()]
     _copy_sources(root, workspace, files + _table(values, root, files))
     with whole_file(workspace / "params.yaml") as partial:
@@ -73,6 +83,28 @@ def working_directory(
     """Where relative paths of a run start: its workspace or, as long as there is none, the checkout."""
     workspace = workspace_of(profile, root, budgets, overrides)
     return workspace if workspace.is_dir() else root
+
+
+def dvc_process(workspace: Path) -> str | None:
+    """The DVC process that runs a stage in a workspace, from the file in which DVC keeps its locks."""
+    path = workspace / ".dvc" / "tmp" / "rwlock"
+    if not path.is_file():
+        return None
+    content = _read_again(path)
+    entries = [*content.get("write", {}).values(), *(one for many in content.get("read", {}).values() for one in many)]
+    return next((f"process {entry['pid']}" for entry in entries if psutil.pid_exists(entry["pid"])), None)
+
+
+def _read_again(path: Path, tries: int = 5) -> dict:
+    """The content of a JSON file that another process may be writing in place. Raises UserError if it stays damaged."""
+    while True:
+        tries -= 1
+        try:
+            return read_json(path)
+        except UserError:
+            if tries == 0:
+                raise
+            time.sleep(0.1)
 
 
 def _table(values, root: Path, files: list[str]) -> list[str]:

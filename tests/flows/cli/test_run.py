@@ -1,5 +1,6 @@
 """`elastic run` on a pipeline of two stages: what it says, what it shows on a terminal, how it ends."""
 
+import contextlib
 import fcntl
 import functools
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+import types
 from pathlib import Path
 
 import psutil
@@ -22,6 +24,7 @@ import flows.cli.pipeline
 from flows import records
 from flows.cli.app import app
 from flows.stages import StageInterrupted
+from tasks.runs import workspace
 from tests.support.places import files_below
 
 pytest.importorskip("dvc")
@@ -271,6 +274,24 @@ def test_on_a_terminal_stages_draw_and_a_busy_one_is_waited_for(checkout):
     assert "report sees a terminal of 77 columns" in text and "\r 50 %\r100 %" in text and "data sees" not in text
     first.stdout.close()
     os.close(ours)
+
+
+def test_a_run_waits_for_another_in_its_workspace_before_it_rewrites_that(checkout, run, monkeypatch):
+    overrides = ["data.other=1"]
+    first = contextlib.ExitStack()
+    held = first.enter_context(workspace.prepared("default", checkout, None, overrides, pytest.fail))
+    before = (held / "params.yaml").read_text()
+    (checkout / "params.yaml").write_text(before + "new: 1\n")
+
+    def sleep(_):
+        assert (held / "params.yaml").read_text() == before and not (held / "data.txt").exists()
+        first.close()
+
+    monkeypatch.setattr(workspace, "time", types.SimpleNamespace(sleep=sleep))
+    out, _ = run("--until", "data", "--set", *overrides)
+    assert f"held by process {os.getpid()} of " in out and out.count("Waiting until it is free") == 1
+    assert "new: 1" in (held / "params.yaml").read_text() and (held / "data.txt").exists()
+    assert workspace.holder_of(held) is None
 
 
 def test_ctrl_c_ends_everything(checkout):

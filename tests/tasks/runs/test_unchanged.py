@@ -1,4 +1,4 @@
-"""A stage whose inputs change while it runs fails, so that DVC does not record its results as those of the new inputs."""
+"""A stage whose inputs change while it runs fails: DVC would record its results as those of the new inputs."""
 
 import os
 import shutil
@@ -17,14 +17,13 @@ from tasks.runs.unchanged import KEY, inputs_unchanged
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGE = {"cmd": "python stage.py", "deps": ["code", "input"], "outs": ["made"], "params": ["rate"]}
-# A stage of the test's own, in the place of a file in tasks/. The file `edit` is a user at work in the meantime.
+# A stage of the test's own, in the place of a file in tasks/. Meanwhile its user edits params.yaml.
 PROCESS = """
 import pathlib, sys, types
 trial = types.ModuleType("tasks.trial")
 def main():
-    pathlib.Path("made").write_text(pathlib.Path("params.yaml").read_text())
-    if pathlib.Path("edit").exists():
-        pathlib.Path("params.yaml").write_text("rate: 2")
+    pathlib.Path("made").write_text("of rate 1")
+    pathlib.Path("params.yaml").write_text("rate: 2")
 trial.main = main
 sys.modules["tasks.trial"] = trial
 sys.argv[1:] = ["trial"]
@@ -101,17 +100,9 @@ def test_a_run_has_the_key_of_what_the_process_has_read(workspace):
 
 
 def test_dvc_records_nothing_of_a_stage_whose_parameters_were_edited(workspace):
-    def repro():
-        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "dvc", "repro", "-q"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    Path("edit").touch()
-    done = repro()
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "dvc", "repro", "-q"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "error: make: its inputs changed while it ran: rate: 1, now 2; " in done.stderr
-    assert not Path("dvc.lock").exists()
-    Path("edit").unlink()
-    assert repro().returncode == 0
-    assert yaml.safe_load(Path("dvc.lock").read_text())["stages"]["make"]["params"] == {"params.yaml": {"rate": 2}}
-    assert Path("made").read_text() == "rate: 2"
+    assert Path("made").exists() and not Path("dvc.lock").exists()
