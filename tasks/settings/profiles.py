@@ -27,6 +27,9 @@ from tasks.settings.merging import ROOT, check_profile, parameters, read_overrid
 from tasks.settings.paths import RUNS
 
 
+DVC_LOCKS = Path(".dvc") / "tmp" / "rwlock"  # in a workspace
+
+
 class InUse(UserError):
     """A DVC process works in a workspace that was to be brought up to date."""
 
@@ -50,7 +53,10 @@ def prepare_workspace(
         return root
     values = parameters(profile, root, budgets, overrides)
     if (process := dvc_process(workspace)) is not None:
-        raise InUse(f"{workspace}: {process} runs a stage there; wait for it, or stop it")
+        raise InUse(
+            f"{workspace}: {process} runs a stage there; wait for it, or stop it (if it is no DVC, because a DVC was "
+            f"killed and its number given again, remove {workspace / DVC_LOCKS})"
+        )
     files = [name for name in _source_files(root) if (root / name).is_file()]
     _copy_sources(root, workspace, files + _table(values, root, files))
     with whole_file(workspace / "params.yaml") as partial:
@@ -87,7 +93,7 @@ def working_directory(
 
 def dvc_process(workspace: Path) -> str | None:
     """The DVC process that runs a stage in a workspace, from the file in which DVC keeps its locks."""
-    path = workspace / ".dvc" / "tmp" / "rwlock"
+    path = workspace / DVC_LOCKS
     if not path.is_file():
         return None
     content = _read_again(path)
