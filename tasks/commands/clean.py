@@ -52,7 +52,7 @@ class Left:
 
     def _check_free(self, runs: Iterable[OldRun]) -> None:
         """Raise lock.Held if a process works on it now: one may have begun since it was found."""
-        holders = [*(run.holder for run in runs), _dvc_process(self.directory)]
+        holders = [*(run.holder for run in runs), holder_of(self.directory)]
         if holder := next(filter(None, holders), None):
             raise lock.Held(str(self.directory), holder)
 

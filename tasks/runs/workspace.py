@@ -38,28 +38,39 @@ def prepared(
         yield root
         return
 
-    lease = when_free(lambda: lock.take(workspace / LEASE), log)
+    def take(say: Callable[[str], None]) -> lock.Lease:
+        return lock.take(workspace / LEASE, lambda holder: say(f"{workspace} is held by {holder}"))
 
-    def end(holder: str) -> None:
+    lease = when_free(take, log)
+
+    def end(reason: str) -> None:
         if lease.is_stored():  # this process was stopped for a while, as by Ctrl-Z, and nobody has noticed
             return
-        print(f"error: {holder} has taken over {workspace}; this process ends", file=sys.stderr, flush=True)
+        print(f"error: {workspace}: {reason}; this process ends", file=sys.stderr, flush=True)
         os._exit(os.EX_TEMPFAIL)
 
     with lock.kept(lease, end):
-        yield when_free(lambda: profiles.prepare_workspace(profile, root, budgets, overrides), log)
+        yield when_free(lambda _: profiles.prepare_workspace(profile, root, budgets, overrides), log)
 
 
-def when_free(attempt: Callable[[], Result], log: Callable[[str], None]) -> Result:
-    """What `attempt` returns, which is called again and again as long as a workspace is in use."""
+def when_free(attempt: Callable[[Callable[[str], None]], Result], log: Callable[[str], None]) -> Result:
+    """What `attempt` returns, which is called again and again as long as a workspace is in use.
+
+    It is given a function that says why it waits. What is said for the first time is logged.
+    """
     waiting = False
+
+    def say(reason: str) -> None:
+        nonlocal waiting
+        if not waiting:
+            log(f"{reason}\nWaiting until it is free …")
+        waiting = True
+
     while True:
         try:
-            return attempt()
+            return attempt(say)
         except (lock.Held, profiles.InUse) as error:
-            if not waiting:
-                log(f"{error}\nWaiting until it is free …")
-            waiting = True
+            say(str(error))
             time.sleep(BUSY_SECONDS)
 
 

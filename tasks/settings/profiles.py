@@ -26,7 +26,6 @@ from elastic_core.io.json_files import read_json
 from tasks.settings.merging import ROOT, check_profile, parameters, read_override
 from tasks.settings.paths import RUNS
 
-
 DVC_LOCKS = Path(".dvc") / "tmp" / "rwlock"  # in a workspace
 
 

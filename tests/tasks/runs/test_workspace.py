@@ -123,10 +123,10 @@ def test_a_run_ends_only_if_another_one_has_taken_its_workspace(root, monkeypatc
     monkeypatch.setattr(lock, "kept", kept)
     monkeypatch.setattr(workspace.os, "_exit", lambda status: told.append(status))
     with prepared("tiny", root, None, (), pytest.fail) as copy:
-        told[0]("nobody")
+        told[0]("no sign of life could be written")
         assert told[1:] == []
         (file,) = (copy / workspace.LEASE).glob("lease-*")
         another = {**json.loads(file.read_text()), "id": "another"}
         storage.write_bytes(file.with_name("lease-00000002.json"), json.dumps(another).encode())
-        told[0]("process 1 of there")
+        told[0]("process 1 of there has taken over")
     assert told[1:] == [os.EX_TEMPFAIL] and "process 1 of there has taken over" in capsys.readouterr().err
