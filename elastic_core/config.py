@@ -69,6 +69,12 @@ def require(condition: bool, key: str, given, allowed: str) -> bool:
     return True
 
 
+def check_shares(name: str, shares: dict[str, float], require: Require) -> None:
+    """Check shares of sources or budgets; none at all are equal shares."""
+    valid = all(share >= 0 for share in shares.values()) and (not shares or sum(shares.values()) > 0)
+    require(valid, name, shares, "shares of 0 or more, not all 0")
+
+
 def describe(key: str, given, allowed: str) -> str:
     """The text of a problem, in one line."""
     return f"{key}: got {given!r}; allowed: {allowed}"

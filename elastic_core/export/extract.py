@@ -58,7 +58,7 @@ def extract(
     if heterogeneous not in ("remote_code", "pad"):
         raise UserError(f"heterogeneous: got {heterogeneous!r}; allowed: 'remote_code', 'pad'")
     with named("out_directory"):
-        check_apart(out_directory, [elastic_directory])
+        check_apart(out_directory, [elastic_directory], inside=True)
     config = hf.read_config(elastic_directory)
     if not isinstance(submodel_or_budget, Submodel):
         name = str(submodel_or_budget) if name is None else name

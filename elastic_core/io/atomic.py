@@ -96,16 +96,18 @@ def check_out(directory: str | os.PathLike, force: bool) -> None:
     _check_marker(Path(directory), "config.json")
 
 
-def check_apart(directory: str | os.PathLike, sources: Iterable[str | os.PathLike]) -> None:
+def check_apart(directory: str | os.PathLike, sources: Iterable[str | os.PathLike], inside: bool = False) -> None:
     """Raise UserError if a directory that is replaced is one of the files and directories `sources`, which are read.
 
-    It may not contain or lie in one of them either. Links are followed.
+    It may not contain one of them either, nor, without `inside`, lie in one. Links are followed.
     """
     final = Path(directory).resolve()
     for source in sources:
         read = Path(source).resolve()
-        if final.is_relative_to(read) or read.is_relative_to(final):
-            raise UserError(f"{directory}: is {source}, contains it or lies in it; name another directory")
+        if read.is_relative_to(final):
+            raise UserError(f"{directory}: is {source} or contains it; name another directory")
+        if final.is_relative_to(read) and not inside:
+            raise UserError(f"{directory}: lies in {source}; name another directory")
 
 
 def _check_marker(final: Path, marker: str | None) -> None:

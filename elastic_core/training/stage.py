@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from elastic_core.config import Require, require
+from elastic_core.config import Require, check_shares, require
 
 # The fractional parts of its multiples 1, 2, 3, … are spread evenly over [0, 1).
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
@@ -174,12 +174,6 @@ class Stage:
         progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         fall = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[self.schedule]
         return 1 - fall * (1 - self.final_learning_rate)
-
-
-def check_shares(name: str, shares: dict[str, float], require: Require) -> None:
-    """Check shares of sources or budgets; none at all are equal shares."""
-    valid = all(share >= 0 for share in shares.values()) and (not shares or sum(shares.values()) > 0)
-    require(valid, name, shares, "shares of 0 or more, not all 0")
 
 
 def assign_budgets(shares: dict[str, float], microbatches: int, seed: int, step: int) -> list[str]:

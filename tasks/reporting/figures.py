@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from elastic_core.cost.metrics import Metric
-from elastic_core.training.stage import Loss
 from tasks.parents.targets import metric_of_family
 from tasks.reporting import charts, tables
 from tasks.reporting.charts import Figure
@@ -98,13 +97,13 @@ def training_figures(settings: Params, curves, settled: int | None, budgets: lis
     return found
 
 
-def loss_caption(loss: Loss, loss_by_budget: Mapping[str, Loss]) -> str:
-    """A sentence with the terms of a stage's loss, and of those of budgets with a loss of their own."""
+def loss_caption(loss, loss_by_budget: Mapping) -> str:
+    """A sentence with the terms of a stage's loss (`Loss`), and of those of budgets with a loss of their own."""
     own = (f"; of {name}: {_terms(other)}" for name, other in loss_by_budget.items())
     return f"The loss is {_terms(loss)}{''.join(own)}."
 
 
-def _terms(loss: Loss) -> str:
+def _terms(loss) -> str:
     weights = {"cross-entropy": loss.ce_weight, "KL": loss.kl_weight, "states": loss.state_weight}
     return " + ".join(f"{weight:g} × {name}" for name, weight in weights.items() if weight)
 

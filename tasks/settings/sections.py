@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from elastic_core.config import Problems, Require, require
+from elastic_core.config import Problems, Require, check_shares, require
 from elastic_core.search.importance.methods import AGGREGATIONS, BASES, DEPTH_METHODS, MEASURES
 from elastic_core.training.distributed.execution import Execution
-from elastic_core.training.stage import check_shares
 from tasks.corpora.benchmark_files import check_answer_options
 from tasks.corpora.reasoning import Evaluation
 from tasks.corpora.sources import Source, located, parse_source

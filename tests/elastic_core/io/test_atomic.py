@@ -185,7 +185,7 @@ def test_what_is_replaced_is_apart_from_what_is_read(tmp_path):
     source.mkdir(parents=True)
     (tmp_path / "link").symlink_to(source)
     for name in ("in", "in/source", "in/source/sub", "in/../link", "link/sub", "."):
-        with pytest.raises(UserError, match=r"source, contains it or lies in it; name another directory"):
+        with pytest.raises(UserError, match=r"(source or contains it|lies in .*source); name another directory"):
             check_apart(tmp_path / name, [tmp_path.parent / "other", source])
     for name in ("in/source-2", "in/other", "out"):
         check_apart(tmp_path / name, [tmp_path.parent / "other", source])

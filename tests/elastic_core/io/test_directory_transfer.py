@@ -35,7 +35,7 @@ def test_a_directory_is_not_copied_over_itself(tmp_path):
     source = model_directory(tmp_path / "source")
     before = files_below(source)
     for location in (source, f"{source}/.", tmp_path, source / "sub"):
-        with pytest.raises(UserError, match=r"contains it or lies in it; name another directory"):
+        with pytest.raises(UserError, match=r"(or contains it|lies in .*); name another directory"):
             upload_directory(source, location)
     assert files_below(source) == before
 

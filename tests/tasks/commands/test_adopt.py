@@ -137,7 +137,7 @@ def test_nothing_is_replaced_unasked(by_group, files, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"chapter/out; allowed: a directory that can be written"):
         adopt(by_group, **files, out=tmp_path / "thesis" / "chapter" / "out")
     for out in (by_group, by_group / "sub", by_group.parent, tmp_path):  # the last one contains the sizes
-        with pytest.raises(UserError, match=r"contains it or lies in it; name another directory"):
+        with pytest.raises(UserError, match=r"(or contains it|lies in .*); name another directory"):
             adopt(by_group, **files, out=out, force=True)
     assert (other / "model.safetensors").read_text() == "weights" and (by_group / "model.safetensors").is_file()
     with pytest.raises(UserError, match="contains it"):

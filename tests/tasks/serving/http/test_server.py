@@ -325,7 +325,7 @@ def test_requests_that_run_when_the_server_ends_are_told_so(family, monkeypatch,
     """Short ones end as ever, long ones with an error in OpenAI's form, in the queue too. Nothing is logged."""
     step = Batch.step
     monkeypatch.setattr(Batch, "step", lambda batch: time.sleep(0.02) or step(batch))
-    monkeypatch.setattr("tasks.serving.http.app.GRACE", 0.5)
+    monkeypatch.setattr("tasks.serving.http.app.GRACE", 3)
     long = {"model": "full", "prompt": "a", "max_tokens": 450, "ignore_eos": True}
     bodies = [long, long, {**long, "stream": True}, {**long, "model": "small", "max_tokens": 12}]
     with ThreadPoolExecutor(4) as pool:
