@@ -42,7 +42,8 @@ def extract(
 
     - `submodel_or_budget`: a Submodel; or, if the directory has an ``elastic.json``, a budget's name or target (see
       `elastic_checkpoint.find_submodel`).
-    - `out_directory` appears when it is complete, and replaces an existing one. It must be apart from the checkpoint.
+    - `out_directory` appears when it is complete, and replaces an existing one. It must not be or
+      contain the checkpoint.
     - `heterogeneous`: how to write widths that differ between layers. ``remote_code`` adds a modeling file; load the
       directory with ``trust_remote_code=True``. ``pad`` fills the MLPs with zeros up to the widest one. The result
       computes the same and loads everywhere. A homogeneous submodel needs neither: it is a stock directory.

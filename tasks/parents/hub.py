@@ -25,7 +25,7 @@ from elastic_core.io.tokenizer_files import (
     is_companion,
     is_tokenizer_file,
 )
-from elastic_core.model.files.weights import INDEX, PYTORCH_FILE, SHARD, SINGLE, weight_file_names
+from elastic_core.model.files.weights import INDEX, SHARD, SINGLE, weight_file_names
 
 CARD = "README.md"  # tells the licence
 COMMIT = re.compile("[0-9a-f]{40}")  # in full; a shorter name may be a branch
@@ -141,27 +141,20 @@ def _weight_files(directory: Path, files: Iterable[str] | None, path: str) -> se
     """The names of the files with weights, of the `files` that the hub tells of (None: of those in the cache)."""
     with named(path):
         if files is not None:
-            _refuse_pytorch_files(at_commit(path, directory), set(files))
-            return weight_file_names(directory, set(files))
+            return weight_file_names(directory, set(files), _conversion(at_commit(path, directory)))
         try:
             return weight_file_names(directory)
         except UserError as error:
             raise UserError(f"the hub does not answer, and {_not_cached()} ({error})") from None
 
 
-def _refuse_pytorch_files(path: str, files: set[str]) -> None:
-    """Raise UserError, with the command that converts them, for a model that has only PyTorch's files of weights."""
-    found = sorted(name for name in files if PYTORCH_FILE.fullmatch(name))
-    if not found or any(name.endswith(".safetensors") for name in files):
-        return
+def _conversion(path: str) -> str:
+    """How to convert a model at a commit that has its weights only as PyTorch's files."""
     name, _, commit = path.partition("@")
-    command = (
+    return (
+        "convert them, and set parent.path to the new directory: "
         'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
         f"[x.from_pretrained('{name}', revision='{commit}').save_pretrained('DIRECTORY') for x in (M, T)]\""
-    )
-    raise UserError(
-        f"has its weights only as {found[0]}; expected safetensors files; convert them, and set parent.path to the new "
-        f"directory: {command}"
     )
 
 

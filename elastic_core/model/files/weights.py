@@ -29,18 +29,20 @@ def weight_map(directory: Location) -> dict[str, str]:
     return _read_index(directory, names)
 
 
-def weight_file_names(directory: Location, names: set[str] | None = None) -> set[str]:
+def weight_file_names(directory: Location, names: set[str] | None = None, conversion: str | None = None) -> set[str]:
     """The names of all files that hold the weights: the single file, or the index and its files.
 
-    `names`: the files that there are, if `directory` has only the index of them yet. Raises UserError as `weight_map`.
+    `names`: the files that there are, if `directory` has only the index of them yet. `conversion`: what the message of
+    a model with only PyTorch's files says about converting it (None: the command for a directory). Raises UserError as
+    `weight_map`.
     """
     names = set(storage.list_names(directory)) if names is None else names
-    return {SINGLE} if SINGLE in names else {INDEX, *_read_index(directory, names).values()}
+    return {SINGLE} if SINGLE in names else {INDEX, *_read_index(directory, names, conversion).values()}
 
 
-def _read_index(directory: Location, names: set[str]) -> dict[str, str]:
+def _read_index(directory: Location, names: set[str], conversion: str | None = None) -> dict[str, str]:
     if INDEX not in names:
-        raise UserError(f"{directory}: {_why_none(directory, names)}")
+        raise UserError(f"{directory}: {_why_none(directory, names, conversion)}")
     place = storage.join(directory, INDEX)
     files = read_json(place).get("weight_map")
     if not isinstance(files, dict) or not files or not all(_is_name(file) for file in files.values()):
@@ -76,12 +78,13 @@ def _is_name(file) -> bool:
     return isinstance(file, str) and file != "" and "/" not in file
 
 
-def _why_none(directory: Location, names: set[str]) -> str:
+def _why_none(directory: Location, names: set[str], conversion: str | None) -> str:
     pytorch = sorted(name for name in names if PYTORCH_FILE.fullmatch(name))
     if pytorch:
         place = "a local copy of it" if storage.is_url(directory) else "it"
         command = convert_command("DIRECTORY" if storage.is_url(directory) else directory)
-        return f"has its weights only as {pytorch[0]}; expected safetensors files; convert {place}: {command}"
+        conversion = conversion or f"convert {place}: {command}"
+        return f"has its weights only as {pytorch[0]}; expected safetensors files; {conversion}"
     shards = sorted(name for name in names if SHARD.fullmatch(name))
     if shards:
         return f"has {shards[0]} but no {INDEX}, which says which tensor is in which file; copy the index too"

@@ -237,10 +237,12 @@ def _mamba_layer() -> Callable | str:
         _make_mamba_importable()
         from causal_conv1d.cpp_functions import causal_conv1d_fwd_function  # noqa: F401 (mamba_ssm calls it)
         from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+
+        installed = version("mamba-ssm")
     except ImportError as error:
         return f"mamba_ssm or causal_conv1d cannot be imported ({error}); pip install mamba-ssm causal-conv1d"
-    if tuple(map(int, re.findall(r"\d+", version("mamba-ssm"))[:2])) < LAYER_VERSION:
-        return f"mamba_ssm {version('mamba-ssm')} computes not every width of packed rows; pip install 'mamba-ssm>=2.3'"
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) < LAYER_VERSION:
+        return f"mamba_ssm {installed} computes not every width of packed rows; pip install 'mamba-ssm>=2.3'"
     return torch.compiler.disable(functools.partial(_call_layer, mamba_split_conv1d_scan_combined))
 
 
