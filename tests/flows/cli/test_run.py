@@ -25,6 +25,7 @@ from flows import records
 from flows.cli.app import app
 from flows.stages import StageInterrupted
 from tasks.runs import workspace
+from tests.support.pipeline.checkout import write_checkout
 from tests.support.places import files_below
 
 pytest.importorskip("dvc")
@@ -89,7 +90,7 @@ app.main()
 @pytest.fixture
 def checkout(tmp_path):
     """A checkout with a pipeline of two stages."""
-    for name, text in {
+    files = {
         "dvc.yaml": PIPELINE,
         "stage.py": STAGE,
         "tasks/__init__.py": "",
@@ -97,10 +98,8 @@ def checkout(tmp_path):
         "tasks/commands/check.py": CHECK,
         ".dvc/config": "[core]\n    analytics = false\n",
         ".gitignore": "/.runs/\n",
-    }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    }
+    write_checkout(tmp_path, files)
     set_params(tmp_path)
     return tmp_path
 

@@ -16,23 +16,20 @@ from tasks.commands.clean import find_left
 from tasks.runs import lock, workspace
 from tasks.runs.workspace import holder_of, prepared
 from tasks.settings.profiles import InUse, dvc_process, prepare_workspace
+from tests.support.pipeline.checkout import write_checkout
 
 
 @pytest.fixture
 def root(tmp_path):
     """A checkout with one profile."""
-    root = tmp_path / "checkout"
-    for name, text in {
+    files = {
         "params.yaml": "seed: 0\n",
         "profiles/tiny.yaml": "seed: 1\n",
         "tasks/one.py": "one",
         ".gitignore": "/.runs/\n",
         ".dvc/config": "",
-    }.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    subprocess.run(["git", "init", "-q", root], check=True)
-    return root
+    }
+    return write_checkout(tmp_path / "checkout", files)
 
 
 def edit(root):

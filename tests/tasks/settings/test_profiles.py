@@ -12,6 +12,7 @@ from tasks.settings.load import read
 from tasks.settings.merging import parameters
 from tasks.settings.profiles import prepare_workspace
 from tasks.settings.sections import Rank
+from tests.support.pipeline.checkout import write_checkout
 
 PARAMS = """\
 # What a run depends on
@@ -32,8 +33,7 @@ train_short: {steps: 10, warmup_steps: 3, loss: {ce_weight: 0.5}, mixture: {pros
 
 @pytest.fixture
 def root(tmp_path):
-    root = tmp_path / "checkout"
-    for name, text in {
+    files = {
         "params.yaml": PARAMS,
         "profiles/tiny.yaml": PROFILE,
         "profiles/big.yaml": "",
@@ -44,10 +44,8 @@ def root(tmp_path):
         "artifacts/model": "the checkout's own",
         "dvc.lock": "the checkout's own",
         "reports/metrics.json": "the checkout's own",
-    }.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    git(root, "init", "-q")
+    }
+    root = write_checkout(tmp_path / "checkout", files)
     git(root, "add", ".")
     return root
 
