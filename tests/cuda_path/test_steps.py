@@ -10,6 +10,7 @@ from tests.support.cuda.processes import results_of
 
 STEPS = ("members float32", "members bfloat16", "soft bfloat16", "hard routing bfloat16", "one document")
 STEPS += ("trainable teacher", "mixed teacher", "recomputation", "moe members bfloat16", "moe soft bfloat16")
+STEPS += ("moe members float32", "moe soft float32")
 STEPS += ("llama members bfloat16", "llama soft float32", "cached teacher")
 STEPS += ("part of rows soft", "part of rows hard routing")
 OTHERS = ("not finite", "rank by projection", "rank by output", "rank llama", "rank bfloat16", "scores", "nested")
@@ -47,6 +48,7 @@ def test_gates_and_indices_are_copied_together(results):
 
 def test_experts_are_multiplied_together_in_bfloat16(results):
     assert results["moe members bfloat16"]["grouped"] > 0 and results["moe soft bfloat16"]["grouped"] > 0
+    assert results["moe members float32"]["grouped"] == 0
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -12,21 +12,19 @@ change which experts a token chooses. With a smaller gate, log(gate / FADING) is
 fewer tokens choose it. With gates of 0 and 1 the result is exactly that of the slice, and it is continuous near them.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from elastic_core.model.dims import Fixed, Layout, Units
 from elastic_core.model.documents import Documents
 from elastic_core.model.layers import add_parameters, part_of
 from elastic_core.model.ops.activation import activation
+from elastic_core.model.ops.expert_products import ExpertProducts
 from elastic_core.model.slicing import Slice
 
-GROUPED_MULTIPLE = 8  # torch's grouped products need rows of a multiple of 16 bytes
 FADING = 0.1  # with a gate below this value, an expert is chosen less often
 # Added to the scores to choose experts, but not to weight their outputs. A buffer in transformers; never trained.
 CORRECTION = "gate.e_score_correction_bias"
@@ -140,9 +138,7 @@ class MoE(nn.Module):
         self.top_k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
         self.norm_topk_prob, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         self.act = activation(config.mlp_hidden_act)
-        # Not compiled, because the number of tokens of an expert changes in every call. As a decorator of the function,
-        # this would import the compiler for every model.
-        self.run_experts = torch.compiler.disable(run_experts)
+        self.products = ExpertProducts(self.act)
         add_parameters(self, self.layout)
         self.get_parameter(CORRECTION).requires_grad_(False)
         self.shared_experts = MLP(config, layer, shared, "shared_ffn")
@@ -190,10 +186,7 @@ class MoE(nn.Module):
         pairs = x[:, None].expand(-1, self.top_k, -1).flatten(0, 1).index_select(0, order)  # (T·k, in)
         gate = sliced.gate(self.ffn_units)
         gate = None if gate is None else gate.to(x.dtype)
-        if has_grouped_products(pairs, up, down):
-            inner, y = run_grouped_experts(pairs, chosen.flatten()[order], up, down, self.act, gate)
-        else:
-            inner, y = self.run_experts(pairs, chosen, up, down, self.act, gate)
+        inner, y = self.products(pairs, chosen.flatten()[order], up, down, gate)
         if sliced.is_observed:
             self._observe(chosen, weights, order, inner, y, down, sliced)
         y = y.index_select(0, order.argsort()).view(*chosen.shape, -1)  # (T, k, in)
@@ -218,58 +211,3 @@ def _in_best_groups(choice: Tensor, topk_group: int) -> Tensor:
     best = choice.topk(2, dim=-1).values.sum(-1).topk(topk_group, dim=-1, sorted=False).indices
     is_out = torch.ones_like(choice[..., 0], dtype=torch.bool).scatter(1, best, False)
     return choice.masked_fill(is_out[..., None], -torch.inf).flatten(1)
-
-
-def run_experts(pairs: Tensor, chosen: Tensor, up: Tensor, down: Tensor, act, gate: Tensor | None):
-    """Apply to each (token, expert) pair only its expert. `pairs` (T·k, in) are the tokens, sorted by expert.
-
-    Returns the inputs of the activation (T·k, ffn) and the outputs (T·k, in). `chosen` (T, k), `up` (E, ffn, in),
-    `down` (E, in, ffn), `gate` (ffn,) of the neurons.
-    """
-    inner, outputs = [], []
-    parts = pairs.split(pairs_of_experts(chosen, len(up)))
-    for part, w1, w2 in zip(parts, up.unbind(), down.unbind(), strict=True):  # unbind: one gradient for the stack
-        if len(part) > 0:
-            inner.append(F.linear(part, w1))
-            hidden = act(inner[-1])
-            outputs.append(F.linear(hidden if gate is None else hidden * gate, w2))
-    return torch.cat(inner), torch.cat(outputs)
-
-
-def has_grouped_products(pairs: Tensor, up: Tensor, down: Tensor) -> bool:
-    """Whether the GPU can multiply the tokens of all experts in one product, in bfloat16.
-
-    Then the process need not know how many tokens each expert has, for which it would wait for the GPU.
-    """
-    if not pairs.is_cuda:
-        return False
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else pairs.dtype
-    strides = [stride for weight in (up, down) for stride in weight.stride()[:2]]
-    sizes = [size for weight in (up, down) for size in weight.shape[1:]]
-    fits = all(number % GROUPED_MULTIPLE == 0 for number in [*strides, *sizes])
-    return dtype == torch.bfloat16 and fits and _has_compute_8(pairs.device)
-
-
-@functools.cache
-def _has_compute_8(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def run_grouped_experts(pairs: Tensor, owners: Tensor, up: Tensor, down: Tensor, act, gate: Tensor | None):
-    """`run_experts` in bfloat16, with one product for all experts. `owners` (T·k,): the expert of each pair, sorted."""
-    pairs, up, down = (tensor.to(torch.bfloat16) for tensor in (pairs, up, down))
-    experts = torch.arange(len(up), device=owners.device)
-    ends = torch.searchsorted(owners, experts, right=True, out_int32=True)  # of each expert's pairs
-    inner = F.grouped_mm(pairs, up.mT, offs=ends)
-    hidden = act(inner)
-    hidden = hidden if gate is None else hidden * gate.to(hidden.dtype)
-    # Autocast computes some activations in float32, and does not know grouped products.
-    return inner, F.grouped_mm(hidden.to(torch.bfloat16), down.mT, offs=ends)
-
-
-def pairs_of_experts(chosen: Tensor, num_experts: int) -> list[int]:
-    """The number of pairs of each expert. For tensors without values (meta, fake), an equal distribution."""
-    if isinstance(chosen, FakeTensor) or chosen.is_meta:
-        each, rest = divmod(chosen.numel(), num_experts)
-        return [each + (expert < rest) for expert in range(num_experts)]
-    return torch.bincount(chosen.flatten(), minlength=num_experts).tolist()

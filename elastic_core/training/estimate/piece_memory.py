@@ -21,6 +21,7 @@ from elastic_core.model import architectures
 from elastic_core.model.dims import layer_index
 from elastic_core.model.documents import Documents
 from elastic_core.model.layers import LOW_PRECISION, Norm, has_mask, part_of
+from elastic_core.model.ops.expert_products import ExpertProducts
 from elastic_core.model.ops.parts import Part, PartDocuments
 from elastic_core.model.slicing import Slice
 from elastic_core.model.submodel import full_sizes
@@ -152,7 +153,7 @@ class Pieces:
             if documents is not None and self.mask(sequences, length):
                 documents.mask(self.setting.dtype)  # before anything is counted
             block = architecture.Block(self.config, index, part_of(self.layout, f"model.layers.{index}"))
-            block = self._in_training_precision(block)
+            block = self._as_in_training(block)
             if on_meta and self.without_kernels is not None:
                 architecture.set_scan_kernel(block, kernel_memory.find)
             if self.setting.execution.activation_checkpointing:
@@ -209,7 +210,7 @@ class Pieces:
             name = f"model.{self.architecture.FINAL_NORM}"
             tail.norm = Norm(f"{name}.weight", self.architecture.norm_eps(config), part_of(self.layout, name))
             tail.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-            self._in_training_precision(tail)
+            self._as_in_training(tail)
             teacher = None
             if has_teacher:
                 teacher = torch.empty(shape, dtype=dtype), torch.empty(tail.head.shape, dtype=dtype)
@@ -224,13 +225,16 @@ class Pieces:
                 source, self.setting, tail,
             )  # fmt: skip
 
-    def _in_training_precision(self, module: nn.Module) -> nn.Module:
-        """Give the weights of `module` the type that they have when a layer computes, and return it.
+    def _as_in_training(self, module: nn.Module) -> nn.Module:
+        """Let `module` compute as on the device that is counted for, and return it.
 
         FSDP gathers matrices in the stage's precision. Without FSDP they are float32, and autocast converts them. There
         is no autocast on the meta device, so there they get the stage's precision too.
         """
         on_meta = next(module.parameters()).device.type == "meta"
+        for part in module.modules():
+            if isinstance(part, ExpertProducts):
+                part.on_gpu = self.setting.gpu
         if self.setting.precision == "bfloat16" and (self.setting.distributed or on_meta):
             matrices_to_(module, torch.bfloat16)
         return module

@@ -23,7 +23,6 @@ from elastic_core.cost.metrics import (
 from elastic_core.export import elastic_checkpoint
 from elastic_core.export.nested import NestedModel
 from elastic_core.model import architectures
-from elastic_core.model.architectures import nemotron_h_ffn as ffn
 from elastic_core.model.architectures.nemotron_h import layers_of, pattern
 from elastic_core.model.architectures.nemotron_h_ffn import fewest_experts
 from elastic_core.model.dims import layer_index, narrow
@@ -340,22 +339,3 @@ def test_a_parent_without_experts_has_no_such_sizes(tmp_path):
         ElasticSpace(config, Choices(num_experts=(8, 4)), tuple(range(architectures.num_layers(config))))
     with pytest.raises(ValueError, match="moe_intermediate_size: got 8; allowed: nothing, this parent has no such"):
         Submodel(moe_intermediate_size=8).resolve(config)
-
-
-@pytest.mark.parametrize("narrowed", [False, True])
-def test_one_product_for_all_experts_equals_one_for_each(narrowed):
-    """What a GPU computes in bfloat16, here on the CPU; an expert without tokens, and with gates on neurons, too."""
-    generator = torch.Generator().manual_seed(0)
-    up, down = torch.randn(5, 32, 16, generator=generator), torch.randn(5, 16, 32, generator=generator)
-    pairs, gate = torch.randn(11, 16, generator=generator), torch.rand(32, generator=generator)
-    owners = torch.tensor([0] * 3 + [1] * 2 + [3] * 5 + [4])
-    if narrowed:
-        up, down, gate = up[:, :24], down[:, :, :24], gate[:24]
-    results = []
-    for function, experts in ((ffn.run_grouped_experts, owners), (ffn.run_experts, owners[:, None])):
-        tensors = [t.bfloat16().detach().requires_grad_() for t in (pairs, up, down)]
-        inner, y = function(tensors[0], experts, tensors[1], tensors[2], torch.relu, gate.bfloat16())
-        (y * torch.linspace(-1, 1, 16, dtype=y.dtype)).sum().backward()
-        results.append([inner.detach(), y.detach(), *(t.grad for t in tensors)])
-    for grouped, single in zip(*results, strict=True):
-        assert torch.equal(grouped, single)

@@ -175,6 +175,8 @@ CASES = {
     "part of rows soft": part_of_rows("nemotron", "soft", "float32"),
     "part of rows hard routing": part_of_rows("llama", "hard", "bfloat16"),
     "recomputation": step("nemotron", "members", "bfloat16", execution=Execution(activation_checkpointing=True)),
+    "moe members float32": step("moe", "members", "float32"),
+    "moe soft float32": step("moe", "soft", "float32"),
     "moe members bfloat16": step("moe", "members", "bfloat16"),
     "moe soft bfloat16": step("moe", "soft", "bfloat16"),
     "llama members bfloat16": step("llama", "members", "bfloat16"),
