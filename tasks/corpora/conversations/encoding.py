@@ -60,7 +60,8 @@ class ConversationEncoder:
     def _rendered(self, documents: Iterable[tuple[str, Conversation]]) -> Iterator[tuple[str, Rendered]]:
         for split, conversation in documents:
             rendered = self._template.documents(conversation, self.notes)
-            self.skipped[UNTRAINED] += not rendered
+            if not rendered:
+                self.skipped[UNTRAINED] += 1
             for document in rendered:
                 try:
                     document.text.isascii() or document.text.encode()
