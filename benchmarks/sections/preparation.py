@@ -16,6 +16,8 @@ from tokenizers import Tokenizer
 
 from benchmarks.comparison import MB, in_turn, median_ratio, peak_memory
 from benchmarks.report import FAIL, PASS, Row, at_least, measured, not_measured
+from elastic_core.data.chat_template import render
+from elastic_core.data.tokenizer import load_tokenizer
 from tasks.corpora.encoding import num_cores
 from tasks.corpora.reasoning import Evaluation
 from tasks.corpora.text_sources import Files, Sympy
@@ -96,13 +98,14 @@ def against_one_core(directory: Path, source: Files, quick: bool) -> Iterator[Ro
 
 
 def against_text(directory: Path, source: Files, quick: bool) -> Iterator[Row]:
-    """Conversations against texts of the same content: processor time of the whole stage per character."""
+    """Conversations against texts that hold the same, already rendered: processor time of the whole stage."""
+    tokenizer = load_tokenizer(directory / "own")
     text = "".join(text for _, text in source.texts(0))
     for what, answer in (("answers of 4,000 characters", 4000), ("answers of 400 characters", 400)):
         step, part = 300 + answer, text[: len(text) if answer > 400 else len(text) // 4]
         pairs = [(part[at : at + 300], part[at + 300 : at + step]) for at in range(0, len(part) - step, step)]
         rows = {
-            "texts": [{"text": f"{user}\n{assistant}"} for user, assistant in pairs],
+            "texts": [{"text": render(tokenizer, as_messages(*pair))} for pair in pairs],
             "conversations": [{"prompt": user, "completion": assistant} for user, assistant in pairs],
         }
         configs = {}
@@ -110,6 +113,7 @@ def against_text(directory: Path, source: Files, quick: bool) -> Iterator[Row]:
             path = directory / f"{name}.{answer}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
             section = {"kind": "files" if name == "texts" else name, "path": str(path), "held_out": 0.2}
+            section |= {"special_tokens": "parse"} if name == "texts" else {}
             configs[name] = PrepareData(sources={"mine": section}, evaluation=NO_TASKS)
         seconds = {name: [] for name in configs}
 
@@ -122,11 +126,15 @@ def against_text(directory: Path, source: Files, quick: bool) -> Iterator[Row]:
             ways = {name: functools.partial(timed, name) for name in configs}
             in_turn(ways, 1 if quick else REPEATS, lambda: rmtree(directory / "data", ignore_errors=True))
         ratio = median_ratio(seconds, "texts", "conversations")
-        check = "preparation, conversations: characters per second and core, of texts"
+        check = "preparation, conversations: characters per second and core, of rendered texts"
         if quick or answer < 4000:
             yield measured(check, what, f"{ratio:.2f} ×")
         else:
             yield at_least(check, what, ratio, RATE_OF_TEXTS)
+
+
+def as_messages(user: str, assistant: str) -> list[dict]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
 def memory(directory: Path, file_bytes: float, limit: float) -> Row:
