@@ -87,7 +87,9 @@ def random_run(
             for (name, target), submodel in zip(BUDGETS.items(), submodels, strict=True)
         }
         return Run(model, stage, data, BUDGETS, chosen, None, Routing(), frozen, ranks=ranks)
-    router = Router(ElasticSpace(config, halves(config), range(architectures.num_layers(config))), tuple(BUDGETS.values()))
+    router = Router(
+        ElasticSpace(config, halves(config), range(architectures.num_layers(config))), tuple(BUDGETS.values())
+    )
     return Run(model, stage, data, BUDGETS, None, router, Routing(mode=mode), frozen, ranks=ranks)
 
 
