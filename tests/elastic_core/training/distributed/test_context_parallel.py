@@ -83,7 +83,9 @@ def shared(ranks, size):
         own = PartDocuments(documents, torch.device("cpu"), part)
         hidden, gradients = gradients_of(config, submodel, ids[:, where], own, weights[:, where])
         hidden = torch.cat(list(part.gather(hidden)), dim=1)
-        found[name] = hidden, {key: ranks.sum(grad) for key, grad in gradients.items()}
+        total = ranks.sum(torch.cat([grad.flatten() for grad in gradients.values()]))
+        parts = total.split([grad.numel() for grad in gradients.values()])
+        found[name] = hidden, {key: part.view_as(gradients[key]) for key, part in zip(gradients, parts, strict=True)}
     return found
 
 
