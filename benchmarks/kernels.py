@@ -111,11 +111,11 @@ def norms(device: torch.device, heads: int, channels: int, groups: int, states: 
     return deviation(both_passes(fast, (y, z, weight)), both_passes(slow, (y, z, weight)))
 
 
-def layers(device: torch.device, heads: int, channels: int, groups: int, states: int) -> float:
+def layers(device: torch.device, heads: int, channels: int, groups: int, states: int, length: int = 300) -> float:
     """Everything between the projections of a Mamba layer by one kernel."""
     inner, shared = heads * channels, groups * states
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
-    shapes = (1, 300, 2 * inner + 2 * shared + heads), (inner + 2 * shared, 4), (inner + 2 * shared,)
+    shapes = (1, length, 2 * inner + 2 * shared + heads), (inner + 2 * shared, 4), (inner + 2 * shared,)
     inputs = [draw(shape).to(device) for shape in (*shapes, (heads,), (heads,), (heads,), (inner,))]
     inputs[:1] = rounded(inputs[:1])
     sizes = kernels.MambaSizes(channels, groups, (1e-3, float("inf")), 1e-5)

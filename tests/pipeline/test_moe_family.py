@@ -32,7 +32,7 @@ from tests.support.models.moe_family import CHOICES, CONFIG, VALUES
 from tests.support.models.parents import random_elastic, random_ids, random_moe_config, random_submodel, relative_error
 from tests.support.oracles.flop_counter import counted
 from tests.support.oracles.memory_cases import CASES
-from tests.support.runs import TEXT, make_stage
+from tests.support.runs import TEXT, make_stage, measured_on_little_text
 
 LATENT_IN_GROUPS = NemotronHConfig(**VALUES, moe_latent_size=16, n_group=2, topk_group=1, norm_topk_prob=False)
 
@@ -155,7 +155,8 @@ def test_a_family_of_experts_learns_and_ships(data, tmp_path, mode, precision):
         steps=40, loss=TEXT, loss_by_budget={"small": Loss(1.0, 0.0)}, precision=precision, microbatches=2
     )
     run = make_run(data, stage, budgets, ACTIVE_PARAMETERS, mode)
-    rows = list(train(run))
+    with measured_on_little_text():
+        rows = list(train(run))
     assert {row["mode"] for row in rows} == {"soft", "hard"} and run.skipped == 0
     first, last = (
         sum(row["budgets"][name]["loss"] for row in part for name in budgets) for part in (rows[:4], rows[-4:])

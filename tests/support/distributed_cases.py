@@ -1,26 +1,23 @@
-"""What several ranks and one process both do; `torchrun … distributed_cases.py DATA OUT` runs all cases.
+"""What several ranks and one process both do; `run_all` runs all cases.
 
 Each case is a function of (ranks, data, directory) and returns plain numbers and whole tensors.
 """
 
 import errno
 import os
-import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from elastic_core import Submodel
 from elastic_core.config import ConfigError
-from elastic_core.data.loader import PackedSequences, TokenData
+from elastic_core.data.loader import PackedSequences
 from elastic_core.search.selection import Member
 from elastic_core.training.checkpoint import Checkpoints
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.gradients import local, whole
 from elastic_core.training.distributed.model_files import from_pretrained, save_pretrained
 from elastic_core.training.distributed.placement import place
-from elastic_core.training.distributed.ranks import Ranks
 from elastic_core.training.loop import train, train_step
 from elastic_core.training.run import Run, named_parameters, save
 from elastic_core.training.stage import Loss, Routing
@@ -35,23 +32,24 @@ from tests.support.ranking_cases import (
     resumed_ranking,
     stored_ranking,
 )
-from tests.support.runs import BUDGETS, MEMBERS, TEXT, make_router, make_stage
+from tests.support.runs import BUDGETS, MEMBERS, TEXT, make_router, make_stage, measured_on_little_text
 
 # FFN and attention widths differ by layer; layer 3 is gone in one budget, layers 3 and 4 in another.
 UNEVEN = Submodel(14, (0, 1, 2, 4), (16, 24), 4, 6, 4).resolve(CONFIG)
 PLAIN = Execution()
 TIED = random_llama_config(12)
 assert TIED.tie_word_embeddings and TIED.num_hidden_layers == 3
-# Later on, the norm of a nearly silent group makes gradients leap: with 0.3 % of noise in the weights, as bfloat16 has,
-# their norm goes from 0.8 to 2.7, on one rank too; and what float32 rounds off grows to a thousandth.
-BEFORE_LEAPS = 8
+# Every budget is trained in every step. From step 9 on, the norm of a nearly silent group makes gradients leap: with
+# 0.3 % of noise in the weights, as bfloat16 has, their norm goes from 0.8 to 2.7, on one rank too; and what float32
+# rounds off grows to a thousandth.
+STEPS = 6
 SHORT = {"steps": 4}  # as many microbatches as let every budget come several times
 FAMILY = MEMBERS | {"medium": Member(0.7, UNEVEN)}
 
 
 def start(ranks, data, execution=PLAIN, routed=False, teacher=True, members=None, stage=None, config=CONFIG, **values):
     """A run like that of tests.support.runs, placed on these ranks."""
-    stage = make_stage(**{"batch_size": 12, "microbatches": 3, "steps": 9, **(stage or {})})
+    stage = make_stage(**{"batch_size": 12, "microbatches": 3, "steps": STEPS, **(stage or {})})
     members = None if routed else members or FAMILY
     model, frozen = random_elastic(0, config), random_elastic(7, config)
     model.norm_gains = random_ratios(config)
@@ -86,9 +84,10 @@ def hard(ranks, data, directory):
 
 
 def soft(ranks, data, directory):
-    """Four soft steps, then the choice. With a larger learning rate, gradients leap earlier (see BEFORE_LEAPS)."""
-    routing, stage = Routing(share=0.5, settle_steps=100, candidates=4), {"steps": 8, "learning_rate": 1e-3}
-    return trained(ranks, data, routed=True, routing=routing, stage=stage)
+    """Three soft steps, then the choice. With a larger learning rate, gradients leap earlier (see STEPS)."""
+    routing, stage = Routing(share=0.5, settle_steps=100, candidates=4), {"learning_rate": 1e-3}
+    with measured_on_little_text():
+        return trained(ranks, data, routed=True, routing=routing, stage=stage)
 
 
 def straight_through(ranks, data, directory):
@@ -121,7 +120,7 @@ def experts(ranks, data, directory):
 
 
 def own_teacher(ranks, data, directory):
-    stage = {"teacher": "trainable", "loss": Loss(1.0, 1.0), "steps": BEFORE_LEAPS}
+    stage = {"teacher": "trainable", "loss": Loss(1.0, 1.0)}
     return trained(ranks, data, stage=stage, teacher=False)
 
 
@@ -129,16 +128,16 @@ MATCHED = Loss(1.0, 1.0, state_weight=0.5)
 
 
 def states(ranks, data, directory):
-    return trained(ranks, data, stage={"loss": MATCHED, "steps": BEFORE_LEAPS})
+    return trained(ranks, data, stage={"loss": MATCHED})
 
 
 def states_recomputed(ranks, data, directory):
     """The teacher is the sharded model itself."""
-    stage = {"teacher": "trainable", "loss": MATCHED, "steps": BEFORE_LEAPS}
+    stage = {"teacher": "trainable", "loss": MATCHED}
     return trained(ranks, data, stage=stage, teacher=False, execution=Execution(activation_checkpointing=True))
 
 
-HALF = {"precision": "bfloat16", "steps": BEFORE_LEAPS}
+HALF = {"precision": "bfloat16"}
 
 
 def half(ranks, data, directory):
@@ -147,16 +146,14 @@ def half(ranks, data, directory):
 
 def half_soft(ranks, data, directory):
     """One soft step: Adam's first step is a sign, and from then on the router goes its own way at other roundings."""
-    run = start(ranks, data, routed=True, stage={"precision": "bfloat16"})
+    run = start(ranks, data, routed=True, stage=HALF)
     return outcome(run, [train_step(run)])
 
 
 def half_states(ranks, data, directory):
-    return trained(ranks, data, stage=HALF | {"loss": MATCHED})
-
-
-def half_recomputed(ranks, data, directory):
-    return trained(ranks, data, stage=HALF, execution=Execution(activation_checkpointing=True))
+    """With recomputation."""
+    execution = Execution(activation_checkpointing=True)
+    return trained(ranks, data, stage=HALF | {"loss": MATCHED}, execution=execution)
 
 
 def budgets_of_ranks(ranks, data, directory):
@@ -176,21 +173,27 @@ def budgets_of_ranks(ranks, data, directory):
     return {"seen": ranks.gather(seen), "dealt": ranks.gather(dealt)}
 
 
-def resumed(ranks, data, directory):
-    """Killed after step 4 and after step 8, resumed from 3 and from 6; and the same without a break.
+def routed_run(ranks, data, checkpoints):
+    """Four soft steps and two hard ones. A checkpoint follows step 4, and after it the choice is made."""
+    routing = Routing(share=2 / 3, settle_steps=100, candidates=4)
+    return start(ranks, data, routed=True, routing=routing, stage={"checkpoint_every": 2}, checkpoints=checkpoints)
 
-    Step 6 has a checkpoint, and after it the choice is made, by forward passes that gather the weights.
+
+def resumed(ranks, data, directory):
+    """Killed after step 3 and after step 5, resumed from 2 and from 4; and the same without a break.
+
+    The choice is made by forward passes that gather the weights.
     """
-    values = {"routed": True, "routing": Routing(share=2 / 3, settle_steps=100, candidates=4)}
-    straight = start(ranks, data, checkpoints=directory / "straight", **values)
-    rows = list(train(straight))
-    for steps in (4, 5):
-        killed = train(start(ranks, data, checkpoints=directory / "killed", **values))
-        for _ in range(steps):
-            next(killed)
-        killed.close()
-    last = start(ranks, data, checkpoints=directory / "killed", **values)
-    return {"straight": outcome(straight, rows), "killed": outcome(last, list(train(last)))}
+    with measured_on_little_text():
+        straight = routed_run(ranks, data, directory / "straight")
+        rows = list(train(straight))
+        for _ in range(2):
+            killed = train(routed_run(ranks, data, directory / "killed"))
+            for _ in range(3):
+                next(killed)
+            killed.close()
+        last = routed_run(ranks, data, directory / "killed")
+        return {"straight": outcome(straight, rows), "killed": outcome(last, list(train(last)))}
 
 
 def remote(ranks, data, directory):
@@ -313,7 +316,6 @@ CASES = (
     half,
     half_soft,
     half_states,
-    half_recomputed,
     budgets_of_ranks,
     resumed,
     remote,
@@ -332,18 +334,12 @@ CASES = (
 )
 
 
-def main() -> None:
-    data, out = TokenData(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group("gloo")
-    ranks = Ranks.current()
+def run_all(ranks, data, out: Path, environment: dict[str, str]) -> dict:
+    """The results of all cases on these ranks. Each has a directory in `out`, of its own name."""
+    os.environ.update(environment)
+    found = {}
     for case in CASES:
         directory = out / case.__name__
         directory.mkdir(exist_ok=True)
-        result = case(ranks, data, directory)
-        if ranks.rank == 0:
-            torch.save(result, out / f"{case.__name__}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+        found[case.__name__] = case(ranks, data, directory)
+    return found

@@ -1,5 +1,7 @@
 """Training runs of a tiny random parent, and the data that they learn from."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from elastic_core.search.choices import Choices
 from elastic_core.search.router import Router
 from elastic_core.search.selection import Member
 from elastic_core.search.space import ElasticSpace
+from elastic_core.training import candidates
 from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Loss, Routing, Stage
@@ -129,4 +132,16 @@ def routed_run(data, directory, **values):
 def straight(data, tmp_path_factory):
     """A routed run without a break, and its rows."""
     run = routed_run(data, tmp_path_factory.mktemp("straight"))
-    return run, rows_without_time(train(run))
+    with measured_on_little_text():
+        return run, rows_without_time(train(run))
+
+
+def measured_on_little_text():
+    """A context in which the router's candidates are compared on four microbatches, not on sixteen."""
+    return mock.patch.object(candidates, "MOST_PARTS", 4)
+
+
+@pytest.fixture
+def little_text():
+    with measured_on_little_text():
+        yield

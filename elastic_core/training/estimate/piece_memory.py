@@ -29,7 +29,7 @@ from elastic_core.training.distributed.placement import matrices_to_
 from elastic_core.training.estimate import kernel_memory
 from elastic_core.training.estimate.live_bytes import PieceMemory, TrainingSetting, extrapolate, measure
 from elastic_core.training.losses import KeptLogits, distillation_loss
-from elastic_core.training.state_matching import state_loss
+from elastic_core.training.state_matching import NUMBERS_PER_CHUNK, state_loss
 
 # For longer sequences, the memory is extrapolated from two lengths: it grows linearly with the number of chunks. The
 # loss has chunks of up to 1,024 tokens. On a CPU the scan has short blocks, and to run thousands of them takes minutes.
@@ -99,6 +99,11 @@ class Pieces:
     @functools.cache  # noqa: B019
     def states(self, tokens: int) -> PieceMemory:
         """The memory of the state loss of one layer on `tokens` tokens. What it keeps is the teacher's states."""
+        chunk = max(1, NUMBERS_PER_CHUNK // self.config.hidden_size)
+        return extrapolate(self._count_states, tokens, (2 * chunk, 3 * chunk))  # exact: chunks need the same
+
+    def _count_states(self, tokens: int) -> PieceMemory:
+        """`states` without extrapolation."""
         with FakeTensorMode():
             source = torch.empty(1, tokens, self.config.hidden_size, dtype=self.setting.dtype, requires_grad=True)
             weights = torch.empty(1, tokens, dtype=torch.float64)

@@ -18,6 +18,7 @@ from elastic_core.training.checkpoint import CheckpointError, Checkpoints
 from elastic_core.training.loop import train
 from tests.support.runs import assert_same, routed_run, rows_without_time
 
+pytestmark = pytest.mark.usefixtures("little_text")
 TENSORS = {"weight": torch.arange(600.0).view(20, 30), "step": torch.tensor(3.0)}
 
 

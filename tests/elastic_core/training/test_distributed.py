@@ -2,10 +2,6 @@
 
 import functools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +15,9 @@ from elastic_core.model.dims import elastic_units
 from elastic_core.training.distributed.execution import Execution
 from elastic_core.training.distributed.placement import compile_blocks, make_mesh, place
 from elastic_core.training.distributed.ranks import Ranks
+from tests.support.forked import run_forked
 from tests.support.runs import assert_same
 
-ROOT = Path(__file__).resolve().parents[3]
 # One process adds up the terms of a microbatch in another order than two do: float32 rounding, which grows by step.
 LOSS, WEIGHT = 2e-5, 2e-4
 # Adam divides by the size of a gradient, so one that is nearly 0 moves a weight by its rounding. With noise of 1e-7 in
@@ -32,6 +28,7 @@ HALF_LOSS, HALF_WEIGHT = 3e-2, 3e-2
 HALF_SCORE = 1e-2  # of units, relative to the largest of a layer
 HALF_DEPTH = 3e-2  # of layers
 ALONE = Ranks()
+ALONE_ALIKE = {"copies": "hard"}  # one process has all weights in any case
 
 
 @pytest.fixture(scope="module")
@@ -40,16 +37,11 @@ def pair(data, tmp_path_factory, s3_session):
     out = tmp_path_factory.mktemp("pair")
     first = cases.start(ALONE, data, checkpoints=out / "from_other_ranks" / "first")
     rows = cases.train(first)
-    for _ in range(7):
+    for _ in range(4):
         next(rows)
     rows.close()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment |= {**s3_session.environment, "TEST_PLACE": f"s3://{s3_session.bucket}/pair"}
-    arguments = [str(ROOT / "tests" / "support" / "distributed_cases.py"), str(data.directory), str(out)]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {case.__name__: torch.load(out / f"{case.__name__}.pt", weights_only=False) for case in cases.CASES}, out
+    environment = {**s3_session.environment, "TEST_PLACE": f"s3://{s3_session.bucket}/pair"}
+    return run_forked(cases.run_all, 2, out, data, out, environment), out
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +80,7 @@ def assert_alike(pair, single, loss=LOSS, weight=WEIGHT):
     ],
 )
 def test_two_ranks_give_the_loss_curve_of_one_process(pair, alone, name):
-    assert_alike(pair[0][name], alone(name))
+    assert_alike(pair[0][name], alone(ALONE_ALIKE.get(name, name)))
 
 
 def test_recomputation_sharding_and_offloading_change_nothing(pair):
@@ -101,7 +93,6 @@ def test_bfloat16_matrices_on_two_ranks_learn_like_autocast_on_one(pair, alone):
     assert_alike(pair[0]["half_states"], alone("half_states"), HALF_LOSS, HALF_WEIGHT)
     first = alone("half_soft") | {"weights": {}}
     assert_alike(pair[0]["half_soft"], first, HALF_LOSS)
-    assert_alike(pair[0]["half_recomputed"], pair[0]["half"], HALF_LOSS, HALF_WEIGHT)
 
 
 def test_every_rank_takes_the_same_budget_in_the_same_microbatch(pair):
@@ -115,8 +106,8 @@ def test_every_rank_takes_the_same_budget_in_the_same_microbatch(pair):
 def test_a_killed_run_of_two_ranks_ends_at_the_same_bits(pair):
     straight, killed = pair[0]["resumed"]["straight"], pair[0]["resumed"]["killed"]
     assert_same(killed["weights"], straight["weights"])
-    assert killed["rows"] == straight["rows"][6:]
-    assert [row["mode"] for row in straight["rows"]] == ["soft"] * 6 + ["hard"] * 3
+    assert killed["rows"] == straight["rows"][4:]
+    assert [row["mode"] for row in straight["rows"]] == ["soft"] * 4 + ["hard"] * 2
 
 
 def test_two_ranks_resume_from_s3_to_the_same_bits(pair):
@@ -129,10 +120,9 @@ def test_another_number_of_ranks_goes_on(pair, alone, data):
     """Two ranks continue what one began, and one what two began."""
     single = alone("hard")
     continued = pair[0]["from_other_ranks"]
-    assert [row["step"] for row in continued["rows"]] == list(range(7, 10))
-    assert_alike(continued, {**single, "rows": single["rows"][6:]})
-    soft = {"routed": True, "routing": cases.Routing(share=0.5, settle_steps=100, candidates=4)}
-    run = cases.start(ALONE, data, checkpoints=pair[1] / "resumed" / "killed", **soft)
+    assert [row["step"] for row in continued["rows"]] == list(range(4, 7))
+    assert_alike(continued, {**single, "rows": single["rows"][3:]})
+    run = cases.routed_run(ALONE, data, pair[1] / "resumed" / "killed")
     assert list(cases.train(run)) == []  # it had come to its end
     assert_same(cases.outcome(run, [])["weights"], pair[0]["resumed"]["straight"]["weights"])
     assert run.members is not None
@@ -252,13 +242,11 @@ def test_what_cannot_be_shared_out_is_refused():
 def test_compiled_layers_compute_the_same_and_none_falls_back():
     """More shapes than the limit that is set before, the slices' and the full one, each with and without gradients."""
     with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=4, fail_on_recompile_limit_hit=True):
-        config = cases.CONFIG.__class__(
-            **cases.CONFIG.to_dict() | {"layers_block_type": ["mlp", "attention"], "hidden_size": 16}
-        )
+        config = cases.CONFIG.__class__(**cases.CONFIG.to_dict() | {"layers_block_type": ["mlp"], "hidden_size": 16})
         plain, compiled = (cases.random_elastic(0, config) for _ in range(2))
         place(compiled, ALONE, Execution(), "float32")
         compile_blocks(compiled)
-        assert torch._dynamo.config.recompile_limit == 64
+        assert torch._dynamo.config.recompile_limit == 32
         for block in compiled.model.layers:  # the graphs are what is tested, not the C++ made of them
             block.norm.compile(dynamic=False, backend="aot_eager")
             block.mixer.compile(dynamic=False, backend="aot_eager")
@@ -271,3 +259,5 @@ def test_compiled_layers_compute_the_same_and_none_falls_back():
                 torch.testing.assert_close(compiled(ids, submodel), plain(ids, submodel), rtol=1e-4, atol=1e-5)
         for one, two in zip(plain.parameters(), compiled.parameters(), strict=True):
             torch.testing.assert_close(two.grad, one.grad, rtol=1e-4, atol=1e-5)
+        compile_blocks(cases.random_elastic(0, cases.CONFIG))
+        assert torch._dynamo.config.recompile_limit == 5 * 32  # of five layers

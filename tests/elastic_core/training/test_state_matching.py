@@ -22,6 +22,7 @@ from tests.support.models.routed_family import CONFIG
 from tests.support.oracles.flop_counter import counted
 from tests.support.runs import BUDGETS, MEMBERS, TEXT, assert_same, make_run, make_stage, rows_without_time
 
+pytestmark = pytest.mark.usefixtures("little_text")
 EPS = 1e-5
 MATCHED = Loss(state_weight=0.3)
 
@@ -169,7 +170,7 @@ def test_full_budget_has_nothing_to_learn_from_its_own_copy(data):
 def routed(data, directory, mode="soft"):
     """A run whose router learns for 4 of 8 steps. The full budget does not match states."""
     stage = make_stage(steps=8, loss=MATCHED, loss_by_budget={"full": Loss()}, checkpoint_every=3)
-    routing = Routing(share=0.5, settle_steps=100, mode=mode)
+    routing = Routing(share=0.5, settle_steps=100, mode=mode, candidates=4)
     return make_run(data, stage, routed=True, routing=routing, checkpoints=directory)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from transformers import NemotronHConfig
 
 from elastic_core import rank, sort_
 from elastic_core.data.loader import Batch
@@ -42,7 +43,12 @@ from tests.support.models.parents import (
 )
 
 RANKS = Ranks(device=CUDA)
-CONFIGS = {"nemotron": random_config(1), "moe": fitting_moe(), "llama": random_llama_config(1)}
+BIASES = {"use_bias": True, "mlp_bias": True}
+CONFIGS = {  # the first has one Mamba layer, one of attention, and two MLPs; the last has two layers
+    "nemotron": NemotronHConfig(**random_config(2).to_dict() | BIASES),
+    "moe": fitting_moe(),
+    "llama": random_llama_config(1),
+}
 
 
 def step(model: str, mode: str, precision: str, **values) -> Callable:
@@ -97,14 +103,17 @@ def not_finite(gpu: Pretend, directory: Path) -> None:
     raise AssertionError("the second step was not refused")
 
 
-def ranking(model: str, measure: str, precision: str = "float32") -> Callable:
+def ranking(model: str, measure: str, method: str, precision: str = "float32") -> Callable:
+    """Two layers are removed where they are removed one by one."""
+
     def work(gpu: Pretend, directory: Path) -> None:
         random_elastic(1, CONFIGS[model]).save_pretrained(directory / "parent")
         elastic = load_parent(directory / "parent", RANKS, precision)
         batches = [random_ids(elastic.config, seed, (2, 12)).to(CUDA) for seed in range(2)]
         gpu.events.clear()
         with autocast(precision, CUDA):
-            found = rank(elastic, batches, measure=measure)
+            num_layers = len(elastic.model.layers)
+            found = rank(elastic, batches, measure=measure, depth_method=method, min_depth=max(1, num_layers - 2))
         assert all(value.device.type == "cpu" for value in [*found.scores.values(), *found.orders.values()])
         sort_(elastic, found)
 
@@ -164,17 +173,17 @@ def planted(gpu: Pretend, directory: Path) -> None:
 
 CASES = {
     "planted": planted,
-    "members float32": step("nemotron", "members", "float32"),
     "members bfloat16": step("nemotron", "members", "bfloat16", state_weight=0.5),
     "soft bfloat16": step("nemotron", "soft", "bfloat16"),
     "hard routing bfloat16": step("nemotron", "hard", "bfloat16"),
-    "one document": step("nemotron", "members", "bfloat16", document=None),
-    "trainable teacher": step("nemotron", "members", "bfloat16", teacher="trainable"),
+    "one document, recomputed": step(
+        "nemotron", "members", "bfloat16", document=None, execution=Execution(activation_checkpointing=True)
+    ),
+    "trainable teacher float32": step("nemotron", "members", "float32", teacher="trainable"),
     "mixed teacher": step("nemotron", "members", "bfloat16", teacher="mixed"),
     "cached teacher": cached_teacher,
     "part of rows soft": part_of_rows("nemotron", "soft", "float32"),
     "part of rows hard routing": part_of_rows("llama", "hard", "bfloat16"),
-    "recomputation": step("nemotron", "members", "bfloat16", execution=Execution(activation_checkpointing=True)),
     "moe members float32": step("moe", "members", "float32"),
     "moe soft float32": step("moe", "soft", "float32"),
     "moe members bfloat16": step("moe", "members", "bfloat16"),
@@ -182,10 +191,10 @@ CASES = {
     "llama members bfloat16": step("llama", "members", "bfloat16"),
     "llama soft float32": step("llama", "soft", "float32"),
     "not finite": not_finite,
-    "rank by projection": ranking("nemotron", "projection"),
-    "rank by output": ranking("moe", "output_norm"),
-    "rank llama": ranking("llama", "projection"),
-    "rank bfloat16": ranking("moe", "output_norm", "bfloat16"),
+    "rank by projection": ranking("nemotron", "projection", "iterative_nmse"),
+    "rank by output": ranking("moe", "output_norm", "one_shot_nmse"),
+    "rank llama": ranking("llama", "projection", "one_shot_perplexity"),
+    "rank bfloat16": ranking("moe", "output_norm", "one_shot_nmse", "bfloat16"),
     "scores": scores,
     "evaluation": evaluation,
     "nested": nested("nemotron"),

@@ -12,7 +12,7 @@ from elastic_core.training.loop import train
 from elastic_core.training.run import Run
 from elastic_core.training.stage import Routing
 from tests.support.models.parents import random_elastic
-from tests.support.runs import make_stage
+from tests.support.runs import make_stage, measured_on_little_text
 
 CONFIG = NemotronHConfig(
     vocab_size=32,
@@ -58,4 +58,5 @@ def train_family(data, metric, budgets):
         routing=Routing(share=0.75, learning_rate=3e-2, candidates=4),
         teacher=random_elastic(0, CONFIG),
     )
-    return run, list(train(run))
+    with measured_on_little_text():
+        return run, list(train(run))

@@ -29,16 +29,21 @@ from tests.support import distributed_cases as cases
 from tests.support.forked import run_forked
 from tests.support.models.parents import random_elastic, random_llama_config
 from tests.support.models.routed_family import CONFIG
+from tests.support.runs import measured_on_little_text
 
 LENGTH = 16
 LLAMA = random_llama_config(12)
-MODELS = {
-    "nemotron_h": (CONFIG, [Submodel(), cases.UNEVEN, Submodel(10, (0, 1, 2), 8, 2, 4, 2)]),
-    "experts": (cases.EXPERTS, [Submodel()]),
-    "llama": (LLAMA, [Submodel(), Submodel(8, (0, 2), 9, num_attention_heads=2)]),
-}
 # Starts at parts of 2 and 4 workers, inside of parts, after one position, several in a part, a document over all parts.
 STARTS = {"whole rows": [[], []], "documents": [[4, 8, 9], [1, 2, 3, 13]], "few": [[8], [5]]}
+SMALL_LLAMA = Submodel(8, (0, 2), 9, num_attention_heads=2)
+MODELS = {
+    "nemotron_h": (CONFIG, Submodel(), tuple(STARTS)),
+    "uneven": (CONFIG, cases.UNEVEN, ("documents",)),
+    "small": (CONFIG, Submodel(10, (0, 1, 2), 8, 2, 4, 2), ("few",)),
+    "experts": (cases.EXPERTS, Submodel(), ("documents",)),
+    "llama": (LLAMA, Submodel(), ("whole rows", "documents")),
+    "small llama": (LLAMA, SMALL_LLAMA, ("few",)),
+}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -63,12 +68,11 @@ def gradients_of(config, submodel, ids, documents, weights):
 
 def every_case():
     generator = torch.Generator().manual_seed(0)
-    for name, (config, submodels) in MODELS.items():
+    for name, (config, submodel, kinds) in MODELS.items():
         ids = torch.randint(0, config.vocab_size, (2, LENGTH), generator=generator)
         weights = torch.randn(2, LENGTH, config.hidden_size, generator=generator, dtype=torch.float64)
-        for number, submodel in enumerate(submodels):
-            for kind, starts in STARTS.items():
-                yield f"{name} {number} {kind}", config, submodel, ids, document_ids(starts), weights
+        for kind in kinds:
+            yield f"{name} {kind}", config, submodel, ids, document_ids(STARTS[kind]), weights
 
 
 def shared(ranks, size):
@@ -79,13 +83,49 @@ def shared(ranks, size):
         own = PartDocuments(documents, torch.device("cpu"), part)
         hidden, gradients = gradients_of(config, submodel, ids[:, where], own, weights[:, where])
         hidden = torch.cat(list(part.gather(hidden)), dim=1)
-        found[name] = hidden, {key: ranks.sum(grad) for key, grad in gradients.items()}
+        total = ranks.sum(torch.cat([grad.flatten() for grad in gradients.values()]))
+        parts = total.split([grad.numel() for grad in gradients.values()])
+        found[name] = hidden, {key: part.view_as(gradients[key]) for key, part in zip(gradients, parts, strict=True)}
     return found
 
 
+def memory_settings():
+    """Of two workers that share rows of 512 positions, and the parent's configuration."""
+    values = ["compute.workers=2", "compute.execution.context_parallel=2", "train_extended.batch_size=2"]
+    settings = read(parameters(overrides=[*values, "train_extended.sequence_length=512"]), "params.yaml")
+    return settings, new_config(settings.parent.model, settings.prepare_data.vocab_size)
+
+
+def on_two_ranks(ranks):
+    settings, config = memory_settings()
+    measured = memory.measured(config, settings, "train_extended", ranks)
+    return {"measured": measured, "shared": shared(ranks, 2)}
+
+
+def on_four_ranks(ranks, data, directory):
+    """Four parts of every sequence; and runs of two groups of two ranks that share sequences."""
+    cached = with_cached_teacher(ranks, data, directory, 2, 3)
+    return {"shared": shared(ranks, 4), "runs": runs(ranks, data, 2), "cached": cached}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return run_forked(on_two_ranks, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def place_of_four(tmp_path_factory):
+    return tmp_path_factory.mktemp("four")
+
+
+@pytest.fixture(scope="module")
+def four(data, place_of_four):
+    return run_forked(on_four_ranks, 4, place_of_four, data, place_of_four)
+
+
 @pytest.mark.parametrize("size", [2, 4])
-def test_outputs_and_gradients_are_those_of_one_worker(tmp_path, size):
-    found = run_forked(shared, size, tmp_path, size)
+def test_outputs_and_gradients_are_those_of_one_worker(two, four, size):
+    found = {2: two, 4: four}[size]["shared"]
     for name, config, submodel, ids, documents, weights in every_case():
         expected = gradients_of(config, submodel, ids, documents_of(documents, ids), weights)
         torch.testing.assert_close(found[name][0], expected[0], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
@@ -101,17 +141,18 @@ def runs(ranks, data, size):
     few = Execution(context_parallel=size, reduce_once=size > 1, offload_student=size > 1)
     hard = {"stage": {"steps": 2, "loss": Loss(1.0, 1.0, state_weight=0.5)}}
     soft = {"routed": True, "routing": Routing(share=0.5, settle_steps=100, candidates=2), "stage": {"steps": 2}}
-    drawn = {"routed": True, "routing": Routing(mode="hard", share=1.0, candidates=1), "stage": {"steps": 3}}
-    return {
-        "hard": cases.trained(ranks, data, execution=execution, **hard),
-        "soft": cases.trained(ranks, data, execution=execution, **soft),
-        "drawn": cases.trained(ranks, data, execution=few, **drawn),
-    }
+    drawn = {"routed": True, "routing": Routing(mode="hard", share=1.0, candidates=1), "stage": {"steps": 2}}
+    with measured_on_little_text():
+        return {
+            "hard": cases.trained(ranks, data, execution=execution, **hard),
+            "soft": cases.trained(ranks, data, execution=execution, **soft),
+            "drawn": cases.trained(ranks, data, execution=few, **drawn),
+        }
 
 
-def test_runs_are_those_of_one_worker(data, tmp_path):
+def test_runs_are_those_of_one_worker(data, four):
     """Two groups of two ranks share sequences."""
-    found, expected = run_forked(runs, 4, tmp_path, data, 2), runs(Ranks(), data, 1)
+    found, expected = four["runs"], runs(Ranks(), data, 1)
     for name in expected:
         assert_alike(found[name]["rows"], expected[name]["rows"], name)
 
@@ -138,26 +179,16 @@ def with_cached_teacher(ranks, data, directory, size, steps=None):
     return rows
 
 
-def test_one_worker_goes_on_with_a_cached_teacher_where_workers_shared_sequences(data, tmp_path):
-    (tmp_path / "both").mkdir()
-    first = run_forked(with_cached_teacher, 4, tmp_path, data, tmp_path / "both", 2, 3)
-    rest = with_cached_teacher(Ranks(), data, tmp_path / "both", 1)
+def test_one_worker_goes_on_with_a_cached_teacher_where_workers_shared_sequences(data, four, place_of_four, tmp_path):
+    first, rest = four["cached"], with_cached_teacher(Ranks(), data, place_of_four, 1)
     assert [row["step"] for row in first + rest] == [1, 2, 3, 3, 4]
     expected = with_cached_teacher(Ranks(), data, tmp_path / "one", 1)
     assert_alike(first[:2] + rest, expected, "resumed")
 
 
-def predicted_and_measured(ranks, config, settings):
-    name = "train_extended"
-    return stage_peak(name, settings, config).total, memory.measured(config, settings, name, ranks)
-
-
-def test_the_memory_of_a_part_is_predicted(tmp_path):
-    values = ["compute.workers=2", "compute.execution.context_parallel=2", "train_extended.batch_size=2"]
-    settings = read(parameters(overrides=[*values, "train_extended.sequence_length=512"]), "params.yaml")
-    config = new_config(settings.parent.model, settings.prepare_data.vocab_size)
-    predicted, measured = run_forked(predicted_and_measured, 2, tmp_path, config, settings)
-    assert predicted / measured == pytest.approx(1, abs=0.15)
+def test_the_memory_of_a_part_is_predicted(two):
+    predicted = stage_peak("train_extended", *memory_settings()).total
+    assert predicted / two["measured"] == pytest.approx(1, abs=0.15)
 
 
 def test_parts_know_their_documents():

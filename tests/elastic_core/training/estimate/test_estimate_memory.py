@@ -18,6 +18,7 @@ from elastic_core.training.estimate.step_memory import (
     state_bytes,
     step_peak,
 )
+from elastic_core.training.state_matching import NUMBERS_PER_CHUNK
 from tasks.commands.plan_stages import stage_peak
 from tasks.parents.config import new_config
 from tasks.settings.load import read
@@ -88,8 +89,7 @@ def test_documents_are_predicted(length):
     assert abs(peak.total / real - 1) < 0.002, (peak, real)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, tied", [*((case, True) for case in CASES), ("plain", False), ("sharded", False)])
 def test_real_steps_of_a_llama_take_what_is_predicted(case, tied):
     """A vocabulary so large that it matters where the gradients of head and embeddings wait for each other.
 
@@ -117,11 +117,14 @@ def test_a_checkpointed_layer_keeps_its_input_alone(character):
 
 def test_long_sequences_are_counted_by_two_shorter_ones():
     pieces = Pieces(CONFIG, TrainingSetting("bfloat16", CHECKPOINTED))
-    line, direct = pieces.layer("M", 1, 4096), pieces._count_layer("M", 1, 4096)
+    line, direct = pieces.layer("M", 1, 2560), pieces._count_layer("M", 1, 2560)  # from 1,024 and 2,048
     assert line is not direct
     assert vars(line) == pytest.approx(vars(direct), rel=0.1)  # another piece of work may be the largest
     tail = pieces._count_tail(6000)
     assert vars(pieces.tail(6000)) == pytest.approx(vars(tail), rel=0.02)
+    chunk = NUMBERS_PER_CHUNK // CONFIG.hidden_size
+    for tokens in (chunk // 2, 4 * chunk, 9 * chunk // 2):  # exact: only whole chunks are the largest
+        assert pieces.states(tokens) == pieces._count_states(tokens)
     assert extrapolate(lambda length: direct, 8192, (4096, 8192)) is direct  # no longer than the longer one: as it is
 
 
