@@ -3,6 +3,7 @@
 import ast
 import compileall
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -47,6 +48,7 @@ def file_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+@functools.cache
 def imported(path: Path) -> set[Path]:
     """Our files that a file imports; a name that a package hands on lazily stands for the file that it is from."""
     found = set()
@@ -96,6 +98,7 @@ def libraries_of(stage: str) -> set[str]:
     return set(fingerprint._listed(entry.get("do", entry)))
 
 
+@functools.cache
 def imported_libraries(path: Path) -> set[str]:
     """The libraries that a file imports, by the name of their package where it is that of the module."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
