@@ -1,10 +1,12 @@
 """The rules of the house: the order of rooms, what each may import, and each optional package in one file only."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -86,16 +88,36 @@ LM_EVAL = {"tasks/evaluation/lm_eval_model.py", "tasks/evaluation/lm_eval_tasks.
 DVC = {"flows/process/dvc_repro.py", "tasks/runs/dvc.py"}  # to run stages, and in a stage
 
 
-def imports(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, inside functions too; `from a import b` names a and a.b."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+@functools.cache
+def text_of(path: Path) -> str:
+    return path.read_text()
+
+
+class Facts(NamedTuple):
+    """What the tests ask of a file's syntax tree. Several tests ask the same files, and parsing takes longest."""
+
+    imports: frozenset[str]
+    docstring: str | None
+    has_quoted_hints: bool
+
+
+@functools.cache
+def facts(path: Path) -> Facts:
+    tree, found, is_quoted = ast.parse(text_of(path)), set(), False
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute here"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+        for hint in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            is_quoted |= isinstance(hint, ast.Constant) and isinstance(hint.value, str)
+    return Facts(frozenset(found), ast.get_docstring(tree), is_quoted)
+
+
+def imports(path: Path) -> frozenset[str]:
+    """Full names of all modules that a file imports, inside functions too; `from a import b` names a and a.b."""
+    return facts(path).imports
 
 
 def files(package: str) -> list[Path]:
@@ -171,10 +193,7 @@ def test_no_two_modules_import_each_other():
 def test_no_import_is_for_types_only():
     for package in ROOMS:
         for path in files(package):
-            tree = ast.parse(path.read_text())
-            hints = [getattr(node, field, None) for node in ast.walk(tree) for field in ("annotation", "returns")]
-            quoted = [hint for hint in hints if isinstance(hint, ast.Constant) and isinstance(hint.value, str)]
-            assert not quoted and "TYPE_CHECKING" not in path.read_text(), name_of(path)
+            assert not facts(path).has_quoted_hints and "TYPE_CHECKING" not in text_of(path), name_of(path)
 
 
 @pytest.mark.parametrize("package", [*ROOMS, "tests", "benchmarks"])
@@ -263,7 +282,7 @@ def test_optional_packages_are_imported_in_one_file_each():
 def test_what_is_one_architectures_own_is_in_its_file_only():
     own = re.compile(r"layers_block_type|NemotronH|Llama|Qwen|embed_tokens|norm_f\b|\bmixer|self_attn|backbone")
     for path in (ROOT / "elastic_core").rglob("*.py"):
-        found = sorted(set(own.findall(path.read_text())))
+        found = sorted(set(own.findall(text_of(path))))
         assert not found or path.parent.name == "architectures", path
     architectures = {path.stem for path in (ROOT / "elastic_core/model/architectures").glob("*.py")}
     assert architectures == {"__init__", "nemotron_h", "nemotron_h_ffn", "nemotron_h_mamba", "llama", "rotary"}
@@ -283,8 +302,7 @@ def test_stages_are_named_alike_everywhere():
 def test_every_file_says_what_it_is():
     for package in (*ROOMS, "tests", "benchmarks"):
         for path in (ROOT / package).rglob("*.py"):
-            tree = ast.parse(path.read_text())
-            assert ast.get_docstring(tree) or path.name == "__init__.py", path
+            assert facts(path).docstring or path.name == "__init__.py", path
 
 
 def test_files_are_renamed_into_place_in_one_module():
@@ -293,7 +311,7 @@ def test_files_are_renamed_into_place_in_one_module():
         name_of(path)
         for package in ROOMS
         for path in files(package)
-        if re.search(r"os\.(replace|rename)\(", path.read_text())
+        if re.search(r"os\.(replace|rename)\(", text_of(path))
     }
     assert renaming == {
         "elastic_core/io/atomic.py",

@@ -17,7 +17,7 @@ from elastic_core.io.storage import StorageError, StorageUnavailable, is_url
 from tasks.evaluation.benchmark_checks import check_benchmarks
 from tasks.runtime import garbage_collector
 from tasks.runtime.exit_status import errors_as_text
-from tasks.settings import merging, remote_checks
+from tasks.settings import merging
 from tasks.settings.budgets import read_family
 from tasks.settings.load import FILE, is_sound, raise_problems, read_file, read_sections
 from tasks.settings.local_checks import BEFORE_A_RUN, check_local
@@ -88,8 +88,11 @@ def check(values: Mapping) -> None:
     raise_problems(problems, FILE)
 
 
+@garbage_collector.paused()
 def _add_remote_problems(problems: Problems, sections: SimpleNamespace) -> StorageUnavailable | None:
     """Add the problems of URLs. Returns the error of a server that does not answer."""
+    from tasks.settings import remote_checks  # imports torch and transformers
+
     try:
         remote_checks.add_problems(problems, sections)
     except StorageUnavailable as error:

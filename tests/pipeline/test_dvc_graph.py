@@ -3,6 +3,7 @@
 import ast
 import compileall
 import contextlib
+import functools
 import json
 import re
 import shutil
@@ -47,6 +48,7 @@ def file_of(module: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+@functools.cache
 def imported(path: Path) -> set[Path]:
     """Our files that a file imports; a name that a package hands on lazily stands for the file that it is from."""
     found = set()
@@ -96,6 +98,7 @@ def libraries_of(stage: str) -> set[str]:
     return set(fingerprint._listed(entry.get("do", entry)))
 
 
+@functools.cache
 def imported_libraries(path: Path) -> set[str]:
     """The libraries that a file imports, by the name of their package where it is that of the module."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
@@ -221,6 +224,19 @@ def compile_code(directory: Path) -> None:
     assert compileall.compile_dir(directory / "elastic_core", quiet=1)
 
 
+@contextlib.contextmanager
+def changed(directory: Path, *changes):
+    """What `dvc status` says after some changes, without a process; afterwards the changes are undone."""
+    for change in changes:
+        change(directory)
+    try:
+        with contextlib.chdir(directory), Repo() as repo:
+            yield {stage: entries for stage, entries in repo.status().items() if stage != ALWAYS}
+    finally:
+        git(directory, "checkout", "--", ".")
+        write_fingerprints(directory)
+
+
 @pytest.mark.parametrize(
     "change, expected",
     [
@@ -229,34 +245,59 @@ def compile_code(directory: Path) -> None:
         (put("untrained", {"compact": 0.55}), {"extract_untrained@compact", "evaluate_untrained@compact", "report"}),
         # What comes after train_short follows, if it gives another result: data, parent and ranking stay.
         (put("budgets", "tiny", 0.35), {"train_short", "extract@tiny", "evaluate@tiny", "report"}),
-        (put("choices", "hidden_size", [128, 64]), {"train_short"}),
-        (put("train_extended", "steps", 901), {"train_extended"}),
-        (put("tracking", "tensorboard", "here"), set()),
-        (edit("elastic_core/search/router.py"), {"parent", "rank", "train_short", "train_extended", *EXTRACTS}),
-        (edit("tasks/evaluate.py"), {"evaluate_parent", *(f"evaluate@{name}" for name in BUDGETS)}),
-        (edit("elastic_core/io/storage.py"), EVERYTHING),
-        (edit("tasks/runtime/launch.py"), set()),
-        (edit("tasks/settings/sections.py"), EVERYTHING),
-        (put_json("artifacts/inputs/corpora.json", "mine", {"files": 2}), {"prepare_data"}),
-        (put_json("artifacts/inputs/parent.json", "path", "elsewhere"), {"parent"}),
-        (put_json("artifacts/inputs/tokenizer.json", "path", "elsewhere"), {"prepare_data"}),
-        (put_json("artifacts/inputs/benchmarks.json", "data", {}), EVALUATIONS),
-        (put_json(str(LIBRARIES), "torch", "1.0"), EVERYTHING - {"prepare_data", "report"}),
-        *((put_json(str(LIBRARIES), name, "1.0"), EVERYTHING - {"report"}) for name in ("jinja2", "tokenizers")),
-        (put_json(str(LIBRARIES), "lm_eval", "1.0"), EVALUATIONS),
-        (put_json(str(LIBRARIES), "mamba-ssm", "2.3.2"), {"parent", "rank", "train_short", "train_extended"}),
-        (edit(TABLE), {"train_short", "report"}),
-        (compile_code, set()),
     ],
 )
-def test_a_change_re_runs_what_it_must(finished, change, expected):
-    change(finished)
-    try:
-        with contextlib.chdir(finished), Repo() as repo:  # what `dvc status` asks, without a process
-            assert set(repo.status()) - {ALWAYS} == expected
-    finally:
-        git(finished, "checkout", "--", ".")
-        write_fingerprints(finished)
+def test_a_change_of_the_family_re_runs_what_it_must(finished, change, expected):
+    with changed(finished, change) as status:
+        assert set(status) == expected
+
+
+# What changes, with the stages that have to run again: code and inputs by file, libraries and parameters by key.
+FILES = {
+    "elastic_core/search/router.py": {"parent", "rank", "train_short", "train_extended", *EXTRACTS},
+    "tasks/evaluate.py": {"evaluate_parent", *(f"evaluate@{name}" for name in BUDGETS)},
+    "elastic_core/io/storage.py": EVERYTHING,
+    "tasks/runtime/launch.py": set(),
+    "tasks/settings/sections.py": EVERYTHING,
+    "artifacts/inputs/corpora.json": {"prepare_data"},
+    "artifacts/inputs/parent.json": {"parent"},
+    "artifacts/inputs/tokenizer.json": {"prepare_data"},
+    "artifacts/inputs/benchmarks.json": EVALUATIONS,
+    TABLE: {"train_short", "report"},
+}
+OF_LIBRARIES = {
+    "torch": EVERYTHING - {"prepare_data", "report"},
+    "jinja2": EVERYTHING - {"report"},
+    "tokenizers": EVERYTHING - {"report"},
+    "lm_eval": EVALUATIONS,
+    "mamba-ssm": {"parent", "rank", "train_short", "train_extended"},
+}
+OF_PARAMETERS = {"choices": {"train_short"}, "train_extended": {"train_extended"}, "tracking": set()}
+
+
+def test_a_change_re_runs_what_it_must(finished):
+    """All changes at once: for each stage DVC names the dependencies that have changed, and each is of one change."""
+    changes = [put_json(name, "mine", {"files": 2}) if is_fingerprint(name) else edit(name) for name in FILES]
+    changes += [put_json(str(LIBRARIES), name, "1.0") for name in OF_LIBRARIES]
+    changes += [put("choices", "hidden_size", [128, 64]), put("train_extended", "steps", 901)]
+    changes += [put("tracking", "tensorboard", "here"), compile_code]
+    found = {name: set() for name in (*FILES, *OF_LIBRARIES, *OF_PARAMETERS)}
+    with changed(finished, *changes) as status:
+        for stage, entries in status.items():
+            (entry,) = entries
+            for dependency, change in entry["changed deps"].items():
+                if isinstance(change, dict):  # of parameters and libraries
+                    names = {key.split(".")[0] if dependency == "params.yaml" else key for key in change}
+                else:
+                    names = {name for name in FILES if is_in(ROOT / name, [dependency])}
+                    assert len(names) == 1, f"{stage}: {dependency} has changed"
+                for name in names:
+                    found[name].add(stage)
+    assert found == FILES | OF_LIBRARIES | OF_PARAMETERS
+
+
+def is_fingerprint(name: str) -> bool:
+    return name.startswith("artifacts/")
 
 
 @pytest.mark.parametrize("command, revisions", [(["show"], ["workspace"]), (["diff", "main"], ["main", "workspace"])])

@@ -13,10 +13,10 @@ FORMS = ("x", "=1", "a=", "a..b=1", ".a=1", "a.=1", "1a=1", "a b=1", "a=[1", "a=
 VALUES = ("cost=3", "budgets=[1]", "budgets={}", "train_short=null", "train_short.steps=ten", "prepare_data.sources=3")
 VALUES += ("parent.path=5", "parent.path=nowhere", "choices.depth=[99]", "evaluate.benchmarks=3", "nothing=1")
 VALUES += ("cost.table=nowhere.json", "compute.storage=3", "prepare_data.sources={m: {kind: files, path: 'no/*'}}")
-BUDGETS = (["a"], ["a=x"], ["=0.5"], ["a b=0.5"], ["a=0.5", "a=0.4"], ["a=1.2.3"], ["a=99"], ["a=0.5", "b=0.5"])
-BUDGETS += (["parent=1.0"], ["a=1.0", "b=9B"], ["a=3GiB@1k"], ["a=5ms/token"])
-# `elastic run` checks values in a process, by `python -m tasks.commands.check`: two of them here, all below.
-CASES = [("run", "--set", value) for value in (*FORMS, *VALUES[:2])]
+BUDGETS = (["a"], ["a=x"], ["=0.5"], ["a b=0.5"], ["a=0.5", "a=0.4"], ["a=1.2.3"], ["a=99"])
+# `elastic run` checks values in a process, by `python -m tasks.commands.check`: one of each option here, all below.
+CHECKED = (["a=0.5", "b=0.5"], ["parent=1.0"], ["a=1.0", "b=9B"], ["a=3GiB@1k"], ["a=5ms/token"])
+CASES = [("run", "--set", value) for value in (*FORMS, VALUES[0])] + [("run", "--budget", *CHECKED[1])]
 CASES += [("plan", "--set", value) for value in (*FORMS, *VALUES[:9])]
 CASES += [("run", *(f"--budget={budget}" for budget in budgets)) for budgets in BUDGETS]
 CASES += [("run", option, "nothing") for option in ("--from", "--until", "--only")]
@@ -51,11 +51,15 @@ def state():
     return status.stdout, sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
 
 
-@pytest.mark.parametrize("value", VALUES)
-def test_what_run_checks_is_refused(value, tracked, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "arguments",
+    [[f"--set={value}"] for value in VALUES] + [[f"--budget={budget}" for budget in budgets] for budgets in CHECKED],
+    ids=" ".join,
+)
+def test_what_run_checks_is_refused(arguments, tracked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError):
-        check.main([f"--set={value}"])
+        check.main(arguments)
     assert state() == tracked and not list(tmp_path.iterdir())
 
 

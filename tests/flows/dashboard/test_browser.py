@@ -59,7 +59,10 @@ def outside_calls(tmp_path_factory):
 @pytest.fixture(scope="module")
 def dashboard(tmp_path_factory, outside_calls):
     """The one command in a copy of this checkout; with it, its server, worker, runs and their stages."""
-    dashboard = Dashboard(copy_checkout(ROOT, tmp_path_factory.mktemp("browser") / "checkout"))
+    checkout = copy_checkout(ROOT, tmp_path_factory.mktemp("browser") / "checkout")
+    with open(checkout / "profiles/smoke.yaml", "a") as profile:
+        profile.write("budgets: {full: 1.0, small: 0.43}\n")  # each budget costs as much as two stages
+    dashboard = Dashboard(checkout)
     dashboard.environment |= {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(LOOPBACK_ONLY),
@@ -105,6 +108,12 @@ def wait_for_end(dashboard: Dashboard, ui, run: str, seconds: float) -> None:
     wait_for(lambda: dashboard.state(run) in ends, seconds, "the run to end", every=1)
 
 
+def wait_for_log(dashboard: Dashboard, ui, run: str, text: str, seconds: float) -> None:
+    """Wait without a page until a run has said something."""
+    ui.rest()
+    wait_for(lambda: text in dashboard.logs(run), seconds, text, every=1)
+
+
 def seconds_of_stages(dashboard: Dashboard, run: str) -> float:
     tasks = dashboard.post("task_runs/filter", flow_runs={"id": {"any_": [run]}})
     return sum(task["total_run_time"] for task in tasks if task["name"] in STAGES)
@@ -135,9 +144,13 @@ def test_the_form_refuses_what_is_wrong(dashboard, ui):
 @in_browser
 def test_a_run_shows_what_it_does(dashboard, ui, smoke):
     assert [run["id"] for run in dashboard.post("flow_runs/filter")] == [smoke]
+    wait_for_log(dashboard, ui, smoke, "prepare_data …", 3 * MINUTES)
     ui.open_run(smoke)
-    ui.see("prepare_data …", 3 * MINUTES)  # the page follows the log by itself
-    ui.see("parent: step ", 5 * MINUTES)
+    ui.see("prepare_data …")
+    ui.see("parent …", 3 * MINUTES)  # the page follows the log by itself
+    wait_for_log(dashboard, ui, smoke, "parent: step ", 3 * MINUTES)
+    ui.open_run(smoke)
+    ui.see("parent: step ")
     wait_for(lambda: any(is_green(c) for c in ui.colours_of_timeline()), 60, "a finished stage in the timeline")
     ui.shot("run")
     ui.tab("Task Runs")
@@ -204,7 +217,7 @@ def test_a_finished_run_says_where_it_came_from(dashboard, ui, finished):
 def test_the_list_of_runs_says_which_is_which(dashboard, ui, finished):
     run = dashboard.post("flow_runs/filter", flow_runs={"id": {"any_": [finished]}})[0]
     assert re.fullmatch(r"smoke \d{4}-\d\d-\d\d \d\d:\d\d", run["name"])
-    message = r"small 0\.43: held-out loss \d\.\d\d, KL \d\.\d\d; medium .*; parent 1\.00: held-out loss \d\.\d\d"
+    message = r"small 0\.43: held-out loss \d\.\d\d, KL \d\.\d\d; full .*; parent 1\.00: held-out loss \d\.\d\d"
     assert re.fullmatch(message, run["state"]["message"])
     for page in ("runs", f"runs/flow-run/{finished}"):
         ui.page.goto(f"{ui.address}/{page}")
@@ -265,7 +278,8 @@ def test_a_cancelled_run_goes_on_where_it_stopped(dashboard, ui, finished):
         return [path for path in found if path.name.removeprefix("step-").isdigit()]
 
     run = start_long(ui)
-    wait_for(checkpoints, 5 * MINUTES, "a checkpoint")
+    ui.rest()
+    wait_for(checkpoints, 5 * MINUTES, "a checkpoint", every=0.5)
     ui.open_run(run, "Artifacts")
     ui.open_artifact("train-short-progress")
     ui.see("Progress: ")
@@ -275,7 +289,7 @@ def test_a_cancelled_run_goes_on_where_it_stopped(dashboard, ui, finished):
         found = re.search(r"([\d,]+) of [\d,]+ tokens", ui.text())
         if found and (tokens := int(found[1].replace(",", ""))) not in seen:
             seen.append(tokens)
-        return len(seen) >= 3
+        return len(seen) >= 2
 
     wait_for(follows, pages.SECONDS, "the page to follow the artifact")
     assert seen == sorted(seen)
@@ -283,7 +297,7 @@ def test_a_cancelled_run_goes_on_where_it_stopped(dashboard, ui, finished):
     ui.open_run(run, "Artifacts")
     ui.open_artifact("train-short-losses")
     head, *rows = ui.rows()
-    assert head == ["budget", "loss", "KL to teacher", "budget error", "last step"] and len(rows) == 3
+    assert head == ["budget", "loss", "KL to teacher", "budget error", "last step"] and len(rows) == 2
     ui.shot("losses")
 
     ui.open_run(run)
@@ -293,17 +307,18 @@ def test_a_cancelled_run_goes_on_where_it_stopped(dashboard, ui, finished):
     assert stage_runs()
     clicked = time.monotonic()
     confirm.click()
-    wait_for(lambda: not stage_runs(), CANCEL_SECONDS, "the cancelled stage to end")
+    wait_for(lambda: not stage_runs(), CANCEL_SECONDS, "the cancelled stage to end", every=0.3)
     print(f"cancelled within {time.monotonic() - clicked:.1f} s")
     assert checkpoints()
-    wait_for(lambda: dashboard.state(run) == "Cancelled", 30, "the run to be cancelled")
+    wait_for(lambda: dashboard.state(run) == "Cancelled", 30, "the run to be cancelled", every=1)
     ui.see("Cancelled")
     ui.shot("cancelled")
 
     resumed = start_long(ui, from_stage="train_short")
-    ui.see(re.compile(r"train_short: going on from its checkpoint of step [\d,]+ of 3,000"), 3 * MINUTES)
-    first = wait_for(lambda: re.search(r"train_short: step (\d+)/", dashboard.logs(resumed)), 60, "the first step")
-    assert int(first[1]) > 10
+    wait_for_log(dashboard, ui, resumed, "train_short: step ", 3 * MINUTES)
+    assert int(re.search(r"train_short: step (\d+)/", dashboard.logs(resumed))[1]) > 10
+    ui.open_run(resumed)
+    ui.see(re.compile(r"train_short: going on from its checkpoint of step [\d,]+ of 3,000"))
     ui.shot("resumed")
 
 

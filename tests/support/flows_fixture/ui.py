@@ -32,8 +32,12 @@ NEW_NETWORK = 0x40000000  # CLONE_NEWNET of linux/sched.h
 CLICK_SECONDS = 10  # to wait for the answer to a click on Submit
 SECONDS = 60  # to wait for something in a page: cores may be busy
 
-# Pages draw five times per second instead of sixty. Here a processor draws what otherwise a graphics card does.
+# Pages draw five times per second instead of sixty, without animations. Here a processor draws what otherwise a
+# graphics card does.
 FEWER_FRAMES = """
+const still = new CSSStyleSheet();
+still.replaceSync("*, *::before, *::after { animation: none !important; transition: none !important; }");
+document.adoptedStyleSheets = [...document.adoptedStyleSheets, still];
 window.requestAnimationFrame = draw => setTimeout(() => draw(performance.now()), 200);
 window.cancelAnimationFrame = number => clearTimeout(number);
 """
@@ -129,7 +133,7 @@ class Ui:
             fields.nth(before + i).fill(value)
 
     def submit(self) -> str:
-        """Send the form, and open the page of the run that the server has made; the run's id.
+        """Send the form; the id of the run that the server has made.
 
         A click may be lost while the form still takes in what was typed, and the server answers 5xx while SQLite is
         busy. In both cases no run was made, and a person would click again, too.
@@ -146,9 +150,7 @@ class Ui:
                         button.dispatch_event("click")  # the button may be below a message
                 answer = answered.value
         assert answer.ok, answer.text()
-        run = answer.json()["id"]
-        self.open_run(run)
-        return run
+        return answer.json()["id"]
 
     def rest(self) -> None:
         """Show nothing. The page of a run is drawn anew all the time, which takes a core away from the run."""
@@ -203,6 +205,7 @@ def browser(address: str, screenshots: Path) -> Iterator[Ui]:
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, env=dict(os.environ))
         try:
-            yield Ui(chromium.new_context(viewport={"width": 1280, "height": 1000}), address, screenshots)
+            context = chromium.new_context(viewport={"width": 1280, "height": 1000})
+            yield Ui(context, address, screenshots)
         finally:
             chromium.close()

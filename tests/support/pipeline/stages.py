@@ -11,9 +11,9 @@ def run_stage(name: str, *arguments: str) -> None:
         importlib.import_module(f"tasks.{name}").main(*arguments)
 
 
-def check_parameters() -> None:
+def check_parameters(*arguments: str) -> None:
     """`python -m tasks.commands.check`, in this process."""
     from tasks.commands import check
 
     with errors_as_text():
-        check.main()
+        check.main(arguments)

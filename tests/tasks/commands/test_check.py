@@ -41,10 +41,10 @@ def test_the_command_ends_with_one_line_and_a_status(values, tmp_path, monkeypat
     assert "\n" not in text and capsys.readouterr() == ("", "")
 
 
-def run_check(directory, *arguments):
+def run_check(directory):
     """The ended process of `python -m tasks.commands.check`."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tasks.commands.check", *arguments]
+    command = [sys.executable, "-m", "tasks.commands.check"]
     return subprocess.run(command, cwd=directory, env=variables, capture_output=True, text=True)
 
 
@@ -67,9 +67,11 @@ def wrong(values, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_all_problems_are_listed_in_the_order_of_the_sections(wrong):
+def test_all_problems_are_listed_in_the_order_of_the_sections_and_nothing_is_written(wrong):
+    before = sorted(wrong.rglob("*"))
     done = run_check(wrong)
     assert done.returncode == 1 and done.stdout == ""
+    assert sorted(wrong.rglob("*")) == before
     found = [line.removeprefix("error: params.yaml: ").split(": ")[0] for line in done.stderr.splitlines()]
     assert found == [
         "seed",
@@ -86,17 +88,23 @@ def test_all_problems_are_listed_in_the_order_of_the_sections(wrong):
     ]
 
 
-def test_checking_writes_nothing(wrong, tmp_path):
+def problems_of(*arguments: str) -> list[str]:
+    """The lines that a check in this process ends with."""
+    with pytest.raises(SystemExit) as ended:
+        check_parameters(*arguments)
+    return ended.value.code.splitlines()
+
+
+def test_checking_a_profile_writes_nothing(wrong):
     before = sorted(wrong.rglob("*"))
-    run_check(wrong)
-    assert sorted(wrong.rglob("*")) == before
-    assert run_check(tmp_path, "smoke", "--set", "seed=-1", "--budget", "a=3").returncode == 1
+    assert problems_of("smoke", "--set", "seed=-1", "--budget", "a=3")
     assert sorted(wrong.rglob("*")) == before
 
 
-def test_problems_start_with_the_place_of_their_parameter():
+def test_problems_start_with_the_place_of_their_parameter(monkeypatch):
+    monkeypatch.chdir("/")
     stages = ["--set=train_short.steps=0", "--set=rank={batches: 0}", "--budget=a=1.0", "--budget=b=1.0"]
-    lines = run_check("/", "smoke", "--set=evaluate.limit=0", *stages).stderr.splitlines()
+    lines = problems_of("smoke", "--set=evaluate.limit=0", *stages)
     assert [line.split(": ")[1:3] for line in lines] == [
         ["--budget", "budgets"],
         ["--set", "rank.batches"],
@@ -104,7 +112,7 @@ def test_problems_start_with_the_place_of_their_parameter():
         ["--set", "train_short.steps"],
         ["--set", "evaluate.limit"],
     ]
-    lines = run_check("/", "one-gpu", "--set=parent.path=/nowhere").stderr.splitlines()
+    lines = problems_of("one-gpu", "--set=parent.path=/nowhere")
     assert lines[0].startswith(
         "error: profiles/one-gpu.yaml: prepare_data.sources.text.path: got '/data/corpus/*.jsonl'"
     )
@@ -164,21 +172,26 @@ def test_problems_of_every_kind_are_listed_with_a_directory_as_the_parent(values
     assert keys(caught) == ["budgets.small", "choices.hidden_size", "parent.path", "rank.mixture", "train_short.steps"]
 
 
-def test_every_argument_that_is_not_known_is_a_usage_error(tmp_path):
-    for arguments in (["--sett=a"], ["smoke", "smoke"], ["--budget"]):
-        done = run_check(tmp_path, *arguments)
-        assert done.returncode == 2 and "Traceback" not in done.stderr
+@pytest.mark.parametrize("arguments", [["--sett=a"], ["smoke", "smoke"], ["--budget"]])
+def test_every_argument_that_is_not_known_is_a_usage_error(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        check_parameters(*arguments)
+    assert ended.value.code == 2 and "usage: python -m tasks.commands.check" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("parent", ["new", "directory"])
-def test_the_check_imports_no_modeling_code_of_transformers_and_no_compiler(values, tmp_path, monkeypatch, parent):
-    """With these, it would take twice as long. What it needs are torch and one class of configurations."""
-    if parent == "directory":
-        use_parent(values, parent_directory(tmp_path))
+def test_the_check_imports_no_modeling_code_of_transformers_and_no_compiler(values, tmp_path, monkeypatch):
+    """With these, it would take twice as long. What it needs are torch and one class of configurations.
+
+    That holds for a new parent and for a directory.
+    """
+    (tmp_path / "new").mkdir()
+    write(values, tmp_path / "new", monkeypatch)
+    use_parent(values, parent_directory(tmp_path))
     write(values, tmp_path, monkeypatch)
     slow = {"transformers.modeling_utils", "transformers.activations", "torch._dynamo", "torch.distributed.tensor"}
     slow |= {"lm_eval", "datasets", "ray", "pandas", "elastic_core.training.loop", "tasks.commands.plan"}
-    code = f"import sys; from tasks.commands import check; check.main(); print({slow} & sys.modules.keys())"
+    both = "check.main(); os.chdir('new'); check.main()"
+    code = f"import os, sys; from tasks.commands import check; {both}; print({slow} & sys.modules.keys())"
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
-    assert done.stdout == "params.yaml is valid\nset()\n", done.stderr
+    assert done.stdout == 2 * "params.yaml is valid\n" + "set()\n", done.stderr

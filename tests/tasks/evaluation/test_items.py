@@ -289,21 +289,19 @@ def test_relative_paths_are_those_of_the_stage_where_tasks_have_another_director
     assert scores["numbers"]["items"] == 2 and Path("logs/numbers.vllm.log").is_file()
 
 
-def test_a_dead_vllm_is_reported_with_its_reason(place, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(FAKE))
-    engine = vllm_engine.VllmEngine(Vllm(sys.executable), place / "model", "float32", tmp_path / "log")
-    engine._process.kill()
-    engine._process.wait()
-    with pytest.raises(ConfigError, match=r"vLLM in .* has ended"):
-        engine.generate([[1]], [], [], 4, {})
-    engine.close()
-
-
 def test_vllm_says_what_it_does_not_know(engine, tmp_path):
     with pytest.raises(ConfigError, match="does not know the gen_kwargs num_beams"):
         engine.generate([[1]], [], [], 4, {"num_beams": 3})
     with pytest.raises(ConfigError, match=r"vLLM in .* has ended .*no such model"):
         vllm_engine.VllmEngine(Vllm(sys.executable), tmp_path / "nothing", "float32", tmp_path / "other.log")
+
+
+def test_a_dead_vllm_is_reported_with_its_reason(engine):
+    """The last test that needs the engine."""
+    engine._process.kill()
+    engine._process.wait()
+    with pytest.raises(ConfigError, match=r"vLLM in .* has ended"):
+        engine.generate([[1]], [], [], 4, {})
 
 
 def test_a_backend_has_to_be_there(tmp_path):

@@ -30,6 +30,7 @@ from tasks.prepare_data import prepare
 from tasks.settings import remote_checks
 from tasks.settings.load import load
 from tasks.settings.parts.parent import Parent
+from tests.support.committed_params import COMMITTED
 from tests.support.models.parents import random_elastic, save_random_parent
 from tests.support.models.routed_family import CONFIG
 from tests.support.pipeline.corpora import NO_TASKS, configure, texts, write_jsonl
@@ -37,21 +38,21 @@ from tests.support.pipeline.stages import check_parameters, run_stage
 from tests.support.places import files_below
 from tests.support.s3_server import SECRET
 
-ROOT = Path(__file__).resolve().parents[3]
 MIB = 1 << 20
 
 
 @pytest.fixture
 def corpus(tmp_path):
     """One file of every kind, each with more than one block of text."""
-    documents = texts(6000, length=1500)
+    some = texts(6, length=15000)
+    documents = [f"{i}, {some[i % len(some)]}" for i in range(600)]
     directory = tmp_path / "corpus"
     directory.mkdir()
     write_jsonl(directory / "a.jsonl", documents)
     (directory / "b.txt").write_text("".join(text + "\n" for text in documents), encoding="utf-8")
-    columns = {"text": documents, "other": [str(i) * 2000 for i in range(len(documents))]}
+    columns = {"text": documents, "other": [str(i) * 20000 for i in range(len(documents))]}
     table = pyarrow.table(columns)
-    pyarrow.parquet.write_table(table, directory / "c.parquet", row_group_size=500, compression="none")
+    pyarrow.parquet.write_table(table, directory / "c.parquet", row_group_size=50, compression="none")
     for path in directory.iterdir():
         assert path.stat().st_size > 6 * MIB
     return directory
@@ -122,7 +123,7 @@ def parent_directory(tmp_path_factory):
 
 def write_params(directory, corpus, **changes):
     """A params.yaml of the committed structure, for the small parent above."""
-    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values = copy.deepcopy(COMMITTED)
     values["prepare_data"] = {"vocab_size": 300, "evaluation": NO_TASKS, "sources": {"mine": corpus}}
     for name in ("rank", "train_short", "train_extended"):
         values[name]["mixture"] = {"mine": 1.0}
@@ -130,7 +131,6 @@ def write_params(directory, corpus, **changes):
     values["choices"] = {"hidden_size": list(range(16, 5, -1)), "intermediate_size": list(range(24, 1, -1))}
     values["choices"] |= {"mamba_num_heads": [4, 2], "mamba_head_dim": [6, 5, 4, 3, 2], "num_attention_heads": [4, 2]}
     values["budgets"] = {"full": 1.0, "small": 0.6}
-    values["cost"]["table"] = str(ROOT / values["cost"]["table"])
     for name in ("train_short", "train_extended"):
         values[name]["budget_shares"] = {}
     for section, entries in changes.items():
