@@ -39,14 +39,14 @@ def flow(prepared):
 
 
 def two_runs_and_damage(prepared):
-    """With one kind of damage; of all kinds: tests/elastic_core/training/test_checkpoint.py."""
     with marked() as mark:
-        return checks.two_runs_and_damage(prepared, prepared.directory / "damaged", mark, checks.DAMAGES[:1])
+        return checks.two_runs_and_damage(prepared, prepared.directory / "damaged", mark)
 
 
 def full_disk(prepared):
+    """And killed with DVC, once there is space."""
     with marked() as mark:
-        return checks.full_disk(prepared, prepared.directory / "full", mark)
+        return checks.full_disk(prepared, prepared.directory / "full", mark, kills=(Kill("SIGKILL", rows=30),))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def chains(tmp_path_factory):
 
 
 def test_a_second_run_is_refused_and_damaged_checkpoints_are_passed_over(chains):
-    """The driver: SIGKILL, and the newest checkpoint is cut off."""
+    """The driver: SIGKILL, and the newest checkpoint is cut off; SIGTERM, and a bit of it is turned."""
     assert chains[two_runs_and_damage].result() == []
 
 

@@ -101,16 +101,13 @@ def ends_for_want_of_space(stage: Stage, disk: Path) -> list[str]:
     return problems
 
 
-DAMAGES = (("SIGKILL", truncate, 14), ("SIGTERM", flip_bit, 20))  # signal, what is done then, rows before it
-
-
-def two_runs_and_damage(prepared: spaces.Prepared, directory: Path, mark: str, damages=DAMAGES) -> list[str]:
-    """One run: a second beside it is refused; killed, each time with a newest checkpoint that is damaged then."""
+def two_runs_and_damage(prepared: spaces.Prepared, directory: Path, mark: str) -> list[str]:
+    """One run: a second beside it is refused; killed twice, each time with a newest checkpoint that is damaged then."""
     stage = Stage(spaces.copy(prepared, directory), "driver", mark)
     stage.start()
     problems = [] if stage.reaches(Kill("SIGKILL", rows=1)) else ["the first run ended too early"]
     problems += second_run_is_refused(stage)
-    for number, damage, rows in damages:
+    for number, damage, rows in (("SIGKILL", truncate, 14), ("SIGTERM", flip_bit, 20)):
         if not stage.reaches(Kill(number, rows=rows)):
             return [*problems, "the run ended before it could be killed"]
         problems += stage.kill(number)
@@ -124,12 +121,16 @@ def two_runs_and_damage(prepared: spaces.Prepared, directory: Path, mark: str, d
     return problems + spaces.differences(spaces.outcome(directory), prepared.references[0])
 
 
-def full_disk(prepared: spaces.Prepared, directory: Path, mark: str) -> list[str]:
+def full_disk(prepared: spaces.Prepared, directory: Path, mark: str, kills: tuple[Kill, ...] = ()) -> list[str]:
     """`dvc repro` on a full disk, and again when there is space; PermissionError where mounting is refused."""
     with small_disk(directory.with_name(f"{directory.name}-disk")) as disk:
         stage = Stage(spaces.copy(prepared, directory, storage=disk), "dvc", mark)
         problems = ends_for_want_of_space(stage, disk)
         make_space(disk)
         stage.start()
+        for kill in kills:
+            if stage.reaches(kill):
+                problems += stage.kill(kill.signal)
+                stage.start()
         problems += stage.finish()
         return problems + spaces.differences(spaces.outcome(directory), prepared.references[0])
