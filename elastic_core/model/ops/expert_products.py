@@ -126,7 +126,7 @@ def _block_product(blocks: Tensor, weight: Tensor, owners: Tensor) -> Tensor:
     kind = blocks.device.type
     if torch.is_autocast_enabled(kind):
         blocks, weight = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (blocks, weight))
-    return _BlockProduct.apply(blocks, weight.to(blocks.dtype), owners)
+    return _BlockProduct.apply(blocks, weight, owners)
 
 
 class _BlockProduct(torch.autograd.Function):
@@ -141,6 +141,5 @@ class _BlockProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         blocks, weight, owners = ctx.saved_tensors
-        grad = grad.to(blocks.dtype)
         grad_weight = torch.zeros_like(weight).index_add_(0, owners, grad.mT @ blocks)
         return grad @ weight.index_select(0, owners), grad_weight, None

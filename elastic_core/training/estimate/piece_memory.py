@@ -157,8 +157,7 @@ class Pieces:
         with torch.device("meta") if on_meta else FakeTensorMode(allow_non_fake_inputs=True):
             if documents is not None and self.mask(sequences, length):
                 documents.mask(self.setting.dtype)  # before anything is counted
-            block = architecture.Block(self.config, index, part_of(self.layout, f"model.layers.{index}"))
-            block = self._as_in_training(block)
+            block = self._make_block(index)
             if on_meta and self.without_kernels is not None:
                 architecture.set_scan_kernel(block, kernel_memory.find)
             if self.setting.execution.activation_checkpointing:
@@ -215,7 +214,7 @@ class Pieces:
             name = f"model.{self.architecture.FINAL_NORM}"
             tail.norm = Norm(f"{name}.weight", self.architecture.norm_eps(config), part_of(self.layout, name))
             tail.head = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-            self._as_in_training(tail)
+            self._in_training_precision(tail)
             teacher = None
             if has_teacher:
                 teacher = torch.empty(shape, dtype=dtype), torch.empty(tail.head.shape, dtype=dtype)
@@ -230,16 +229,21 @@ class Pieces:
                 source, self.setting, tail,
             )  # fmt: skip
 
-    def _as_in_training(self, module: nn.Module) -> nn.Module:
-        """Let `module` compute as on the device that is counted for, and return it.
+    def _make_block(self, layer: int) -> nn.Module:
+        """The layer, as it computes on the device that is counted for."""
+        block = self.architecture.Block(self.config, layer, part_of(self.layout, f"model.layers.{layer}"))
+        for part in block.modules():
+            if isinstance(part, ExpertProducts):
+                part.on_gpu = self.setting.gpu
+        return self._in_training_precision(block)
+
+    def _in_training_precision(self, module: nn.Module) -> nn.Module:
+        """Give the weights of `module` the type that they have when a layer computes, and return it.
 
         FSDP gathers matrices in the stage's precision. Without FSDP they are float32, and autocast converts them. There
         is no autocast on the meta device, so there they get the stage's precision too.
         """
         on_meta = next(module.parameters()).device.type == "meta"
-        for part in module.modules():
-            if isinstance(part, ExpertProducts):
-                part.on_gpu = self.setting.gpu
         if self.setting.precision == "bfloat16" and (self.setting.distributed or on_meta):
             matrices_to_(module, torch.bfloat16)
         return module

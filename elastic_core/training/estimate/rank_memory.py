@@ -192,8 +192,7 @@ class ForwardPasses(Pieces):
         with torch.device("meta") if on_meta else FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             if documents is not None and self.mask(sequences, length):
                 documents.mask(self.setting.dtype)  # before anything is counted
-            block = self.architecture.Block(self.config, index, part_of(self.layout, f"model.layers.{index}"))
-            block, sliced = self._as_in_training(block), self._observed(load, what)
+            block, sliced = self._make_block(index), self._observed(load, what)
             return self._peak((sequences, length), lambda x, documents=documents: block(x, sliced, documents))
 
     def ratios(self, load: RankWorkload) -> float:
@@ -264,7 +263,7 @@ class ForwardPasses(Pieces):
             self.layout, torch.device("cpu"), full_sizes(self.config), tuple(range(len(self.pattern))), None, observe
         )
 
-    def _as_in_training(self, module: nn.Module) -> nn.Module:
+    def _in_training_precision(self, module: nn.Module) -> nn.Module:
         """Give the matrices the type in which they are multiplied: they are held or gathered in it."""
         if self.setting.precision == "bfloat16":
             matrices_to_(module, torch.bfloat16)

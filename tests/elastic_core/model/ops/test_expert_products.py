@@ -9,6 +9,7 @@ from elastic_core import ElasticModel
 from elastic_core.model.ops.expert_products import ExpertProducts, grouped, in_blocks, in_turn
 from elastic_core.training.estimate.live_bytes import TrainingSetting
 from elastic_core.training.estimate.piece_memory import Pieces
+from elastic_core.training.estimate.rank_memory import ForwardPasses, RankWorkload
 from tests.support.cuda.runs import fitting_moe
 from tests.support.models.parents import (
     random_ids,
@@ -103,3 +104,13 @@ def test_the_plan_counts_blocks_where_a_gpu_computes_in_them(gates):
         kept[gpu, precision] = Pieces.of(config, setting, gates).layer("E", 1, 512).kept
     assert kept[True, "float32"] > 1.2 * kept[False, "float32"]
     assert kept[True, "bfloat16"] == pytest.approx(kept[False, "bfloat16"], rel=0.01)
+
+
+@pytest.mark.parametrize("what", ["widths", "depth"])
+def test_the_plan_of_ranking_counts_blocks_too(what):
+    config, load, peaks = fitting_moe(), RankWorkload(1, 512, 1, 1, torch.float32), {}
+    for gpu, precision in itertools.product((False, True), ("float32", "bfloat16")):
+        passes = ForwardPasses.of(config, TrainingSetting(precision, gpu=gpu, distributed=True))
+        peaks[gpu, precision] = passes.layer("E", load, what)
+    assert peaks[True, "float32"] > 1.1 * peaks[False, "float32"]
+    assert peaks[True, "bfloat16"] == pytest.approx(peaks[False, "bfloat16"], rel=0.01)
