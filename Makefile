@@ -5,7 +5,7 @@
 #                            many times, and compare what they end at (an hour)
 # make bench [SECTIONS="steps scan"]   every goal of speed and size against its alternative (half an hour for all)
 # make interop [ENGINES="MLX transformers-4.57.6"]   whether other programs read exports and generate the same (half an hour)
-# make evidence [PROFILE=smoke]   train a finished run's family in several ways and seeds, and compare (six hours)
+# make evidence [PROFILE=smoke]   train a finished run's family in several ways and seeds, and compare (seven hours)
 # make dashboard             Prefect server, worker and deployment in the foreground; then
 #                            .venv/bin/prefect deployment run elastic/full --watch
 # make lint                  ruff

@@ -143,10 +143,9 @@ def planned_parent(path, *overrides, gpus=None):
     return plan_parent(path, overrides, gpus, H100)
 
 
-def test_a_parent_with_a_profile_is_planned_as_that_says(monkeypatch):
-    """Every profile is planned in test_plan_profiles.py."""
-    monkeypatch.setattr(plan, "plan_profile", lambda profile, *rest: {"planned": profile})
-    assert planned_parent("Qwen/Qwen3-0.6B") == {"planned": "qwen3-0.6b", "profile": "qwen3-0.6b"}
+def test_a_parent_with_a_profile_is_planned_as_that_says():
+    planned = planned_parent("Qwen/Qwen3-0.6B")
+    assert planned["profile"] == "qwen3-0.6b" and planned["parent"]["parameters"] == KNOWN["Qwen3-0.6B"]
 
 
 def test_a_profile_is_found_by_its_parents_name_without_the_revision(monkeypatch, hub_cache):

@@ -89,7 +89,8 @@ def test_documents_are_predicted(length):
     assert abs(peak.total / real - 1) < 0.002, (peak, real)
 
 
-@pytest.mark.parametrize("case, tied", [*((case, True) for case in CASES), ("plain", False), ("sharded", False)])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", CASES)
 def test_real_steps_of_a_llama_take_what_is_predicted(case, tied):
     """A vocabulary so large that it matters where the gradients of head and embeddings wait for each other.
 
