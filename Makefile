@@ -1,6 +1,7 @@
 # make setup                 the virtual environment, and nothing else
 # make run [PROFILE=smoke]   the whole pipeline, from a parent to an evaluated family
-# make test [TESTS=tests/flows]   the test suite, or a part of it; groups by marker: TESTS="-m browser"
+# make test [TESTS=tests/flows]   the tests, or a part of them; groups by marker: TESTS="-m browser"; what .ci/run
+#                            tests besides: TESTS="-m thorough"
 # make soak [TRIALS=50] [FUZZ=10000]   read that many broken files and arguments; then kill runs at random moments,
 #                            many times, and compare what they end at (an hour)
 # make bench [SECTIONS="steps scan"]   every goal of speed and size against its alternative (half an hour for all)
@@ -12,7 +13,7 @@
 PROFILE ?= default
 TRIALS ?= 50
 FUZZ ?= 10000
-TESTS ?= tests
+TESTS ?= -m "not thorough"
 TEST_WORKERS ?= 4
 PYTHON ?= python3
 VENV := .venv

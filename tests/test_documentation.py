@@ -282,6 +282,7 @@ def test_the_quick_commands_run(inside):
     assert set(ran) == {"inspect", "extract", "generate"}
 
 
+@pytest.mark.thorough
 def test_budgets_in_between_are_served_as_the_page_says(inside):
     page = (ROOT / "docs/serving.md").read_text()
     config = hf.read_config(find_family.FAMILY)

@@ -38,6 +38,7 @@ def test_small_shapes_of_steps_scan_and_losses(run):
         assert f"| {check}" in printed
 
 
+@pytest.mark.thorough
 def test_small_shapes_of_ranking_and_of_all_that_reads_and_writes(run):
     printed = run("ranking", "extraction", "preparation", "checkpoints")
     for check in ("ranking, time", "extraction, memory", "loading, memory", "preparation, memory", "training blocked"):

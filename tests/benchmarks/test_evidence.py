@@ -310,6 +310,7 @@ def test_a_stopped_job_goes_on_after_its_finished_stage(place, tmp_path, monkeyp
     assert run(place, tmp_path / "stopped", "family", seeds=1)["groups"] == expected["groups"]
 
 
+@pytest.mark.thorough
 def test_a_router_chooses_sizes_whose_uniform_counterparts_are_trained(place, tmp_path):
     found = run(place, tmp_path, "uniform", "only-stage-2", seeds=1)
     groups = {(row["arm"], row["member"]): row["seeds"]["0"] for row in found["groups"]}
@@ -323,6 +324,7 @@ def test_a_router_chooses_sizes_whose_uniform_counterparts_are_trained(place, tm
     assert alone["trained"]["loss"] != alone["zero_shot"]["loss"]
 
 
+@pytest.mark.thorough
 def test_a_failed_process_is_reported_with_its_log(place, tmp_path):
     (ranking,), groups = jobs.jobs_of(plan(place), [Arm("family")])
     broken = dataclasses.replace(ranking, artifacts=str(tmp_path / "nowhere"))

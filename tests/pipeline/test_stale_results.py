@@ -21,7 +21,7 @@ from tests.support.flows_fixture.driver import copy_checkout
 from tests.support.pipeline.tiny_pipeline import write_params
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.thorough, pytest.mark.timeout(600)]
 # Stages that can go on from what an earlier start has left, and a statement of their work.
 TRAINING = ("elastic_core/training/loop.py", "    stage, modules = run.stage, trained_modules(run)\n")
 WORK = {

@@ -82,6 +82,12 @@ class Result:
         return f"{kills} {self.seconds:6.1f} s  {verdict}"
 
 
+def killed_once(prepared: spaces.Prepared, kind: str, kill: Kill, **variables: str) -> list[str]:
+    """What was wrong with a trial of one kill, named after its kind; that nothing was killed too."""
+    result = run_trial(prepared, Trial(kind, (kill,)), kind, **variables)
+    return result.problems + ([] if len(result.moments) == 1 else ["ended before it was killed"])
+
+
 def random_trial(kind: str, seed: int, seconds: float, rows: int) -> Trial:
     """Kills at random moments of a run of `seconds` (of a worker: from when there are workers) and `rows` steps.
 

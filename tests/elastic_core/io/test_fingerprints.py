@@ -114,6 +114,7 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.thorough
 def test_ten_thousand_files_take_a_second(tmp_path):
     (tmp_path / "corpus").mkdir()
     for number in range(10_000):

@@ -117,7 +117,7 @@ def large(tmp_path_factory):
     return directory, max(t.nbytes for t in tensors.values()), sum(t.numel() for t in tensors.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
 def test_loading_takes_the_model_and_one_tensor(tmp_path, large, dtype):
     """Of resident memory, pages of mapped files among it, in a process of its own, which has loaded a small model."""
     directory, largest, numbers = large

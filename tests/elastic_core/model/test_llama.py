@@ -387,6 +387,7 @@ def test_old_files_frequencies_are_left_out(parent):
     assert architectures.of(BASE).canonical_name("model.layers.0.self_attn.rotary_emb.inv_freq") is None
 
 
+@pytest.mark.thorough
 def test_a_compiled_slice_is_one_graph():
     config = LlamaConfig(**BASE.to_dict() | {"num_hidden_layers": 2})
     model, ids = random_elastic(5, config), random_ids(config, 5)

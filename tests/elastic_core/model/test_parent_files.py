@@ -172,7 +172,7 @@ def test_only_headers_are_read(parent, monkeypatch):
     assert not opened and 0 < sum(num_bytes) < 2**18 < (parent / SINGLE).stat().st_size / 50
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.thorough), True])
 def test_the_command_for_pytorch_files_works(tmp_path, sharded):
     reference = save_random_parent(tmp_path / "a parent", 3, llama(tied=False))
     directory = tmp_path / "a parent"

@@ -239,6 +239,7 @@ def test_what_cannot_be_shared_out_is_refused():
         make_mesh(Ranks(0, 4), 3)
 
 
+@pytest.mark.thorough
 def test_compiled_layers_compute_the_same_and_none_falls_back():
     """More shapes than the limit that is set before, the slices' and the full one, each with and without gradients."""
     with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=4, fail_on_recompile_limit_hit=True):

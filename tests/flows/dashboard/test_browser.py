@@ -268,6 +268,7 @@ def test_two_runs_are_compared(dashboard, ui, finished):
     ui.shot("comparison")
 
 
+@pytest.mark.thorough
 @in_browser
 def test_a_cancelled_run_goes_on_where_it_stopped(dashboard, ui, finished):
     def stage_runs() -> bool:

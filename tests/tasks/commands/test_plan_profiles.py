@@ -24,6 +24,7 @@ GPUS = {  # profile → the GPU that it is made for
     "one-node": ("H100, 80 GB", H100),
     "nemotron-nano-12b-v2": ("H100, 80 GB", H100),
 }
+QUICK = ("default", "smollm2", "qwen3-8b", "nemotron-nano-12b-v2")  # `make test` plans these
 
 
 @pytest.fixture
@@ -33,7 +34,10 @@ def smollm2(monkeypatch):
     monkeypatch.setattr(gguf, "read_config", lambda path: SMOLLM2)
 
 
-@pytest.mark.parametrize("profile", sorted(profile_names()))
+@pytest.mark.parametrize(
+    "profile",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough) for name in sorted(profile_names())],
+)
 def test_every_profile_can_be_planned(profile, smollm2):
     """And fits its GPUs. No file but the parent's config.json is needed, and no network."""
     planned = plan.plan_profile(profile, (), None, GPUS.get(profile, ("", Hardware()))[1])

@@ -272,6 +272,7 @@ def test_what_a_task_leaves_out_of_sampling_is_as_in_transformers():
     assert vllm_engine.with_defaults({"top_k": 0}, GenerationConfig(top_k=7)) == {"top_k": 0}
 
 
+@pytest.mark.thorough
 def test_relative_paths_are_those_of_the_stage_where_tasks_have_another_directory(place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(FAKE))
