@@ -25,6 +25,7 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.thorough
 def test_small_shapes_of_steps_scan_and_losses(run):
     printed = run("steps", "scan", "losses")
     for check in (

@@ -17,6 +17,7 @@ def run(*arguments, monkeypatch):
     return end.value.code
 
 
+@pytest.mark.thorough
 def test_the_small_run_passes_and_says_what_it_did_not_measure(tmp_path, monkeypatch, capsys):
     assert run("--device", "cpu", "--small", "--out", str(tmp_path), monkeypatch=monkeypatch) == 0
     (path,) = tmp_path.glob("cpu*-small.json")

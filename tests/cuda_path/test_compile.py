@@ -9,7 +9,7 @@ from benchmarks.shapes import Shape, random_model
 from elastic_core.model.ops import kernels
 from elastic_core.training.distributed.placement import compile_blocks
 
-pytestmark = pytest.mark.cuda_path
+pytestmark = [pytest.mark.cuda_path, pytest.mark.thorough]
 
 
 def graph_breaks(monkeypatch) -> int:

@@ -9,6 +9,7 @@ NEAR = 0.15  # of what is counted
 
 pytestmark = [
     pytest.mark.cuda_path,
+    pytest.mark.thorough,
     pytest.mark.timeout(900),
     pytest.mark.skipif(guard.reason() is not None, reason=guard.reason() or ""),
 ]
@@ -22,7 +23,6 @@ def test_the_plan_counts_what_a_sharded_step_holds():
     assert found["train_short"]["with kernels"] is None  # the router learns with gates
 
 
-@pytest.mark.thorough
 @pytest.mark.skipif(interpreted.reason() is not None, reason=interpreted.reason() or "")
 def test_the_plan_counts_what_kernels_hold():
     (stage,) = results_of("memory_cases", "kernels").values()

@@ -3,10 +3,13 @@
 See tests/support/cuda/pretend.py. What kernels compute is not proven by it, and no speed.
 """
 
+import functools
+
 import pytest
 
 from tests.support.cuda import guard
 from tests.support.cuda.processes import results_of
+from tests.support.marks import all_but
 
 STEPS = ("members bfloat16", "soft bfloat16", "hard routing bfloat16", "one document, recomputed")
 STEPS += ("trainable teacher float32", "mixed teacher", "moe members bfloat16", "moe soft bfloat16")
@@ -15,6 +18,10 @@ STEPS += ("llama members bfloat16", "llama soft float32", "cached teacher")
 STEPS += ("part of rows soft", "part of rows hard routing")
 OTHERS = ("not finite", "rank by projection", "rank by output", "rank llama", "rank bfloat16", "scores", "nested")
 OTHERS += ("nested llama", "evaluation")
+PLANTED = "planted"
+QUICK = ("members bfloat16", "soft bfloat16", "hard routing bfloat16", "moe members bfloat16", "moe soft bfloat16")
+QUICK += ("moe members float32", "cached teacher", "part of rows soft")
+QUICK += ("not finite", "rank by output", "scores", "nested", "evaluation", PLANTED)
 
 pytestmark = [
     pytest.mark.cuda_path,
@@ -23,15 +30,19 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def results() -> dict:
-    """What every case did, by its name."""
-    return results_of("cases")
+@functools.cache
+def results(are_quick: bool) -> dict:
+    """What the quick cases did, or the others, by their names."""
+    return results_of("cases", *(name for name in (*STEPS, *OTHERS, PLANTED) if (name in QUICK) == are_quick))
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_a_step_mixes_no_devices_and_waits_once(results, name):
-    result = results[name]
+def result_of(name: str) -> dict:
+    return results(name in QUICK)[name]
+
+
+@pytest.mark.parametrize("name", all_but(QUICK, STEPS))
+def test_a_step_mixes_no_devices_and_waits_once(name):
+    result = result_of(name)
     assert result["problem"] is None, result["problem"]
     assert result["mixed"] == {}
     assert result["wait"] == {}
@@ -40,27 +51,27 @@ def test_a_step_mixes_no_devices_and_waits_once(results, name):
     assert result["scores kept"] == []
 
 
-def test_gates_and_indices_are_copied_together(results):
+def test_gates_and_indices_are_copied_together():
     """Per microbatch: two of token ids, five of documents, one of gates, one of indices."""
-    assert sum(results["soft bfloat16"]["to device"].values()) <= 2 * 9
-    assert sum(results["hard routing bfloat16"]["to device"].values()) <= 2 * 9
+    assert sum(result_of("soft bfloat16")["to device"].values()) <= 2 * 9
+    assert sum(result_of("hard routing bfloat16")["to device"].values()) <= 2 * 9
 
 
-def test_experts_are_multiplied_together_in_bfloat16(results):
-    assert results["moe members bfloat16"]["grouped"] > 0 and results["moe soft bfloat16"]["grouped"] > 0
-    assert results["moe members float32"]["grouped"] == 0
+def test_experts_are_multiplied_together_in_bfloat16():
+    assert result_of("moe members bfloat16")["grouped"] > 0 and result_of("moe soft bfloat16")["grouped"] > 0
+    assert result_of("moe members float32")["grouped"] == 0
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_work_mixes_no_devices(results, name):
-    result = results[name]
+@pytest.mark.parametrize("name", all_but(QUICK, OTHERS))
+def test_other_work_mixes_no_devices(name):
+    result = result_of(name)
     assert result["problem"] is None, result["problem"]
     assert result["mixed"] == {}
     assert result["scores kept"] == []
 
 
-def test_planted_faults_are_noticed(results):
-    result = results["planted"]
+def test_planted_faults_are_noticed():
+    result = result_of(PLANTED)
     assert result["problem"] is None, result["problem"]
     assert sum(result["wait"].values()) == 2 and sum(result["to host"].values()) == 1
     assert sum(result["mixed"].values()) == 1

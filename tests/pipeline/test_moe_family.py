@@ -27,6 +27,7 @@ from elastic_core.training.stage import Loss, Routing
 from tasks.commands.inspect import inspect_checkpoint
 from tasks.settings.load import read
 from tasks.settings.merging import parameters
+from tests.support.marks import thorough
 from tests.support.models.moe import SEEDS, load
 from tests.support.models.moe_family import CHOICES, CONFIG, VALUES
 from tests.support.models.parents import random_elastic, random_ids, random_moe_config, random_submodel, relative_error
@@ -146,8 +147,10 @@ def make_run(data, stage, budgets, metric, mode):
     return Run(model, stage, sequences, budgets, router=router, routing=Routing(mode=mode, share=0.5, candidates=4))
 
 
-@pytest.mark.parametrize("mode", ["soft", "hard"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "mode, precision",
+    [("soft", "bfloat16"), ("hard", "float32"), thorough("soft", "float32"), thorough("hard", "bfloat16")],
+)
 def test_a_family_of_experts_learns_and_ships(data, tmp_path, mode, precision):
     """The router cuts active parameters; what it chose is extracted, loaded by transformers, and computes the same."""
     budgets = {"full": 1.0, "small": 0.7}

@@ -14,6 +14,7 @@ import pytest
 
 from elastic_core.io import filesystem, storage
 from elastic_core.io.storage import StorageError, StorageUnavailable
+from tests.support.marks import thorough
 from tests.support.places import files_below, model_directory
 from tests.support.s3_server import SECRET
 
@@ -224,13 +225,13 @@ def answering():
     ("status", "code", "kind"),
     [
         (503, "SlowDown", StorageUnavailable),
-        (503, "ServiceUnavailable", StorageUnavailable),
-        (500, "InternalError", StorageUnavailable),
+        thorough(503, "ServiceUnavailable", StorageUnavailable),
+        thorough(500, "InternalError", StorageUnavailable),
         (502, "", StorageUnavailable),  # of a proxy, perhaps
-        (429, "TooManyRequests", StorageUnavailable),
-        (400, "RequestTimeout", StorageUnavailable),
+        thorough(429, "TooManyRequests", StorageUnavailable),
+        thorough(400, "RequestTimeout", StorageUnavailable),
         (501, "NotImplemented", StorageError),
-        (400, "InvalidRequest", StorageError),
+        thorough(400, "InvalidRequest", StorageError),
         (403, "AccessDenied", StorageError),
     ],
 )

@@ -13,6 +13,7 @@ from elastic_core import ElasticModel
 from elastic_core.cost.metrics import num_parameters
 from elastic_core.model import hf
 from elastic_core.model.architectures.nemotron_h import pattern
+from tests.support.marks import thorough
 from tests.support.models.parents import random_ids, randomise, relative_error
 from tests.support.models.real_parents import NANO_12B
 
@@ -117,7 +118,7 @@ def large(tmp_path_factory):
     return directory, max(t.nbytes for t in tensors.values()), sum(t.numel() for t in tensors.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("dtype", ["float32", thorough("bfloat16")])
 def test_loading_takes_the_model_and_one_tensor(tmp_path, large, dtype):
     """Of resident memory, pages of mapped files among it, in a process of its own, which has loaded a small model."""
     directory, largest, numbers = large

@@ -18,6 +18,7 @@ from elastic_core.io import filesystem
 from elastic_core.model import architectures, hf
 from elastic_core.model.files.weights import convert_command
 from elastic_core.model.parent_files import check_logits, check_parent_files, check_weights
+from tests.support.marks import thorough
 from tests.support.models.parents import random_config, random_ids, randomise, relative_error, save_random_parent
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -172,7 +173,7 @@ def test_only_headers_are_read(parent, monkeypatch):
     assert not opened and 0 < sum(num_bytes) < 2**18 < (parent / SINGLE).stat().st_size / 50
 
 
-@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.thorough), True])
+@pytest.mark.parametrize("sharded", [thorough(False), True])
 def test_the_command_for_pytorch_files_works(tmp_path, sharded):
     reference = save_random_parent(tmp_path / "a parent", 3, llama(tied=False))
     directory = tmp_path / "a parent"

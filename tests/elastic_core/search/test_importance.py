@@ -20,6 +20,7 @@ from elastic_core.search.importance.methods import DEPTH_METHODS
 from elastic_core.search.importance.ranking import Ranking
 from elastic_core.search.importance.state import RankingState
 from elastic_core.search.importance.widths import score_mamba
+from tests.support.marks import thorough
 from tests.support.models.parents import (
     CONFIGS,
     random_config,
@@ -276,7 +277,7 @@ def count_layer_calls(model, function):
     return result, sum(calls)  # times sequences
 
 
-@pytest.mark.parametrize(("seed", "min_depth"), [(0, 1), (1, 1), (2, 3), (3, 1), (4, 6)])
+@pytest.mark.parametrize(("seed", "min_depth"), [(0, 1), thorough(1, 1), (2, 3), thorough(3, 1), (4, 6)])
 @torch.no_grad()
 def test_iterative_ranking_is_the_naive_loop(seed, min_depth):
     model = deep(seed)

@@ -32,16 +32,32 @@ ALONE_ALIKE = {"copies": "hard"}  # one process has all weights in any case
 
 
 @pytest.fixture(scope="module")
-def pair(data, tmp_path_factory, s3_session):
-    """Results of all cases on two ranks. What a single process has to prepare for them lies there first."""
-    out = tmp_path_factory.mktemp("pair")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("pair")
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(data, out, tmp_path_factory, s3_session):
+    """Runs some cases on two ranks; the directory of a case is in `out`."""
+    environment = {**s3_session.environment, "TEST_PLACE": f"s3://{s3_session.bucket}/pair"}
+    return lambda some: run_forked(cases.run_all, 2, tmp_path_factory.mktemp("ranks"), some, data, out, environment)
+
+
+@pytest.fixture(scope="module")
+def pair(on_two_ranks):
+    """Results of the quick cases, by their names."""
+    return on_two_ranks(cases.QUICK)
+
+
+@pytest.fixture(scope="module")
+def more(on_two_ranks, out, data):
+    """Those of the other cases. What a single process has to prepare for them lies there first."""
     first = cases.start(ALONE, data, checkpoints=out / "from_other_ranks" / "first")
     rows = cases.train(first)
     for _ in range(4):
         next(rows)
     rows.close()
-    environment = {**s3_session.environment, "TEST_PLACE": f"s3://{s3_session.bucket}/pair"}
-    return run_forked(cases.run_all, 2, out, data, out, environment), out
+    return on_two_ranks(cases.THOROUGH)
 
 
 @pytest.fixture(scope="module")
@@ -72,31 +88,36 @@ def assert_alike(pair, single, loss=LOSS, weight=WEIGHT):
         assert (pair["weights"][name] - value).abs().max() <= allowed * value.abs().max(), name
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("hard", "soft", "straight_through", "recomputed", "copies", "own_teacher", "states", "states_recomputed"),
-        *("tied_llama", "experts"),
-    ],
-)
+@pytest.mark.parametrize("name", ["hard", "soft", "states", "tied_llama", "experts"])
 def test_two_ranks_give_the_loss_curve_of_one_process(pair, alone, name):
-    assert_alike(pair[0][name], alone(ALONE_ALIKE.get(name, name)))
+    assert_alike(pair[name], alone(name))
 
 
-def test_recomputation_sharding_and_offloading_change_nothing(pair):
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["straight_through", "recomputed", "copies", "own_teacher", "states_recomputed"])
+def test_more_ways_to_train_give_the_loss_curve_of_one_process(more, alone, name):
+    assert_alike(more[name], alone(ALONE_ALIKE.get(name, name)))
+
+
+@pytest.mark.thorough
+def test_recomputation_sharding_and_offloading_change_nothing(pair, more):
     for name in ("recomputed", "copies"):
-        assert_alike(pair[0][name], pair[0]["hard"])
+        assert_alike(more[name], pair["hard"])
 
 
 def test_bfloat16_matrices_on_two_ranks_learn_like_autocast_on_one(pair, alone):
-    assert_alike(pair[0]["half"], alone("half"), HALF_LOSS, HALF_WEIGHT)
-    assert_alike(pair[0]["half_states"], alone("half_states"), HALF_LOSS, HALF_WEIGHT)
+    assert_alike(pair["half"], alone("half"), HALF_LOSS, HALF_WEIGHT)
+
+
+@pytest.mark.thorough
+def test_states_and_a_soft_step_in_bfloat16_on_two_ranks_are_like_those_on_one(more, alone):
+    assert_alike(more["half_states"], alone("half_states"), HALF_LOSS, HALF_WEIGHT)
     first = alone("half_soft") | {"weights": {}}
-    assert_alike(pair[0]["half_soft"], first, HALF_LOSS)
+    assert_alike(more["half_soft"], first, HALF_LOSS)
 
 
 def test_every_rank_takes_the_same_budget_in_the_same_microbatch(pair):
-    result = pair[0]["budgets_of_ranks"]
+    result = pair["budgets_of_ranks"]
     first, second = result["seen"]
     assert len(first) == 12 and first == second  # sizes, layers and the router's gates, to the last digit
     assert result["dealt"][0] == result["dealt"][1]
@@ -104,38 +125,40 @@ def test_every_rank_takes_the_same_budget_in_the_same_microbatch(pair):
 
 
 def test_a_killed_run_of_two_ranks_ends_at_the_same_bits(pair):
-    straight, killed = pair[0]["resumed"]["straight"], pair[0]["resumed"]["killed"]
+    straight, killed = pair["resumed"]["straight"], pair["resumed"]["killed"]
     assert_same(killed["weights"], straight["weights"])
     assert killed["rows"] == straight["rows"][4:]
     assert [row["mode"] for row in straight["rows"]] == ["soft"] * 4 + ["hard"] * 2
 
 
 def test_two_ranks_resume_from_s3_to_the_same_bits(pair):
-    straight, resumed = pair[0]["hard"], pair[0]["remote"]
+    straight, resumed = pair["hard"], pair["remote"]
     assert resumed["rows"] == straight["rows"][3:]
     assert_same(resumed["weights"], straight["weights"])
 
 
-def test_another_number_of_ranks_goes_on(pair, alone, data):
-    """Two ranks continue what one began, and one what two began."""
-    single = alone("hard")
-    continued = pair[0]["from_other_ranks"]
+@pytest.mark.thorough
+def test_two_ranks_go_on_with_a_run_of_one(more, alone):
+    single, continued = alone("hard"), more["from_other_ranks"]
     assert [row["step"] for row in continued["rows"]] == list(range(4, 7))
     assert_alike(continued, {**single, "rows": single["rows"][3:]})
-    run = cases.routed_run(ALONE, data, pair[1] / "resumed" / "killed")
+
+
+def test_one_process_goes_on_with_a_run_of_two_ranks(pair, out, data):
+    run = cases.routed_run(ALONE, data, out / "resumed" / "killed")
     assert list(cases.train(run)) == []  # it had come to its end
-    assert_same(cases.outcome(run, [])["weights"], pair[0]["resumed"]["straight"]["weights"])
+    assert_same(cases.outcome(run, [])["weights"], pair["resumed"]["straight"]["weights"])
     assert run.members is not None
 
 
 def test_a_bad_number_on_one_rank_makes_all_skip_the_step(pair):
-    result = pair[0]["poisoned"]
+    result = pair["poisoned"]
     assert result["skipped"] == 1 and result["unchanged"] and result["next"] == 1
     assert all(math.isfinite(budget["loss"]) for budget in result["loss"].values())
 
 
 def test_what_is_not_finite_on_one_rank_is_explained_on_all(pair):
-    first, second = pair[0]["explained"]["messages"]
+    first, second = pair["explained"]["messages"]
     assert first == second
     assert first.startswith("NonFiniteError: step 1, budget full: the loss is nan, first in layer 2 (*)")
     assert "100.0% not finite; before it layer 1 (-): largest magnitude" in first
@@ -144,20 +167,22 @@ def test_what_is_not_finite_on_one_rank_is_explained_on_all(pair):
 
 def test_two_ranks_rank_like_one_process(pair, alone):
     """Each holds half of the matrices. Both methods of both measures; bfloat16 is rounded at the same places."""
-    assert pair[0]["ranking"].keys() == alone("ranking").keys()
+    assert pair["ranking"].keys() == alone("ranking").keys()
     for method, expected in alone("ranking").items():
-        assert_ranked_alike(pair[0]["ranking"][method], expected)
+        assert_ranked_alike(pair["ranking"][method], expected)
 
 
-def test_a_parent_in_bfloat16_files_is_held_so_and_computed_as_asked(pair, alone):
-    found, expected = pair[0]["stored_ranking"], alone("stored_ranking")
+@pytest.mark.thorough
+def test_a_parent_in_bfloat16_files_is_held_so_and_computed_as_asked(more, alone):
+    found, expected = more["stored_ranking"], alone("stored_ranking")
     assert_ranked_alike(found, expected)
     assert found["types"] == {"torch.bfloat16"} and expected["types"] == {"torch.float32"}
     assert found["bytes"] <= 0.26 * expected["bytes"]  # a half of the matrices, and half of the bytes
 
 
-def test_ranks_with_different_padding_rank_like_one_process(pair, alone):
-    assert_ranked_alike(pair[0]["padded_ranking"], alone("padded_ranking"))
+@pytest.mark.thorough
+def test_ranks_with_different_padding_rank_like_one_process(more, alone):
+    assert_ranked_alike(more["padded_ranking"], alone("padded_ranking"))
 
 
 def test_bfloat16_ranks_as_float32_does_to_its_rounding(pair):
@@ -165,7 +190,7 @@ def test_bfloat16_ranks_as_float32_does_to_its_rounding(pair):
     for config, measure in ((cases.CONFIG, "projection"), (ranking_cases.EXPERTS, "output_norm")):
         ids = torch.randint(0, config.vocab_size, (3, 4, 16), generator=torch.Generator().manual_seed(0))
         exact = rank(cases.random_elastic(3, config), list(ids), measure=measure)
-        found = pair[0]["ranking"][f"iterative_nmse {measure} bfloat16"]
+        found = pair["ranking"][f"iterative_nmse {measure} bfloat16"]
         assert found["depth"] == exact.depth
         assert found["depth_scores"] == pytest.approx(exact.depth_scores, rel=HALF_DEPTH)
         for key, scores in exact.scores.items():
@@ -181,13 +206,15 @@ def groups_of(config, key):
     return elastic_units(architectures.parameter_layout(config))[key].groups
 
 
-def test_a_plan_of_a_ranking_counts_what_it_holds(pair):
-    for planned, real in pair[0]["ranking_memory"]:
+@pytest.mark.thorough
+def test_a_plan_of_a_ranking_counts_what_it_holds(more):
+    for planned, real in more["ranking_memory"]:
         assert planned == pytest.approx(real, rel=0.08)
 
 
-def test_two_ranks_go_on_with_a_stopped_ranking(pair, alone):
-    found = pair[0]["resumed_ranking"]
+@pytest.mark.thorough
+def test_two_ranks_go_on_with_a_stopped_ranking(more, alone):
+    found = more["resumed_ranking"]
     assert found["num_saves"] == 9  # stopped after the second, and again after the ninth
     assert_ranked_alike(found, alone("ranking")["iterative_nmse projection float32"])
 
@@ -203,7 +230,7 @@ def assert_ranked_alike(found, expected):
 
 
 def test_shards_are_written_whole_and_read_into_shards(pair):
-    result = pair[0]["stored"]
+    result = pair["stored"]
     assert result["same"] and result["frozen"]
     dtypes = result["dtypes"]
     assert dtypes["lm_head.weight"] == dtypes["model.layers.0.mixer.in_proj.weight"] == "torch.bfloat16"
@@ -215,21 +242,21 @@ def test_shards_are_written_whole_and_read_into_shards(pair):
 
 
 def test_a_failed_save_is_the_same_error_on_every_rank(pair):
-    errors = pair[0]["unwritable"]["errors"]
+    errors = pair["unwritable"]["errors"]
     assert len(errors) == 2 and all(error.startswith("CheckpointError: the checkpoint of step 0") for error in errors)
 
 
 def test_an_error_of_rank_0_alone_is_everybodys(pair):
-    first, second = pair[0]["told"]["messages"]
+    first, second = pair["told"]["messages"]
     assert first == second and len(first) == 2
     assert first[0].startswith("StorageError: nowhere://bucket/run") and first[1] == "tracking.wandb: got 'x'"
 
 
-def test_a_disk_that_is_full_for_rank_0_ends_the_stage_on_every_rank(pair):
+def test_a_disk_that_is_full_for_rank_0_ends_the_stage_on_every_rank(pair, out):
     """And at once, without Ray: the other rank gathers the rest of the model, and is told then."""
     text = "[Errno 28] No space left on device; make space and start again: the run goes on from its last checkpoint"
-    assert pair[0]["ended"]["endings"] == [(text, False)] * 2
-    assert not (pair[1] / "ended" / "model").exists()
+    assert pair["ended"]["endings"] == [(text, False)] * 2
+    assert not (out / "ended" / "model").exists()
 
 
 def test_what_cannot_be_shared_out_is_refused():

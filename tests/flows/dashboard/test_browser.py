@@ -226,6 +226,7 @@ def test_the_list_of_runs_says_which_is_which(dashboard, ui, finished):
         ui.shot(page.replace(f"/flow-run/{finished}", "-one"))
 
 
+@pytest.mark.thorough
 @in_browser
 def test_the_same_run_again_is_cached(dashboard, ui, finished):
     ui.open_form("full")

@@ -103,9 +103,8 @@ def on_two_ranks(ranks):
 
 
 def on_four_ranks(ranks, data, directory):
-    """Four parts of every sequence; and runs of two groups of two ranks that share sequences."""
-    cached = with_cached_teacher(ranks, data, directory, 2, 3)
-    return {"shared": shared(ranks, 4), "runs": runs(ranks, data, 2), "cached": cached}
+    """Two groups of two ranks share sequences."""
+    return {"runs": runs(ranks, data, 2), "cached": with_cached_teacher(ranks, data, directory, 2, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +122,16 @@ def four(data, place_of_four):
     return run_forked(on_four_ranks, 4, place_of_four, data, place_of_four)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_outputs_and_gradients_are_those_of_one_worker(two, four, size):
-    found = {2: two, 4: four}[size]["shared"]
+def test_outputs_and_gradients_are_those_of_one_worker(two):
+    assert_those_of_one_worker(two["shared"])
+
+
+@pytest.mark.thorough
+def test_four_parts_of_every_sequence(tmp_path):
+    assert_those_of_one_worker(run_forked(shared, 4, tmp_path, 4))
+
+
+def assert_those_of_one_worker(found):
     for name, config, submodel, ids, documents, weights in every_case():
         expected = gradients_of(config, submodel, ids, documents_of(documents, ids), weights)
         torch.testing.assert_close(found[name][0], expected[0], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")

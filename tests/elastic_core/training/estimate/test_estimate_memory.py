@@ -23,6 +23,7 @@ from tasks.commands.plan_stages import stage_peak
 from tasks.parents.config import new_config
 from tasks.settings.load import read
 from tasks.settings.merging import parameters
+from tests.support.marks import all_but
 from tests.support.models.parents import random_config
 from tests.support.oracles.memory_cases import CASES
 
@@ -68,7 +69,7 @@ LLAMA = [  # all sizes are the parent's own: steps of the largest budget are mea
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", all_but(("plain", "sharded", "states"), CASES))
 def test_real_steps_of_the_default_parent_take_what_is_predicted(case):
     """Both stages, well within the 15 % that are promised; benchmarks/memory.py prints the numbers at full size."""
     smaller = ["train_short.batch_size=4", "train_extended.batch_size=2"]
@@ -89,8 +90,8 @@ def test_documents_are_predicted(length):
     assert abs(peak.total / real - 1) < 0.002, (peak, real)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tied", ["tied", "untied"])
+@pytest.mark.parametrize("case", all_but(("plain", "checkpointed"), CASES))
 def test_real_steps_of_a_llama_take_what_is_predicted(case, tied):
     """A vocabulary so large that it matters where the gradients of head and embeddings wait for each other.
 
@@ -98,7 +99,7 @@ def test_real_steps_of_a_llama_take_what_is_predicted(case, tied):
     """
     config = LlamaConfig(
         vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        intermediate_size=128, tie_word_embeddings=tied,
+        intermediate_size=128, tie_word_embeddings=tied == "tied",
     )  # fmt: skip
     settings = read(parameters(overrides=[*LLAMA, *CASES[case]]), "params.yaml")
     for name, peak, real in memory.compare(settings, config):
