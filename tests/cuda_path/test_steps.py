@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.cuda import guard
 from tests.support.cuda.processes import results_of
-from tests.support.marks import all_but
+from tests.support.marks import thorough_but
 
 STEPS = ("members bfloat16", "soft bfloat16", "hard routing bfloat16", "one document, recomputed")
 STEPS += ("trainable teacher float32", "mixed teacher", "moe members bfloat16", "moe soft bfloat16")
@@ -40,7 +40,7 @@ def result_of(name: str) -> dict:
     return results(name in QUICK)[name]
 
 
-@pytest.mark.parametrize("name", all_but(QUICK, STEPS))
+@pytest.mark.parametrize("name", thorough_but(QUICK, STEPS))
 def test_a_step_mixes_no_devices_and_waits_once(name):
     result = result_of(name)
     assert result["problem"] is None, result["problem"]
@@ -62,7 +62,7 @@ def test_experts_are_multiplied_together_in_bfloat16():
     assert result_of("moe members float32")["grouped"] == 0
 
 
-@pytest.mark.parametrize("name", all_but(QUICK, OTHERS))
+@pytest.mark.parametrize("name", thorough_but(QUICK, OTHERS))
 def test_other_work_mixes_no_devices(name):
     result = result_of(name)
     assert result["problem"] is None, result["problem"]

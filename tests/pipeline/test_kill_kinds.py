@@ -17,7 +17,7 @@ from tests.soak.server import prefect_server
 from tests.soak.trials import Kill, killed_once
 
 STEPS = 40
-pytestmark = [pytest.mark.thorough, pytest.mark.kill, pytest.mark.server, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.thorough, pytest.mark.slow, pytest.mark.kill, pytest.mark.server, pytest.mark.timeout(300)]
 
 
 def flow(prepared):

@@ -82,12 +82,6 @@ class Result:
         return f"{kills} {self.seconds:6.1f} s  {verdict}"
 
 
-def killed_once(prepared: spaces.Prepared, kind: str, kill: Kill, **variables: str) -> list[str]:
-    """What was wrong with a trial of one kill, named after its kind; that nothing was killed too."""
-    result = run_trial(prepared, Trial(kind, (kill,)), kind, **variables)
-    return result.problems + ([] if len(result.moments) == 1 else ["ended before it was killed"])
-
-
 def random_trial(kind: str, seed: int, seconds: float, rows: int) -> Trial:
     """Kills at random moments of a run of `seconds` (of a worker: from when there are workers) and `rows` steps.
 
@@ -193,6 +187,12 @@ def run_trial(prepared: spaces.Prepared, trial: Trial, name: str, storage: Path 
     else:
         shutil.rmtree(directory)
     return result
+
+
+def killed_once(prepared: spaces.Prepared, kind: str, kill: Kill, **variables: str) -> list[str]:
+    """What was wrong with a trial of one kill, in a workspace of its name; also if it ended before."""
+    result = run_trial(prepared, Trial(kind, (kill,)), kind, **variables)
+    return result.problems + ([] if len(result.moments) == 1 else ["ended before it was killed"])
 
 
 def kill_all(stage: Stage, trial: Trial, result: Result) -> None:

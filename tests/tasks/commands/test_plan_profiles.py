@@ -10,7 +10,7 @@ from tasks.commands.plan_stages import Hardware
 from tasks.parents import gguf
 from tasks.settings import local_checks
 from tasks.settings.merging import ROOT, profile_names
-from tests.support.marks import all_but
+from tests.support.marks import thorough_but
 from tests.support.models.real_parents import SMOLLM2
 
 H100 = Hardware(memory=80e9, price=2.5)
@@ -35,7 +35,7 @@ def smollm2(monkeypatch):
     monkeypatch.setattr(gguf, "read_config", lambda path: SMOLLM2)
 
 
-@pytest.mark.parametrize("profile", all_but(QUICK, sorted(profile_names())))
+@pytest.mark.parametrize("profile", thorough_but(QUICK, sorted(profile_names())))
 def test_every_profile_can_be_planned(profile, smollm2):
     """And fits its GPUs. No file but the parent's config.json is needed, and no network."""
     planned = plan.plan_profile(profile, (), None, GPUS.get(profile, ("", Hardware()))[1])

@@ -23,7 +23,7 @@ from tasks.commands.plan_stages import stage_peak
 from tasks.parents.config import new_config
 from tasks.settings.load import read
 from tasks.settings.merging import parameters
-from tests.support.marks import all_but
+from tests.support.marks import thorough_but
 from tests.support.models.parents import random_config
 from tests.support.oracles.memory_cases import CASES
 
@@ -69,7 +69,7 @@ LLAMA = [  # all sizes are the parent's own: steps of the largest budget are mea
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", all_but(("plain", "sharded", "states"), CASES))
+@pytest.mark.parametrize("case", thorough_but(("plain", "sharded", "states"), CASES))
 def test_real_steps_of_the_default_parent_take_what_is_predicted(case):
     """Both stages, well within the 15 % that are promised; benchmarks/memory.py prints the numbers at full size."""
     smaller = ["train_short.batch_size=4", "train_extended.batch_size=2"]
@@ -91,7 +91,7 @@ def test_documents_are_predicted(length):
 
 
 @pytest.mark.parametrize("tied", ["tied", "untied"])
-@pytest.mark.parametrize("case", all_but(("plain", "checkpointed"), CASES))
+@pytest.mark.parametrize("case", thorough_but(("plain", "checkpointed"), CASES))
 def test_real_steps_of_a_llama_take_what_is_predicted(case, tied):
     """A vocabulary so large that it matters where the gradients of head and embeddings wait for each other.
 
