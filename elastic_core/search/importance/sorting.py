@@ -66,10 +66,12 @@ def sorted_tensors(config, read: Callable[[str], Tensor], ranking: Ranking) -> I
     check_orders(layout, ranking)
     check_basis_and_ratios(config, ranking)
     gains = {name: read(name).clone() for name in architectures.norm_names(config)}
+    # The order of a product's sums depends on the order in memory, and a saved ranking is row by row.
+    axes = None if ranking.axes is None else ranking.axes.contiguous()
     for name, dims in layout.items():
         tensor = read(name)
-        if ranking.axes is not None:
-            tensor = rotated(config, name, tensor, ranking.axes, gains)
+        if axes is not None:
+            tensor = rotated(config, name, tensor, axes, gains)
         yield name, permute(tensor, dims, ranking.orders)
 
 

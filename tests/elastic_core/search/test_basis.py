@@ -165,6 +165,33 @@ def test_norm_ratios_of_another_model_are_refused():
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def wide_config(hidden: int, layers: int):
+    """MLP, MLP, attention, and so on: matrices large enough for blocks of rows and for sums in several orders."""
+    return NemotronHConfig(
+        vocab_size=64,
+        hidden_size=hidden,
+        layers_block_type=["mlp", "mlp", "full_attention"] * (layers // 3),
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=4 * hidden,
+    )
+
+
+def test_a_ranking_sorts_to_the_same_bits_once_it_was_saved(tmp_path):
+    """The axes of a decomposition are column by column in memory, those of a file row by row. In float64 no rounding
+    to the weights' type hides another order of sums."""
+    model = random_elastic(0, wide_config(512, 3)).double()
+    axes = torch.linalg.qr(torch.randn(512, 512, dtype=torch.float64)).Q
+    ranking = Ranking({}, {}, tuple(range(len(model.model.layers))), axes=axes)
+    ranking.save(tmp_path / "ranking.json")
+    saved = Ranking.load(tmp_path / "ranking.json")
+    assert axes.stride() != saved.axes.stride() and torch.equal(axes, saved.axes)
+    before, after = (sort_(copy.deepcopy(model), found) for found in (ranking, saved))
+    for (name, expected), found in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+
 STREAM = """
 import json, resource, sys, torch
 from elastic_core.search.importance.ranking import Ranking
@@ -180,18 +207,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 def test_a_directory_is_sorted_tensor_by_tensor(tmp_path):
     """The same bits as in memory, and memory for a few tensors instead of for the model."""
     hidden, layers = 512, 24
-    config = NemotronHConfig(
-        vocab_size=64,
-        hidden_size=hidden,
-        layers_block_type=["mlp", "mlp", "full_attention"] * (layers // 3),
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        intermediate_size=4 * hidden,
-    )
-    model = random_elastic(0, config)
+    model = random_elastic(0, wide_config(hidden, layers))
     model.save_pretrained(tmp_path / "parent")
-    orders = {f"ffn.{i}": torch.randperm(4 * hidden) for i in range(layers) if config.layers_block_type[i] == "mlp"}
+    orders = {f"ffn.{i}": torch.randperm(4 * hidden) for i in range(layers) if i % 3 < 2}
     axes = torch.linalg.qr(torch.randn(hidden, hidden, dtype=torch.float64)).Q
     ranking = Ranking({}, orders, tuple(range(layers)), axes=axes)
     ranking.save(tmp_path / "ranking.json")

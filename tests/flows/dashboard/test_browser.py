@@ -151,7 +151,7 @@ def test_a_run_shows_what_it_does(dashboard, ui, smoke):
     wait_for_log(dashboard, ui, smoke, "parent: step ", 3 * MINUTES)
     ui.open_run(smoke)
     ui.see("parent: step ")
-    wait_for(lambda: any(is_green(c) for c in ui.colours_of_timeline()), 60, "a finished stage in the timeline")
+    wait_for(lambda: green_pixels(ui) > 0, 60, "a finished stage in the timeline")
     ui.shot("run")
     ui.tab("Task Runs")
     ui.page.get_by_role("link", name="parent", exact=True).click()
@@ -160,9 +160,13 @@ def test_a_run_shows_what_it_does(dashboard, ui, smoke):
     ui.shot("stage")
 
 
-def is_green(colour: tuple[int, int, int]) -> bool:
-    red, green, blue = colour
-    return green > 100 and green > 1.5 * max(red, blue)
+def green_pixels(ui) -> int:
+    """How many pixels of the timeline have the colour of what is completed."""
+    return sum(
+        pixels
+        for (red, green, blue), pixels in ui.colours_of_timeline().items()
+        if green > 100 and green > 1.5 * max(red, blue)
+    )
 
 
 @in_browser
@@ -170,8 +174,7 @@ def test_a_finished_run_shows_its_results(dashboard, ui, finished):
     ui.open_run(finished, "Artifacts")
     ui.see("report-page")
     ui.shot("artifacts")
-    timeline = ui.colours_of_timeline()
-    assert sum(pixels for colour, pixels in timeline.items() if is_green(colour)) > 1000, "stages in the timeline"
+    wait_for(lambda: green_pixels(ui) > 1000, 60, "the finished stages in the timeline")  # it is drawn bit by bit
 
     ui.open_artifact("results")
     head, *rows = ui.rows()
@@ -183,8 +186,7 @@ def test_a_finished_run_shows_its_results(dashboard, ui, finished):
 
     ui.open_run(finished, "Artifacts")
     ui.open_artifact("report")
-    images = wait_for(ui.colours_of_images, 30, "the report's pictures")
-    assert len(images) >= 4 and min(images) > 20, images
+    wait_for(lambda: len(images := ui.colours_of_images()) >= 4 and min(images) > 20, 30, "the report's pictures")
     ui.page.set_viewport_size({"width": 1280, "height": 2600})
     ui.shot("report")
     ui.page.set_viewport_size({"width": 1280, "height": 1000})
@@ -207,8 +209,7 @@ def test_a_finished_run_says_where_it_came_from(dashboard, ui, finished):
         ui.page.evaluate("url => window.open(url)", links["report.html"])
     report = opened.value
     expect(report.locator("h1")).to_be_visible()
-    report.wait_for_timeout(1000)
-    assert report.locator("svg, canvas, img").count() >= 4
+    expect(report.locator("svg, canvas, img").nth(3)).to_be_attached()  # at least four plots
     ui.shot("report-page", report)
     report.close()
 
@@ -236,7 +237,7 @@ def test_the_same_run_again_is_cached(dashboard, ui, finished):
     wait_for_end(dashboard, ui, again, 5 * MINUTES)
     ui.open_run(again, "Task Runs")
     cached = len(STAGES) - STAGES.index(LATE) + 1  # and the stage that looks for changed inputs, which runs always
-    expect(ui.page.get_by_text("Cached", exact=True)).to_have_count(cached, timeout=1000 * pages.SECONDS)
+    expect(ui.page.get_by_text("Cached", exact=True)).to_have_count(cached)
     ui.shot("cached")
     assert seconds_of_stages(dashboard, again) < seconds_of_stages(dashboard, finished) / 3
     ui.tab("Artifacts")

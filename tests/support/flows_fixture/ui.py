@@ -169,7 +169,7 @@ class Ui:
         """An artifact from the cards of the run's tab."""
         self.page.locator(".artifact-card__title", has_text=re.compile(rf"^{name}$")).click()
         self.page.wait_for_url(re.compile("/artifacts/artifact/"))
-        expect(self.page.get_by_text("Show raw data")).to_be_visible(timeout=1000 * SECONDS)
+        expect(self.page.get_by_text("Show raw data")).to_be_visible()
 
     def see(self, text: str | re.Pattern, seconds: float = SECONDS) -> None:
         """Wait until the page shows a text."""
@@ -202,6 +202,7 @@ class Ui:
 def browser(address: str, screenshots: Path) -> Iterator[Ui]:
     """A headless chromium."""
     screenshots.mkdir(parents=True, exist_ok=True)
+    expect.set_options(timeout=1000 * SECONDS)
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET, env=dict(os.environ))
         try:
