@@ -2,6 +2,8 @@
 
 import gc
 import os
+import random
+import sys
 
 import pytest
 
@@ -14,6 +16,15 @@ pytest_plugins = [
     *("tests.support.runs", "tests.support.places", "tests.support.committed_params", "tests.support.hub_server"),
 ]
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", DO_NOT_TRACK="1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # some tests compare bits with a process of one thread
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test draws at random does not depend on the tests before it."""
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

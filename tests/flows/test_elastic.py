@@ -83,8 +83,8 @@ def dashboard(tmp_path_factory):
         dashboard.start()
         yield dashboard
         dashboard.process.terminate()
-        assert dashboard.process.wait(30) == 0
-        assert not marked(dashboard.mark)
+        assert dashboard.process.wait(60) == 0
+        wait_for(lambda: not marked(dashboard.mark), 10, "nothing to be left")
     finally:
         dashboard.kill()
 
@@ -104,7 +104,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 with guarded({TREE!r}, grace=0.5): time.sleep(600)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, MARK: mark})
-    wait_for(lambda: sum("sleep 600" in line for line in marked(mark)) >= 4, 20, "the tree to start")
+    wait_for(lambda: sum("sleep 600" in line for line in marked(mark)) >= 4, 60, "the tree to start")
     return parent
 
 
@@ -112,22 +112,22 @@ with guarded({TREE!r}, grace=0.5): time.sleep(600)
 def test_a_dead_parent_leaves_nothing(mark, number):
     parent = start_tree(mark)
     parent.send_signal(number)
-    parent.wait(10)
-    wait_for(lambda: not marked(mark), 5, "the tree to end")
+    parent.wait(30)
+    wait_for(lambda: not marked(mark), 30, "the tree to end")
 
 
 def test_a_guard_told_to_stop_ends_its_tree(mark):
     with guarded(TREE, grace=0.5, env={**os.environ, MARK: mark}) as process:
-        wait_for(lambda: sum("sleep 600" in line for line in marked(mark)) >= 3, 20, "the tree to start")
+        wait_for(lambda: sum("sleep 600" in line for line in marked(mark)) >= 3, 60, "the tree to start")
         process.terminate()
-        assert process.wait(5) == 128 + signal.SIGTERM
+        assert process.wait(30) == 128 + signal.SIGTERM
         assert not marked(mark)
 
 
 def test_guard_passes_the_status_on_and_ends_what_the_command_left(mark):
     command = ["sh", "-c", "setsid sleep 600 & exit 3"]
     with guarded(command, grace=5, env={**os.environ, MARK: mark}) as process:
-        assert process.wait(5) == 3
+        assert process.wait(30) == 3
         assert not marked(mark)
 
 
@@ -240,8 +240,8 @@ def test_a_busy_stage_is_waited_for(pipeline, caplog, monkeypatch):
 
 def test_a_stage_that_takes_too_long_is_stopped(pipeline, mark, monkeypatch, caplog):
     monkeypatch.setenv(MARK, mark)
-    set_params(pipeline, seconds=600, time_limits={"train": 8 / 3600})
-    with pytest.raises(TimeoutError, match=r"stage train: stopped after 0\.00222222 hours \(time_limits in params"):
+    set_params(pipeline, seconds=600, time_limits={"train": 20 / 3600})
+    with pytest.raises(TimeoutError, match=r"stage train: stopped after 0\.00555556 hours \(time_limits in params"):
         elastic.elastic()
     assert not marked(mark) and runs_of(caplog, "train") == 1
 
@@ -414,26 +414,27 @@ def test_a_run_by_command_line_shows_log_and_artifacts(dashboard):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_cancelled_or_killed_leaves_nothing_and_the_next_start_tidies_up(dashboard):
     def stage_runs() -> bool:
         return "sleep 600" in marked(dashboard.mark)
 
     set_params(dashboard.checkout, seconds=600)
     cancelled = dashboard.start_run()
-    wait_for(stage_runs, 30, "the long stage to start")
+    wait_for(stage_runs, 120, "the long stage to start")
     queued = dashboard.start_run()
-    wait_for(lambda: dashboard.state(queued) == "AwaitingConcurrencySlot", 20, "the second run to queue")
+    wait_for(lambda: dashboard.state(queued) == "AwaitingConcurrencySlot", 60, "the second run to queue")
     dashboard.post(f"flow_runs/{queued}/set_state", state={"type": "CANCELLED"})
     dashboard.post(f"flow_runs/{cancelled}/set_state", state={"type": "CANCELLING"})
-    wait_for(lambda: not stage_runs(), 20, "the cancelled stage to end")
-    wait_for(lambda: dashboard.state(cancelled) == "Cancelled", 20, "the run to be cancelled")
+    wait_for(lambda: not stage_runs(), 60, "the cancelled stage to end")
+    wait_for(lambda: dashboard.state(cancelled) == "Cancelled", 60, "the run to be cancelled")
 
     lost = dashboard.start_run()
-    wait_for(stage_runs, 30, "the long stage to start again")
+    wait_for(stage_runs, 120, "the long stage to start again")
     dashboard.process.kill()
     dashboard.process.wait()
     dashboard.start()  # waits for what the killed one left
     assert not stage_runs()
     assert dashboard.state(lost) == "Crashed"
     dashboard.start_run()  # its slot is free again
-    wait_for(stage_runs, 40, "a stage after the restart")  # and the fixture stops the dashboard in the middle of it
+    wait_for(stage_runs, 120, "a stage after the restart")  # and the fixture stops the dashboard in the middle of it

@@ -52,8 +52,16 @@ def test_a_family_lands_on_its_budget(families, name):
         errors[-1] == pytest.approx(abs(exact_cost(run.metric, CONFIG, small) / asked - 1), abs=1e-4)
         and errors[-1] < 0.02
     )
-    soft = [r for row in rows if row["mode"] == "soft" for r in row["microbatches"] if r["budget"] == "small"]
-    assert sum(r["router_loss"] for r in soft[-5:]) < 0.5 * sum(r["router_loss"] for r in soft[:5])
+
+
+def test_routers_learn_to_keep_their_budgets(families):
+    """Together: one alone may be held elsewhere by the loss of the texts."""
+    first = last = 0.0
+    for _, _, rows in families.values():
+        soft = [r for row in rows if row["mode"] == "soft" for r in row["microbatches"] if r["budget"] == "small"]
+        first += sum(r["router_loss"] for r in soft[:5])
+        last += sum(r["router_loss"] for r in soft[-5:])
+    assert last < 0.5 * first
 
 
 def test_what_is_cut_is_what_memory_is_made_of(families):

@@ -1,7 +1,6 @@
 """A Prefect server of our own, to which the flows of trials report."""
 
 import contextlib
-import socket
 import subprocess
 import sys
 import time
@@ -12,15 +11,14 @@ import httpx
 
 from flows.process.guard import guarded
 from tests.soak.processes import environment, new_mark
+from tests.support.ports import free_port
 
 
 @contextlib.contextmanager
 def prefect_server(directory: Path) -> Iterator[dict[str, str]]:
     """Run a server in `directory` for as long as the block runs; yields the settings by which flows find it."""
     directory.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     variables = environment(new_mark(), PREFECT_HOME=str(directory), PREFECT_SERVER_ANALYTICS_ENABLED="false")
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]

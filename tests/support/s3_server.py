@@ -2,10 +2,8 @@
 
 import contextlib
 import os
-import random
 import secrets
 import shutil
-import socket
 import subprocess
 import sysconfig
 import tempfile
@@ -13,6 +11,8 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+
+from tests.support.ports import free_ports
 
 KEY, SECRET, BUCKET = "test-key", "a-secret-that-nobody-may-see", "test"
 _COMPONENTS = ("master", "volume", "filer", "s3", "admin")  # each takes a port, and port + 10000 for gRPC
@@ -47,7 +47,7 @@ class S3Server:
     def start(self) -> None:
         """Start on free ports; another process may take one in between, so a start that fails is tried again."""
         for _ in range(5):
-            self._ports = _free_ports(len(_COMPONENTS))
+            self._ports = free_ports(12_000, 21_000, len(_COMPONENTS), twin=_GRPC)  # and gRPC's
             if self._launch():
                 self._wait_for_bucket()
                 return
@@ -118,24 +118,6 @@ class S3Server:
 
     def _log_end(self) -> str:
         return (self.directory / "log").read_text(errors="replace")[-2000:]
-
-
-def _free_ports(count: int) -> list[int]:
-    """Neighbouring ports, free together with their gRPC twins; far below the ones that a system hands out itself."""
-    for _ in range(200):
-        base = random.randrange(12_000, 21_000, 10)
-        if all(_is_free(port) and _is_free(port + _GRPC) for port in range(base, base + count)):
-            return list(range(base, base + count))
-    raise RuntimeError("no free ports for an S3 server between 12000 and 21000")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 @contextlib.contextmanager

@@ -175,9 +175,9 @@ def test_all_shares_of_the_default_family_are_served():
         by_axis(space, hidden_size=120, intermediate_size=320, depth=6),
         by_axis(space, hidden_size=88, intermediate_size=192, depth=6),
     ]
-    start = time.perf_counter()
+    start = time.process_time()
     path = path_between(space, family)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     costs = [exact_cost(PARAMETERS, space.config, submodel) for submodel in path] + [space.exact_cost(family[-1])]
     full = space.exact_cost(family[0])
     for share in [0.43 + 0.005 * step for step in range(114)] + [0.55, 0.75]:
@@ -217,9 +217,9 @@ def test_with_many_combinations_those_near_the_line_serve_all_shares_too(heterog
 def test_the_path_of_a_large_parent_is_found_quickly_and_is_short(heterogeneous, metric):
     space = large_space(heterogeneous, metric)
     family = random_family(space, 0)
-    start = time.perf_counter()
+    start = time.process_time()
     path = path_between(space, family)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(path) <= 2 * path_module.MOST_BINS
     costs = [exact_cost(metric, space.config, submodel) for submodel in path] + list(map(space.exact_cost, family))
     for larger, smaller in itertools.pairwise(family):

@@ -92,11 +92,14 @@ def norm() -> float:
     )
 
 
-def layer(shape: tuple, kept: tuple, length: int, is_sliced: bool, way: str) -> float:
-    """A hybrid with one Mamba layer by kernels, against torch: logits and all gradients. `way`: whole, parts, gates."""
+def layer(shape: tuple, kept: tuple, length: int, is_sliced: bool, way: str, second: str = "full_attention") -> float:
+    """A hybrid with one Mamba layer by kernels, against torch: logits and all gradients. `way`: whole, parts, gates.
+
+    second: the type of the other layer.
+    """
     heads, channels, groups, states = shape
     config = NemotronHConfig(
-        vocab_size=37, hidden_size=24, layers_block_type=["mamba", "full_attention"], num_attention_heads=2,
+        vocab_size=37, hidden_size=24, layers_block_type=["mamba", second], num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, intermediate_size=16, ssm_state_size=states, mamba_num_heads=heads,
         mamba_head_dim=channels, n_groups=groups, conv_kernel=4, use_conv_bias=True, time_step_limit=(0.01, 0.5),
     )  # fmt: skip
@@ -129,8 +132,9 @@ def layer(shape: tuple, kept: tuple, length: int, is_sliced: bool, way: str) -> 
 
 
 def one_token() -> float:
-    """A text of one token, whose strides the convolution refuses as they are."""
-    return layer((8, 16, 4, 16), (4, 8, 16), 1, False, "parts")
+    """A text of one token, whose strides the convolution refuses as they are. There is no attention, because queries
+    would have no effect on it, and their gradients would be rounding alone."""
+    return layer((8, 16, 4, 16), (4, 8, 16), 1, False, "parts", second="mlp")
 
 
 def cases():

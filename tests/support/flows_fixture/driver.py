@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import httpx
 import psutil
+
+from tests.support.ports import free_port
 
 MARK = "FLOWS_TEST_MARK"  # in the environment of what a test starts, inherited by every descendant
 
@@ -60,9 +61,7 @@ class Dashboard:
     """`python -m flows.dashboard` in a temporary checkout, on a port and with a directory of its own."""
 
     def __init__(self, checkout: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.checkout, self.url, self.mark = checkout, f"http://127.0.0.1:{port}/api", uuid.uuid4().hex
         settings = {"PREFECT_API_URL": self.url, "PREFECT_SERVER_API_PORT": str(port), MARK: self.mark}
         # What the surrounding tests may have set must not reach the dashboard.

@@ -55,7 +55,7 @@ def train_family(data, metric, budgets):
         PackedSequences(data, stage.mixture, stage.sequence_length, seed=1),
         targets,
         router=router,
-        routing=Routing(share=0.75, learning_rate=3e-2, candidates=4),
+        routing=Routing(share=0.75, learning_rate=5e-3, candidates=4),
         teacher=random_elastic(0, CONFIG),
     )
     with measured_on_little_text():

@@ -34,12 +34,12 @@ def test_a_killed_owner_leaves_nothing(number):
     with marked() as mark, start(mark, 600) as process:
         assert living(mark, "sleep 600")
         process.send_signal(number)
-        process.wait(10)
+        process.wait(60)
         assert left_after(mark, 10) == []
 
 
 def test_the_end_of_the_block_leaves_nothing_and_the_owner_goes_on():
     with marked() as mark, start(mark, 0) as process:
         assert process.stdout.read() == "left the block\n"
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
         assert left_after(mark, 0) == []

@@ -3,15 +3,15 @@
 import os
 import subprocess
 import sys
-import time
 
 from tests.support.committed_params import ROOT, put, write
+from tests.support.cpu_time import children_seconds
 
 
 def check_quickly(directory, *profiles):
-    """The ended process, and how many seconds it took."""
+    """The ended process, and how many seconds of processor time it took."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    begin = time.monotonic()
+    begin = children_seconds()
     done = subprocess.run(
         [sys.executable, "-m", "tasks.settings", *profiles],
         cwd=directory,
@@ -19,11 +19,11 @@ def check_quickly(directory, *profiles):
         capture_output=True,
         text=True,
     )
-    return done, time.monotonic() - begin
+    return done, children_seconds() - begin
 
 
 def test_it_answers_within_a_second():
-    """The best of three tries: what it takes on a machine that does nothing else."""
+    """The best of three tries, in processor time: what it takes on a machine that does nothing else."""
     found = [check_quickly(ROOT) for _ in range(3)]
     for done, _ in found:
         assert (done.returncode, done.stdout, done.stderr) == (0, "params.yaml is valid\n", "")

@@ -240,17 +240,24 @@ def test_bodies_without_end_and_other_addresses(server):
 
 
 def test_metrics(client, server):
+    assert wait_until_idle(server[1])
     client.completions.create(model="medium", prompt="a", max_tokens=3, extra_body={"ignore_eos": True})
+    assert wait_until_idle(server[1])
     text = httpx.get(f"{server[0]}/metrics").text
     assert 'elastic_texts_total{budget="medium",outcome="length"}' in text
     assert "elastic_running 0.0" in text and 'elastic_first_token_seconds_count{budget="medium"}' in text
 
 
-def wait_until_idle(engine) -> bool:
-    end = time.monotonic() + 10
-    while engine._num_running() and time.monotonic() < end:
+def holds(condition, seconds: float = 30) -> bool:
+    """Whether `condition()` becomes true within these seconds."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
         time.sleep(0.01)
-    return engine._num_running() == 0
+    return condition()
+
+
+def wait_until_idle(engine) -> bool:
+    return holds(lambda: engine._num_running() == 0)
 
 
 def test_limits_of_queue_and_time_and_clients_that_leave(family, monkeypatch):
@@ -286,8 +293,7 @@ def test_limits_of_queue_and_time_and_clients_that_leave(family, monkeypatch):
         next(first)
         with ThreadPoolExecutor(1) as pool:
             second = pool.submit(client.completions.create, **long)
-            while not engine._waiting:
-                time.sleep(0.01)
+            assert holds(lambda: engine._waiting)
             with pytest.raises(openai.RateLimitError, match="places in the queue are taken") as refused:
                 client.completions.create(**long)
             assert refused.value.response.headers["Retry-After"] == "1"
@@ -325,14 +331,19 @@ def test_requests_that_run_when_the_server_ends_are_told_so(family, monkeypatch,
     """Short ones end as ever, long ones with an error in OpenAI's form, in the queue too. Nothing is logged."""
     step = Batch.step
     monkeypatch.setattr(Batch, "step", lambda batch: time.sleep(0.02) or step(batch))
-    monkeypatch.setattr("tasks.serving.http.app.GRACE", 3)
-    long = {"model": "full", "prompt": "a", "max_tokens": 450, "ignore_eos": True}
-    bodies = [long, long, {**long, "stream": True}, {**long, "model": "small", "max_tokens": 12}]
+    monkeypatch.setattr("tasks.serving.http.app.GRACE", 5)
+    long = {"model": "full", "prompt": "a", "max_tokens": 900, "ignore_eos": True}
+    short = {**long, "model": "small", "max_tokens": 50}
     with ThreadPoolExecutor(4) as pool:
-        with running_server(family, Limits(max_batch=2, context=512)) as (address, engine):
-            answers = [pool.submit(httpx.post, f"{address}/v1/completions", json=body, timeout=20) for body in bodies]
-            while engine._num_running() < 3 or not engine._waiting:
-                time.sleep(0.01)
+        with running_server(family, Limits(max_batch=2, context=1024)) as (address, engine):
+
+            def ask(body):
+                return pool.submit(httpx.post, f"{address}/v1/completions", json=body, timeout=60)
+
+            answers = [ask(body) for body in (long, long, {**long, "stream": True})]
+            assert holds(lambda: engine._num_running() == 2 and engine._waiting)
+            answers.append(ask(short))
+            assert holds(lambda: engine._num_running() == 3)
         *whole, streamed, short = [answer.result() for answer in answers]
     stopping = {"message": "the server is stopping", "type": "server_error", "param": None, "code": "stopped"}
     for answer in whole:
@@ -340,7 +351,7 @@ def test_requests_that_run_when_the_server_ends_are_told_so(family, monkeypatch,
         assert answer.headers["Retry-After"] == "1"
     events = [line for line in streamed.text.splitlines() if line]
     assert streamed.status_code == 200 and json.loads(events[-1].removeprefix("data: ")) == {"error": stopping}
-    assert short.status_code == 200 and short.json()["usage"]["completion_tokens"] == 12
+    assert short.status_code == 200 and short.json()["usage"]["completion_tokens"] == 50
     assert capfd.readouterr().err == ""
 
 
