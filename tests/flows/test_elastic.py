@@ -84,7 +84,7 @@ def dashboard(tmp_path_factory):
         yield dashboard
         dashboard.process.terminate()
         assert dashboard.process.wait(60) == 0
-        wait_for(lambda: not marked(dashboard.mark), 10, "nothing to be left")
+        wait_for(lambda: not marked(dashboard.mark), 60, "nothing to be left")
     finally:
         dashboard.kill()
 
@@ -399,7 +399,7 @@ def test_a_run_by_command_line_shows_log_and_artifacts(dashboard):
     assert run["state_name"] == "Completed"
     tasks = dashboard.post("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}}, sort="EXPECTED_START_TIME_ASC")
     assert [task["name"] for task in tasks] == ["check_parameters", *stages.stage_names(dashboard.checkout)]
-    wait_for(lambda: "train begins" in dashboard.logs(run["id"]), 10, "the log to arrive")
+    wait_for(lambda: "train begins" in dashboard.logs(run["id"]), 60, "the log to arrive")
     found = dashboard.post("artifacts/filter", artifacts={"flow_run_id": {"any_": [run["id"]]}})
     artifacts = {artifact["key"]: artifact["data"] for artifact in found}
     assert json.loads(artifacts["results"]) == json.loads((dashboard.checkout / records.RESULTS).read_text())

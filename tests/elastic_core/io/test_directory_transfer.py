@@ -91,7 +91,7 @@ def test_a_download_that_was_cut_off_goes_on(place, tmp_path, monkeypatch):
 def test_a_directory_comes_some_files_at_a_time(s3, tmp_path, calls, monkeypatch):
     for i in range(6):
         storage.write_bytes(storage.join(s3.place, str(i)), str(i).encode())
-    together, original = threading.Barrier(3, timeout=20), storage.download
+    together, original = threading.Barrier(3, timeout=60), storage.download
 
     def meet(source, target):
         together.wait()  # three are under way before one of them ends

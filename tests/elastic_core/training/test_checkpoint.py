@@ -144,7 +144,7 @@ def test_saving_goes_on_while_tensors_change(tmp_path, monkeypatch):
     hold, digest = threading.Event(), checkpoint.file_digest
 
     def slow(path):
-        hold.wait(10)
+        hold.wait(60)
         return digest(path)
 
     monkeypatch.setattr(checkpoint, "file_digest", slow)

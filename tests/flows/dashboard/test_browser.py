@@ -33,7 +33,7 @@ STAGES = stage_names(ROOT)
 LATE = "evaluate"  # where a run begins that only needs to be short
 LONG = "train_short.steps=3000"  # of the stage that is cancelled; it goes on and is not waited for
 LOSS = "loss, nats/token"  # as its column is called in the table of results
-CANCEL_SECONDS = 10
+CANCEL_SECONDS = 60
 MINUTES = 60.0  # waits are long: the smoke profile takes two where both cores are free, ten where they are shared
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 slow = [pytest.mark.slow, pytest.mark.timeout(20 * 60)]
@@ -74,7 +74,7 @@ def dashboard(tmp_path_factory, outside_calls):
             yield dashboard
             dashboard.process.terminate()
             assert dashboard.process.wait(60) == 0
-            wait_for(lambda: not marked(dashboard.mark), 10, "all processes to end")
+            wait_for(lambda: not marked(dashboard.mark), 60, "all processes to end")
         finally:
             dashboard.kill()
 

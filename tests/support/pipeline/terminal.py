@@ -35,7 +35,7 @@ class Terminal:
     def __exit__(self, *exception):
         self.redirection.__exit__(*exception)
         self.file.close()
-        self.reader.join(5)
+        self.reader.join(60)
         os.close(self.master)
         self.text = b"".join(self.chunks).decode()
         parts = re.split(r"[\r\n]+|\x1b\[A", self.text)  # the last one moves a line up
