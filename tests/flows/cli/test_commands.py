@@ -18,9 +18,9 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.search.selection import Member
 from flows.cli.app import app
 from tasks.commands import find_family
-from tests.support.cpu_time import children_seconds
 from tests.support.models.parents import random_config, random_elastic, random_submodel
 from tests.support.pipeline.command_line import CONFIG, MEMBERS, WORDS, call, error_of
+from tests.support.pipeline.cpu_time import children_seconds
 
 ROOT = Path(__file__).resolve().parents[3]
 

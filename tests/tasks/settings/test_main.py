@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from tests.support.committed_params import ROOT, put, write
-from tests.support.cpu_time import children_seconds
+from tests.support.pipeline.cpu_time import children_seconds
 
 
 def check_quickly(directory, *profiles):
