@@ -177,20 +177,6 @@ def wide_config(hidden: int, layers: int):
     )
 
 
-def test_a_ranking_sorts_to_the_same_bits_once_it_was_saved(tmp_path):
-    """The axes of a decomposition are column by column in memory, those of a file row by row. In float64 no rounding
-    to the weights' type hides another order of sums."""
-    model = random_elastic(0, wide_config(512, 3)).double()
-    axes = torch.linalg.qr(torch.randn(512, 512, dtype=torch.float64)).Q
-    ranking = Ranking({}, {}, tuple(range(len(model.model.layers))), axes=axes)
-    ranking.save(tmp_path / "ranking.json")
-    saved = Ranking.load(tmp_path / "ranking.json")
-    assert axes.stride() != saved.axes.stride() and torch.equal(axes, saved.axes)
-    before, after = (sort_(copy.deepcopy(model), found) for found in (ranking, saved))
-    for (name, expected), found in zip(before.named_parameters(), after.parameters(), strict=True):
-        assert torch.equal(found, expected), name
-
-
 def write_wide(directory, hidden: int, layers: int):
     """A parent and a ranking, also written as `directory`/parent and /ranking.json."""
     model = random_elastic(0, wide_config(hidden, layers))
@@ -200,6 +186,17 @@ def write_wide(directory, hidden: int, layers: int):
     ranking = Ranking({}, orders, tuple(range(layers)), axes=axes)
     ranking.save(directory / "ranking.json")
     return model, ranking
+
+
+def test_a_ranking_sorts_to_the_same_bits_once_it_was_saved(tmp_path):
+    """The axes of a decomposition are column by column in memory, those of a file row by row. In float64 no rounding
+    to the weights' type hides another order of sums."""
+    model, ranking = write_wide(tmp_path, 512, 3)
+    saved = Ranking.load(tmp_path / "ranking.json")
+    assert ranking.axes.stride() != saved.axes.stride() and torch.equal(ranking.axes, saved.axes)
+    before, after = (sort_(copy.deepcopy(model).double(), found) for found in (ranking, saved))
+    for (name, expected), found in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert torch.equal(found, expected), name
 
 
 SORT = """

@@ -170,7 +170,7 @@ def test_a_dead_address_is_reported_within_ten_seconds(monkeypatch, tmp_path, ad
     start = time.monotonic()
     with pytest.raises(ConfigError, match="RAY_ADDRESS: " + words):
         launch(lambda *_: None, {}, Compute(workers=1, storage=str(tmp_path)), "test")
-    assert time.monotonic() - start < 30  # Ray itself waits for minutes
+    assert time.monotonic() - start < 10  # two of them for the answer; Ray itself waits for minutes
 
 
 def test_an_address_does_not_matter_without_workers(monkeypatch, tmp_path):

@@ -20,6 +20,7 @@ from tasks.serving.batch import Batch
 from tasks.serving.family import Family
 from tasks.serving.http.app import LARGEST_BODY, bind
 from tasks.serving.jobs import Limits
+from tests.support.flows_fixture.driver import wait_for
 from tests.support.models.running_server import running_server
 from tests.support.models.served_family import write_served_family
 
@@ -248,16 +249,12 @@ def test_metrics(client, server):
     assert "elastic_running 0.0" in text and 'elastic_first_token_seconds_count{budget="medium"}' in text
 
 
-def holds(condition, seconds: float = 30) -> bool:
-    """Whether `condition()` becomes true within these seconds."""
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
+def wait_until(condition) -> bool:
+    return wait_for(condition, 30, "the engine", every=0.01)
 
 
 def wait_until_idle(engine) -> bool:
-    return holds(lambda: engine._num_running() == 0)
+    return wait_until(lambda: engine._num_running() == 0)
 
 
 def test_limits_of_queue_and_time_and_clients_that_leave(family, monkeypatch):
@@ -293,7 +290,7 @@ def test_limits_of_queue_and_time_and_clients_that_leave(family, monkeypatch):
         next(first)
         with ThreadPoolExecutor(1) as pool:
             second = pool.submit(client.completions.create, **long)
-            assert holds(lambda: engine._waiting)
+            assert wait_until(lambda: engine._waiting)
             with pytest.raises(openai.RateLimitError, match="places in the queue are taken") as refused:
                 client.completions.create(**long)
             assert refused.value.response.headers["Retry-After"] == "1"
@@ -341,9 +338,9 @@ def test_requests_that_run_when_the_server_ends_are_told_so(family, monkeypatch,
                 return pool.submit(httpx.post, f"{address}/v1/completions", json=body, timeout=60)
 
             answers = [ask(body) for body in (long, long, {**long, "stream": True})]
-            assert holds(lambda: engine._num_running() == 2 and engine._waiting)
+            assert wait_until(lambda: engine._num_running() == 2 and engine._waiting)
             answers.append(ask(short))
-            assert holds(lambda: engine._num_running() == 3)
+            assert wait_until(lambda: engine._num_running() == 3)
         *whole, streamed, short = [answer.result() for answer in answers]
     stopping = {"message": "the server is stopping", "type": "server_error", "param": None, "code": "stopped"}
     for answer in whole:
