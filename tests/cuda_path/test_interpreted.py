@@ -3,11 +3,14 @@
 The convolution is a stand-in with the checks of causal_conv1d (tests/support/cuda/conv_stand_in.py).
 """
 
+import functools
+
 import pytest
 
 from benchmarks.kernels import LAYER
 from tests.support.cuda import interpreted
 from tests.support.cuda.processes import results_of
+from tests.support.marks import thorough_but
 
 FLOAT32 = 2e-5  # sums in another order, over a few hundred positions
 BFLOAT16 = 2e-2  # kernels round the weights of a chunk to 8 bits before they multiply
@@ -25,6 +28,7 @@ CASES = {
     "one token": FLOAT32,
     "layer of the benchmark": LAYER,
 }
+QUICK = ("scan (1, 2, 16, 1, 16, 1)", "scan with documents", "scan bfloat16", "gated norm", "layer sliced", "one token")
 
 pytestmark = [
     pytest.mark.cuda_path,
@@ -33,15 +37,17 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def deviations() -> dict[str, float]:
-    return results_of("kernel_cases")
+@functools.cache
+def deviations(are_quick: bool) -> dict[str, float]:
+    """Those of the quick cases, or of the others, by their names."""
+    return results_of("kernel_cases", *([] if are_quick else ["--but"]), *QUICK)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_kernels_compute_what_torch_does(deviations, name):
-    assert deviations[name] < CASES[name]
+@pytest.mark.parametrize("name", thorough_but(QUICK, CASES))
+def test_kernels_compute_what_torch_does(name):
+    assert deviations(name in QUICK)[name] < CASES[name]
 
 
-def test_every_case_has_a_bound(deviations):
-    assert deviations.keys() == CASES.keys()
+@pytest.mark.thorough
+def test_every_case_has_a_bound():
+    assert deviations(True).keys() | deviations(False).keys() == CASES.keys()

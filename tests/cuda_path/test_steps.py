@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.cuda import guard
 from tests.support.cuda.processes import results_of
-from tests.support.marks import thorough_but
+from tests.support.marks import thorough, thorough_but
 
 STEPS = ("members bfloat16", "soft bfloat16", "hard routing bfloat16", "one document, recomputed")
 STEPS += ("trainable teacher float32", "mixed teacher", "moe members bfloat16", "moe soft bfloat16")
@@ -19,8 +19,7 @@ STEPS += ("part of rows soft", "part of rows hard routing")
 OTHERS = ("not finite", "rank by projection", "rank by output", "rank llama", "rank bfloat16", "scores", "nested")
 OTHERS += ("nested llama", "evaluation")
 PLANTED = "planted"
-QUICK = ("members bfloat16", "soft bfloat16", "hard routing bfloat16", "moe members bfloat16", "moe soft bfloat16")
-QUICK += ("moe members float32", "cached teacher", "part of rows soft")
+QUICK = ("members bfloat16", "soft bfloat16", "moe members bfloat16", "cached teacher", "part of rows soft")
 QUICK += ("not finite", "rank by output", "scores", "nested", "evaluation", PLANTED)
 
 pytestmark = [
@@ -51,15 +50,18 @@ def test_a_step_mixes_no_devices_and_waits_once(name):
     assert result["scores kept"] == []
 
 
-def test_gates_and_indices_are_copied_together():
+@pytest.mark.parametrize("name", ["soft bfloat16", thorough("hard routing bfloat16")])
+def test_gates_and_indices_are_copied_together(name):
     """Per microbatch: two of token ids, five of documents, one of gates, one of indices."""
-    assert sum(result_of("soft bfloat16")["to device"].values()) <= 2 * 9
-    assert sum(result_of("hard routing bfloat16")["to device"].values()) <= 2 * 9
+    assert sum(result_of(name)["to device"].values()) <= 2 * 9
 
 
-def test_experts_are_multiplied_together_in_bfloat16():
-    assert result_of("moe members bfloat16")["grouped"] > 0 and result_of("moe soft bfloat16")["grouped"] > 0
-    assert result_of("moe members float32")["grouped"] == 0
+@pytest.mark.parametrize(
+    "name, is_grouped",
+    [("moe members bfloat16", True), thorough("moe soft bfloat16", True), thorough("moe members float32", False)],
+)
+def test_experts_are_multiplied_together_in_bfloat16(name, is_grouped):
+    assert (result_of(name)["grouped"] > 0) == is_grouped
 
 
 @pytest.mark.parametrize("name", thorough_but(QUICK, OTHERS))

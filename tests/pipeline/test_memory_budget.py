@@ -1,6 +1,7 @@
 """Training under a budget in bytes: the family lands on it, and what is cut is what memory is made of."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from elastic_core.export import elastic_checkpoint
 from elastic_core.model.architectures.nemotron_h import layers_of
 from elastic_core.search.path import path_between
 from tasks.evaluation import latency_and_memory
+from tests.support.marks import thorough
 from tests.support.models.budgeted_family import CONFIG, train_family
 from tests.support.models.parents import random_ids
 
@@ -25,7 +27,7 @@ MANY = Cost(metric="memory", context=8, weights="fp8", chunk=1)
 
 
 @pytest.fixture(scope="module")
-def families(data):
+def family_of(data):
     """At the same share of the parent: a long text in little room, many short ones, and parameters."""
     long, many = (exact_cost(metric, CONFIG) for metric in (Memory(512, chunk=1), Memory(8, 64, "fp8", chunk=1)))
     asked = {
@@ -33,16 +35,24 @@ def families(data):
         "many": (SHARE * many, MANY, f"{SHARE * many / 2**20:.6f}MiB@8×64"),
         "parameters": (SHARE * FULL, Cost(), SHARE),
     }
-    found = {}
-    for name, (target, cost, small) in asked.items():
+
+    @functools.cache
+    def family(name: str):
+        target, cost, small = asked[name]
         budgets = {"full": 1.0, "small": small}
-        found[name] = target, *train_family(data, family_metric(cost, budgets), budgets)
-    return found
+        return target, *train_family(data, family_metric(cost, budgets), budgets)
+
+    return family
 
 
-@pytest.mark.parametrize("name", ["long", "many", "parameters"])
-def test_a_family_lands_on_its_budget(families, name):
-    asked, run, rows = families[name]
+@pytest.fixture(scope="module")
+def families(family_of):
+    return {name: family_of(name) for name in ("long", "many", "parameters")}
+
+
+@pytest.mark.parametrize("name", ["long", thorough("many"), thorough("parameters")])
+def test_a_family_lands_on_its_budget(family_of, name):
+    asked, run, rows = family_of(name)
     small = run.members["small"].submodel
     assert abs(exact_cost(run.metric, CONFIG, small) / asked - 1) <= 0.02
     assert run.members["full"].submodel == run.model.full and run.members["small"].target == pytest.approx(SHARE, 1e-4)
@@ -54,6 +64,7 @@ def test_a_family_lands_on_its_budget(families, name):
     )
 
 
+@pytest.mark.thorough
 def test_routers_learn_to_keep_their_budgets(families):
     """Together: one alone may be held elsewhere by the loss of the texts."""
     first = last = 0.0
@@ -64,6 +75,7 @@ def test_routers_learn_to_keep_their_budgets(families):
     assert last < 0.5 * first
 
 
+@pytest.mark.thorough
 def test_what_is_cut_is_what_memory_is_made_of(families):
     smalls = {name: run.members["small"].submodel for name, (_, run, _) in families.items()}
     attention = {name: set(layers_of(CONFIG, "*")) & set(small.kept_layers) for name, small in smalls.items()}
@@ -78,9 +90,9 @@ def test_what_is_cut_is_what_memory_is_made_of(families):
     assert exact_cost(run.metric, CONFIG, smalls["long"]) > 1.2 * asked  # what serves one text does not serve many
 
 
-def test_its_checkpoint_serves_budgets_of_every_kind(families, tmp_path):
+def test_its_checkpoint_serves_budgets_of_every_kind(family_of, tmp_path):
     """By name and share of memory, by bytes in this and another setting, and by parameters, all from one family."""
-    _, run, _ = families["long"]
+    _, run, _ = family_of("long")
     directory, metric = tmp_path / "family", run.metric
     run.model.save_pretrained(directory)
     path = path_between(run.router.space, run.indices)
@@ -103,21 +115,22 @@ def test_its_checkpoint_serves_budgets_of_every_kind(families, tmp_path):
         elastic_checkpoint.find_submodel(directory, "1MiB@512")
 
 
-def test_the_prediction_is_what_the_exported_model_takes(families, tmp_path):
-    _, run, _ = families["many"]
+def test_the_prediction_is_what_the_exported_model_takes(family_of, tmp_path):
+    _, run, _ = family_of("long")
     run.model.save_pretrained(tmp_path / "family")
     elastic_checkpoint.write(tmp_path / "family", CONFIG, run.members, [], run.metric)
     submodel = extract(tmp_path / "family", "small", tmp_path / "small")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32).eval()
-    measured = latency_and_memory.memory(model, random_ids(CONFIG, 0, (64, 8)))
+    measured = latency_and_memory.memory(model, random_ids(CONFIG, 0, (run.metric.batch, run.metric.context)))
     dtypes = dict.fromkeys(("weights", "cache", "state", "conv_state"), "float32")
     parts = memory_parts(dataclasses.replace(run.metric, **dtypes), CONFIG, submodel)
     assert sum(parts.values()) - parts["activations"] == measured["weight_bytes"] + measured["cache_bytes"]
 
 
-def test_parameters_are_counted_as_before(families):
+@pytest.mark.thorough
+def test_parameters_are_counted_as_before(family_of):
     """The default's rows hold the very numbers of a count of parameters."""
-    _, run, rows = families["parameters"]
+    _, run, rows = family_of("parameters")
     assert run.metric == PARAMETERS and run.parent_cost == FULL
     soft = [r for row in rows if row["mode"] == "soft" for r in row["microbatches"]]
     assert all(r["cost"] == FULL for r in soft if r["budget"] == "full")
