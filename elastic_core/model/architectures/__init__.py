@@ -50,7 +50,8 @@ files (files/experts.py), and a token uses `config.num_experts_per_tok` of them.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 
 import torch
@@ -66,6 +67,8 @@ from elastic_core.model.ops import transformers_kernels
 HEAD = "lm_head.weight"
 # model_type → module
 ARCHITECTURES = {name: architecture for architecture in (nemotron_h, llama) for name in architecture.MODELS}
+MOST_TABLES = 64  # that are kept, see `_table`
+_TABLES: OrderedDict[tuple, tuple[dict, dict]] = OrderedDict()
 
 
 def find(model_type: str | None, where: str) -> ModuleType:
@@ -97,12 +100,26 @@ def model_class(config) -> type:
 
 def units(config) -> dict[str, Units]:
     """Every unit key with its full size and groups, in the order of the layers."""
-    return of(config).units(config)
+    return _table(config, of(config).units)
 
 
 def parameter_layout(config) -> Layout:
     """The name and dimensions of every parameter, in file order."""
-    return of(config).parameter_layout(config)
+    return _table(config, of(config).parameter_layout)
+
+
+def _table(config, make: Callable[[object], dict]) -> dict:
+    """A copy of `make(config)`, which is made once and then again whenever a value of the configuration has changed.
+
+    One count of parameters needs these tables several times, and a search counts thousands of submodels.
+    """
+    key, values = (id(config), type(config), make), vars(config)
+    kept = _TABLES.get(key)
+    if kept is None or kept[0] != values:
+        _TABLES[key] = kept = copy.deepcopy(values), make(config)
+        if len(_TABLES) > MOST_TABLES:
+            _TABLES.popitem(last=False)
+    return dict(kept[1])
 
 
 def norm_names(config) -> list[str]:

@@ -81,6 +81,21 @@ def test_layout_has_the_names_and_shapes_of_transformers(seed, architecture):
     assert elastic_units(layout) == architectures.units(config)
 
 
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_the_tables_follow_the_configuration(architecture):
+    """Also where a value or an entry of a list changes after they were read, and where a caller changes what it got."""
+    config = CONFIGS[architecture](0)
+    assert architectures.units(config)["hidden"].size == config.hidden_size
+    architectures.units(config).clear()
+    architectures.parameter_layout(config).clear()
+    config.hidden_size *= 2
+    if hasattr(config, "layers_block_type"):
+        config.layers_block_type.reverse()
+    made = architectures.of(config)
+    assert architectures.units(config) == made.units(config)
+    assert architectures.parameter_layout(config) == made.parameter_layout(config)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_narrow_takes_the_independent_index_sets(seed):
     config = random_config(seed)
