@@ -19,8 +19,8 @@ STEPS += ("part of rows soft", "part of rows hard routing")
 OTHERS = ("not finite", "rank by projection", "rank by output", "rank llama", "rank bfloat16", "scores", "nested")
 OTHERS += ("nested llama", "evaluation")
 PLANTED = "planted"
-QUICK = ("members bfloat16", "soft bfloat16", "moe members bfloat16", "cached teacher", "part of rows soft")
-QUICK += ("not finite", "rank by output", "scores", "nested", "evaluation", PLANTED)
+QUICK = ("soft bfloat16", "moe members bfloat16", "cached teacher", "not finite")
+QUICK += ("rank by output", "scores", "nested", "evaluation", PLANTED)
 
 pytestmark = [
     pytest.mark.cuda_path,

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tasks import extract, fingerprint
 from tests.support.committed_params import profile_values
-from tests.support.marks import thorough
 from tests.support.pipeline.dvc_workspace import make_workspace
 from tests.support.pipeline.stages import run_stage
 from tests.support.pipeline.tiny_pipeline import write_params
 
+pytestmark = pytest.mark.thorough
 COLOURS = ("red", "blue", "green", "white")
 
 
@@ -58,7 +58,7 @@ def models(tmp_path_factory):
     return directory / extract.OUT
 
 
-@pytest.mark.parametrize("budget", [thorough("full"), "small"])
+@pytest.mark.parametrize("budget", ["full", "small"])
 def test_plain_transformers_gets_answers_that_end_with_their_turn(models, budget):
     """By the files of the directory alone. Numbers above 199 were never seen."""
     directory = models / budget / "extended"

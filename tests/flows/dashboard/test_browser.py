@@ -61,7 +61,7 @@ def dashboard(tmp_path_factory, outside_calls):
     """The one command in a copy of this checkout; with it, its server, worker, runs and their stages."""
     checkout = copy_checkout(ROOT, tmp_path_factory.mktemp("browser") / "checkout")
     with open(checkout / "profiles/smoke.yaml", "a") as profile:
-        profile.write("budgets: {full: 1.0, small: 0.43}\n")  # each budget costs as much as two stages
+        profile.write("budgets: {small: 0.43}\n")  # each budget costs as much as two stages
     dashboard = Dashboard(checkout)
     dashboard.environment |= {
         "OMP_NUM_THREADS": "1",
@@ -218,7 +218,7 @@ def test_a_finished_run_says_where_it_came_from(dashboard, ui, finished):
 def test_the_list_of_runs_says_which_is_which(dashboard, ui, finished):
     run = dashboard.post("flow_runs/filter", flow_runs={"id": {"any_": [finished]}})[0]
     assert re.fullmatch(r"smoke \d{4}-\d\d-\d\d \d\d:\d\d", run["name"])
-    message = r"small 0\.43: held-out loss \d\.\d\d, KL \d\.\d\d; full .*; parent 1\.00: held-out loss \d\.\d\d"
+    message = r"small 0\.43: held-out loss \d\.\d\d, KL \d\.\d\d; parent 1\.00: held-out loss \d\.\d\d"
     assert re.fullmatch(message, run["state"]["message"])
     for page in ("runs", f"runs/flow-run/{finished}"):
         ui.page.goto(f"{ui.address}/{page}")
@@ -300,7 +300,7 @@ def test_a_cancelled_run_goes_on_where_it_stopped(dashboard, ui, finished):
     ui.open_run(run, "Artifacts")
     ui.open_artifact("train-short-losses")
     head, *rows = ui.rows()
-    assert head == ["budget", "loss", "KL to teacher", "budget error", "last step"] and len(rows) == 2
+    assert head == ["budget", "loss", "KL to teacher", "budget error", "last step"] and len(rows) == 1
     ui.shot("losses")
 
     ui.open_run(run)

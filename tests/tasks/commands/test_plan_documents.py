@@ -95,6 +95,7 @@ def test_data_that_do_not_fit_are_not_counted(workspaces):
     assert f"because {directory}: not a data directory" in call("plan", "smoke")
 
 
+@pytest.mark.thorough
 def test_time_limits_are_compared_with_the_least(workspaces):
     """Documents may be short, so a limit below the hours of rows that are one document is not refused."""
     name, profile = "train_extended", "nemotron-nano-12b-v2"
