@@ -44,6 +44,8 @@ def test_without_any_short_directory_the_variable_is_named(tmp_path, monkeypatch
         pass
 
 
+@pytest.mark.thorough
+@pytest.mark.ray
 def test_ray_starts_under_a_long_directory(tmp_path):
     long = tmp_path / ("d" * 100)
     long.mkdir()
