@@ -213,7 +213,7 @@ except StageError as error:
 def test_workers_attach_to_a_running_cluster(tmp_path):
     """Two workers of a cluster that was there before, in the driver's directory; their final error is not tried again.
 
-    Work that ends well on workers is what test_kill.py compares.
+    Work that ends well on workers is what tests/pipeline/test_kill.py compares (thorough).
     """
     ray, port = [sys.executable, "-m", "ray.scripts.scripts"], free_port()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}  # other tests keep the cores busy
