@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -49,7 +47,7 @@ def parse(text: str, name: str, keep_comments: bool = False):
     """The value of a YAML text. Raises ConfigError, which starts with `name`, line and column."""
     try:
         _check_size(text, name)
-        return copy.deepcopy(_load(text, keep_comments))
+        return YAML(typ="rt" if keep_comments else "safe").load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
@@ -58,12 +56,6 @@ def parse(text: str, name: str, keep_comments: bool = False):
         raise
     except (YAMLError, ValueError) as error:  # such as a control character, or the date 2026-13-01
         raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-@functools.lru_cache(maxsize=32)
-def _load(text: str, keep_comments: bool):
-    """With comments this takes several times as long as a copy, and a family's files are read again and again."""
-    return YAML(typ="rt" if keep_comments else "safe").load(text)
 
 
 def _check_size(text: str, name: str) -> None:

@@ -50,7 +50,6 @@ files (files/experts.py), and a token uses `config.num_experts_per_tok` of them.
 """
 
 import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 
@@ -67,8 +66,8 @@ from elastic_core.model.ops import transformers_kernels
 HEAD = "lm_head.weight"
 # model_type → module
 ARCHITECTURES = {name: architecture for architecture in (nemotron_h, llama) for name in architecture.MODELS}
-MOST_TABLES = 64  # that are kept, see `_table`
-_TABLES: OrderedDict[tuple, tuple[dict, dict]] = OrderedDict()
+MOST_TABLES = 64  # kept at one time
+_TABLES: dict[tuple, tuple[dict, dict]] = {}  # of `_table`
 
 
 def find(model_type: str | None, where: str) -> ModuleType:
@@ -109,7 +108,8 @@ def parameter_layout(config) -> Layout:
 
 
 def _table(config, make: Callable[[object], dict]) -> dict:
-    """A copy of `make(config)`, which is made once and then again whenever a value of the configuration has changed.
+    """A copy of the mapping `make(config)`. It is made again only if a value of the configuration has changed, or if
+    many other configurations were read since.
 
     One count of parameters needs these tables several times, and a search counts thousands of submodels.
     """
@@ -118,7 +118,7 @@ def _table(config, make: Callable[[object], dict]) -> dict:
     if kept is None or kept[0] != values:
         _TABLES[key] = kept = copy.deepcopy(values), make(config)
         if len(_TABLES) > MOST_TABLES:
-            _TABLES.popitem(last=False)
+            _TABLES.pop(next(iter(_TABLES)), None)  # the oldest
     return dict(kept[1])
 
 

@@ -85,15 +85,31 @@ def test_layout_has_the_names_and_shapes_of_transformers(seed, architecture):
 def test_the_tables_follow_the_configuration(architecture):
     """Also where a value or an entry of a list changes after they were read, and where a caller changes what it got."""
     config = CONFIGS[architecture](0)
-    assert architectures.units(config)["hidden"].size == config.hidden_size
-    architectures.units(config).clear()
-    architectures.parameter_layout(config).clear()
-    config.hidden_size *= 2
-    if hasattr(config, "layers_block_type"):
-        config.layers_block_type.reverse()
     made = architectures.of(config)
-    assert architectures.units(config) == made.units(config)
-    assert architectures.parameter_layout(config) == made.parameter_layout(config)
+
+    def double() -> None:
+        config.hidden_size *= 2
+
+    def reverse() -> None:
+        if architecture == "nemotron_h":
+            before = architectures.pattern(config)
+            config.layers_block_type.reverse()
+            assert architectures.pattern(config) != before
+
+    for change in (lambda: None, reverse, double):
+        for table in ("units", "parameter_layout"):
+            getattr(architectures, table)(config).clear()
+        change()
+        for table in ("units", "parameter_layout"):
+            assert getattr(architectures, table)(config) == getattr(made, table)(config), table
+
+
+def test_only_so_many_tables_are_kept():
+    for size in range(2 * architectures.MOST_TABLES):
+        config = random_config(0)
+        config.hidden_size = 8 + size
+        assert architectures.units(config)["hidden"].size == 8 + size
+    assert len(architectures._TABLES) <= architectures.MOST_TABLES
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -1,7 +1,7 @@
 """`python -m tests.support.cuda.kernel_cases`: mamba_ssm's kernels through our own code, interpreted, against torch.
 
-Prints the largest relative deviation of every case, over outputs and all gradients, as JSON: of those that are named,
-or with `--but` of all others. In a process of its own, because Triton has to be told before it is imported.
+Prints the largest relative deviation of every case, over outputs and all gradients, as JSON: of all cases, of those
+that are named, or after `--but` of all others. In a process of its own: Triton has to be told before its import.
 """
 
 # isort: skip_file
@@ -155,8 +155,10 @@ def cases():
 if __name__ == "__main__":
     conv_stand_in.install()
     kernels._has_kernels = lambda device, dtype: True  # in CPU memory and float32 too
-    others, names = "--but" in sys.argv, sys.argv[1:]
-    found = {name: work() for name, work in cases() if (name in names) != others}
-    print("RESULT", json.dumps(found), flush=True)
+    found, named = dict(cases()), [name for name in sys.argv[1:] if name != "--but"]
+    if unknown := set(named) - found.keys():
+        raise SystemExit(f"no such case: {', '.join(sorted(unknown))}")
+    asked = [name for name in found if name not in named] if "--but" in sys.argv else named or list(found)
+    print("RESULT", json.dumps({name: found[name]() for name in asked}), flush=True)
     sys.stdout.flush()
     os._exit(0)  # the interpreter may abort at its end
