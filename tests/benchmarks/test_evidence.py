@@ -272,6 +272,7 @@ def run(place, out, *arms, seeds=2):
     return json.loads((out / "evidence-tiny.json").read_text())
 
 
+@pytest.mark.thorough
 def test_arms_and_seeds_from_end_to_end(place, tmp_path, monkeypatch, capsys):
     found = run(place, tmp_path, "family", "separate-equal")
     groups = {(row["arm"], row["member"]): row["seeds"] for row in found["groups"]}

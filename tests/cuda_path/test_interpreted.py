@@ -28,7 +28,7 @@ CASES = {
     "one token": FLOAT32,
     "layer of the benchmark": LAYER,
 }
-QUICK = ("scan (1, 2, 16, 1, 16, 1)", "scan with documents", "scan bfloat16", "gated norm", "layer sliced", "one token")
+QUICK = ("scan with documents", "gated norm", "layer sliced")
 
 pytestmark = [
     pytest.mark.cuda_path,

@@ -413,6 +413,7 @@ def test_a_run_by_command_line_shows_log_and_artifacts(dashboard):
     assert f"run | {run['name']}" in artifacts["run"]
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_cancelled_or_killed_leaves_nothing_and_the_next_start_tidies_up(dashboard):

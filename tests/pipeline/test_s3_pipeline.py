@@ -25,6 +25,7 @@ def hashes(directory):
     return {path.name: path.read_bytes() for path in directory.rglob("*.safetensors")}
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_the_pipeline_lives_on_s3_and_outlives_the_server(s3, tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.chdir(tmp_path)

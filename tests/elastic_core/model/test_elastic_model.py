@@ -305,6 +305,7 @@ def test_a_dropped_layer_is_not_computed_with():
     assert calls == [0, 2]
 
 
+@pytest.mark.thorough
 def test_a_compiled_slice_is_one_graph():
     """The slice is an argument: its rows are looked up outside, so nothing in the forward depends on data."""
     config = random_config(5)

@@ -124,8 +124,9 @@ def test_every_rank_takes_the_same_budget_in_the_same_microbatch(pair):
     assert len({layers for _, layers, _ in first}) > 1  # depth does change
 
 
-def test_a_killed_run_of_two_ranks_ends_at_the_same_bits(pair):
-    straight, killed = pair["resumed"]["straight"], pair["resumed"]["killed"]
+@pytest.mark.thorough
+def test_a_killed_run_of_two_ranks_ends_at_the_same_bits(more):
+    straight, killed = more["resumed"]["straight"], more["resumed"]["killed"]
     assert_same(killed["weights"], straight["weights"])
     assert killed["rows"] == straight["rows"][4:]
     assert [row["mode"] for row in straight["rows"]] == ["soft"] * 4 + ["hard"] * 2
@@ -144,10 +145,11 @@ def test_two_ranks_go_on_with_a_run_of_one(more, alone):
     assert_alike(continued, {**single, "rows": single["rows"][3:]})
 
 
-def test_one_process_goes_on_with_a_run_of_two_ranks(pair, out, data):
+@pytest.mark.thorough
+def test_one_process_goes_on_with_a_run_of_two_ranks(more, out, data):
     run = cases.routed_run(ALONE, data, out / "resumed" / "killed")
     assert list(cases.train(run)) == []  # it had come to its end
-    assert_same(cases.outcome(run, [])["weights"], pair["resumed"]["straight"]["weights"])
+    assert_same(cases.outcome(run, [])["weights"], more["resumed"]["straight"]["weights"])
     assert run.members is not None
 
 

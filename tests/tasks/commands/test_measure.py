@@ -60,7 +60,11 @@ def test_samples_are_every_point_of_every_part(family):
             )
 
 
-@pytest.mark.parametrize("config", [random_config(1), random_llama_config(1), MOE], ids=["hybrid", "llama", "moe"])
+@pytest.mark.parametrize(
+    "config",
+    [random_config(1), random_llama_config(1), pytest.param(MOE, marks=pytest.mark.thorough)],
+    ids=["hybrid", "llama", "moe"],
+)
 def test_a_table_has_a_positive_number_at_every_point(config):
     setting = MeasureSetting((5, 9), batch=2, **QUICK)
     before = torch.get_num_threads()

@@ -168,6 +168,7 @@ def costs_of(planned):
     return {name: (values["target"], values["cost"]) for name, values in planned["budgets"].items()}
 
 
+@pytest.mark.thorough
 def test_budgets_in_any_spelling_are_planned_as_shares_are():
     """A share, a count and bytes that mean the same; deviations are of what budgets are counted in."""
     config, _ = plan.read_parent(settings_of("smoke"))
@@ -314,6 +315,7 @@ def test_utilisation_is_a_share(utilisation):
 # --- what to change ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_what_does_not_fit_fits_after_the_changes():
     hardware = Hardware(memory=20e9)
     settings = settings_of("one-gpu", "train_short.microbatches=4", "compute.execution.activation_checkpointing=false")

@@ -369,6 +369,7 @@ def test_large_numbers_are_rounded_too():
     assert column.round(8881.84) == 8881.8 and column.write(8881.84) == "8,881.8"
 
 
+@pytest.mark.thorough
 def test_every_picture_can_be_drawn_in_light_and_dark(inside):
     settings, frame = load(), tables.results(inside)
     sections = figures.sections(settings, inside, frame)

@@ -208,6 +208,7 @@ except StageError as error:
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.ray
 def test_workers_attach_to_a_running_cluster(tmp_path):

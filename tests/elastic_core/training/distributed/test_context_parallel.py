@@ -156,6 +156,7 @@ def runs(ranks, data, size):
         }
 
 
+@pytest.mark.thorough
 def test_runs_are_those_of_one_worker(data, four):
     """Two groups of two ranks share sequences."""
     found, expected = four["runs"], runs(Ranks(), data, 1)
@@ -185,6 +186,7 @@ def with_cached_teacher(ranks, data, directory, size, steps=None):
     return rows
 
 
+@pytest.mark.thorough
 def test_one_worker_goes_on_with_a_cached_teacher_where_workers_shared_sequences(data, four, place_of_four, tmp_path):
     first, rest = four["cached"], with_cached_teacher(Ranks(), data, place_of_four, 1)
     assert [row["step"] for row in first + rest] == [1, 2, 3, 3, 4]

@@ -69,7 +69,7 @@ LLAMA = [  # all sizes are the parent's own: steps of the largest budget are mea
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", thorough_but(("plain", "sharded", "states"), CASES))
+@pytest.mark.parametrize("case", thorough_but(("plain", "states"), CASES))
 def test_real_steps_of_the_default_parent_take_what_is_predicted(case):
     """Both stages, well within the 15 % that are promised; benchmarks/memory.py prints the numbers at full size."""
     smaller = ["train_short.batch_size=4", "train_extended.batch_size=2"]
@@ -117,6 +117,7 @@ def test_a_checkpointed_layer_keeps_its_input_alone(character):
     assert footprint.gradients == FLOAT32 * sum(p.numel() for p in weights)
 
 
+@pytest.mark.thorough
 def test_long_sequences_are_counted_by_two_shorter_ones():
     pieces = Pieces(CONFIG, TrainingSetting("bfloat16", CHECKPOINTED))
     line, direct = pieces.layer("M", 1, 2560), pieces._count_layer("M", 1, 2560)  # from 1,024 and 2,048
