@@ -66,7 +66,7 @@ def work_on_item(directory, item, device):
     return {"process": os.getpid(), "device": str(device), "there": started, "niceness": niceness}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.ray)])
 def test_items_run_on_workers_in_the_order_of_their_needs(workers, tmp_path, no_cluster):
     """Finished items are not computed again, and an error of one has its own text."""
     found, items = {}, [Item("a"), Item("b"), Item("c", ("a", "b")), Item("old"), Item("last", ("c", "old"))]
