@@ -20,6 +20,7 @@ from tasks.commands.layer_times import Decoder, MeasureSetting, Models
 from tasks.commands.measure import grids, measure, samples, thin_out
 from tasks.settings.merging import parameters
 from tests.support.committed_params import ROOT
+from tests.support.marks import thorough
 from tests.support.models.moe_family import CHOICES as MOE_CHOICES
 from tests.support.models.moe_family import CONFIG as MOE
 from tests.support.models.parents import CONFIGS, random_config, random_llama_config
@@ -61,9 +62,7 @@ def test_samples_are_every_point_of_every_part(family):
 
 
 @pytest.mark.parametrize(
-    "config",
-    [random_config(1), random_llama_config(1), pytest.param(MOE, marks=pytest.mark.thorough)],
-    ids=["hybrid", "llama", "moe"],
+    "config", [random_config(1), random_llama_config(1), thorough(MOE)], ids=["hybrid", "llama", "moe"]
 )
 def test_a_table_has_a_positive_number_at_every_point(config):
     setting = MeasureSetting((5, 9), batch=2, **QUICK)
